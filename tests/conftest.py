@@ -1,0 +1,123 @@
+"""Tiny models and an offline tokenizer for all tests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+settings.register_profile("tnlm", derandomize=True, deadline=None, max_examples=30)
+settings.load_profile("tnlm")
+
+WORDS = [f"word{i}" for i in range(61)]
+VOCAB_SIZE = len(WORDS) + 3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """Make a Llama with grouped queries; keywords override its config."""
+
+    def make(*, seed: int = 0, tie_word_embeddings: bool = False, **config: Any):
+        sizes = {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+        }
+        torch.manual_seed(seed)
+        config = sizes | {"tie_word_embeddings": tie_word_embeddings} | config
+        return LlamaForCausalLM(LlamaConfig(**config)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> Callable[..., GPT2LMHeadModel]:
+    """Make a GPT-2: Conv1D layers, fused c_attn, biases, a tied head."""
+
+    def make(*, seed: int = 0, **config: Any):
+        sizes = {
+            "vocab_size": VOCAB_SIZE,
+            "n_embd": 32,
+            "n_inner": 48,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+        }
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(GPT2Config(**(sizes | config))).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bert() -> Callable[..., BertModel]:
+    """Make a BERT encoder: bidirectional, no language-model head."""
+
+    def make(*, seed: int = 0, **config: Any):
+        sizes = {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        }
+        torch.manual_seed(seed)
+        return BertModel(BertConfig(**(sizes | config))).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Map ``word0`` ... ``word60`` to ids 3 ... 63; every other word is unknown (1)."""
+    vocab = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", *WORDS])}
+    backend = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<s>",
+        model_max_length=16,
+    )
+
+
+@pytest.fixture(scope="session")
+def word_text() -> Callable[..., str]:
+    """Make a text of ``count`` words that the tokenizer knows."""
+
+    def make(count: int, *, seed: int = 0) -> str:
+        return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+    return make

@@ -1,0 +1,65 @@
+"""Compress language models with tensor networks and low-rank structure.
+
+Importing tnlm is enough for ``AutoModel...from_pretrained`` to read compressed models.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from tnlm.api import compress, plan, report, to_dense
+    from tnlm.errors import TnlmError
+    from tnlm.evaluation import perplexity
+    from tnlm.planning import Plan
+    from tnlm.reporting import Report
+    from tnlm.saving import load, save
+    from tnlm.schemes import list_schemes
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported when first used, because transformers' modelling
+# code takes longer to import than torch.
+_HOMES = {
+    "compress": "tnlm.api",
+    "plan": "tnlm.api",
+    "report": "tnlm.api",
+    "to_dense": "tnlm.api",
+    "TnlmError": "tnlm.errors",
+    "perplexity": "tnlm.evaluation",
+    "Plan": "tnlm.planning",
+    "Report": "tnlm.reporting",
+    "load": "tnlm.saving",
+    "save": "tnlm.saving",
+    "list_schemes": "tnlm.schemes",
+}
+
+__all__ = [
+    "Plan",
+    "Report",
+    "TnlmError",
+    "compress",
+    "list_schemes",
+    "load",
+    "perplexity",
+    "plan",
+    "report",
+    "save",
+    "to_dense",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tnlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+@wrapt.when_imported("transformers.modeling_utils")
+def _register(_: ModuleType) -> None:
+    """Register with transformers as soon as its modelling code is loaded, and not before."""
+    importlib.import_module("tnlm.integrations.huggingface")

@@ -1,0 +1,52 @@
+"""What matrices and whole models cost: parameters, bytes, multiply-adds per token."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.decompositions.base import is_table, macs
+from tnlm.layers.contraction import chain
+from tnlm.network import Cost, Network
+from tnlm.targets import Target
+
+
+def dense_cost(target: Target, itemsize: int) -> Cost:
+    """Return the cost of a target as it is; looking an embedding up takes no multiply-adds."""
+    heads = len(target.tied) if target.kind == "embedding" else 1
+    return Cost(target.params, target.params * itemsize, target.params * heads)
+
+
+def network_cost(target: Target, network: Network, itemsize: int) -> Cost:
+    """Return the cost of a target once a network replaces it."""
+    size = network.params * itemsize + network.index_bytes
+    if target.kind == "linear":
+        return Cost(network.params, size, macs(network))
+    rows = target.shape[0]
+    # A tied head passes through the factors, or rebuilds the rows and multiplies by them.
+    head = target.params + rows * macs(network) if is_table(network) else chain(network).macs
+    return Cost(network.params, size, _row_macs(network) + head * len(target.tied))
+
+
+def _row_macs(network: Network) -> int:
+    """Multiply-adds to build one row of an embedding."""
+    return macs(network) if is_table(network) else chain(network).macs // network.shape[0]
+
+
+def model_cost(model: nn.Module) -> Cost:
+    """Return the cost of a whole model, shared tensors counted once.
+
+    Multiply-adds are those of its linear layers (attention's own products come on top). Factorized
+    layers say their own.
+    """
+    tensors = {id(p): p for p in model.parameters()}.values()
+    counted = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    )
+    return Cost(
+        sum(p.numel() for p in tensors),
+        sum(p.numel() * p.element_size() for p in tensors),
+        counted,
+    )

@@ -1,0 +1,180 @@
+"""compress, plan, report, to_dense: what users call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tnlm.errors import ModelError, OptionError
+from tnlm.integrations.huggingface import TnlmConfig
+from tnlm.pipeline import Data, carry_out, prepare, resume, settle
+from tnlm.planning import Plan
+from tnlm.reporting import Report
+from tnlm.request import make_request
+from tnlm.targets import Selector
+
+
+def compress(
+    model: PreTrainedModel,
+    scheme: str | Plan,
+    *,
+    targets: Selector | None = None,
+    ignore: Selector | None = None,
+    metric: str | None = None,
+    keep: float | None = None,
+    keep_targets: float | None = None,
+    tolerance: float | None = None,
+    max_macs: float = 1.0,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    num_samples: int = 64,
+    max_length: int = 512,
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Compress a model in place, and return it.
+
+    If anything fails, the model is left as it was. The report is at ``tnlm.report(model)``.
+
+    Args:
+        model: any Hugging Face model, not quantized.
+        scheme: a name from ``tnlm.schemes()``, or a plan made by :func:`plan`.
+        targets: the matrices chosen; see :func:`tnlm.targets.select`. The scheme has a default.
+        ignore: matrices left alone, in the same words.
+        metric: ``"identity"`` or ``"input"``, instead of the scheme's own.
+        keep: fraction of the whole model's parameters that remains, tied ones counted once.
+        keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
+        tolerance: relative error allowed to every matrix, in the metric.
+        max_macs: multiply-adds per token of a matrix, at most this multiple of the dense ones.
+        calibration: a list of strings, a text or JSONL file, token ids, a DataLoader or a
+            ``datasets.Dataset``; for schemes that look at data.
+        tokenizer: turns texts into ids.
+        num_samples: windows of calibration data used.
+        max_length: tokens in a window.
+        cache_dir: keeps calibration statistics between runs.
+        seed: draws the windows.
+        progress: show progress bars.
+        **options: the format's own: ``rank``, ``terms``, ``ranks``, ``out_split``, ``in_split``,
+            ``gauge``; integers or lists of integers.
+
+    Returns:
+        The same model, whose chosen modules are factorized.
+
+    Raises:
+        TnlmError: one of its children, before the model is changed.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> model = compress(LlamaForCausalLM(tiny), "svd", keep_targets=0.5)
+        >>> model.model.layers[0].mlp.up_proj.right
+        Linear(in_features=16, out_features=6, bias=False)
+    """
+    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed)
+    if isinstance(scheme, Plan):
+        _only_plan(targets, ignore, metric, keep, keep_targets, tolerance, max_macs, options)
+        decided, job = scheme, resume(model, scheme, data, progress)
+    else:
+        request = make_request(
+            scheme,
+            metric=metric,
+            keep=keep,
+            keep_targets=keep_targets,
+            tolerance=tolerance,
+            max_macs=max_macs,
+            options=options,
+        )
+        job = prepare(model, request, targets, ignore, data, progress)
+        decided = settle(model, job, predict=False, progress=progress)
+    return carry_out(model, job, decided, progress)
+
+
+def plan(
+    model: PreTrainedModel,
+    scheme: str,
+    *,
+    targets: Selector | None = None,
+    ignore: Selector | None = None,
+    metric: str | None = None,
+    keep: float | None = None,
+    keep_targets: float | None = None,
+    tolerance: float | None = None,
+    max_macs: float = 1.0,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    num_samples: int = 64,
+    max_length: int = 512,
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> Plan:
+    """Decide what :func:`compress` would do, with predicted errors; no weight changes.
+
+    The arguments are those of :func:`compress`.
+
+    Returns:
+        A plan that prints as a table, round-trips through JSON, and can be given to
+        :func:`compress` in place of the scheme.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> decided = plan(LlamaForCausalLM(tiny), "kron", terms=2, targets=["up_proj"])
+        >>> decided.layers[0].format, decided.layers[0].keep <= 0.8
+        ('kronecker', True)
+    """
+    request = make_request(
+        scheme,
+        metric=metric,
+        keep=keep,
+        keep_targets=keep_targets,
+        tolerance=tolerance,
+        max_macs=max_macs,
+        options=options,
+    )
+    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed)
+    job = prepare(model, request, targets, ignore, data, progress)
+    return settle(model, job, predict=True, progress=progress)
+
+
+def report(model: PreTrainedModel) -> Report:
+    """Return the report of the compression that made a model in this process.
+
+    Raises:
+        ModelError: if the model was not compressed here; a saved one has ``tnlm_report.json``.
+    """
+    found = getattr(model, "tnlm_report", None)
+    if not isinstance(found, Report):
+        raise ModelError(
+            "this model was not compressed in this process; tnlm.save writes the report"
+        )
+    return found
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a compressed model into an ordinary dense one, in place, and return it.
+
+    The result computes the same function and loads anywhere without tnlm.
+
+    Raises:
+        ModelError: if the model is not compressed.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, TnlmConfig):
+        raise ModelError("the model is not compressed by tnlm")
+    dense: PreTrainedModel = model.dequantize()
+    vars(dense).pop("tnlm_report", None)
+    return dense
+
+
+def _only_plan(*given: Any) -> None:
+    defaults = (None, None, None, None, None, None, 1.0, {})
+    if given != defaults:
+        raise OptionError("a plan holds targets, budget and options already; give it alone")

@@ -1,0 +1,1 @@
+"""Data, statistics, and the metrics made from them."""

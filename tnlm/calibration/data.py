@@ -1,0 +1,274 @@
+"""Turn texts or token ids of many kinds into one list of token batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tnlm.calibration.text import read_text, tokenize
+from tnlm.errors import CalibrationError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Batch", "count_tokens", "fingerprint", "read_text", "token_batches"]
+
+Batch = dict[str, Tensor]
+"""``input_ids`` and ``attention_mask``, int64, both ``(sequences, length)``."""
+
+_T = TypeVar("_T")
+_ALLOWED = (
+    "a list of strings, the path of a text or .jsonl file, a tensor or list of token ids, "
+    "a DataLoader, or a datasets.Dataset with a column 'input_ids' or 'text'"
+)
+
+
+class _Row(NamedTuple):
+    """One sequence: its token ids and its mask, both ``(length,)``."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def token_batches(
+    calibration: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    num_samples: int = 64,
+    max_length: int = 512,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> list[Batch]:
+    """Turn calibration data of any accepted kind into token batches on the CPU.
+
+    Texts (strings, files, a ``text`` column) are joined by blank lines and tokenised once without
+    special tokens; these ids, and 1-D ids, are cut into full windows without overlap. Sequences
+    (2-D ids, lists, DataLoaders, an ``input_ids`` column) stay rows, with their masks.
+
+    Args:
+        calibration: texts, the path of a text or ``.jsonl`` file, ids, or a loader or dataset.
+        tokenizer: needed for text only.
+        num_samples: sequences drawn at most, in the data's order; a DataLoader gives its first.
+        max_length: tokens of a window, and at most of a row.
+        batch_size: sequences in a batch; shorter rows are padded on the right and masked.
+        seed: chooses the sequences when there are more than ``num_samples``.
+
+    Example:
+        >>> batches = token_batches(torch.arange(10), max_length=4)
+        >>> [batch["input_ids"].tolist() for batch in batches]
+        [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    """
+    _check_positive(num_samples=num_samples, max_length=max_length, batch_size=batch_size)
+    if isinstance(calibration, DataLoader):
+        rows = _first_rows(calibration, num_samples, max_length)
+    elif hasattr(calibration, "column_names") and not isinstance(calibration, Mapping):
+        rows = _dataset_rows(calibration, tokenizer, num_samples, max_length, seed)
+    else:
+        rows = _rows(calibration, tokenizer, max_length)
+    if not rows:
+        raise CalibrationError(f"calibration holds no tokens; give {_ALLOWED}")
+    rows = _draw(rows, num_samples, seed)
+    return [_collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+def count_tokens(batches: Iterable[Batch]) -> int:
+    """Count the tokens that are not masked.
+
+    Example:
+        >>> count_tokens(token_batches([[5, 6, 7], [8]], batch_size=2))
+        4
+    """
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+
+def fingerprint(batches: Iterable[Batch]) -> str:
+    """Name the contents of the batches: the same tokens and masks give the same SHA-256.
+
+    Example:
+        >>> a, b = (token_batches(torch.arange(n), max_length=4) for n in (8, 9))
+        >>> fingerprint(a) == fingerprint(b)
+        True
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in ("input_ids", "attention_mask"):
+            tensor = batch[name].to("cpu", torch.int64).contiguous()
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_positive(**options: int) -> None:
+    """Refuse counts below 1."""
+    for name, value in options.items():
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name}={value!r}, but it must be an integer of at least 1")
+
+
+def _rows(data: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[_Row]:
+    """Return the sequences of data that is at hand: text, a file, ids or a list of these."""
+    if isinstance(data, str | Path):
+        return _text_windows(read_text(_existing(data)), tokenizer, max_length)
+    if isinstance(data, Mapping):
+        return _sequence_rows(data, max_length)
+    if isinstance(data, list | tuple):
+        if any(isinstance(item, str) for item in data):
+            return _text_windows(_join(data), tokenizer, max_length)
+        if not all(isinstance(item, int | np.integer) for item in data):
+            return [row for item in data for row in _sequence_rows(item, max_length)]
+    if isinstance(data, list | tuple | np.ndarray | Tensor):
+        ids = _token_ids(data)
+        return _windows(ids, max_length) if ids.ndim == 1 else _sequence_rows(ids, max_length)
+    raise CalibrationError(f"calibration is a {type(data).__name__}, but must be {_ALLOWED}")
+
+
+def _existing(path: str | Path) -> Path:
+    """Return a path that is a file; a string that is none was probably meant as a text."""
+    try:
+        found = Path(path).is_file()
+    except OSError:  # a text is longer than the system lets a file name be
+        found = False
+    if found:
+        return Path(path)
+    shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
+    raise CalibrationError(
+        f"calibration={shown!r} is not an existing file; to give a text, put it in a list: [text]"
+    )
+
+
+def _join(texts: Sequence[Any]) -> str:
+    """Join texts by blank lines."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"calibration mixes strings with a {type(text).__name__}; give strings only"
+            )
+    return "\n\n".join(texts)
+
+
+def _text_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+) -> list[_Row]:
+    """Tokenise a text and cut it into windows."""
+    if tokenizer is None:
+        raise CalibrationError("calibration is text, which needs the model's tokenizer: tokenizer=")
+    return _windows(tokenize(text, tokenizer), max_length) if text.strip() else []
+
+
+def _windows(ids: Tensor, length: int) -> list[_Row]:
+    """Cut ids ``(tokens,)`` into full windows without overlap."""
+    if 0 < len(ids) < length:
+        raise CalibrationError(
+            f"calibration has {len(ids)} tokens, fewer than one window of max_length={length}; "
+            f"use max_length<={len(ids)} or give more text"
+        )
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    return [_Row(window, torch.ones_like(window)) for window in windows]
+
+
+def _first_rows(loader: DataLoader[Any], count: int, max_length: int) -> list[_Row]:
+    """Return the first sequences of a DataLoader, and read no further."""
+    rows: list[_Row] = []
+    for item in loader:
+        rows += _sequence_rows(item, max_length)
+        if len(rows) >= count:
+            break
+    return rows[:count]
+
+
+def _dataset_rows(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    count: int,
+    max_length: int,
+    seed: int,
+) -> list[_Row]:
+    """Return sequences of a ``datasets.Dataset``; only the ``input_ids`` drawn are read."""
+    columns = dataset.column_names or []
+    if not hasattr(dataset, "__len__"):
+        raise CalibrationError(
+            "calibration is a streamed dataset; give a list, e.g. [row['text'] for row in "
+            "dataset.take(1000)]"
+        )
+    if "input_ids" in columns:
+        drawn = _draw(range(len(dataset)), count, seed)
+        return [row for i in drawn for row in _sequence_rows(dataset[i], max_length)]
+    if "text" in columns:
+        return _text_windows(_join(list(dataset["text"])), tokenizer, max_length)
+    raise CalibrationError(
+        f"the calibration dataset has the columns {columns}; it needs 'input_ids' or 'text'"
+    )
+
+
+def _sequence_rows(item: Any, max_length: int) -> list[_Row]:
+    """Return the sequences of one item: ids ``(length,)`` or ``(rows, length)``, maybe with a mask.
+
+    Padding at both ends is dropped before a row is cut to ``max_length``, so that a row padded on
+    the left keeps its tokens; a row without tokens is dropped.
+    """
+    mask = None
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise CalibrationError(f"a batch has the keys {list(item)}; it needs 'input_ids'")
+        item, mask = item["input_ids"], item.get("attention_mask")
+    elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
+        item = item[0]  # what a TensorDataset yields
+    ids = _token_ids(item)
+    if ids.numel() == 0:
+        return []
+    kept = torch.ones_like(ids) if mask is None else (torch.as_tensor(mask).cpu() != 0).long()
+    if ids.ndim not in (1, 2) or kept.shape != ids.shape:
+        raise CalibrationError(
+            f"token ids of shape {tuple(ids.shape)} with a mask of shape {tuple(kept.shape)}; "
+            "both must be (length,) or (sequences, length)"
+        )
+    rows = zip(ids.reshape(-1, ids.shape[-1]), kept.reshape(-1, ids.shape[-1]), strict=True)
+    spans = [(row, keep, keep.nonzero().flatten().tolist()) for row, keep in rows]
+    return [
+        _Row(row[at[0] : at[-1] + 1][:max_length], keep[at[0] : at[-1] + 1][:max_length])
+        for row, keep, at in spans
+        if at
+    ]
+
+
+def _token_ids(value: Any) -> Tensor:
+    """Return token ids as an int64 tensor on the CPU, or say why they are none."""
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise CalibrationError(
+            f"calibration holds a {type(value).__name__} that is no token ids ({err}); "
+            f"give {_ALLOWED}"
+        ) from err
+    if ids.numel() == 0:
+        return ids.to("cpu", torch.int64)
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise CalibrationError(f"token ids must be integers, got {ids.dtype}")
+    if int(ids.min()) < 0:
+        raise CalibrationError(f"token ids must not be negative, got {int(ids.min())}")
+    return ids.to("cpu", torch.int64)
+
+
+def _draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
+    """Draw at most ``count`` items without replacement, in their own order."""
+    if len(items) <= count:
+        return list(items)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(items), generator=generator)[:count].sort().values
+    return [items[i] for i in chosen.tolist()]
+
+
+def _collate(rows: Sequence[_Row]) -> Batch:
+    """Stack rows into one batch, padded on the right to the longest."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([row.ids for row in rows], batch_first=True),
+        "attention_mask": pad([row.mask for row in rows], batch_first=True),
+    }

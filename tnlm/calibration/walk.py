@@ -1,0 +1,211 @@
+"""Runs calibration data through a model, block by block where the model allows it.
+
+Walking keeps the hidden states of all batches and finishes one block after another, so that only
+one block's statistics are in memory. It needs a single stack of blocks and batches of one shape
+without padding; one batch is checked against the whole model first. Anything else takes the plain
+way, whole forward passes with hooks on every module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tnlm.calibration.data import Batch
+
+logger = logging.getLogger("tnlm")
+
+See = Callable[[str, Tensor, Tensor | None], None]
+"""Called with a watched module's name, its input, and the padding mask if there is padding."""
+
+Blocks = list[tuple[str, nn.Module]]
+
+
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass once the first block's input is known."""
+
+
+def stream(
+    model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch], see: See
+) -> Iterator[float]:
+    """Show the inputs of modules to ``see``, batch by batch.
+
+    Yields:
+        The batches done since the last yield, as a fraction of whole passes; 0 when the modules
+        seen so far are complete.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            blocks = _blocks(model, modules)
+            inside = [n for n in modules if any(n.startswith(b + ".") for b, _ in blocks)]
+            calls = _check_walk(model, blocks, batches) if blocks else None
+            outside = list(modules) if calls is None else [n for n in modules if n not in inside]
+            if calls is not None:
+                yield from _walk(model, blocks, inside, batches, calls, see)
+            if outside:
+                yield from _whole(model, outside, batches, see)
+    finally:
+        model.train(training)
+
+
+def _whole(
+    model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch], see: See
+) -> Iterator[float]:
+    for batch in batches:
+        mask = batch["attention_mask"]
+        padding = None if bool(mask.all()) else mask
+        with _watched(model, modules, see, padding):
+            _run(model, batch, modules)
+        yield 1.0
+    yield 0.0
+
+
+def _walk(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    modules: Sequence[str],
+    batches: Sequence[Batch],
+    calls: list[tuple[Any, Any]],
+    see: See,
+) -> Iterator[float]:
+    hidden = [_block_input(model, blocks, batch) for batch in batches]
+    for (name, block), call in zip(blocks, calls, strict=True):
+        inside = [module for module in modules if module.startswith(name + ".")]
+        with _watched(model, inside, see, None):
+            for index, state in enumerate(hidden):
+                hidden[index] = _call(block, state, call)
+                yield 1.0 / len(blocks)
+        yield 0.0
+
+
+def _blocks(model: nn.Module, modules: Sequence[str]) -> Blocks:
+    """Return the blocks of the one list that holds watched modules, or nothing if not just one."""
+    stacks = {
+        name: stack
+        for name, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList) and any(m.startswith(name + ".") for m in modules)
+    }
+    outer = [n for n in stacks if not any(n.startswith(other + ".") for other in stacks)]
+    if len(outer) != 1:
+        return []
+    return [(f"{outer[0]}.{index}", block) for index, block in enumerate(stacks[outer[0]])]
+
+
+def _check_walk(
+    model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch]
+) -> list[tuple[Any, Any]] | None:
+    """Return every block's further arguments, or None if walking would not give the same states."""
+    shapes = {tuple(batch["input_ids"].shape) for batch in batches}
+    if len(shapes) > 1 or not all(bool(batch["attention_mask"].all()) for batch in batches):
+        return None
+    calls, _, _ = _record(model, blocks, batches[0])
+    _, state, expected = _record(model, blocks, batches[-1])
+    if calls is None or state is None or len(calls) != len(blocks):
+        return None
+    for (_, block), call in zip(blocks, calls, strict=True):
+        state = _call(block, state, call)
+    if state.shape == expected.shape and torch.allclose(state, expected, rtol=1e-3, atol=1e-4):
+        return calls
+    logger.info("blocks depend on more than the hidden state: calibrating with whole passes")
+    return None
+
+
+def _record(
+    model: PreTrainedModel, blocks: Blocks, batch: Batch
+) -> tuple[list[tuple[Any, Any]] | None, Tensor | None, Tensor]:
+    """Run one batch; return each block's further arguments, the first input and the last output."""
+    calls: list[tuple[Any, Any]] = []
+    first: list[Tensor | None] = []
+    last: list[Any] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state, rest, named = _take_state(args, kwargs)
+        first.append(state)
+        calls.append((rest, named))
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        last.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for _, block in blocks]
+    handles.append(blocks[-1][1].register_forward_hook(after))
+    try:
+        _run(model, batch, [blocks[0][0]])
+    finally:
+        for handle in handles:
+            handle.remove()
+    known = first and all(state is not None for state in first)
+    return calls if known else None, first[0] if known else None, last[-1]
+
+
+def _block_input(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> Tensor:
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state, _, _ = _take_state(args, kwargs)
+        if state is not None:
+            found.append(state)
+        raise _Stop
+
+    handle = blocks[0][1].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with contextlib.suppress(_Stop):
+            _run(model, batch, [blocks[0][0]])
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _take_state(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor | None, tuple[Any, ...], dict[str, Any]]:
+    """Split a block's arguments into the hidden state and the rest."""
+    if args and isinstance(args[0], Tensor):
+        return args[0], args[1:], kwargs
+    state = kwargs.get("hidden_states")
+    rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    return state if isinstance(state, Tensor) else None, args, rest
+
+
+def _call(block: nn.Module, state: Tensor, call: tuple[Any, Any]) -> Tensor:
+    output = block(state, *call[0], **call[1])
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def _run(model: PreTrainedModel, batch: Batch, modules: Sequence[str]) -> None:
+    """Run a batch, without the output head unless a watched module needs it."""
+    inner = f"{model.base_model_prefix}."
+    body = model.base_model if all(name.startswith(inner) for name in modules) else model
+    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    if getattr(model.config, "use_cache", None) is not None:
+        body(**inputs, use_cache=False)
+    else:
+        body(**inputs)
+
+
+@contextlib.contextmanager
+def _watched(
+    model: nn.Module, modules: Sequence[str], see: See, mask: Tensor | None
+) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(name, args[0], mask)
+
+        return before
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,28 @@
+"""Formats: the structures that can replace a matrix, one file each, found by looking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tnlm.decompositions.base import Format
+from tnlm.registry import discover, lookup
+
+
+def formats() -> dict[str, Format[Any]]:
+    """Return every format by name.
+
+    Example:
+        >>> "kronecker" in formats()
+        True
+    """
+    return discover(__name__, "FORMAT")
+
+
+def get_format(name: str) -> Format[Any]:
+    """Return a format by name.
+
+    Raises:
+        OptionError: for an unknown name, with the close and the allowed ones.
+    """
+    found: Format[Any] = lookup("format", name, formats())
+    return found

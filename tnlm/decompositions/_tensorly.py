@@ -1,0 +1,71 @@
+"""The only place that calls tensorly: its PyTorch backend, for this thread, on integer ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnlm.decompositions.linalg import truncated_svd
+
+
+@contextmanager
+def _torch_backend() -> Iterator[None]:
+    """Use tensorly on torch tensors; other threads and the caller keep their backend."""
+    import tensorly  # imported here: it takes half a second, and most schemes do not need it
+
+    previous = tensorly.get_backend()
+    tensorly.set_backend("pytorch", local_threadsafe=True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        tensorly.set_backend(previous, local_threadsafe=True)
+
+
+def _svd(matrix: Tensor, n_eigenvecs: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Our truncated SVD under the signature that tensorly expects of a callable."""
+    svd = truncated_svd(matrix, n_eigenvecs)
+    return svd.u, svd.s, svd.vh
+
+
+def hosvd(tensor: Tensor, ranks: Sequence[int], modes: Sequence[int]) -> list[Tensor]:
+    """Return the HOSVD factors ``(size, rank)`` of some modes of a tensor.
+
+    Source: De Lathauwer, De Moor and Vandewalle, 2000.
+    """
+    from tensorly.decomposition import partial_tucker
+
+    with _torch_backend():
+        # No iteration: tensorly's HOOI ignores the SVD it is given, so the sweeps are ours.
+        (_, factors), _ = partial_tucker(
+            tensor, list(ranks), modes=list(modes), n_iter_max=0, init="svd", svd=_svd
+        )
+    return list(factors)
+
+
+def multi_mode_dot(tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[int]) -> Tensor:
+    """Return the tensor with each mode multiplied by its factor, transposed: the core."""
+    import tensorly.tenalg
+
+    with _torch_backend():
+        core: Tensor = tensorly.tenalg.multi_mode_dot(tensor, factors, modes=modes, transpose=True)
+    return core
+
+
+def tt_matrix(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Return TT-matrix cores ``(rank, out, in, rank)`` by TT-SVD.
+
+    Args:
+        tensor: all out modes, then all in modes.
+        ranks: one for each inner bond.
+
+    Source: Oseledets, "Tensor-train decomposition", 2011; the matrix form: 2010.
+    """
+    from tensorly.decomposition import tensor_train_matrix
+
+    with _torch_backend():
+        return list(tensor_train_matrix(tensor, [1, *ranks, 1], svd=_svd).factors)

@@ -1,0 +1,170 @@
+"""The contract of a format: what one file must say to add a structure to the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from tnlm.calibration.metrics import Metric
+from tnlm.errors import OptionError, RankError, did_you_mean
+from tnlm.layers.contraction import chain, pairwise
+from tnlm.network import Factors, Network
+
+S = TypeVar("S")
+Shape = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The most that one matrix may cost: numbers stored, and multiply-adds per token."""
+
+    params: float = math.inf
+    macs: float = math.inf
+
+    def allows(self, network: Network) -> bool:
+        """Tell whether a network is within both limits."""
+        return network.params <= self.params and macs(network) <= self.macs
+
+
+def macs(network: Network) -> int:
+    """Return the multiply-adds per token of the cheapest way to apply a network.
+
+    A table of rows (an embedding, whose row mode may stand in several factors) is priced as the
+    rows it builds: the cost of one row.
+    """
+    if is_table(network):
+        return pairwise(dataclasses.replace(network, sizes={**network.sizes, network.out: 1})).macs
+    return chain(network).macs
+
+
+def is_table(network: Network) -> bool:
+    """Tell whether the row mode stands in several factors, so that only rows can be built."""
+    return sum(network.out in modes for modes in network.factors.values()) > 1
+
+
+class Format(ABC, Generic[S]):
+    """A structure that can replace a matrix.
+
+    A format declares its tensor network, fits it, and lists the specs worth trying within a
+    budget. Cost, reconstruction, execution, storage and the contract tests follow from these.
+
+    Attributes:
+        name: what users and files call it.
+        title: one line for tables.
+        spec: a frozen dataclass of plain values (int, bool, tuples of int) that fixes the network.
+        metrics: names of the metrics that :meth:`fit` is optimal or exact for.
+        kinds: what it can replace: ``"linear"`` weights, ``"embedding"`` tables, or both.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    spec: type[S]
+    metrics: ClassVar[frozenset[str]] = frozenset({"identity"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    @abstractmethod
+    def network(self, shape: Shape, spec: S) -> Network:
+        """Return the network of a spec for an ``(out, in)`` matrix.
+
+        Raises:
+            RankError: if the matrix cannot have this spec; says what it can have.
+        """
+
+    @abstractmethod
+    def fit(self, weight: Tensor, metric: Metric, spec: S) -> Factors:
+        """Return every factor in full, float64, as near to ``weight`` as the format knows how."""
+
+    @abstractmethod
+    def candidates(self, shape: Shape, options: Mapping[str, Any], budget: Budget) -> Sequence[S]:
+        """Return the largest specs within a budget that agree with the options given.
+
+        Args:
+            shape: ``(out, in)``.
+            options: values of some fields of the spec.
+            budget: what the matrix may cost.
+        """
+
+    @abstractmethod
+    def within(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
+    ) -> Sequence[S]:
+        """Return small specs whose relative error is at most ``tolerance``."""
+
+    def errors(self, weight: Tensor, metric: Metric, specs: Sequence[S]) -> list[float]:
+        """Return the relative error of each spec; by default each is fitted and measured."""
+        return [
+            metric.relative(weight, self.reconstruct(tuple(weight.shape), spec, fitted))
+            for spec in specs
+            for fitted in [self.fit(weight, metric, spec)]
+        ]
+
+    def reconstruct(self, shape: Shape, spec: S, factors: Factors) -> Tensor:
+        """Return the ``(out, in)`` matrix that full factors stand for."""
+        network = self.network(shape, spec)
+        table = pairwise(network)([factors[name] for name in network.factors])
+        return table.reshape(shape)
+
+
+def to_dict(spec: Any) -> dict[str, Any]:
+    """Return a spec as plain JSON values."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(spec).items()
+    }
+
+
+def from_dict(kind: type[S], values: Mapping[str, Any]) -> S:
+    """Build a spec from plain values, checking every name and type.
+
+    Raises:
+        OptionError: for an unknown, missing or ill-typed field.
+    """
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            raise OptionError(f"unknown option {key!r}{did_you_mean(key, hints)}")
+        _check(key, value, hints[key])
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return kind(**known)
+    except TypeError as error:
+        raise OptionError(f"{kind.__name__}: {error}; given: {sorted(values)}") from error
+
+
+def _check(key: str, value: Any, hint: Any) -> None:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return
+    if bool in allowed:
+        good = isinstance(value, bool)
+    elif int in allowed:
+        good = _is_count(value)
+    else:
+        good = isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_count, value))
+    if not good:
+        wanted = "true or false" if bool in allowed else "a whole number >= 1"
+        wanted = wanted if bool in allowed or int in allowed else f"a list, each {wanted}"
+        raise OptionError(f"{key}={value!r}; allowed: {wanted}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_split(name: str, split: Sequence[int], size: int) -> None:
+    """Raise `RankError` unless the modes of a split multiply to ``size``."""
+    if math.prod(split) != size:
+        raise RankError(f"{name}={tuple(split)} multiplies to {math.prod(split)}, not to {size}")
+
+
+def as_tensor(weight: Tensor, *splits: Sequence[int]) -> Tensor:
+    """Return the weight in float64, reshaped to the modes of its splits."""
+    return weight.detach().to(torch.float64).reshape([size for split in splits for size in split])

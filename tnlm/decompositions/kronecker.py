@@ -1,0 +1,186 @@
+"""Sum of Kronecker products: W = sum over t of kron(left[t], right[t])."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnlm.calibration.metrics import Metric
+from tnlm.decompositions.base import Budget, Format, Shape, check_split, macs
+from tnlm.decompositions.linalg import energies, rank_for, tails, truncated_svd
+from tnlm.decompositions.rearrange import Split, divisor_pairs, rearrange, sample
+from tnlm.errors import RankError
+from tnlm.network import Factors, Gauge, Network
+
+FINALISTS = 12
+"""Splits that are scored exactly after all of them were screened on a sample."""
+
+SCREEN_ENTRIES = 2**15
+"""About how many entries of the matrix the screening of one split looks at."""
+
+
+@dataclass(frozen=True)
+class KroneckerSpec:
+    """How many products, and how the outputs and inputs split into (outer, inner)."""
+
+    terms: int
+    out_split: tuple[int, ...]
+    in_split: tuple[int, ...]
+    gauge: bool = True
+
+
+class Kronecker(Format[KroneckerSpec]):
+    """The nearest sum of Kronecker products: a truncated SVD of the rearranged matrix.
+
+    The splits (out, 1) x (1, in) make it ordinary low rank; two-core tensor trains are the same
+    family. Source: Van Loan and Pitsianis, 1993; used by KnGPT2, Shapeshifter and Krony-PT.
+
+    Example:
+        >>> weight = torch.kron(torch.randn(2, 3), torch.randn(3, 2))
+        >>> spec = KroneckerSpec(terms=1, out_split=(2, 3), in_split=(3, 2))
+        >>> factors = FORMAT.fit(weight, Metric(), spec)
+        >>> bool(torch.allclose(FORMAT.reconstruct((6, 6), spec, factors), weight.double()))
+        True
+    """
+
+    name = "kronecker"
+    title = "sum of Kronecker products"
+    spec = KroneckerSpec
+
+    def network(self, shape: Shape, spec: KroneckerSpec) -> Network:
+        """Return ``tac,tbd->abcd``, gauge-fixed on the smaller factor."""
+        if len(spec.out_split) != 2 or len(spec.in_split) != 2:
+            raise RankError(f"out_split={spec.out_split}, in_split={spec.in_split}; two sizes each")
+        check_split("out_split", spec.out_split, shape[0])
+        check_split("in_split", spec.in_split, shape[1])
+        (a, b), (c, d) = spec.out_split, spec.in_split
+        if spec.terms > min(a * c, b * d):
+            raise RankError(
+                f"terms={spec.terms}, but a {shape[0]}x{shape[1]} matrix with out_split={(a, b)}, "
+                f"in_split={(c, d)} has at most {min(a * c, b * d)}; use fewer terms or other splits"
+            )
+        sizes = {"t": spec.terms, "a": a, "b": b, "c": c, "d": d}
+        gauge = Gauge("right" if b * d <= a * c else "left", "t") if spec.gauge else None
+        return Network({"left": "tac", "right": "tbd"}, "ab", "cd", sizes, gauge)
+
+    def fit(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> Factors:
+        """Keep the leading singular triplets of R(W), each side scaled by the root of sigma."""
+        (a, b), (c, d) = spec.out_split, spec.in_split
+        svd = truncated_svd(rearrange(weight.double(), spec.out_split, spec.in_split), spec.terms)
+        root = svd.s.sqrt()
+        return {
+            "left": (svd.u * root).T.reshape(-1, a, c),
+            "right": (root[:, None] * svd.vh).reshape(-1, b, d),
+        }
+
+    def candidates(
+        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+    ) -> Sequence[KroneckerSpec]:
+        """Return, for every split, the terms asked for or the most that the budget allows."""
+        found = [
+            spec
+            for splits in _splits(shape, options)
+            if (spec := self._largest(shape, splits, options, budget)) is not None
+        ]
+        if not found and options.get("terms") is not None:
+            self._check_terms(shape, options)
+        return found
+
+    def _largest(
+        self, shape: Shape, splits: tuple[Split, Split], options: Mapping[str, Any], budget: Budget
+    ) -> KroneckerSpec | None:
+        (a, b), (c, d) = splits
+        most = min(a * c, b * d)
+        gauge = options.get("gauge", True)
+        one = self.network(shape, KroneckerSpec(1, *splits, gauge=gauge))
+        most = int(
+            min(most, _most_terms(a * c + b * d, budget.params, gauge), budget.macs // macs(one))
+        )
+        terms = options.get("terms") or most
+        return KroneckerSpec(terms, *splits, gauge=gauge) if 1 <= terms <= most else None
+
+    def _check_terms(self, shape: Shape, options: Mapping[str, Any]) -> None:
+        most = max(min(a * c, b * d) for (a, b), (c, d) in _splits(shape, options))
+        if options["terms"] > most:
+            raise RankError(
+                f"terms={options['terms']}; a {shape[0]}x{shape[1]} matrix has at most {most} in any "
+                "of the splits allowed"
+            )
+
+    def within(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
+    ) -> Sequence[KroneckerSpec]:
+        """Return, for every split, the fewest terms whose tail is within the tolerance."""
+        gauge = options.get("gauge", True)
+        return [
+            KroneckerSpec(rank_for(_energy(rows), tolerance), *splits, gauge=gauge)
+            for splits in _splits(tuple(weight.shape), options)
+            for rows in [rearrange(weight.double(), *splits)]
+        ]
+
+    def errors(self, weight: Tensor, metric: Metric, specs: Sequence[KroneckerSpec]) -> list[float]:
+        """Return the tail of R(W)'s spectrum for each spec.
+
+        With many specs, all are screened on a sample of the matrix first; those that are not
+        among the best ``FINALISTS`` are given infinity.
+        """
+        if len(specs) > FINALISTS:
+            guesses = [_screen(weight, spec) for spec in specs]
+            bar = sorted(guesses)[FINALISTS - 1]
+        else:
+            guesses, bar = [0.0] * len(specs), 0.0
+        return [
+            self._tail(weight, spec) if guess <= bar else math.inf
+            for spec, guess in zip(specs, guesses, strict=True)
+        ]
+
+    def _tail(self, weight: Tensor, spec: KroneckerSpec) -> float:
+        tail = tails(_energy(rearrange(weight.double(), spec.out_split, spec.in_split)))
+        return (float(tail[spec.terms]) / (float(tail[0]) or 1.0)) ** 0.5
+
+
+def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[tuple[Split, Split]]:
+    """Yield every pair of splits, or those that the options fix."""
+    given_out, given_in = options.get("out_split"), options.get("in_split")
+    for out in [tuple(given_out)] if given_out else divisor_pairs(shape[0]):
+        for inp in [tuple(given_in)] if given_in else divisor_pairs(shape[1]):
+            yield out, inp  # type: ignore[misc]
+
+
+def _most_terms(numbers: int, params: float, gauge: bool) -> float:
+    """Return the largest t with ``t * numbers - t**2 <= params`` (no square without a gauge)."""
+    if not gauge:
+        return params // numbers
+    root = numbers**2 - 4 * params
+    return math.inf if root < 0 else (numbers - math.sqrt(root)) // 2
+
+
+def _energy(rows: Tensor) -> Tensor:
+    return energies(rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows)
+
+
+def _screen(weight: Tensor, spec: KroneckerSpec) -> float:
+    """Estimate the relative squared error from evenly spaced blocks of the matrix."""
+    (a, b), (c, d) = spec.out_split, spec.in_split
+    short = min(a * c, b * d)
+    rows = sample(weight, (a, b), (c, d), max(4 * spec.terms, SCREEN_ENTRIES // short)).float()
+    if rows.shape[0] > rows.shape[1]:
+        rows = rows.T
+    total = float(rows.square().sum())
+    width = spec.terms + 8
+    if 4 * width < rows.shape[0]:
+        # The leading subspace by one power iteration: cheaper than all eigenvalues.
+        start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(0))
+        basis = torch.linalg.qr(rows @ start.to(rows))[0]
+        basis = torch.linalg.qr(rows @ (rows.T @ basis))[0]
+        rows = basis.T @ rows
+    kept = float(energies(rows @ rows.T)[: spec.terms].sum())
+    return 1.0 - kept / total if total > 0 else 0.0
+
+
+FORMAT = Kronecker()

@@ -1,0 +1,82 @@
+"""How sizes split into modes, and how far ranks can be scaled within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+STEPS = 256
+"""How finely the common scale of several ranks is searched."""
+
+
+@cache
+def balanced_split(size: int, parts: int) -> tuple[int, ...]:
+    """Return ``parts`` whole numbers that multiply to ``size``, as equal as they can be.
+
+    A prime gives ones beside itself: the plan shows such a split, nothing is padded.
+
+    Example:
+        >>> balanced_split(576, 2), balanced_split(576, 3), balanced_split(7, 2)
+        ((24, 24), (8, 8, 9), (1, 7))
+    """
+    if parts == 1:
+        return (size,)
+    options = [
+        tuple(sorted((first, *balanced_split(size // first, parts - 1))))
+        for first in range(1, math.isqrt(size) + 1)
+        if size % first == 0
+    ]
+    return min(options, key=lambda split: (max(split), -min(split)))
+
+
+def largest_within(
+    ranks_at: Callable[[float], tuple[int, ...]], fits: Callable[[tuple[int, ...]], bool]
+) -> tuple[int, ...] | None:
+    """Return the largest ranks on a scale from 0 to 1 that fit, or None if even the least do not.
+
+    Args:
+        ranks_at: ranks for a scale in (0, 1], growing with it.
+        fits: whether ranks are within the budget.
+    """
+    low, high = 0, STEPS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(ranks_at(middle / STEPS)) else (low, middle - 1)
+    if low:
+        return ranks_at(low / STEPS)
+    least = ranks_at(1e-9)
+    return least if fits(least) else None
+
+
+def scaled(limits: tuple[int, ...], scale: float) -> tuple[int, ...]:
+    """Return each limit times ``scale``, rounded up, at least 1.
+
+    Example:
+        >>> scaled((10, 4), 0.5)
+        (5, 2)
+    """
+    return tuple(max(1, min(limit, math.ceil(scale * limit - 1e-9))) for limit in limits)
+
+
+def ranks_at(
+    limits: tuple[int, ...], options: Mapping[str, Any]
+) -> Callable[[float], tuple[int, ...]]:
+    """Return how the ranks of a train grow with a scale: a common cap on every bond.
+
+    ``options["ranks"]``, if given, are used as they are; a single number is the cap.
+
+    Example:
+        >>> ranks_at((4, 8), {})(0.5), ranks_at((4, 8), {"ranks": [6]})(0.5)
+        ((4, 4), (4, 6))
+    """
+    given = options.get("ranks")
+    if given and len(given) > 1:
+        return lambda _: tuple(given)
+
+    def capped(scale: float) -> tuple[int, ...]:
+        cap = given[0] if given else max(1, round(scale * max(limits)))
+        return tuple(min(cap, limit) for limit in limits)
+
+    return capped

@@ -1,0 +1,144 @@
+"""Tensor train of a matrix (MPO): a chain of cores, each with one out mode and one in mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tnlm.calibration.metrics import Metric
+from tnlm.decompositions import _tensorly
+from tnlm.decompositions.base import Budget, Format, Shape, as_tensor, check_split
+from tnlm.decompositions.linalg import energies, rank_for
+from tnlm.decompositions.splits import balanced_split, largest_within, ranks_at
+from tnlm.errors import RankError
+from tnlm.network import Factors, Network
+
+Split = tuple[int, ...]
+OUT, IN, BOND = "abcdefg", "hijklmn", "opqrstu"
+ORDERS = (2, 3)
+"""Numbers of cores that are tried when no split is given."""
+
+
+@dataclass(frozen=True)
+class TensorTrainSpec:
+    """The modes of outputs and inputs, one pair a core, and the rank of every inner bond."""
+
+    out_split: tuple[int, ...]
+    in_split: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+class TensorTrain(Format[TensorTrainSpec]):
+    """TT-SVD of the matrix, reshaped so that core k carries out mode k and in mode k.
+
+    Its squared error is at most the sum of the tails of the unfoldings, hence within
+    sqrt(cores - 1) of the best. Two cores are a sum of Kronecker products.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.randn(6, 4)
+        >>> spec = TensorTrainSpec(out_split=(2, 3), in_split=(2, 2), ranks=(4,))
+        >>> factors = FORMAT.fit(weight, Metric(), spec)
+        >>> bool(torch.allclose(FORMAT.reconstruct((6, 4), spec, factors), weight.double()))
+        True
+    """
+
+    name = "tensor-train"
+    title = "tensor train of the matrix (MPO)"
+    spec = TensorTrainSpec
+
+    def network(self, shape: Shape, spec: TensorTrainSpec) -> Network:
+        """Return a chain of cores ``core0 .. core<d-1>``."""
+        check_split("out_split", spec.out_split, shape[0])
+        check_split("in_split", spec.in_split, shape[1])
+        order = len(spec.out_split)
+        if (
+            not 2 <= order <= len(OUT)
+            or len(spec.in_split) != order
+            or len(spec.ranks) != order - 1
+        ):
+            raise RankError(
+                f"out_split={spec.out_split}, in_split={spec.in_split}, ranks={spec.ranks}; allowed: "
+                f"splits of equal length, 2 to {len(OUT)}, and one rank fewer"
+            )
+        limits = _limits(spec.out_split, spec.in_split)
+        if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
+            raise RankError(f"ranks={spec.ranks}; these splits allow at most {limits}")
+        sizes = dict(zip(OUT, spec.out_split, strict=False))
+        sizes |= dict(zip(IN, spec.in_split, strict=False))
+        sizes |= dict(zip(BOND, spec.ranks, strict=False))
+        bonds = ["", *BOND[: order - 1], ""]
+        factors = {f"core{k}": bonds[k] + OUT[k] + IN[k] + bonds[k + 1] for k in range(order)}
+        return Network(factors, OUT[:order], IN[:order], sizes)
+
+    def fit(self, weight: Tensor, metric: Metric, spec: TensorTrainSpec) -> Factors:
+        """Sweep TT-SVD from the first core to the last."""
+        network = self.network((weight.shape[0], weight.shape[1]), spec)
+        tensor = as_tensor(weight, spec.out_split, spec.in_split)
+        cores = _tensorly.tt_matrix(tensor, spec.ranks)
+        return {
+            name: core.reshape(network.shape_of(name))
+            for name, core in zip(network.factors, cores, strict=True)
+        }
+
+    def candidates(
+        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+    ) -> Sequence[TensorTrainSpec]:
+        """Return, for each split, the ranks asked for or the largest common cap that fits."""
+        found = []
+        for out, inp in _splits(shape, options):
+
+            def fits(ranks: tuple[int, ...], out: Split = out, inp: Split = inp) -> bool:
+                return budget.allows(self.network(shape, TensorTrainSpec(out, inp, ranks)))
+
+            ranks = largest_within(ranks_at(_limits(out, inp), options), fits)
+            if ranks is not None:
+                found.append(TensorTrainSpec(out, inp, ranks))
+        return found
+
+    def within(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
+    ) -> Sequence[TensorTrainSpec]:
+        """Return ranks that leave ``tolerance / sqrt(cores - 1)`` to each unfolding (Oseledets)."""
+        found = []
+        for out, inp in _splits((weight.shape[0], weight.shape[1]), options):
+            share = tolerance / math.sqrt(len(out) - 1)
+            unfoldings = _unfoldings(as_tensor(weight, out, inp))
+            ranks = tuple(rank_for(energies(rows @ rows.T), share) for rows in unfoldings)
+            found.append(TensorTrainSpec(out, inp, ranks))
+        return found
+
+
+def _splits(
+    shape: Shape, options: Mapping[str, Any]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    out, inp = options.get("out_split"), options.get("in_split")
+    lengths = {len(split) for split in (out, inp) if split} or set(ORDERS)
+    for order in sorted(lengths):
+        yield (
+            tuple(out) if out else balanced_split(shape[0], order),
+            tuple(inp) if inp else balanced_split(shape[1], order),
+        )
+
+
+def _limits(out: Sequence[int], inp: Sequence[int]) -> tuple[int, ...]:
+    """Return the largest rank that each inner bond can have."""
+    pairs = [a * b for a, b in zip(out, inp, strict=True)]
+    return tuple(min(math.prod(pairs[:k]), math.prod(pairs[k:])) for k in range(1, len(pairs)))
+
+
+def _unfoldings(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the unfolding at every inner bond, the shorter side first."""
+    order = tensor.dim() // 2
+    paired = tensor.permute([axis for k in range(order) for axis in (k, order + k)])
+    sizes = [paired.shape[2 * k] * paired.shape[2 * k + 1] for k in range(order)]
+    for k in range(1, order):
+        rows = paired.reshape(math.prod(sizes[:k]), -1)
+        yield rows if rows.shape[0] <= rows.shape[1] else rows.T
+
+
+FORMAT = TensorTrain()

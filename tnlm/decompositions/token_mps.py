@@ -1,0 +1,162 @@
+"""Per-token MPS of an embedding: every row is a tensor train of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnlm.calibration.metrics import Metric
+from tnlm.decompositions.base import Budget, Format, Shape, check_split
+from tnlm.decompositions.linalg import rank_for
+from tnlm.decompositions.splits import balanced_split, largest_within, ranks_at
+from tnlm.errors import RankError
+from tnlm.network import Factors, Network
+
+MODES, BOND = "abcdefgh", "pqrstuv"
+ORDERS = (2, 3, 4)
+"""Numbers of modes that are tried when no split is given."""
+SAMPLE = 512
+"""Rows on which splits are compared."""
+CHUNK = 4096
+"""Rows that are decomposed at once."""
+
+
+@dataclass(frozen=True)
+class TokenMPSSpec:
+    """The modes of one row, and the rank of every inner bond, the same for all rows."""
+
+    in_split: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+class TokenMPS(Format[TokenMPSSpec]):
+    """TT-SVD of each row alone, batched over the rows: nothing is shared between tokens.
+
+    Changing one row changes only its own cores. Source: TensorGPT (arXiv 2307.00526). The sweep is
+    our own because tensorly has no batched tensor train; it gives tensorly's result row by row.
+
+    Example:
+        >>> table = torch.randn(10, 6)
+        >>> spec = TokenMPSSpec(in_split=(2, 3), ranks=(2,))
+        >>> factors = FORMAT.fit(table, Metric(), spec)
+        >>> bool(torch.allclose(FORMAT.reconstruct((10, 6), spec, factors), table.double()))
+        True
+    """
+
+    name = "token-mps"
+    title = "one tensor train (MPS) for every row"
+    spec = TokenMPSSpec
+    kinds = frozenset({"embedding"})
+
+    def network(self, shape: Shape, spec: TokenMPSSpec) -> Network:
+        """Return ``zap,zpbq,...->zab..`` with z the row."""
+        check_split("in_split", spec.in_split, shape[1])
+        order = len(spec.in_split)
+        if not 2 <= order <= len(MODES) or len(spec.ranks) != order - 1:
+            raise RankError(
+                f"in_split={spec.in_split}, ranks={spec.ranks}; allowed: 2 to {len(MODES)} modes and "
+                "one rank fewer"
+            )
+        limits = _limits(spec.in_split)
+        if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
+            raise RankError(f"ranks={spec.ranks}; in_split={spec.in_split} allows at most {limits}")
+        sizes = {"z": shape[0]} | dict(zip(MODES, spec.in_split, strict=False))
+        sizes |= dict(zip(BOND, spec.ranks, strict=False))
+        bonds = ["", *BOND[: order - 1], ""]
+        factors = {f"core{k}": "z" + bonds[k] + MODES[k] + bonds[k + 1] for k in range(order)}
+        return Network(factors, "z", MODES[:order], sizes)
+
+    def fit(self, weight: Tensor, metric: Metric, spec: TokenMPSSpec) -> Factors:
+        """Sweep a batched TT-SVD over the modes, some thousand rows at a time."""
+        network = self.network((weight.shape[0], weight.shape[1]), spec)
+        parts = [_sweep(rows.double(), spec) for rows in weight.detach().split(CHUNK)]
+        cores = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        return {
+            name: core.reshape(network.shape_of(name))
+            for name, core in zip(network.factors, cores, strict=True)
+        }
+
+    def candidates(
+        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+    ) -> Sequence[TokenMPSSpec]:
+        """Return, for each split, the ranks asked for or the largest common cap that fits.
+
+        Only the numbers stored are limited: looking a row up costs little in any format.
+        """
+        storage = Budget(params=budget.params)
+        found = []
+        for split in _splits(shape, options):
+
+            def fits(ranks: tuple[int, ...], split: tuple[int, ...] = split) -> bool:
+                return storage.allows(self.network(shape, TokenMPSSpec(split, ranks)))
+
+            ranks = largest_within(ranks_at(_limits(split), options), fits)
+            if ranks is not None:
+                found.append(TokenMPSSpec(split, ranks))
+        return found
+
+    def within(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
+    ) -> Sequence[TokenMPSSpec]:
+        """Return ranks that leave ``tolerance / sqrt(modes - 1)`` to each unfolding, over all rows."""
+        found = []
+        for split in _splits((weight.shape[0], weight.shape[1]), options):
+            share = tolerance / math.sqrt(len(split) - 1)
+            ranks = tuple(
+                rank_for(_pooled_energy(weight, math.prod(split[:k])), share)
+                for k in range(1, len(split))
+            )
+            found.append(TokenMPSSpec(split, ranks))
+        return found
+
+    def errors(self, weight: Tensor, metric: Metric, specs: Sequence[TokenMPSSpec]) -> list[float]:
+        """Return the relative error of each spec, measured on evenly spaced rows."""
+        rows = weight.detach()[:: max(len(weight) // SAMPLE, 1)]
+        return super().errors(rows, metric, specs)
+
+
+def _sweep(rows: Tensor, spec: TokenMPSSpec) -> list[Tensor]:
+    """Return the cores ``(rows, rank, mode, rank)`` of a batch of rows."""
+    count, rank, rest, cores = len(rows), 1, rows, []
+    for size, following in zip(spec.in_split, spec.ranks, strict=False):
+        unfolding = rest.reshape(count, rank * size, -1)
+        u, s, vh = torch.linalg.svd(unfolding, full_matrices=False)
+        kept = min(following, s.shape[1])
+        core = u.new_zeros(count, rank, size, following)
+        core[..., :kept] = u[..., :kept].reshape(count, rank, size, kept)
+        rest = u.new_zeros(count, following, unfolding.shape[2])
+        rest[:, :kept] = s[:, :kept, None] * vh[:, :kept]
+        cores.append(core)
+        rank = following
+    return [*cores, rest.reshape(count, rank, spec.in_split[-1], 1)]
+
+
+def _pooled_energy(weight: Tensor, left: int) -> Tensor:
+    """Return squared singular values of the rows' unfoldings, summed over the rows."""
+    parts = weight.detach().split(CHUNK)
+    return sum(
+        (
+            torch.linalg.svdvals(part.double().reshape(len(part), left, -1)).square().sum(0)
+            for part in parts
+        ),
+        start=weight.new_zeros(1, dtype=torch.float64),
+    )
+
+
+def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
+    if options.get("in_split"):
+        yield tuple(options["in_split"])
+        return
+    yield from dict.fromkeys(balanced_split(shape[1], order) for order in ORDERS)
+
+
+def _limits(split: Sequence[int]) -> tuple[int, ...]:
+    return tuple(min(math.prod(split[:k]), math.prod(split[k:])) for k in range(1, len(split)))
+
+
+FORMAT = TokenMPS()

@@ -1,0 +1,217 @@
+"""Tucker: a small core with one factor for every mode whose rank is reduced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tnlm.calibration.metrics import Metric
+from tnlm.decompositions import _tensorly
+from tnlm.decompositions.base import Budget, Format, Shape, as_tensor, check_split
+from tnlm.decompositions.linalg import energies, rank_for, truncated_svd
+from tnlm.decompositions.splits import balanced_split, largest_within, scaled
+from tnlm.errors import RankError
+from tnlm.network import Factors, Network
+
+Split = tuple[int, ...]
+OPEN, BOND = "abcdefgh", "pqrstuvw"
+SWEEPS, STALL = 10, 1e-6
+"""HOOI stops after so many sweeps, or when the core's energy grows by less than this share."""
+
+
+@dataclass(frozen=True)
+class TuckerSpec:
+    """The modes of outputs and of inputs, and one rank for every mode, outputs first."""
+
+    out_split: tuple[int, ...]
+    in_split: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+class Tucker(Format[TuckerSpec]):
+    """HOSVD, then HOOI sweeps, of the matrix reshaped to its modes.
+
+    A mode of full rank carries no factor (an orthogonal square matrix is absorbed by the core), and
+    a plain matrix, one out mode and one in mode, carries no core: its Tucker form is the
+    truncated SVD. Source: Tucker 1966; De Lathauwer, De Moor and Vandewalle 2000.
+
+    Example:
+        >>> import torch
+        >>> spec = TuckerSpec(out_split=(2, 3), in_split=(5,), ranks=(2, 2, 4))
+        >>> FORMAT.network((6, 5), spec).equation
+        'aqr,bq,cr->abc'
+    """
+
+    name = "tucker"
+    title = "Tucker of the reshaped matrix"
+    spec = TuckerSpec
+
+    def network(self, shape: Shape, spec: TuckerSpec) -> Network:
+        """Return the core (unless the modes are two) and a factor for every reduced mode."""
+        check_split("out_split", spec.out_split, shape[0])
+        check_split("in_split", spec.in_split, shape[1])
+        dims = spec.out_split + spec.in_split
+        if len(spec.ranks) != len(dims) or len(dims) > len(OPEN):
+            raise RankError(
+                f"ranks={spec.ranks} for modes {dims}; allowed: one rank a mode, {len(OPEN)} at most"
+            )
+        limits = _limits(dims, spec.ranks)
+        if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
+            raise RankError(f"ranks={spec.ranks}; modes {dims} allow at most {limits}")
+        sizes = dict(zip(OPEN, dims, strict=False))
+        out, inp = OPEN[: len(spec.out_split)], OPEN[len(spec.out_split) : len(dims)]
+        if len(dims) == 2:
+            sizes["p"] = spec.ranks[0]
+            return Network({"left": "ap", "right": "pb"}, out, inp, sizes)
+        reduced = _reduced(dims, spec.ranks)
+        sizes |= {BOND[k]: spec.ranks[k] for k in reduced}
+        core = "".join(BOND[k] if k in reduced else OPEN[k] for k in range(len(dims)))
+        return Network(
+            {"core": core} | {f"mode{k}": OPEN[k] + BOND[k] for k in reduced}, out, inp, sizes
+        )
+
+    def fit(self, weight: Tensor, metric: Metric, spec: TuckerSpec) -> Factors:
+        """Start from the HOSVD, then improve one factor at a time (HOOI)."""
+        tensor = as_tensor(weight, spec.out_split, spec.in_split)
+        if tensor.dim() == 2:
+            svd = truncated_svd(tensor, spec.ranks[0])
+            return {"left": svd.u, "right": svd.s[:, None] * svd.vh}
+        modes = _reduced(tuple(tensor.shape), spec.ranks)
+        ranks = [spec.ranks[mode] for mode in modes]
+        if not modes:
+            return {"core": tensor}
+        factors = _hooi(tensor, _tensorly.hosvd(tensor, ranks, modes), modes)
+        core = _tensorly.multi_mode_dot(tensor, factors, modes)
+        return {"core": core} | {f"mode{k}": u for k, u in zip(modes, factors, strict=True)}
+
+    def candidates(
+        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+    ) -> Sequence[TuckerSpec]:
+        """Return, for each split, ranks asked for, or scaled: of all modes, or of the longest."""
+        found = []
+        for out, inp in _splits(shape, options):
+
+            def fits(ranks: tuple[int, ...], out: Split = out, inp: Split = inp) -> bool:
+                return budget.allows(self.network(shape, TuckerSpec(out, inp, ranks)))
+
+            for ranks_at in _scales(out + inp, options):
+                ranks = largest_within(ranks_at, fits)
+                if ranks is not None:
+                    found.append(TuckerSpec(out, inp, ranks))
+        return list(dict.fromkeys(found))
+
+    def within(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
+    ) -> Sequence[TuckerSpec]:
+        """Return ranks that leave ``tolerance / sqrt(modes)`` to each unfolding (HOSVD bound)."""
+        found = []
+        for out, inp in _splits((weight.shape[0], weight.shape[1]), options):
+            tensor = as_tensor(weight, out, inp)
+            share = tolerance / math.sqrt(tensor.dim())
+            ranks = tuple(
+                rank_for(energies(rows @ rows.T), share)
+                for mode in range(tensor.dim())
+                for rows in [_unfold(tensor, mode)]
+            )
+            found.append(TuckerSpec(out, inp, ranks))
+        return found
+
+    def errors(self, weight: Tensor, metric: Metric, specs: Sequence[TuckerSpec]) -> list[float]:
+        """Return the relative error of each spec's HOSVD, which HOOI can only lower."""
+        return [_hosvd_error(weight, spec) for spec in specs]
+
+
+def _hosvd_error(weight: Tensor, spec: TuckerSpec) -> float:
+    tensor = as_tensor(weight, spec.out_split, spec.in_split)
+    modes = _reduced(tuple(tensor.shape), spec.ranks)
+    total = float(tensor.square().sum()) or 1.0
+    factors = _tensorly.hosvd(tensor, [spec.ranks[mode] for mode in modes], modes)
+    core = _tensorly.multi_mode_dot(tensor, factors, modes)
+    return max(1.0 - float(core.square().sum()) / total, 0.0) ** 0.5
+
+
+def _hooi(tensor: Tensor, factors: list[Tensor], modes: Sequence[int]) -> list[Tensor]:
+    """Replace each factor in turn by its best, the others fixed; the core's energy never falls."""
+    energy = 0.0
+    for _ in range(SWEEPS):
+        for index, mode in enumerate(modes):
+            others = [k for k in range(len(modes)) if k != index]
+            part = (
+                _tensorly.multi_mode_dot(
+                    tensor, [factors[k] for k in others], [modes[k] for k in others]
+                )
+                if others
+                else tensor
+            )
+            factors[index] = truncated_svd(_unfold(part, mode), factors[index].shape[1]).u
+        core = _tensorly.multi_mode_dot(tensor, factors, modes)
+        grown, energy = float(core.square().sum()) - energy, float(core.square().sum())
+        if grown <= STALL * energy:
+            break
+    return factors
+
+
+def _unfold(tensor: Tensor, mode: int) -> Tensor:
+    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+
+
+def _reduced(dims: Sequence[int], ranks: Sequence[int]) -> list[int]:
+    return [k for k, (size, rank) in enumerate(zip(dims, ranks, strict=True)) if rank < size]
+
+
+def _limits(dims: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return the largest useful rank of every mode: its size, and the product of the others' ranks."""
+    total = math.prod(ranks)
+    return tuple(min(size, total // rank) for size, rank in zip(dims, ranks, strict=True))
+
+
+def _scales(
+    dims: Split, options: Mapping[str, Any]
+) -> Iterator[Callable[[float], tuple[int, ...]]]:
+    """Yield the ways to shrink ranks with a scale: none if given, all of them, or the longest."""
+    if options.get("ranks"):
+        yield lambda _: _given(options["ranks"], dims)
+    else:
+        yield lambda scale: _realisable(dims, scaled(dims, scale))
+        yield lambda scale: _realisable(dims, _longest(dims, scale))
+
+
+def _realisable(dims: Split, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Lower ranks to what the other modes can support."""
+    while (lower := _lowered(dims, ranks)) != ranks:
+        ranks = lower
+    return ranks
+
+
+def _lowered(dims: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(min(rank, limit) for rank, limit in zip(ranks, _limits(dims, ranks), strict=True))
+
+
+def _longest(dims: tuple[int, ...], scale: float) -> tuple[int, ...]:
+    longest = dims.index(max(dims))
+    return tuple(scaled((d,), scale)[0] if k == longest else d for k, d in enumerate(dims))
+
+
+def _given(ranks: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...]:
+    """One number caps every mode; otherwise the ranks are taken as they are."""
+    return tuple(min(ranks[0], d) for d in dims) if len(ranks) == 1 else tuple(ranks)
+
+
+def _splits(
+    shape: Shape, options: Mapping[str, Any]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield the splits to try: by default three or four modes, never the plain matrix."""
+    out, inp = options.get("out_split"), options.get("in_split")
+    outs = [tuple(out)] if out else [balanced_split(shape[0], parts) for parts in (1, 2)]
+    inps = [tuple(inp)] if inp else [balanced_split(shape[1], parts) for parts in (1, 2)]
+    for out_split in outs:
+        for in_split in inps:
+            if out or inp or len(out_split) + len(in_split) > 2:
+                yield out_split, in_split
+
+
+FORMAT = Tucker()

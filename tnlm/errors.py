@@ -1,0 +1,55 @@
+"""Every error that tnlm raises on purpose, all children of :class:`TnlmError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TnlmError(Exception):
+    """Base of all errors raised by tnlm: says what was asked, what is allowed and where."""
+
+
+class OptionError(TnlmError, ValueError):
+    """An unknown scheme, option or option value."""
+
+
+class RankError(OptionError):
+    """A rank, a number of terms or a split that the matrix cannot have."""
+
+
+class BudgetError(OptionError):
+    """A budget that is out of range or that no plan can meet."""
+
+
+class TargetError(TnlmError, ValueError):
+    """A choice of target matrices that matches nothing, or nothing that can be compressed."""
+
+
+class CalibrationError(TnlmError, ValueError):
+    """Calibration data that is missing, empty, too short or not finite."""
+
+
+class ModelError(TnlmError, ValueError):
+    """A model that cannot be compressed as it is: quantized, compressed already, or not finite."""
+
+
+class CheckpointError(TnlmError, OSError):
+    """A directory or file that cannot be written, or whose contents do not fit the model."""
+
+
+class EvaluationError(TnlmError, ValueError):
+    """A measurement that has no meaning: too little text, or a loss that is not finite."""
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return ``"; did you mean 'kron'? Allowed: ..."`` for an unknown ``word``.
+
+    Example:
+        >>> did_you_mean("kro", ["kron", "svd"])
+        "; did you mean 'kron'? Allowed: kron, svd"
+    """
+    names = sorted(allowed)
+    close = difflib.get_close_matches(word, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Allowed: {', '.join(names) or 'none'}"

@@ -1,0 +1,75 @@
+"""Decoding speed of several models, measured side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tnlm.errors import EvaluationError, OptionError
+from tnlm.evaluation.mode import check_positions, evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def decode_rates(
+    models: Mapping[str, PreTrainedModel],
+    *,
+    prompt_tokens: int = 16,
+    new_tokens: int = 32,
+    repeats: int = 3,
+) -> dict[str, float]:
+    """Measure tokens per second of greedy decoding at batch 1 with a KV cache.
+
+    The models take turns, so that a machine that slows down or warms up meanwhile treats them
+    alike; only the steps after the prompt are timed. Each rate is the median over ``repeats``.
+
+    Args:
+        models: name to causal language model, left as they were.
+        prompt_tokens: length of the random prompt, the same for all models.
+        new_tokens: steps that are timed in each repeat.
+        repeats: turns of each model, after one that is not counted.
+    """
+    options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    for name, value in options.items():
+        if value < 1:
+            raise OptionError(f"{name}={value}, but at least 1 is needed")
+    if not models:
+        raise EvaluationError("no models to measure; give at least one by name")
+    length = prompt_tokens + new_tokens
+    for model in models.values():
+        check_positions(model, length, f"prompt_tokens + new_tokens = {length}")
+    vocabulary = min(m.config.get_text_config().vocab_size for m in models.values())
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    with evaluating(*models.values()):
+        for turn in range(repeats + 1):
+            for name, model in models.items():
+                rate = new_tokens / _decode_seconds(model, prompt, new_tokens)
+                if turn > 0:  # the first turn warms caches and kernels up
+                    rates[name].append(rate)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def _decode_seconds(model: PreTrainedModel, prompt: Tensor, steps: int) -> float:
+    """Time ``steps`` greedy steps after the prompt ``(1, length)``."""
+    output = model(input_ids=prompt.to(model.device), use_cache=True)
+    _synchronize(model.device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    _synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for a CUDA device's queue; other devices' calls return when they are done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Contact with other libraries, each in a file of its own."""

@@ -1,0 +1,193 @@
+"""The quantizer plug-in through which transformers saves and loads compressed models.
+
+This is the only file that touches that interface: transformers asks the quantizer to prepare the
+skeleton of the model before the weights are read, and writes its config beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tnlm.errors import CheckpointError
+from tnlm.layers.build import Entry, build, check_entry, dense_module
+from tnlm.planning import FORMAT_VERSION
+
+METHOD = "tnlm"
+GUARD = "IMPORT_TNLM_BEFORE_LOADING.safetensors"
+"""A file name that no directory has: transformers alone stops there, the plug-in clears it."""
+
+
+@register_quantization_config(METHOD)
+class TnlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What ``config.json`` says about a compressed model.
+
+    Args:
+        modules: module name to entry (see `tnlm.layers.build`).
+        tied: parameter name to the name of the parameter it shares.
+        scheme: name of the scheme.
+        options: the request, for the record.
+        format_version: of this layout.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Entry] | None = None,
+        tied: Mapping[str, str] | None = None,
+        scheme: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the fields; unknown ones of a later version are ignored."""
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.scheme = scheme
+        self.options = dict(options or {})
+        self.modules = dict(modules or {})
+        self.tied = dict(tied or {})
+
+
+@register_quantizer(METHOD)
+class TnlmQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the factorized modules before weights are read, and turns them back on request."""
+
+    requires_calibration = True  # refuses to compress on the fly: that is tnlm.compress
+    quantization_config: TnlmConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse files of a later layout."""
+        version = self.quantization_config.format_version
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format_version {version!r}; this tnlm reads {FORMAT_VERSION}: "
+                "upgrade tnlm"
+            )
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Clear the guard; the first hook that sees the config before files are looked for."""
+        if getattr(config, "transformers_weights", None) == GUARD:
+            config.transformers_weights = None
+        return config
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Drop rules for modules that no longer exist; their factors stay whole on every rank."""
+        for name in self.quantization_config.modules:
+            plan.pop(_with_wildcards(name), None)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        config = self.quantization_config
+        names = {name: _resolve(model, name) for name in config.modules}
+        for name, entry in config.modules.items():
+            found = names[name]
+            if found is not None:
+                check_entry(name, entry, model.get_submodule(found))
+                old = model.get_submodule(found).weight
+                model.set_submodule(found, build(entry, device=old.device, dtype=old.dtype))
+        present = {name for name, found in names.items() if found is not None}
+        tied = {
+            _rename(names, target): _rename(names, source)
+            for target, source in config.tied.items()
+            if {target.rpartition(".")[0], source.rpartition(".")[0]} <= present
+        }
+        retie(model, tied)
+        # Names of this class of model, so that saving it again writes what it holds. Heads that it
+        # lacks stay listed: a body saved alone may be loaded under its head again.
+        config.tied = {_rename(names, a): _rename(names, b) for a, b in config.tied.items()}
+        config.modules = {names[name] or name: entry for name, entry in config.modules.items()}
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        model.is_quantized = False  # .half() and .float() stay allowed
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        for name, entry in self.quantization_config.modules.items():
+            if not _has(model, name):
+                continue  # a head that this class of model lacks
+            module = model.get_submodule(name)
+            model.set_submodule(name, dense_module(entry, module).train(module.training))
+        for name in ("all_tied_weights_keys", "_tied_weights_keys"):
+            vars(model).pop(name, None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Return True: the factors are ordinary tensors."""
+        return True
+
+    is_trainable = is_qat_trainable = is_compileable = property(lambda self: True)
+
+
+def attach(model: PreTrainedModel, config: TnlmConfig) -> None:
+    """Make a compressed model save, load and dequantize through transformers."""
+    model.config.quantization_config = config
+    model.hf_quantizer = TnlmQuantizer(config, pre_quantized=True)
+    model.quantization_method = METHOD
+    retie(model, config.tied)
+
+
+def retie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+    """Tell transformers which parameters are shared, now that names have changed.
+
+    Both attributes count: one is used at load, the other when saving drops duplicates.
+    """
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    old = model.all_tied_weights_keys.items()
+    kept = {target: source for target, source in old if {target, source} <= names}
+    model.all_tied_weights_keys = {**kept, **tied}
+    model._tied_weights_keys = dict(model.all_tied_weights_keys)
+
+
+def _resolve(model: PreTrainedModel, name: str) -> str | None:
+    """Return a saved module's name in this class of model; None for a task head it does not have.
+
+    A body (``LlamaModel``) lacks the prefix that a model with a head (``LlamaForCausalLM``) has.
+
+    Raises:
+        CheckpointError: if the body has no such module.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if _has(model, candidate):
+            return candidate
+    is_body = model.base_model is model
+    if (is_body and not name.startswith(prefix)) or (not is_body and _is_head(model, name, prefix)):
+        return None
+    raise CheckpointError(
+        f"config.json names a module {name!r} that {type(model).__name__} does not have"
+    )
+
+
+def _is_head(model: PreTrainedModel, name: str, prefix: str) -> bool:
+    """Tell whether a name that this model lacks lies outside the body."""
+    first = name.split(".")[0]
+    return not name.startswith(prefix) and not hasattr(model.base_model, first)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _rename(names: Mapping[str, str | None], parameter: str) -> str:
+    """Return a parameter's name under the new name of its module."""
+    module, _, factor = parameter.rpartition(".")
+    return f"{names.get(module) or module}.{factor}"
+
+
+def _with_wildcards(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

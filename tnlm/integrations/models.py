@@ -1,0 +1,121 @@
+"""Load a causal language model and its tokenizer from a directory, a GGUF file or the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tnlm.errors import CheckpointError, TnlmError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What the readers of configs, safetensors and GGUF files raise on a broken file; SafetensorError
+# is added where safetensors is imported.
+_READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+
+def load_model(
+    source: str | Path, *, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model that can be compressed, saved and trained, and its tokenizer.
+
+    Args:
+        source: a model directory, a ``.gguf`` file (its weights are unpacked), or a hub id.
+        dtype: of the weights; ``"auto"`` keeps what the checkpoint says, float32 for GGUF.
+
+    Returns:
+        The model, and its tokenizer, or None where a directory holds no tokenizer.
+
+    Example:
+        >>> load_model("./no/such/model")
+        Traceback (most recent call last):
+        tnlm.errors.CheckpointError: ./no/such/model: no such file or directory; ...
+    """
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+
+    place, options = _locate(source)
+    try:
+        tokenizer = _read_tokenizer(place, options)
+        model, missing = _read_model(place, options, dtype)
+    except (TnlmError, OutOfMemoryError):
+        raise
+    except (*_READ_ERRORS, SafetensorError) as err:
+        raise CheckpointError(f"{source}: cannot be loaded: {_cause(err)}") from err
+    if missing:  # transformers would go on with random numbers there
+        raise CheckpointError(
+            f"{source}: {len(missing)} tensors of {type(model).__name__} are not in the "
+            f"checkpoint, e.g. {missing[0]}; give the checkpoint of a causal language model"
+        )
+    return model, tokenizer
+
+
+def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return what ``from_pretrained`` is to be called with, or say what is missing."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"{source}: no such file; give an existing .gguf file")
+        if importlib.util.find_spec("gguf") is None:
+            raise CheckpointError(
+                f"{source}: reading .gguf files needs a package that is not installed: "
+                "pip install 'tnlm[gguf]'"
+            )
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{source}: no config.json there; give a model directory")
+        return str(path), {}
+    if path.exists():
+        raise CheckpointError(
+            f"{source}: a file that is no .gguf; give the directory that holds config.json"
+        )
+    if _looks_like_path(source):
+        raise CheckpointError(
+            f"{source}: no such file or directory; give a model directory, a .gguf file or a hub id"
+        )
+    return str(source), {}
+
+
+def _looks_like_path(source: str | Path) -> bool:
+    """Whether a source cannot be a hub id, which is ``name`` or ``owner/name``."""
+    name = str(source)
+    return isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _read_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer, unless a directory has none: transformers would make an empty one up."""
+    from transformers import AutoTokenizer
+
+    folder = Path(place)
+    found = [file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)]
+    if folder.is_dir() and not options and not found:
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, **options)
+    return tokenizer
+
+
+def _read_model(
+    place: str, options: dict[str, Any], dtype: str | torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load the model, and name the tensors that its checkpoint lacks."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if "gguf_file" in options:
+        # Otherwise the model counts as quantized, and refuses to be saved.
+        options = options | {"quantization_config": GgufConfig(dequantize=True)}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        place, dtype=dtype, output_loading_info=True, **options
+    )
+    model, info = loaded
+    return model, sorted(info["missing_keys"])
+
+
+def _cause(err: Exception) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(err).split()) or type(err).__name__

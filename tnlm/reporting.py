@@ -1,0 +1,79 @@
+"""What a compression did: asked and achieved, per matrix and for the whole model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tnlm.planning import LayerPlan, Plan, align, row
+
+
+@dataclass(frozen=True)
+class Report:
+    """The plan as it was carried out, with measured errors and times.
+
+    Attributes:
+        plan: decisions and costs; every ``error`` is measured, in the plan's metric.
+        seconds: wall time by stage: calibrate, plan, fit.
+        tokens: calibration tokens used.
+    """
+
+    plan: Plan
+    seconds: Mapping[str, float]
+    tokens: int = 0
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the whole model before, shared ones counted once."""
+        return self.plan.model.params
+
+    @property
+    def parameters_after(self) -> int:
+        """Parameters of the whole model after."""
+        return self.plan.model_after.params
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        plan = self.plan
+        return {
+            "scheme": plan.scheme,
+            "metric": plan.metric,
+            "request": dict(plan.request),
+            "parameters_before": plan.model.params,
+            "parameters_after": plan.model_after.params,
+            "target_parameters_before": plan.targets_before.params,
+            "target_parameters_after": plan.targets_after.params,
+            "bytes_before": plan.model.bytes,
+            "bytes_after": plan.model_after.bytes,
+            "macs_before": plan.model.macs,
+            "macs_after": plan.model_after.macs,
+            "target_macs_before": plan.targets_before.macs,
+            "target_macs_after": plan.targets_after.macs,
+            "seconds": round(sum(self.seconds.values()), 3),
+            "seconds_by_stage": {k: round(v, 3) for k, v in self.seconds.items()},
+            "calibration_tokens": self.tokens,
+            "layers": [asdict(layer) for layer in plan.layers],
+            "skipped": dict(plan.skipped),
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        """Return the report as a table."""
+        rows = [("target", "shape", "format", "spec", "params", "MACs", "error")]
+        rows += [row(layer) for layer in self.plan.layers]
+        times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        return "\n".join([*align(rows), *self.plan.summary(), f"time:    {times}"])
+
+
+def with_errors(plan: Plan, errors: Mapping[str, float]) -> Plan:
+    """Return the plan with measured errors in place of predicted ones."""
+
+    def measured(layer: LayerPlan) -> LayerPlan:
+        return replace(layer, error=errors.get(layer.name, layer.error))
+
+    return replace(plan, layers=tuple(measured(layer) for layer in plan.layers))

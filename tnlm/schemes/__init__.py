@@ -1,0 +1,36 @@
+"""Named schemes: one file for each published combination of format, metric and defaults."""
+
+from __future__ import annotations
+
+from tnlm.registry import discover, lookup
+from tnlm.schemes.base import Scheme
+
+
+def schemes() -> dict[str, Scheme]:
+    """Return every scheme by name.
+
+    Example:
+        >>> schemes()["svd-llm"].metric
+        'input'
+    """
+    return discover(__name__, "SCHEME")
+
+
+def list_schemes() -> list[str]:
+    """Return the names of all schemes.
+
+    Example:
+        >>> "kron" in list_schemes()
+        True
+    """
+    return list(schemes())
+
+
+def get_scheme(name: str) -> Scheme:
+    """Return a scheme by name.
+
+    Raises:
+        OptionError: for an unknown name, with the close and the allowed ones.
+    """
+    found: Scheme = lookup("scheme", name, schemes())
+    return found

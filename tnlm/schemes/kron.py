@@ -1,0 +1,10 @@
+"""Sum of Kronecker products; splits are searched when none are given."""
+
+from tnlm.schemes.base import Scheme
+
+SCHEME = Scheme(
+    name="kron",
+    title="sum of Kronecker products, nearest to the weights",
+    format="kronecker",
+    source="Van Loan and Pitsianis 1993; KnGPT2, Edalati et al. 2022, arXiv 2110.08152",
+)

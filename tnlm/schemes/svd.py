@@ -1,0 +1,10 @@
+"""Truncated SVD of every weight, without data."""
+
+from tnlm.schemes.base import Scheme
+
+SCHEME = Scheme(
+    name="svd",
+    title="truncated SVD of the weights",
+    format="low-rank",
+    source="Eckart and Young, 1936",
+)

@@ -1,0 +1,11 @@
+"""Whitened low rank: the least output error on calibration data."""
+
+from tnlm.schemes.base import Scheme
+
+SCHEME = Scheme(
+    name="svd-llm",
+    title="low rank of least output error on data (whitening)",
+    format="low-rank",
+    metric="input",
+    source="SVD-LLM, Wang et al. 2024, arXiv 2403.07378",
+)

@@ -1,0 +1,12 @@
+"""TensorGPT: every token embedding as a matrix product state of its own."""
+
+from tnlm.schemes.base import Scheme
+from tnlm.targets import EMBEDDINGS
+
+SCHEME = Scheme(
+    name="tensorgpt",
+    title="one matrix product state per token embedding",
+    format="token-mps",
+    targets=EMBEDDINGS,
+    source="TensorGPT, Xu et al. 2023, arXiv 2307.00526",
+)

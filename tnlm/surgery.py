@@ -1,0 +1,222 @@
+"""Fits modules and swaps them in, so that nothing is lost if a step fails."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.calibration.metrics import Metric
+from tnlm.decompositions import get_format
+from tnlm.decompositions.base import from_dict
+from tnlm.decompositions.gauge import expand, fix
+from tnlm.layers.build import Entry, build, network_of
+from tnlm.layers.contraction import chain
+from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
+from tnlm.layers.fused import FusedLinear
+from tnlm.network import Factors
+from tnlm.planning import LayerPlan
+from tnlm.targets import Target
+
+
+class Swap:
+    """Replaces modules; undoes it all if the block it guards fails.
+
+    The tensors of replaced modules wait in temporary files, so that memory holds the model once.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> try:
+        ...     with Swap(model) as swap:
+        ...         swap.replace("0", nn.Identity())
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt:
+        ...     print(model[0])
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Guard a model."""
+        self._model = model
+        self._replaced: list[tuple[str, nn.Module]] = []
+        self._spilled: dict[nn.Parameter, Path] = {}
+        self._directory = tempfile.TemporaryDirectory(prefix="tnlm-")
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of another, whose weight moves to a file."""
+        old = self._model.get_submodule(name)
+        weight = old._parameters.get("weight")
+        if weight is not None and weight not in self._spilled:
+            path = Path(self._directory.name) / f"{len(self._spilled)}.safetensors"
+            save_file({"weight": weight.detach().contiguous()}, path)
+            self._spilled[weight] = path
+            weight.data = weight.data.new_empty(0)
+        self._replaced.append((name, old))
+        self._model.set_submodule(name, module)
+
+    def __enter__(self) -> Swap:
+        """Start."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Restore every module and weight if there was an error; drop the files."""
+        if kind is not None:
+            for weight, path in self._spilled.items():
+                # A copy: the file is about to go.
+                weight.data = load_file(path)["weight"].clone().to(weight.data.device)
+            for name, module in reversed(self._replaced):
+                self._model.set_submodule(name, module)
+        self._spilled.clear()
+        self._directory.cleanup()
+
+
+class Shelf:
+    """Keeps fitted modules in temporary files until all are ready to be put into the model.
+
+    Example:
+        >>> with Shelf() as shelf:
+        ...     shelf.put("a", nn.Linear(2, 3))
+        ...     shelf.take("a")
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._modules: dict[str, tuple[nn.Module, torch.device]] = {}
+        self._directory = tempfile.TemporaryDirectory(prefix="tnlm-")
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Move a module's tensors to a file."""
+        device = next(module.parameters()).device
+        tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
+        save_file(tensors, self._path(name))
+        self._modules[name] = module.to("meta"), device
+
+    def take(self, name: str) -> nn.Module:
+        """Return a module with its tensors on their device again."""
+        module, device = self._modules.pop(name)
+        module.to_empty(device=device)
+        module.load_state_dict(load_file(self._path(name)))
+        return module
+
+    def _path(self, name: str) -> Path:
+        return Path(self._directory.name) / f"{name}.safetensors"
+
+    def __enter__(self) -> Shelf:
+        """Start."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop the files."""
+        self._directory.cleanup()
+
+
+def fit_target(
+    target: Target, weight: Tensor, bias: Tensor | None, metric: Metric, layer: LayerPlan
+) -> tuple[Entry, nn.Module, float]:
+    """Fit one matrix as planned.
+
+    Returns:
+        The entry, the built module on the weight's device in its dtype, and the relative error of
+        its float64 factors in the metric.
+    """
+    if layer.format is None:
+        entry = {"kind": "dense", "shape": list(target.shape), "bias": bias is not None}
+        return entry, _dense_part(weight, bias), 0.0
+    structure = get_format(layer.format)
+    entry = {
+        "kind": target.kind,
+        "shape": list(target.shape),
+        "bias": bias is not None,
+        "format": layer.format,
+        "options": dict(layer.spec),
+    }
+    network = network_of(entry)
+    if target.kind == "linear":
+        entry["order"] = list(chain(network).order)
+    # Built before fitting: long-lived tensors first, so that the heap stays compact.
+    module = build(entry | {"padding_idx": None}, device=weight.device, dtype=weight.dtype)
+    spec = from_dict(structure.spec, layer.spec)
+    with torch.no_grad():
+        stored = fix(network, structure.fit(weight, metric, spec))
+        module.store(_cast(stored, weight), bias)  # type: ignore[operator]
+        rebuilt = structure.reconstruct(target.shape, spec, expand(network, stored))
+        error = metric.relative(weight, rebuilt)
+    return entry, module, error
+
+
+def _cast(factors: Factors, like: Tensor) -> Factors:
+    return {k: v.to(like.dtype) if v.is_floating_point() else v for k, v in factors.items()}
+
+
+def _dense_part(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.clone().contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone())
+    return linear
+
+
+def install(
+    model: PreTrainedModel,
+    swap: Swap,
+    targets: Sequence[Target],
+    fitted: Mapping[str, Entry],
+    shelf: Shelf,
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Put the fitted parts of one module, and its tied heads, into the model.
+
+    Args:
+        model: edited in place.
+        swap: guards the model.
+        targets: all targets of one module.
+        fitted: entry of each target, by name.
+        shelf: holds the module of each target, by name.
+
+    Returns:
+        Entries by module name, and tied parameters (name to the name it shares).
+    """
+    first = targets[0]
+    old = model.get_submodule(first.module)
+    entry: Entry = fitted[first.name]
+    modules = {target.name: shelf.take(target.name) for target in targets}
+    module = modules[first.name]
+    if first.parts:
+        parts = [{"name": t.parts[t.part], **fitted[t.name]} for t in targets]
+        entry = {"kind": "fused", "parts": parts}
+        module = FusedLinear({t.parts[t.part]: modules[t.name] for t in targets})
+    elif getattr(old, "bias", None) is not None:
+        module.bias = old.bias  # the same parameter, which other modules may share
+    if isinstance(old, Conv1D):
+        entry["conv1d"] = True
+    if isinstance(module, FactorizedEmbedding):
+        module.padding_idx = entry["padding_idx"] = old.padding_idx
+    entries, tied = {first.module: entry}, {}
+    for name in first.tied:
+        entries[name], ties = _install_head(model, swap, name, first.module, entry, module)
+        tied.update(ties)
+    swap.replace(first.module, module.train(old.training))
+    return entries, tied
+
+
+def _install_head(
+    model: PreTrainedModel, swap: Swap, name: str, source: str, entry: Entry, table: nn.Module
+) -> tuple[Entry, dict[str, str]]:
+    old = model.get_submodule(name)
+    network = network_of(entry)
+    head = FactorizedHead(network, bias=False, device="meta")
+    for factor in network.factors:
+        setattr(head, factor, getattr(table, factor))
+    head.bias = old.bias
+    swap.replace(name, head.train(old.training))
+    made = {**entry, "kind": "head", "bias": old.bias is not None}
+    return made, {f"{name}.{factor}": f"{source}.{factor}" for factor in network.factors}

@@ -1,0 +1,242 @@
+"""Which matrices of a model are compressed, and how each is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.errors import ModelError, TargetError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+EMBEDDINGS = "embeddings"
+Selector = str | type | Sequence["str | type"]
+
+FUSED = {"c_attn": {3: ("q", "k", "v"), 2: ("k", "v")}}
+"""Modules that hold several matrices side by side: by name, then by how many fit."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix that is compressed.
+
+    Attributes:
+        name: unique; the module's name, with the part's name appended for a fused module.
+        module: dotted name of the module that is replaced.
+        kind: ``"linear"`` or ``"embedding"``.
+        shape: ``(out, in)``; for an embedding (vocabulary, width).
+        part: which of the module's ``parts`` equal blocks of rows this is.
+        parts: names of the blocks of a fused module, empty for an ordinary one.
+        tied: other modules that use the same weight (a tied output head).
+    """
+
+    name: str
+    module: str
+    kind: str
+    shape: tuple[int, int]
+    part: int = 0
+    parts: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> int:
+        """Numbers in the matrix."""
+        return self.shape[0] * self.shape[1]
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """Return the ``(out, in)`` weight, a view of the model's own tensor."""
+        module = model.get_submodule(self.module)
+        weight = module.weight.detach()
+        if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
+            weight = weight.T
+        return weight[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
+
+    def bias(self, model: nn.Module) -> Tensor | None:
+        """Return the bias that belongs to the matrix, if any."""
+        bias = getattr(model.get_submodule(self.module), "bias", None)
+        if bias is None:
+            return None
+        return bias.detach()[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
+
+
+@dataclass
+class Selection:
+    """The targets chosen, and what was passed over with the reason why."""
+
+    targets: list[Target] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def select(
+    model: PreTrainedModel, targets: Selector = ALL_LINEAR, ignore: Selector | None = None
+) -> Selection:
+    """Choose the matrices of a model.
+
+    Args:
+        model: any Hugging Face model.
+        targets: ``"all-linear"`` (every linear weight but the output head), ``"embeddings"``, a
+            regular expression that a module's name must match in full, a list of names or of
+            their endings (as in PEFT), or a module class.
+        ignore: modules left alone, in the same words.
+
+    Returns:
+        The targets in the model's order.
+
+    Raises:
+        TargetError: if nothing matches.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> chosen = select(LlamaForCausalLM(tiny), ["q_proj", "down_proj"])
+        >>> [target.name for target in chosen.targets]
+        ['model.layers.0.self_attn.q_proj', 'model.layers.0.mlp.down_proj']
+    """
+    selection = Selection()
+    uses = _uses(model)
+    head = _output_head(model)
+    claimed: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            continue
+        if not _matches(name, module, targets, head) or (
+            ignore and _matches(name, module, ignore, head)
+        ):
+            continue
+        found = _describe(name, module, uses[id(module.weight)], model)
+        if isinstance(found, str):
+            selection.skipped[name] = found
+        elif id(module.weight) not in claimed:
+            claimed.add(id(module.weight))
+            selection.targets.extend(found)
+    if not selection.targets:
+        raise _nothing(model, targets, ignore, selection.skipped)
+    return selection
+
+
+def _uses(model: nn.Module) -> dict[int, list[str]]:
+    """Return, for every weight, the modules that hold it."""
+    uses: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None) if _is_matrix(module) else None
+        if weight is not None:
+            uses.setdefault(id(weight), []).append(name)
+    return uses
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+
+
+def _output_head(model: PreTrainedModel) -> nn.Module | None:
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Module) else None
+
+
+def _matches(name: str, module: nn.Module, wanted: Selector, head: nn.Module | None) -> bool:
+    if isinstance(wanted, type):
+        return isinstance(module, wanted)
+    if isinstance(wanted, str):
+        if wanted == ALL_LINEAR:
+            return not isinstance(module, nn.Embedding) and module is not head
+        if wanted == EMBEDDINGS:
+            return isinstance(module, nn.Embedding)
+        return re.fullmatch(wanted, name) is not None
+    return any(
+        isinstance(module, word)
+        if isinstance(word, type)
+        else (word in (ALL_LINEAR, EMBEDDINGS) and _matches(name, module, word, head))
+        or name == word
+        or name.endswith("." + word)
+        or word.startswith(name + ".")  # a part of a fused module
+        for word in wanted
+    )
+
+
+def _describe(
+    name: str, module: nn.Module, users: list[str], model: nn.Module
+) -> list[Target] | str:
+    """Return the matrices that a module holds, or why it is left alone."""
+    modules = [model.get_submodule(user) for user in users]
+    for user, other in zip(users, modules, strict=True):
+        if type(other) not in (nn.Linear, Conv1D, nn.Embedding):
+            return f"{type(other).__name__} at {user} adds behaviour of its own"
+    if any(getattr(other, "_hf_hook", None) for other in modules):
+        return "its weight is offloaded by accelerate; compress before dispatching"
+    embeddings = [
+        u for u, other in zip(users, modules, strict=True) if isinstance(other, nn.Embedding)
+    ]
+    if not embeddings:
+        if len(users) > 1:
+            return f"its weight is shared with {', '.join(u for u in users if u != name)}"
+        return list(_linear(name, module))
+    table = model.get_submodule(embeddings[0])
+    if len(embeddings) > 1:
+        return f"several embeddings share the weight: {', '.join(embeddings)}"
+    if table.max_norm is not None or table.sparse:
+        return "an embedding with max_norm or sparse gradients"
+    shape = (table.num_embeddings, table.embedding_dim)
+    tied = tuple(user for user in users if user != embeddings[0])
+    return [Target(embeddings[0], embeddings[0], "embedding", shape, tied=tied)]
+
+
+def _linear(name: str, module: nn.Module) -> Iterator[Target]:
+    rows, columns = module.weight.shape
+    if isinstance(module, Conv1D):
+        rows, columns = columns, rows
+        parts = FUSED.get(name.rpartition(".")[2], {}).get(rows // columns, ())
+        if parts and rows % columns == 0:
+            for index, part in enumerate(parts):
+                shape = (rows // len(parts), columns)
+                yield Target(f"{name}.{part}", name, "linear", shape, index, parts)
+            return
+    yield Target(name, name, "linear", (rows, columns))
+
+
+def _nothing(
+    model: nn.Module, targets: Selector, ignore: Selector | None, skipped: dict[str, str]
+) -> TargetError:
+    endings = {n.rpartition(".")[2] for n, m in model.named_modules() if _is_matrix(m)}
+    hint = did_you_mean(targets, endings) if isinstance(targets, str) else did_you_mean("", endings)
+    reasons = "".join(f"; {name}: {reason}" for name, reason in list(skipped.items())[:3])
+    return TargetError(f"no matrix matches targets={targets!r}, ignore={ignore!r}{hint}{reasons}")
+
+
+def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
+    """Raise `ModelError` if a target is empty, on the meta device, or not finite."""
+    for target in targets:
+        weight = target.weight(model)
+        if weight.is_meta:
+            raise ModelError(f"{target.name} has no data (meta device); load the weights first")
+        if not weight.is_floating_point():
+            raise ModelError(f"{target.name} is {weight.dtype}; load the model unquantized")
+        if not bool(torch.isfinite(weight).all()):
+            count = int((~torch.isfinite(weight)).sum())
+            raise ModelError(
+                f"{target.name} holds {count} NaN or infinite weights; nothing was changed"
+            )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise `ModelError` unless the model is an ordinary, uncompressed Hugging Face model."""
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"a transformers PreTrainedModel is wanted, not {type(model).__name__}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    method = quantizer.quantization_config.quant_method
+    method = getattr(method, "value", method)
+    if method == "tnlm":
+        raise ModelError(
+            "the model is compressed already; start from tnlm.to_dense(model) or the original"
+        )
+    raise ModelError(
+        f"the model is quantized with {method}; load it unquantized, or call model.dequantize() "
+        "first (for GGUF: quantization_config=GgufConfig(dequantize=True))"
+    )
