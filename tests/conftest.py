@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +16,28 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+import tnlm
+from tnlm.schemes import schemes
+
+# Tiny matrices gain nothing from threads, and lose much when test runs share a machine.
+torch.set_num_threads(1)
 
 settings.register_profile("tnlm", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("tnlm")
 
 WORDS = [f"word{i}" for i in range(61)]
 VOCAB_SIZE = len(WORDS) + 3
+NEED_DATA = [name for name, scheme in schemes().items() if scheme.needs_calibration]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,6 +109,37 @@ def tiny_bert() -> Callable[..., BertModel]:
 
 
 @pytest.fixture(scope="session")
+def make_model(tiny_llama, tiny_gpt2, tiny_bert) -> Callable[[str], PreTrainedModel]:
+    """Make a model by its kind; with these, ids 3 to 63 are words."""
+
+    def masked_bert() -> BertForMaskedLM:
+        torch.manual_seed(0)
+        return BertForMaskedLM(tiny_bert().config).eval()
+
+    makers = {
+        "llama": tiny_llama,
+        "tied-llama": functools.partial(tiny_llama, tie_word_embeddings=True),
+        "gpt2": tiny_gpt2,
+        "bert": tiny_bert,
+        "masked-bert": masked_bert,
+    }
+    return lambda kind: makers[kind]()
+
+
+@pytest.fixture(scope="session")
+def compressed(make_model) -> Callable[..., PreTrainedModel]:
+    """Compress a model of some kind with some scheme; each is fitted once and copied."""
+
+    @functools.cache
+    def fit(kind: str, scheme: str, **arguments: Any) -> PreTrainedModel:
+        if scheme in NEED_DATA:
+            arguments |= {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
+        return tnlm.compress(make_model(kind), scheme, **arguments)
+
+    return lambda *args, **arguments: copy.deepcopy(fit(*args, **arguments))
+
+
+@pytest.fixture(scope="session")
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """Map ``word0`` ... ``word60`` to ids 3 ... 63; every other word is unknown (1)."""
     vocab = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", *WORDS])}
@@ -119,5 +161,16 @@ def word_text() -> Callable[..., str]:
 
     def make(count: int, *, seed: int = 0) -> str:
         return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gaussian() -> Callable[..., torch.Tensor]:
+    """Make a normal tensor in float64, the same for the same seed."""
+
+    def make(*shape: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     return make

@@ -175,6 +175,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _only_plan(*given: Any) -> None:
-    defaults = (None, None, None, None, None, None, 1.0, {})
+    defaults: tuple[Any, ...] = (None, None, None, None, None, None, 1.0, {})
     if given != defaults:
         raise OptionError("a plan holds targets, budget and options already; give it alone")

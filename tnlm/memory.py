@@ -5,16 +5,33 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import sys
+from collections import Counter
+
+from torch import nn
 
 
 def release() -> None:
     """Return freed heap pages to the system, where the C library can (glibc).
 
-    Fitting makes large short-lived tensors between small long-lived ones; glibc then keeps the gaps,
-    which adds up to more than the model itself.
+    Fitting makes large short-lived tensors between small long-lived ones; glibc then keeps the
+    gaps, which add up to more than the model itself.
     """
     if not sys.platform.startswith("linux"):
         return
     trim = getattr(ctypes.CDLL(ctypes.util.find_library("c") or "libc.so.6"), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def unmap(model: nn.Module) -> None:
+    """Copy a model's weights out of the checkpoint file that they may be mapped from.
+
+    Tensors loaded from safetensors share one mapping of the whole file, which stays resident as
+    long as any of them is alive. Call it when the large weights have been moved away: what remains
+    is copied one by one, and the mapping goes.
+    """
+    parameters = list(model.parameters())
+    uses = Counter(p.untyped_storage().data_ptr() for p in parameters)
+    for parameter in parameters:
+        if parameter.is_cpu and uses[parameter.untyped_storage().data_ptr()] == 1:
+            parameter.data = parameter.data.clone()

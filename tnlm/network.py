@@ -70,8 +70,8 @@ class Network:
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the row order that a gauge-fixed factor needs (int32)."""
-        return 4 * self.gauge_rows if self.gauge else 0
+        """Bytes of the row order that a gauge-fixed factor needs (int64)."""
+        return 8 * self.gauge_rows if self.gauge else 0
 
     @property
     def gauge_rows(self) -> int:

@@ -21,7 +21,7 @@ from tnlm.calibration.statistics import Statistics, collect
 from tnlm.errors import BudgetError, CalibrationError, OptionError, TargetError
 from tnlm.integrations.huggingface import TnlmConfig, attach
 from tnlm.layers.build import Entry
-from tnlm.memory import release
+from tnlm.memory import release, unmap
 from tnlm.planning import Plan
 from tnlm.reporting import Report, with_errors
 from tnlm.request import Request, make_request
@@ -53,6 +53,7 @@ class Job:
     seconds: dict[str, float]
 
     def metric(self, target: Target) -> Metric:
+        """Return how the error of a target is measured."""
         return Metric() if self.statistics is None else self.statistics.metric(target.module)
 
 
@@ -150,7 +151,8 @@ def _check_worth(decided: Plan, keep: float) -> None:
     achieved = decided.targets_after.params / decided.targets_before.params
     if dense and achieved > keep:
         logger.warning(
-            "asked to keep %.3f of the targets, achieved %.3f: %d of %d matrices stay dense (%s: %s)",
+            "asked to keep %.3f of the targets, achieved %.3f: "
+            "%d of %d matrices stay dense (%s: %s)",
             keep,
             achieved,
             len(dense),
@@ -186,7 +188,14 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     with Shelf() as shelf:
         entries = _fit(model, job, decided, shelf, errors, progress)
+        if job.statistics is not None:
+            job.statistics.forget()
         with Swap(model) as swap:
+            for target in job.selection.targets:
+                if target.name in entries:
+                    swap.spill(target.module)
+            unmap(model)
+            release()
             for group in _by_module(job.selection.targets):
                 if group[0].name in entries:
                     modules, tied = install(model, swap, group, entries, shelf)
@@ -195,7 +204,8 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
             attach(model, config)
     job.seconds["fit"] = time.perf_counter() - start
     tokens = job.statistics.tokens if job.statistics else 0
-    model.tnlm_report = Report(with_errors(decided, errors), dict(job.seconds), tokens)
+    done = Report(with_errors(decided, errors), dict(job.seconds), tokens)
+    model.tnlm_report = done  # type: ignore[assignment]
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tnlm.errors import OptionError
 from tnlm.network import Cost
+from tnlm.tables import change, table
 
 FORMAT_VERSION = 1
 
@@ -121,9 +122,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the plan as a table."""
-        rows = [("target", "shape", "format", "spec", "params", "MACs", "error")]
-        rows += [row(layer) for layer in self.layers]
-        return "\n".join([*align(rows), *self.summary()])
+        return "\n".join([*table(self.layers), *self.summary()])
 
     def summary(self) -> list[str]:
         """Return the totals, a line each."""
@@ -148,42 +147,3 @@ def total(costs: Iterable[Cost]) -> Cost:
         Cost(params=2, bytes=3, macs=4)
     """
     return sum(costs, start=Cost(0, 0, 0))
-
-
-def row(layer: LayerPlan) -> tuple[str, ...]:
-    """Return the table row of one decision."""
-    spec = layer.note or " ".join(f"{k}={_short(v)}" for k, v in layer.spec.items())
-    error = "" if layer.error is None else f"{layer.error:.4f}"
-    macs = (
-        f"{layer.after.macs / layer.before.macs:.3f}"
-        if layer.before.macs
-        else f"{layer.after.macs}"
-    )
-    shape = f"{layer.shape[0]}x{layer.shape[1]}"
-    return layer.name, shape, layer.format or "dense", spec, f"{layer.keep:.3f}", macs, error
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "x".join(str(item) for item in value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def align(rows: list[tuple[str, ...]]) -> list[str]:
-    """Return rows as lines with aligned columns."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)) for r in rows
-    )
-    return [line.rstrip() for line in lines]
-
-
-def change(before: Cost, after: Cost) -> str:
-    """Return a line that compares two costs."""
-    parts = []
-    for name in ("params", "bytes", "macs"):
-        old, new = getattr(before, name), getattr(after, name)
-        parts.append(
-            f"{name} {old:,} -> {new:,} ({new / old:.3f})" if old else f"{name} 0 -> {new:,}"
-        )
-    return ", ".join(parts)

@@ -39,6 +39,6 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
 
 def lookup(kind: str, name: str, items: dict[str, Any]) -> Any:
     """Return ``items[name]``, or raise an error that names the close and the allowed ones."""
-    if name not in items:
-        raise OptionError(f"unknown {kind} {name!r}{did_you_mean(name, items)}")
+    if not isinstance(name, str) or name not in items:
+        raise OptionError(f"unknown {kind} {name!r}{did_you_mean(str(name), items)}")
     return items[name]

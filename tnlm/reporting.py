@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tnlm.planning import LayerPlan, Plan, align, row
+from tnlm.planning import LayerPlan, Plan
+from tnlm.tables import table
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ class Report:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
+    def summary(self) -> list[str]:
+        """Return the totals and times, a line each."""
+        times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        return [*self.plan.summary(), f"time:    {times}"]
+
     def __str__(self) -> str:
         """Return the report as a table."""
-        rows = [("target", "shape", "format", "spec", "params", "MACs", "error")]
-        rows += [row(layer) for layer in self.plan.layers]
-        times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
-        return "\n".join([*align(rows), *self.plan.summary(), f"time:    {times}"])
+        return "\n".join([*table(self.plan.layers), *self.summary()])
 
 
 def with_errors(plan: Plan, errors: Mapping[str, float]) -> Plan:

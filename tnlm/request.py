@@ -19,6 +19,7 @@ DEFAULT_KEEP = 0.8
 
 METRICS = ("identity", "input")
 BUDGETS = ("keep", "keep_targets", "tolerance")
+SIZES = ("rank", "ranks", "terms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,10 @@ class Request:
             rest = model_params - target_params
             keep = (self.keep * model_params - rest) / target_params
             if keep <= 0:
+                least = min(math.floor(1000 * rest / model_params + 1) / 1000, 1.0)
                 raise BudgetError(
-                    f"keep={self.keep:g} of {model_params:,} parameters, but {rest:,} lie outside the "
-                    f"targets; the smallest possible is keep={rest / model_params:.3f}, or add targets"
+                    f"keep={self.keep:g} of {model_params:,} parameters, but {rest:,} lie outside "
+                    f"the targets; the smallest possible is keep={least:.3f}, or add targets"
                 )
         if keep is None:
             keep = 1.0 if self._size_is_given() else DEFAULT_KEEP
@@ -103,9 +105,9 @@ def make_request(
     """
     named = get_scheme(scheme)
     structure = get_format(named.format)
-    chosen = metric or named.metric
+    chosen = named.metric if metric is None else metric
     if chosen not in METRICS:
-        raise OptionError(f"unknown metric {chosen!r}{did_you_mean(chosen, METRICS)}")
+        raise OptionError(f"unknown metric {chosen!r}{did_you_mean(str(chosen), METRICS)}")
     if chosen not in structure.metrics:
         raise OptionError(
             f"metric={chosen!r} with scheme {scheme!r}; a {structure.name} can be fitted under: "
@@ -115,7 +117,10 @@ def make_request(
     _check_options(scheme, structure, given)
     budgets = {"keep": keep, "keep_targets": keep_targets, "tolerance": tolerance}
     _check_budgets({name: value for name, value in budgets.items() if value is not None})
-    if not max_macs > 0:
+    sizes = [name for name in SIZES if name in given]
+    if tolerance is not None and sizes:
+        raise BudgetError(f"tolerance and {sizes[0]} given; a tolerance chooses {sizes[0]} itself")
+    if not _is_number(max_macs) or not max_macs > 0:
         raise BudgetError(f"max_macs={max_macs!r}; allowed: a number > 0, or inf")
     return Request(
         named,
@@ -151,6 +156,9 @@ def _check_budgets(given: Mapping[str, Any]) -> None:
     if len(given) > 1:
         raise BudgetError(f"{' and '.join(given)} given; allowed: one of {', '.join(BUDGETS)}")
     for name, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value <= 1:
+        if not _is_number(value) or not 0 < value <= 1:
             raise BudgetError(f"{name}={value!r}; allowed: a fraction in (0, 1]")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from tnlm.targets import Target
 
 
 class Swap:
-    """Replaces modules; undoes it all if the block it guards fails.
+    """Replaces modules; undoes it all if the block it guards fails, attributes and config too.
 
     The tensors of replaced modules wait in temporary files, so that memory holds the model once.
 
@@ -47,18 +48,23 @@ class Swap:
         self._model = model
         self._replaced: list[tuple[str, nn.Module]] = []
         self._spilled: dict[nn.Parameter, Path] = {}
+        owners = [owner for owner in (model, getattr(model, "config", None)) if owner is not None]
+        self._attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
         self._directory = tempfile.TemporaryDirectory(prefix="tnlm-")
 
-    def replace(self, name: str, module: nn.Module) -> None:
-        """Put a module in the place of another, whose weight moves to a file."""
-        old = self._model.get_submodule(name)
-        weight = old._parameters.get("weight")
+    def spill(self, name: str) -> None:
+        """Move a module's weight to a file, ahead of its replacement."""
+        weight = self._model.get_submodule(name)._parameters.get("weight")
         if weight is not None and weight not in self._spilled:
             path = Path(self._directory.name) / f"{len(self._spilled)}.safetensors"
             save_file({"weight": weight.detach().contiguous()}, path)
             self._spilled[weight] = path
             weight.data = weight.data.new_empty(0)
-        self._replaced.append((name, old))
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of another, whose weight moves to a file."""
+        self.spill(name)
+        self._replaced.append((name, self._model.get_submodule(name)))
         self._model.set_submodule(name, module)
 
     def __enter__(self) -> Swap:
@@ -75,6 +81,9 @@ class Swap:
                 weight.data = load_file(path)["weight"].clone().to(weight.data.device)
             for name, module in reversed(self._replaced):
                 self._model.set_submodule(name, module)
+            for now, before in self._attributes:
+                now.clear()
+                now.update(before)
         self._spilled.clear()
         self._directory.cleanup()
 
@@ -186,7 +195,7 @@ def install(
         Entries by module name, and tied parameters (name to the name it shares).
     """
     first = targets[0]
-    old = model.get_submodule(first.module)
+    old: Any = model.get_submodule(first.module)
     entry: Entry = fitted[first.name]
     modules = {target.name: shelf.take(target.name) for target in targets}
     module = modules[first.name]
@@ -194,11 +203,12 @@ def install(
         parts = [{"name": t.parts[t.part], **fitted[t.name]} for t in targets]
         entry = {"kind": "fused", "parts": parts}
         module = FusedLinear({t.parts[t.part]: modules[t.name] for t in targets})
-    elif getattr(old, "bias", None) is not None:
+    module.requires_grad_(old.weight.requires_grad)  # what was frozen stays so
+    if not first.parts and getattr(old, "bias", None) is not None:
         module.bias = old.bias  # the same parameter, which other modules may share
     if isinstance(old, Conv1D):
         entry["conv1d"] = True
-    if isinstance(module, FactorizedEmbedding):
+    if isinstance(module, FactorizedEmbedding) and isinstance(old, nn.Embedding):
         module.padding_idx = entry["padding_idx"] = old.padding_idx
     entries, tied = {first.module: entry}, {}
     for name in first.tied:
@@ -216,7 +226,8 @@ def _install_head(
     head = FactorizedHead(network, bias=False, device="meta")
     for factor in network.factors:
         setattr(head, factor, getattr(table, factor))
-    head.bias = old.bias
+    bias: nn.Parameter | None = getattr(old, "bias", None)
+    head.bias = bias
     swap.replace(name, head.train(old.training))
-    made = {**entry, "kind": "head", "bias": old.bias is not None}
+    made = {**entry, "kind": "head", "bias": bias is not None}
     return made, {f"{name}.{factor}": f"{source}.{factor}" for factor in network.factors}

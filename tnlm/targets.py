@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from tnlm.errors import ModelError, TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 EMBEDDINGS = "embeddings"
+Matrix = nn.Linear | Conv1D | nn.Embedding
+"""The modules whose weight is a matrix."""
 Selector = str | type | Sequence["str | type"]
 
 FUSED = {"c_attn": {3: ("q", "k", "v"), 2: ("k", "v")}}
@@ -50,15 +53,15 @@ class Target:
 
     def weight(self, model: nn.Module) -> Tensor:
         """Return the ``(out, in)`` weight, a view of the model's own tensor."""
-        module = model.get_submodule(self.module)
-        weight = module.weight.detach()
+        module: Any = model.get_submodule(self.module)
+        weight: Tensor = module.weight.detach()
         if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
             weight = weight.T
         return weight[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
 
     def bias(self, model: nn.Module) -> Tensor | None:
         """Return the bias that belongs to the matrix, if any."""
-        bias = getattr(model.get_submodule(self.module), "bias", None)
+        bias: Tensor | None = getattr(model.get_submodule(self.module), "bias", None)
         if bias is None:
             return None
         return bias.detach()[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
@@ -103,7 +106,7 @@ def select(
     head = _output_head(model)
     claimed: set[int] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+        if not isinstance(module, Matrix):
             continue
         if not _matches(name, module, targets, head) or (
             ignore and _matches(name, module, ignore, head)
@@ -131,7 +134,7 @@ def _uses(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    return isinstance(module, Matrix)
 
 
 def _output_head(model: PreTrainedModel) -> nn.Module | None:
@@ -147,7 +150,7 @@ def _matches(name: str, module: nn.Module, wanted: Selector, head: nn.Module | N
             return not isinstance(module, nn.Embedding) and module is not head
         if wanted == EMBEDDINGS:
             return isinstance(module, nn.Embedding)
-        return re.fullmatch(wanted, name) is not None
+        return _fits(wanted, name)
     return any(
         isinstance(module, word)
         if isinstance(word, type)
@@ -159,9 +162,16 @@ def _matches(name: str, module: nn.Module, wanted: Selector, head: nn.Module | N
     )
 
 
-def _describe(
-    name: str, module: nn.Module, users: list[str], model: nn.Module
-) -> list[Target] | str:
+def _fits(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise TargetError(
+            f"{pattern!r} is not a regular expression: {error}; to name modules, use a list"
+        ) from error
+
+
+def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> list[Target] | str:
     """Return the matrices that a module holds, or why it is left alone."""
     modules = [model.get_submodule(user) for user in users]
     for user, other in zip(users, modules, strict=True):
@@ -186,7 +196,7 @@ def _describe(
     return [Target(embeddings[0], embeddings[0], "embedding", shape, tied=tied)]
 
 
-def _linear(name: str, module: nn.Module) -> Iterator[Target]:
+def _linear(name: str, module: Matrix) -> Iterator[Target]:
     rows, columns = module.weight.shape
     if isinstance(module, Conv1D):
         rows, columns = columns, rows
@@ -203,7 +213,9 @@ def _nothing(
     model: nn.Module, targets: Selector, ignore: Selector | None, skipped: dict[str, str]
 ) -> TargetError:
     endings = {n.rpartition(".")[2] for n, m in model.named_modules() if _is_matrix(m)}
-    hint = did_you_mean(targets, endings) if isinstance(targets, str) else did_you_mean("", endings)
+    hint = did_you_mean(targets if isinstance(targets, str) else "", endings)
+    if isinstance(targets, str) and targets in endings:  # a pattern must match the whole name
+        hint = f"; use [{targets!r}], a list of endings"
     reasons = "".join(f"; {name}: {reason}" for name, reason in list(skipped.items())[:3])
     return TargetError(f"no matrix matches targets={targets!r}, ignore={ignore!r}{hint}{reasons}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tnlm.decompositions.base import is_table, macs
+from tnlm.decompositions.base import is_table, macs, row_macs
 from tnlm.layers.contraction import chain
 from tnlm.network import Cost, Network
 from tnlm.targets import Target
@@ -24,20 +24,15 @@ def network_cost(target: Target, network: Network, itemsize: int) -> Cost:
         return Cost(network.params, size, macs(network))
     rows = target.shape[0]
     # A tied head passes through the factors, or rebuilds the rows and multiplies by them.
-    head = target.params + rows * macs(network) if is_table(network) else chain(network).macs
-    return Cost(network.params, size, _row_macs(network) + head * len(target.tied))
-
-
-def _row_macs(network: Network) -> int:
-    """Multiply-adds to build one row of an embedding."""
-    return macs(network) if is_table(network) else chain(network).macs // network.shape[0]
+    lookup = row_macs(network)
+    head = target.params + rows * lookup if is_table(network) else chain(network).macs
+    return Cost(network.params, size, lookup + head * len(target.tied))
 
 
 def model_cost(model: nn.Module) -> Cost:
-    """Return the cost of a whole model, shared tensors counted once.
+    """Return the cost of a whole dense model, shared tensors counted once.
 
-    Multiply-adds are those of its linear layers (attention's own products come on top). Factorized
-    layers say their own.
+    Multiply-adds are those of its linear layers; attention's own products come on top.
     """
     tensors = {id(p): p for p in model.parameters()}.values()
     counted = sum(

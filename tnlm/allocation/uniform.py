@@ -70,8 +70,11 @@ def decide(
         if predict or len(specs) > 1:
             errors = structure.errors(weight, metric, specs)
     except OptionError as error:
-        raise type(error)(f"{target.name}: {error}") from error
-    best = min(range(len(specs)), key=lambda i: math.inf if errors[i] is None else errors[i])
+        raise type(error)(
+            f"{target.name}: {error}; ask for what all targets can have, or name it in ignore="
+        ) from error
+    scores = [math.inf if error is None else error for error in errors]
+    best = min(range(len(specs)), key=scores.__getitem__)
     after = network_cost(
         target, structure.network(target.shape, specs[best]), weight.element_size()
     )
@@ -102,7 +105,8 @@ def _specs(
 
 def _budget(target: Target, limits: Limits) -> Budget:
     # Strictly fewer parameters than dense: a layer that cannot shrink stays as it is.
-    params = min(math.floor(limits.keep * target.params + 1e-9), target.params - 1)
+    keep = 1.0 if limits.tolerance is not None else limits.keep
+    params = min(math.floor(keep * target.params + 1e-9), target.params - 1)
     if target.kind == "embedding":
         return Budget(params)  # a lookup costs little, and rows are priced by the report
     return Budget(params, limits.max_macs * target.params)

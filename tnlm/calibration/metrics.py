@@ -51,10 +51,12 @@ class Metric:
     def leading_outputs(self, weight: Tensor, rank: int) -> Tensor:
         """Return an orthonormal basis ``(out, rank)`` of the leading left singular vectors of M."""
         if weight.shape[0] <= weight.shape[1]:
-            return torch.linalg.eigh(self.output_gram(weight))[1].flip(-1)[:, :rank]
+            outputs: Tensor = torch.linalg.eigh(self.output_gram(weight))[1]
+            return outputs.flip(-1)[:, :rank]
         whitened = self.whiten(weight)
         inputs = torch.linalg.eigh(whitened.T @ whitened)[1].flip(-1)[:, :rank]
-        return torch.linalg.qr(whitened @ inputs)[0]
+        basis: Tensor = torch.linalg.qr(whitened @ inputs)[0]
+        return basis
 
 
 class InputMoment(Metric):
@@ -93,7 +95,8 @@ class InputMoment(Metric):
     def root(self) -> Tensor:
         """The symmetric square root of C."""
         values, vectors = torch.linalg.eigh(self.moment)
-        return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
+        root: Tensor = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
+        return root
 
     def whiten(self, weight: Tensor) -> Tensor:
         """Return ``weight @ C^(1/2)``."""

@@ -22,7 +22,7 @@ from tnlm.errors import CalibrationError
 
 logger = logging.getLogger("tnlm")
 
-IN_MEMORY = 2**26
+IN_MEMORY = 2**25
 """Bytes of moments held in memory; further ones go to files and are read when needed."""
 
 ROWS = 1024
@@ -69,6 +69,10 @@ class Statistics:
             self._latest = None  # free the last one before the next is read
             self._latest = leader, InputMoment(self.moment(module))
         return self._latest[1]
+
+    def forget(self) -> None:
+        """Drop the latest metric from memory."""
+        self._latest = None
 
     def _file(self, leader: str) -> Path:
         if self._directory is None:
@@ -118,7 +122,7 @@ class _Accumulator:
             total = self.sums[name] = torch.zeros(size, size, dtype=torch.float64, device=x.device)
         for part in rows.split(ROWS):
             part = part.float()
-            total += (part.T @ part).double()
+            total += part.T @ part
 
     def flush(self, store: Statistics, tokens: int) -> None:
         """Move all sums to a store, as means over tokens, and forget them."""

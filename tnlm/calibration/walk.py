@@ -149,7 +149,7 @@ def _block_input(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> Tensor
     found: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state, _, _ = _take_state(args, kwargs)
+        state = _take_state(args, kwargs)[0]
         if state is not None:
             found.append(state)
         raise _Stop

@@ -40,9 +40,12 @@ def macs(network: Network) -> int:
     A table of rows (an embedding, whose row mode may stand in several factors) is priced as the
     rows it builds: the cost of one row.
     """
-    if is_table(network):
-        return pairwise(dataclasses.replace(network, sizes={**network.sizes, network.out: 1})).macs
-    return chain(network).macs
+    return row_macs(network) if is_table(network) else chain(network).macs
+
+
+def row_macs(network: Network) -> int:
+    """Return the multiply-adds to build one row of a table."""
+    return pairwise(dataclasses.replace(network, sizes={**network.sizes, network.out: 1})).macs
 
 
 def is_table(network: Network) -> bool:
@@ -101,7 +104,7 @@ class Format(ABC, Generic[S]):
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[S]) -> list[float]:
         """Return the relative error of each spec; by default each is fitted and measured."""
         return [
-            metric.relative(weight, self.reconstruct(tuple(weight.shape), spec, fitted))
+            metric.relative(weight, self.reconstruct(matrix_shape(weight), spec, fitted))
             for spec in specs
             for fitted in [self.fit(weight, metric, spec)]
         ]
@@ -159,10 +162,34 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def matrix_shape(weight: Tensor) -> Shape:
+    """Return the shape ``(out, in)`` of a matrix."""
+    rows, columns = weight.shape
+    return rows, columns
+
+
 def check_split(name: str, split: Sequence[int], size: int) -> None:
     """Raise `RankError` unless the modes of a split multiply to ``size``."""
     if math.prod(split) != size:
         raise RankError(f"{name}={tuple(split)} multiplies to {math.prod(split)}, not to {size}")
+
+
+def given_split(
+    name: str, options: Mapping[str, Any], size: int, modes: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Return the split of ``size`` that the options fix, if any.
+
+    Raises:
+        RankError: unless it multiplies to ``size`` and has one of the numbers of ``modes``.
+    """
+    if not options.get(name):
+        return None
+    split = tuple(options[name])
+    check_split(name, split, size)
+    if len(split) not in modes:
+        allowed = " to ".join(dict.fromkeys((str(modes[0]), str(modes[-1]))))
+        raise RankError(f"{name}={split}; allowed: {allowed} sizes")
+    return split
 
 
 def as_tensor(weight: Tensor, *splits: Sequence[int]) -> Tensor:

@@ -1,10 +1,10 @@
 """Gauge-fixed storage: one factor of a bond is kept with an identity block that is not stored.
 
-A product ``F @ G`` with inner size r is unchanged by ``F @ X, inverse(X) @ G``: r**2 of its numbers
-are redundant. Take r pivot rows P of F; then ``F @ G = (F @ inverse(F[P])) @ (F[P] @ G)``, where the
-first factor has an identity at P and the second holds rows of the product itself. Source: the
-pivoting of PIFA (arXiv 2501.19090) and the junction matrix of LatentLLM (arXiv 2505.18413), here
-for any bond of any network.
+A product ``F @ G`` with inner size r is unchanged by ``F @ X, inverse(X) @ G``: r**2 of its
+numbers are redundant. Take r pivot rows P of F; then
+``F @ G = (F @ inverse(F[P])) @ (F[P] @ G)``, where the first factor has an identity at P and the
+second holds rows of the product itself. Source: the pivoting of PIFA (arXiv 2501.19090) and the
+junction matrix of LatentLLM (arXiv 2505.18413), here for any bond of any network.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def fix(network: Network, factors: Factors) -> Factors:
 
     Returns:
         The factors; the gauged one as its free rows ``(rows - r, r)``, with ``<factor>_order``
-        (int32, one entry a row) beside it. No free coefficient exceeds 2.
+        (int64, one entry a row) beside it. No free coefficient exceeds 2.
 
     Example:
         >>> from tnlm.network import Gauge, Network
@@ -50,7 +50,7 @@ def fix(network: Network, factors: Factors) -> Factors:
     pivots = pivot_rows(basis)
     free = torch.ones(len(basis), dtype=torch.bool, device=basis.device)
     free[pivots] = False
-    order = torch.cat([pivots, free.nonzero()[:, 0]]).argsort().to(torch.int32)
+    order = torch.cat([pivots, free.nonzero()[:, 0]]).argsort()
     coefficients = torch.linalg.solve(basis[pivots], basis[free], left=False)
     axis = network.factors[partner].index(bond)
     product = torch.tensordot(basis[pivots] @ mixing, factors[partner], dims=([1], [axis]))

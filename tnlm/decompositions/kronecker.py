@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
-from tnlm.decompositions.base import Budget, Format, Shape, check_split, macs
-from tnlm.decompositions.linalg import energies, rank_for, tails, truncated_svd
+from tnlm.decompositions.base import (
+    Budget,
+    Format,
+    Shape,
+    check_split,
+    given_split,
+    macs,
+    matrix_shape,
+)
+from tnlm.decompositions.linalg import energies, rank_for, spectrum, tails, truncated_svd
 from tnlm.decompositions.rearrange import Split, divisor_pairs, rearrange, sample
 from tnlm.errors import RankError
 from tnlm.network import Factors, Gauge, Network
@@ -62,7 +70,8 @@ class Kronecker(Format[KroneckerSpec]):
         if spec.terms > min(a * c, b * d):
             raise RankError(
                 f"terms={spec.terms}, but a {shape[0]}x{shape[1]} matrix with out_split={(a, b)}, "
-                f"in_split={(c, d)} has at most {min(a * c, b * d)}; use fewer terms or other splits"
+                f"in_split={(c, d)} has at most {min(a * c, b * d)}; "
+                "use fewer terms or other splits"
             )
         sizes = {"t": spec.terms, "a": a, "b": b, "c": c, "d": d}
         gauge = Gauge("right" if b * d <= a * c else "left", "t") if spec.gauge else None
@@ -108,8 +117,8 @@ class Kronecker(Format[KroneckerSpec]):
         most = max(min(a * c, b * d) for (a, b), (c, d) in _splits(shape, options))
         if options["terms"] > most:
             raise RankError(
-                f"terms={options['terms']}; a {shape[0]}x{shape[1]} matrix has at most {most} in any "
-                "of the splits allowed"
+                f"terms={options['terms']}; a {shape[0]}x{shape[1]} matrix has at most {most} "
+                "in any of the splits allowed"
             )
 
     def within(
@@ -118,8 +127,8 @@ class Kronecker(Format[KroneckerSpec]):
         """Return, for every split, the fewest terms whose tail is within the tolerance."""
         gauge = options.get("gauge", True)
         return [
-            KroneckerSpec(rank_for(_energy(rows), tolerance), *splits, gauge=gauge)
-            for splits in _splits(tuple(weight.shape), options)
+            KroneckerSpec(rank_for(spectrum(rows), tolerance), *splits, gauge=gauge)
+            for splits in _splits(matrix_shape(weight), options)
             for rows in [rearrange(weight.double(), *splits)]
         ]
 
@@ -140,16 +149,18 @@ class Kronecker(Format[KroneckerSpec]):
         ]
 
     def _tail(self, weight: Tensor, spec: KroneckerSpec) -> float:
-        tail = tails(_energy(rearrange(weight.double(), spec.out_split, spec.in_split)))
-        return (float(tail[spec.terms]) / (float(tail[0]) or 1.0)) ** 0.5
+        tail = tails(spectrum(rearrange(weight.double(), spec.out_split, spec.in_split)))
+        error: float = (float(tail[spec.terms]) / (float(tail[0]) or 1.0)) ** 0.5
+        return error
 
 
 def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[tuple[Split, Split]]:
     """Yield every pair of splits, or those that the options fix."""
-    given_out, given_in = options.get("out_split"), options.get("in_split")
-    for out in [tuple(given_out)] if given_out else divisor_pairs(shape[0]):
-        for inp in [tuple(given_in)] if given_in else divisor_pairs(shape[1]):
-            yield out, inp  # type: ignore[misc]
+    given_out = given_split("out_split", options, shape[0], (2,))
+    given_in = given_split("in_split", options, shape[1], (2,))
+    for out in [given_out] if given_out else divisor_pairs(shape[0]):
+        for inp in [given_in] if given_in else divisor_pairs(shape[1]):
+            yield (out[0], out[1]), (inp[0], inp[1])
 
 
 def _most_terms(numbers: int, params: float, gauge: bool) -> float:
@@ -158,10 +169,6 @@ def _most_terms(numbers: int, params: float, gauge: bool) -> float:
         return params // numbers
     root = numbers**2 - 4 * params
     return math.inf if root < 0 else (numbers - math.sqrt(root)) // 2
-
-
-def _energy(rows: Tensor) -> Tensor:
-    return energies(rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows)
 
 
 def _screen(weight: Tensor, spec: KroneckerSpec) -> float:

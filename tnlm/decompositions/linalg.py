@@ -92,7 +92,14 @@ def _fix_signs(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def energies(gram: Tensor) -> Tensor:
     """Return the eigenvalues of a Gram matrix, largest first, none negative."""
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(0).clamp_min(0.0)
+
+
+def spectrum(matrix: Tensor) -> Tensor:
+    """Return the squared singular values, largest first, from the smaller Gram matrix."""
+    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return energies(rows @ rows.T)
 
 
 def rank_for(energy: Tensor, tolerance: float, total: float | None = None) -> int:

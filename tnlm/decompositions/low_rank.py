@@ -27,9 +27,9 @@ class LowRank(Format[LowRankSpec]):
     """Truncated SVD, exact under every metric on the inputs.
 
     With C the metric's second moment, ``||(W - W') C^(1/2)||`` is least at
-    ``W' = U @ U.T @ W`` where U spans the leading left singular vectors of ``W C^(1/2)``: no inverse
-    of C is needed, so a singular C does no harm, and full rank is exact. Its squared error is
-    the tail of the squared singular values (Eckart-Young).
+    ``W' = U @ U.T @ W`` where U spans the leading left singular vectors of ``W C^(1/2)``: no
+    inverse of C is needed, so a singular C does no harm, and full rank is exact. Its squared error
+    is the tail of the squared singular values (Eckart-Young).
 
     Example:
         >>> import torch

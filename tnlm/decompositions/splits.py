@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -58,6 +58,17 @@ def scaled(limits: tuple[int, ...], scale: float) -> tuple[int, ...]:
         (5, 2)
     """
     return tuple(max(1, min(limit, math.ceil(scale * limit - 1e-9))) for limit in limits)
+
+
+def orders(options: Mapping[str, Any], default: Sequence[int]) -> Sequence[int]:
+    """Return the numbers of cores to try: one more than the ranks, if several are given.
+
+    Example:
+        >>> orders({"ranks": [4, 8]}, (2, 3, 4)), orders({"ranks": [4]}, (2, 3))
+        ((3,), (2, 3))
+    """
+    ranks = options.get("ranks") or ()
+    return (len(ranks) + 1,) if len(ranks) > 1 else default
 
 
 def ranks_at(

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import _tensorly
-from tnlm.decompositions.base import Budget, Format, Shape, as_tensor, check_split
-from tnlm.decompositions.linalg import energies, rank_for
-from tnlm.decompositions.splits import balanced_split, largest_within, ranks_at
+from tnlm.decompositions.base import (
+    Budget,
+    Format,
+    Shape,
+    as_tensor,
+    check_split,
+    given_split,
+    matrix_shape,
+)
+from tnlm.decompositions.linalg import rank_for, spectrum
+from tnlm.decompositions.splits import balanced_split, largest_within, orders, ranks_at
 from tnlm.errors import RankError
 from tnlm.network import Factors, Network
 
@@ -62,8 +70,8 @@ class TensorTrain(Format[TensorTrainSpec]):
             or len(spec.ranks) != order - 1
         ):
             raise RankError(
-                f"out_split={spec.out_split}, in_split={spec.in_split}, ranks={spec.ranks}; allowed: "
-                f"splits of equal length, 2 to {len(OUT)}, and one rank fewer"
+                f"out_split={spec.out_split}, in_split={spec.in_split}, ranks={spec.ranks}; "
+                f"allowed: splits of equal length, 2 to {len(OUT)}, and one rank fewer"
             )
         limits = _limits(spec.out_split, spec.in_split)
         if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
@@ -77,7 +85,7 @@ class TensorTrain(Format[TensorTrainSpec]):
 
     def fit(self, weight: Tensor, metric: Metric, spec: TensorTrainSpec) -> Factors:
         """Sweep TT-SVD from the first core to the last."""
-        network = self.network((weight.shape[0], weight.shape[1]), spec)
+        network = self.network(matrix_shape(weight), spec)
         tensor = as_tensor(weight, spec.out_split, spec.in_split)
         cores = _tensorly.tt_matrix(tensor, spec.ranks)
         return {
@@ -105,10 +113,10 @@ class TensorTrain(Format[TensorTrainSpec]):
     ) -> Sequence[TensorTrainSpec]:
         """Return ranks that leave ``tolerance / sqrt(cores - 1)`` to each unfolding (Oseledets)."""
         found = []
-        for out, inp in _splits((weight.shape[0], weight.shape[1]), options):
+        for out, inp in _splits(matrix_shape(weight), options):
             share = tolerance / math.sqrt(len(out) - 1)
             unfoldings = _unfoldings(as_tensor(weight, out, inp))
-            ranks = tuple(rank_for(energies(rows @ rows.T), share) for rows in unfoldings)
+            ranks = tuple(rank_for(spectrum(rows), share) for rows in unfoldings)
             found.append(TensorTrainSpec(out, inp, ranks))
         return found
 
@@ -116,13 +124,13 @@ class TensorTrain(Format[TensorTrainSpec]):
 def _splits(
     shape: Shape, options: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    out, inp = options.get("out_split"), options.get("in_split")
-    lengths = {len(split) for split in (out, inp) if split} or set(ORDERS)
-    for order in sorted(lengths):
-        yield (
-            tuple(out) if out else balanced_split(shape[0], order),
-            tuple(inp) if inp else balanced_split(shape[1], order),
-        )
+    out = given_split("out_split", options, shape[0], range(2, len(OUT) + 1))
+    inp = given_split("in_split", options, shape[1], range(2, len(IN) + 1))
+    if out and inp and len(out) != len(inp):
+        raise RankError(f"out_split={out}, in_split={inp}; allowed: splits of equal length")
+    known = out or inp
+    for order in (len(known),) if known else orders(options, ORDERS):
+        yield out or balanced_split(shape[0], order), inp or balanced_split(shape[1], order)
 
 
 def _limits(out: Sequence[int], inp: Sequence[int]) -> tuple[int, ...]:
@@ -132,13 +140,12 @@ def _limits(out: Sequence[int], inp: Sequence[int]) -> tuple[int, ...]:
 
 
 def _unfoldings(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the unfolding at every inner bond, the shorter side first."""
+    """Yield the unfolding at every inner bond."""
     order = tensor.dim() // 2
     paired = tensor.permute([axis for k in range(order) for axis in (k, order + k)])
     sizes = [paired.shape[2 * k] * paired.shape[2 * k + 1] for k in range(order)]
     for k in range(1, order):
-        rows = paired.reshape(math.prod(sizes[:k]), -1)
-        yield rows if rows.shape[0] <= rows.shape[1] else rows.T
+        yield paired.reshape(math.prod(sizes[:k]), -1)
 
 
 FORMAT = TensorTrain()

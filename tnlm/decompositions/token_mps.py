@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
-from tnlm.decompositions.base import Budget, Format, Shape, check_split
+from tnlm.decompositions.base import Budget, Format, Shape, check_split, given_split, matrix_shape
 from tnlm.decompositions.linalg import rank_for
-from tnlm.decompositions.splits import balanced_split, largest_within, ranks_at
+from tnlm.decompositions.splits import balanced_split, largest_within, orders, ranks_at
 from tnlm.errors import RankError
 from tnlm.network import Factors, Network
 
@@ -59,8 +59,8 @@ class TokenMPS(Format[TokenMPSSpec]):
         order = len(spec.in_split)
         if not 2 <= order <= len(MODES) or len(spec.ranks) != order - 1:
             raise RankError(
-                f"in_split={spec.in_split}, ranks={spec.ranks}; allowed: 2 to {len(MODES)} modes and "
-                "one rank fewer"
+                f"in_split={spec.in_split}, ranks={spec.ranks}; "
+                f"allowed: 2 to {len(MODES)} modes and one rank fewer"
             )
         limits = _limits(spec.in_split)
         if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
@@ -73,7 +73,7 @@ class TokenMPS(Format[TokenMPSSpec]):
 
     def fit(self, weight: Tensor, metric: Metric, spec: TokenMPSSpec) -> Factors:
         """Sweep a batched TT-SVD over the modes, some thousand rows at a time."""
-        network = self.network((weight.shape[0], weight.shape[1]), spec)
+        network = self.network(matrix_shape(weight), spec)
         parts = [_sweep(rows.double(), spec) for rows in weight.detach().split(CHUNK)]
         cores = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
         return {
@@ -103,9 +103,9 @@ class TokenMPS(Format[TokenMPSSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[TokenMPSSpec]:
-        """Return ranks that leave ``tolerance / sqrt(modes - 1)`` to each unfolding, over all rows."""
+        """Return ranks that leave ``tolerance / sqrt(modes - 1)`` to each unfolding of all rows."""
         found = []
-        for split in _splits((weight.shape[0], weight.shape[1]), options):
+        for split in _splits(matrix_shape(weight), options):
             share = tolerance / math.sqrt(len(split) - 1)
             ranks = tuple(
                 rank_for(_pooled_energy(weight, math.prod(split[:k])), share)
@@ -149,10 +149,9 @@ def _pooled_energy(weight: Tensor, left: int) -> Tensor:
 
 
 def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
-    if options.get("in_split"):
-        yield tuple(options["in_split"])
-        return
-    yield from dict.fromkeys(balanced_split(shape[1], order) for order in ORDERS)
+    given = given_split("in_split", options, shape[1], range(2, len(MODES) + 1))
+    found = (balanced_split(shape[1], order) for order in orders(options, ORDERS))
+    yield from [given] if given else dict.fromkeys(found)
 
 
 def _limits(split: Sequence[int]) -> tuple[int, ...]:

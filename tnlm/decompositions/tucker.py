@@ -11,8 +11,16 @@ from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import _tensorly
-from tnlm.decompositions.base import Budget, Format, Shape, as_tensor, check_split
-from tnlm.decompositions.linalg import energies, rank_for, truncated_svd
+from tnlm.decompositions.base import (
+    Budget,
+    Format,
+    Shape,
+    as_tensor,
+    check_split,
+    given_split,
+    matrix_shape,
+)
+from tnlm.decompositions.linalg import rank_for, spectrum, truncated_svd
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
 from tnlm.errors import RankError
 from tnlm.network import Factors, Network
@@ -57,7 +65,8 @@ class Tucker(Format[TuckerSpec]):
         dims = spec.out_split + spec.in_split
         if len(spec.ranks) != len(dims) or len(dims) > len(OPEN):
             raise RankError(
-                f"ranks={spec.ranks} for modes {dims}; allowed: one rank a mode, {len(OPEN)} at most"
+                f"ranks={spec.ranks} for modes {dims}; "
+                f"allowed: one rank a mode, {len(OPEN)} at most"
             )
         limits = _limits(dims, spec.ranks)
         if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
@@ -109,15 +118,13 @@ class Tucker(Format[TuckerSpec]):
     ) -> Sequence[TuckerSpec]:
         """Return ranks that leave ``tolerance / sqrt(modes)`` to each unfolding (HOSVD bound)."""
         found = []
-        for out, inp in _splits((weight.shape[0], weight.shape[1]), options):
+        for out, inp in _splits(matrix_shape(weight), options):
             tensor = as_tensor(weight, out, inp)
             share = tolerance / math.sqrt(tensor.dim())
             ranks = tuple(
-                rank_for(energies(rows @ rows.T), share)
-                for mode in range(tensor.dim())
-                for rows in [_unfold(tensor, mode)]
+                rank_for(spectrum(_unfold(tensor, mode)), share) for mode in range(tensor.dim())
             )
-            found.append(TuckerSpec(out, inp, ranks))
+            found.append(TuckerSpec(out, inp, _supported(tuple(tensor.shape), ranks)))
         return found
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[TuckerSpec]) -> list[float]:
@@ -128,10 +135,13 @@ class Tucker(Format[TuckerSpec]):
 def _hosvd_error(weight: Tensor, spec: TuckerSpec) -> float:
     tensor = as_tensor(weight, spec.out_split, spec.in_split)
     modes = _reduced(tuple(tensor.shape), spec.ranks)
-    total = float(tensor.square().sum()) or 1.0
+    total = float(tensor.square().sum())
     factors = _tensorly.hosvd(tensor, [spec.ranks[mode] for mode in modes], modes)
     core = _tensorly.multi_mode_dot(tensor, factors, modes)
-    return max(1.0 - float(core.square().sum()) / total, 0.0) ** 0.5
+    if total == 0.0:
+        return 0.0
+    error: float = max(1.0 - float(core.square().sum()) / total, 0.0) ** 0.5
+    return error
 
 
 def _hooi(tensor: Tensor, factors: list[Tensor], modes: Sequence[int]) -> list[Tensor]:
@@ -164,7 +174,7 @@ def _reduced(dims: Sequence[int], ranks: Sequence[int]) -> list[int]:
 
 
 def _limits(dims: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return the largest useful rank of every mode: its size, and the product of the others' ranks."""
+    """Return every mode's largest useful rank: its size, or the product of the other ranks."""
     total = math.prod(ranks)
     return tuple(min(size, total // rank) for size, rank in zip(dims, ranks, strict=True))
 
@@ -196,6 +206,15 @@ def _longest(dims: tuple[int, ...], scale: float) -> tuple[int, ...]:
     return tuple(scaled((d,), scale)[0] if k == longest else d for k, d in enumerate(dims))
 
 
+def _supported(dims: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Raise the smallest ranks until the other modes can support every rank."""
+    while any(r > limit for r, limit in zip(ranks, _limits(dims, ranks), strict=True)):
+        growing = [k for k, (size, rank) in enumerate(zip(dims, ranks, strict=True)) if rank < size]
+        smallest = min(growing, key=ranks.__getitem__)
+        ranks = tuple(rank + (k == smallest) for k, rank in enumerate(ranks))
+    return ranks
+
+
 def _given(ranks: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...]:
     """One number caps every mode; otherwise the ranks are taken as they are."""
     return tuple(min(ranks[0], d) for d in dims) if len(ranks) == 1 else tuple(ranks)
@@ -204,14 +223,23 @@ def _given(ranks: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...]:
 def _splits(
     shape: Shape, options: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield the splits to try: by default three or four modes, never the plain matrix."""
-    out, inp = options.get("out_split"), options.get("in_split")
-    outs = [tuple(out)] if out else [balanced_split(shape[0], parts) for parts in (1, 2)]
-    inps = [tuple(inp)] if inp else [balanced_split(shape[1], parts) for parts in (1, 2)]
-    for out_split in outs:
-        for in_split in inps:
-            if out or inp or len(out_split) + len(in_split) > 2:
-                yield out_split, in_split
+    """Yield the splits to try: as many modes as there are ranks, by default three or four."""
+    out = given_split("out_split", options, shape[0], range(1, len(OPEN)))
+    inp = given_split("in_split", options, shape[1], range(1, len(OPEN)))
+    outs = [out] if out else [balanced_split(shape[0], parts) for parts in (1, 2)]
+    inps = [inp] if inp else [balanced_split(shape[1], parts) for parts in (1, 2)]
+    ranks = tuple(options.get("ranks") or ())
+    allowed: Sequence[int] = (len(ranks),) if len(ranks) > 1 else range(2, 2 * len(OPEN))
+    found = [(o, i) for o in outs for i in inps if len(o + i) in allowed]
+    if not found:
+        raise RankError(
+            f"ranks={ranks}; allowed: one for all modes, or one for each size of out_split and of "
+            f"in_split; without splits, 2 to 4 ranks"
+        )
+    for pair in found:
+        # The plain matrix is low rank, which has its own format: only when it is asked for.
+        if out or inp or len(ranks) > 1 or len(pair[0] + pair[1]) > 2:
+            yield pair
 
 
 FORMAT = Tucker()

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tnlm.errors import CheckpointError
@@ -24,7 +25,7 @@ GUARD = "IMPORT_TNLM_BEFORE_LOADING.safetensors"
 
 
 @register_quantization_config(METHOD)
-class TnlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class TnlmConfig(QuantizationConfigMixin):
     """What ``config.json`` says about a compressed model.
 
     Args:
@@ -45,16 +46,25 @@ class TnlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Keep the fields; unknown ones of a later version are ignored."""
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # their enum lists only their own
         self.format_version = format_version
         self.scheme = scheme
-        self.options = dict(options or {})
-        self.modules = dict(modules or {})
-        self.tied = dict(tied or {})
+        self.options = _checked("options", options)
+        self.modules = _checked("modules", modules)
+        self.tied = _checked("tied", tied, str)
+
+
+def _checked(name: str, value: Any, kind: type = object) -> dict[str, Any]:
+    """Return a field as a dict, or say that a file holds something else there."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(v, kind) for v in value.values()):
+        raise CheckpointError(f"config.json has a broken field {name!r}: {str(value)[:60]}")
+    return dict(value)
 
 
 @register_quantizer(METHOD)
-class TnlmQuantizer(HfQuantizer):  # type: ignore[misc]
+class TnlmQuantizer(HfQuantizer):
     """Builds the factorized modules before weights are read, and turns them back on request."""
 
     requires_calibration = True  # refuses to compress on the fly: that is tnlm.compress
@@ -85,18 +95,19 @@ class TnlmQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         config = self.quantization_config
         names = {name: _resolve(model, name) for name in config.modules}
-        for name, entry in config.modules.items():
-            found = names[name]
-            if found is not None:
-                check_entry(name, entry, model.get_submodule(found))
-                old = model.get_submodule(found).weight
-                model.set_submodule(found, build(entry, device=old.device, dtype=old.dtype))
-        present = {name for name, found in names.items() if found is not None}
+        found = {name: entry for name, entry in config.modules.items() if names[name] is not None}
+        for name, entry in found.items():
+            check_entry(name, entry, model.get_submodule(names[name] or ""))
+        for name, entry in found.items():
+            old: Any = model.get_submodule(names[name] or "").weight
+            made = build(entry, device=old.device, dtype=old.dtype)
+            model.set_submodule(names[name] or "", made)
         tied = {
             _rename(names, target): _rename(names, source)
             for target, source in config.tied.items()
-            if {target.rpartition(".")[0], source.rpartition(".")[0]} <= present
+            if _owners(config, target, source) <= found.keys()
         }
+        _check_ties(model, tied)
         retie(model, tied)
         # Names of this class of model, so that saving it again writes what it holds. Heads that it
         # lacks stay listed: a body saved alone may be loaded under its head again.
@@ -107,7 +118,8 @@ class TnlmQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        model.is_quantized = False  # .half() and .float() stay allowed
+        # .half() and .float() stay allowed.
+        model.is_quantized = False  # type: ignore[assignment]
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
@@ -132,8 +144,8 @@ class TnlmQuantizer(HfQuantizer):  # type: ignore[misc]
 def attach(model: PreTrainedModel, config: TnlmConfig) -> None:
     """Make a compressed model save, load and dequantize through transformers."""
     model.config.quantization_config = config
-    model.hf_quantizer = TnlmQuantizer(config, pre_quantized=True)
-    model.quantization_method = METHOD
+    model.hf_quantizer = TnlmQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.quantization_method = METHOD  # type: ignore[assignment]
     retie(model, config.tied)
 
 
@@ -147,6 +159,23 @@ def retie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
     kept = {target: source for target, source in old if {target, source} <= names}
     model.all_tied_weights_keys = {**kept, **tied}
     model._tied_weights_keys = dict(model.all_tied_weights_keys)
+
+
+def _owners(config: TnlmConfig, *parameters: str) -> set[str]:
+    """Return the compressed modules that hold parameters."""
+    owners = {name.rpartition(".")[0] for name in parameters}
+    if not owners <= config.modules.keys():
+        raise CheckpointError(f"config.json ties {' to '.join(parameters)}, of no module it names")
+    return owners
+
+
+def _check_ties(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    for target, source in tied.items():
+        if target not in shapes or shapes[target] != shapes.get(source):
+            raise CheckpointError(
+                f"config.json ties {target} to {source}: not two parameters of one shape"
+            )
 
 
 def _resolve(model: PreTrainedModel, name: str) -> str | None:

@@ -32,7 +32,8 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
         >>> shape_of(nn.Linear(3, 5))
         (5, 3)
     """
-    rows, columns = module.weight.shape
+    weight: Any = module.weight
+    rows, columns = weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
@@ -53,32 +54,52 @@ def check_entry(name: str, entry: Any, module: nn.Module) -> None:
     Shapes must be the model's own, so that no entry can ask for more memory than the dense model.
     """
     try:
-        if entry["kind"] not in KINDS:
-            raise CheckpointError(f"kind={entry['kind']!r}; allowed: {', '.join(KINDS)}")
-        shape = _entry_shape(entry)
+        _check_kind(entry["kind"], module)
+        parts = entry["parts"] if entry["kind"] == "fused" else [entry]
+        shape = _stacked_shape(parts)
         if shape != shape_of(module):
             raise CheckpointError(f"it is {_by(shape)}, but the model has {_by(shape_of(module))}")
-        for part in _networks(entry):
-            network = network_of(part)
-            if network.params > network.shape[0] * network.shape[1]:
-                raise CheckpointError(f"{part['options']} is larger than the dense matrix")
+        for part in parts:
+            _check_part(part, getattr(module, "bias", None) is not None)
+        build(entry, device="meta")  # shows whatever else is wrong
     except TnlmError as error:
         raise CheckpointError(f"config.json does not fit the model at {name}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"config.json has a broken entry for {name}: {error!r}") from error
 
 
-def _entry_shape(entry: Mapping[str, Any]) -> tuple[int, int]:
-    if entry["kind"] == "fused":
-        rows = [int(part["shape"][0]) for part in entry["parts"]]
-        return sum(rows), int(entry["parts"][0]["shape"][1])
-    rows, columns = entry["shape"]
-    return int(rows), int(columns)
+def _check_kind(kind: Any, module: nn.Module) -> None:
+    if kind not in KINDS:
+        raise CheckpointError(f"kind={kind!r}; allowed: {', '.join(KINDS)}")
+    if isinstance(module, nn.Embedding) != (kind == "embedding"):
+        raise CheckpointError(f"kind={kind!r}, but the model has {type(module).__name__}")
 
 
-def _networks(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    parts = entry["parts"] if entry["kind"] == "fused" else [entry]
-    return [part for part in parts if part["kind"] != "dense"]
+def _stacked_shape(parts: list[Entry]) -> tuple[int, int]:
+    """Return the shape of all parts together."""
+    for part in parts:
+        sizes = part["shape"]
+        if len(sizes) != 2 or not all(type(size) is int and size >= 1 for size in sizes):
+            raise CheckpointError(f"shape={sizes!r}; allowed: two whole numbers >= 1")
+    widths = {part["shape"][1] for part in parts}
+    names = {part.get("name") for part in parts}
+    if len(widths) != 1 or len(names) != len(parts):
+        raise CheckpointError("its parts must be there, of one width, and of different names")
+    return sum(part["shape"][0] for part in parts), widths.pop()
+
+
+def _check_part(part: Entry, biased: bool) -> None:
+    if part["bias"] is not biased:
+        has = "a" if biased else "no"
+        raise CheckpointError(f"bias={part['bias']!r}, but the model has {has} bias there")
+    if part["kind"] == "dense":
+        return
+    wanted = "linear" if part["kind"] == "linear" else "embedding"
+    if wanted not in get_format(part["format"]).kinds:
+        raise CheckpointError(f"a {part['format']} cannot replace a {wanted}")
+    network = network_of(part)
+    if network.params > network.shape[0] * network.shape[1]:
+        raise CheckpointError(f"{part['options']} is larger than the dense matrix")
 
 
 def build(
@@ -107,26 +128,30 @@ def build(
 def dense_module(entry: Entry, module: nn.Module) -> nn.Module:
     """Return the ordinary module, with the same weight, that a built module stands for."""
     weight = module.to_dense().detach()  # type: ignore[operator]
-    if entry["kind"] == "embedding":
-        return nn.Embedding(*weight.shape, padding_idx=entry["padding_idx"], _weight=weight)
-    bias = _fused_bias(module) if isinstance(module, FusedLinear) else module.bias
     rows, columns = weight.shape
+    factors = [p for name, p in module.named_parameters() if not name.endswith("bias")]
+    trained = any(p.requires_grad for p in factors)
+    if entry["kind"] == "embedding":
+        padding = entry["padding_idx"]
+        return nn.Embedding(rows, columns, padding_idx=padding, _weight=weight, _freeze=not trained)
+    bias = _fused_bias(module) if isinstance(module, FusedLinear) else module.bias
     if entry.get("conv1d"):
         dense: nn.Module = Conv1D(rows, columns)
         weight = weight.T
     else:
         dense = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(weight.contiguous())
+    dense.weight = nn.Parameter(weight.contiguous(), requires_grad=trained)
     if bias is not None:
-        dense.bias = bias  # type: ignore[assignment]
+        dense.bias = bias
     return dense
 
 
 def _fused_bias(module: FusedLinear) -> nn.Parameter | None:
-    biases = [module.get_submodule(name).bias for name in module.parts]
+    biases = [getattr(module, name).bias for name in module.parts]
     if any(bias is None for bias in biases):
         return None
-    return nn.Parameter(torch.cat([bias.detach() for bias in biases]))  # type: ignore[union-attr]
+    trained = any(bias.requires_grad for bias in biases)
+    return nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=trained)
 
 
 def _by(shape: tuple[int, int]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import opt_einsum
 import torch
@@ -27,6 +28,7 @@ class Step:
         kept: modes of the factor that the step adds to the activation.
         contracted: modes that the step sums over.
         permute: how the activation's modes are reordered first, or None.
+        width: the size of the contracted modes together.
         rest: sizes of the activation's modes that the step leaves alone.
         after: sizes of all its modes after the step.
     """
@@ -35,6 +37,7 @@ class Step:
     kept: str
     contracted: str
     permute: tuple[int, ...] | None
+    width: int
     rest: tuple[int, ...]
     after: tuple[int, ...]
 
@@ -51,6 +54,12 @@ class Chain:
     def order(self) -> tuple[str, ...]:
         """The factors, in the order in which they meet the activation."""
         return tuple(step.factor for step in self.steps)
+
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether every step contracts the whole activation as it lies, so no reshape is needed."""
+        plain = all(step.permute is None and not step.rest for step in self.steps)
+        return plain and self.permute is None
 
 
 def chain(network: Network, order: Sequence[str] | None = None) -> Chain:
@@ -84,6 +93,7 @@ def chain(network: Network, order: Sequence[str] | None = None) -> Chain:
                 kept,
                 contracted,
                 _permutation(current, rest + contracted),
+                network.size(contracted),
                 tuple(network.sizes[mode] for mode in rest),
                 tuple(network.sizes[mode] for mode in rest + kept),
             )

@@ -1,4 +1,4 @@
-"""`FactorizedEmbedding` looks rows up without building the table; `FactorizedHead` is its tied head."""
+"""`FactorizedEmbedding` looks up rows without building the table; `FactorizedHead` is its head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK_NUMBERS = 2**22
 
 
 class _Table(nn.Module):
-    """A (vocabulary, width) matrix held as factors, one `nn.Parameter` each, as the network has it."""
+    """A (vocabulary, width) matrix held as a network's factors, one `nn.Parameter` each."""
 
     def __init__(
         self,
@@ -58,7 +58,8 @@ class _Table(nn.Module):
     def _take(factor: Tensor, ids: Tensor | slice) -> Tensor:
         if isinstance(ids, slice):
             return factor[ids]
-        return F.embedding(ids, factor.flatten(1)).unflatten(1, factor.shape[1:])
+        taken: Tensor = F.embedding(ids, factor.flatten(1)).unflatten(1, factor.shape[1:])
+        return taken
 
     def to_dense(self) -> Tensor:
         """Return the whole ``(vocabulary, width)`` table."""

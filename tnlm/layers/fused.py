@@ -30,7 +30,7 @@ class FusedLinear(nn.Module):
 
     def to_dense(self) -> Tensor:
         """Return the stacked ``(out, in)`` weight."""
-        return torch.cat([self.get_submodule(name).weight for name in self.parts])
+        return torch.cat([getattr(self, name).weight for name in self.parts])
 
     @property
     def weight(self) -> Tensor:

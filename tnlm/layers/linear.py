@@ -53,6 +53,7 @@ class FactorizedLinear(nn.Module):
         self.out_features, self.in_features = network.shape
         self.chain = chain(network, order)
         self.macs = self.chain.macs
+        self.flat = self.chain.is_flat
         self.crossing = self._crossing()
         for step in self.chain.steps:
             rows, columns = self._stored_shape(step)
@@ -61,7 +62,7 @@ class FactorizedLinear(nn.Module):
             child.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
             setattr(self, step.factor, child)
         if network.gauge is not None:
-            order_of_rows = torch.zeros(network.gauge_rows, dtype=torch.int32, device=device)
+            order_of_rows = torch.zeros(network.gauge_rows, dtype=torch.int64, device=device)
             self.register_buffer(network.gauge.factor + ORDER, order_of_rows)
         empty = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty)
@@ -99,7 +100,7 @@ class FactorizedLinear(nn.Module):
         stored: Factors = {}
         gauge = self.network.gauge
         for step in self.chain.steps:
-            weight = getattr(self, step.factor).weight
+            weight = _weight(getattr(self, step.factor))
             if gauge is not None and gauge.factor == step.factor:
                 stored[step.factor] = weight
                 continue
@@ -126,17 +127,7 @@ class FactorizedLinear(nn.Module):
         """Apply the map to ``(..., in)``, giving ``(..., out)``."""
         if self._rebuild_pays(x):
             return F.linear(x, self.to_dense(), self.bias)
-        lead = x.shape[:-1]
-        axes = tuple(range(len(lead)))
-        h = x.reshape(*lead, *(self.network.sizes[mode] for mode in self.network.inp))
-        for step in self.chain.steps:
-            if step.permute is not None:
-                h = h.permute(*axes, *(len(lead) + axis for axis in step.permute))
-            h = h.reshape(*lead, *step.rest, self.network.size(step.contracted))
-            h = self._multiply(step, h).reshape(*lead, *step.after)
-        if self.chain.permute is not None:
-            h = h.permute(*axes, *(len(lead) + axis for axis in self.chain.permute))
-        h = h.reshape(*lead, self.out_features)
+        h = self._pass_on(x) if self.flat else self._reshape_and_pass_on(x)
         return h if self.bias is None else h + self.bias
 
     def _rebuild_pays(self, x: Tensor) -> bool:
@@ -145,15 +136,38 @@ class FactorizedLinear(nn.Module):
             return False
         return x.numel() >= self.crossing * self.in_features
 
+    def _pass_on(self, h: Tensor) -> Tensor:
+        """Run the chain when every step is a plain product on the last axis."""
+        for step in self.chain.steps:
+            h = self._multiply(step, h)
+        return h
+
+    def _reshape_and_pass_on(self, x: Tensor) -> Tensor:
+        """Run the chain, moving the modes that each step contracts to the end."""
+        lead = x.shape[:-1]
+        axes = tuple(range(len(lead)))
+        h = x.reshape(*lead, *(self.network.sizes[mode] for mode in self.network.inp))
+        for step in self.chain.steps:
+            if step.permute is not None:
+                h = h.permute(*axes, *(len(lead) + axis for axis in step.permute))
+            h = h.reshape(*lead, *step.rest, step.width)
+            h = self._multiply(step, h).reshape(*lead, *step.after)
+        if self.chain.permute is not None:
+            h = h.permute(*axes, *(len(lead) + axis for axis in self.chain.permute))
+        return h.reshape(*lead, self.out_features)
+
     def _multiply(self, step: Step, h: Tensor) -> Tensor:
         child: nn.Linear = getattr(self, step.factor)
         gauge = self.network.gauge
         if gauge is None or gauge.factor != step.factor:
-            return child(h)
+            applied: Tensor = child(h)
+            return applied
         order = getattr(self, gauge.factor + ORDER)
         if passes_through(self.network, step.factor, step.contracted):
-            return torch.cat([h, child(h)], dim=-1).index_select(-1, order)
-        rows = with_identity(child.weight, order)
+            # gather, because index_select on the last axis is several times slower on the CPU.
+            rows = torch.cat([h, child(h)], dim=-1)
+            return rows.gather(-1, order.expand(rows.shape))
+        rows = with_identity(_weight(child), order)
         others = self.network.factors[step.factor].replace(gauge.bond, "")
         full = rows.reshape(*(self.network.sizes[mode] for mode in others), rows.shape[-1])
         layout = [(others + gauge.bond).index(mode) for mode in step.kept + step.contracted]
@@ -165,3 +179,13 @@ class FactorizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, equation={self.network.equation!r}, macs={self.macs}"
         )
+
+
+def _weight(child: nn.Linear) -> Tensor:
+    """Return the weight that a child applies; an adapter may have been wrapped around it."""
+    if type(child) is nn.Linear:
+        return child.weight
+    like = child.weight
+    eye = torch.eye(child.in_features, dtype=like.dtype, device=like.device)
+    applied: Tensor = child(eye)
+    return applied.T

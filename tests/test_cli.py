@@ -1,0 +1,129 @@
+"""The command line, run as a user does, on a tiny model with a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import tnlm
+from tnlm import cli
+
+
+@pytest.fixture
+def source(tmp_path, tiny_llama, word_tokenizer):
+    folder = tmp_path / "model"
+    tiny_llama(seed=0, tie_word_embeddings=True).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path, word_text):
+    path = tmp_path / "text.txt"
+    path.write_text(word_text(600, seed=1))
+    return path
+
+
+def run(*arguments):
+    """Return what a command prints, as JSON."""
+    result = CliRunner().invoke(
+        cli.app, [str(a) for a in (*arguments, "--json")], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def fails(*arguments):
+    """Return the error of a command that the user got wrong."""
+    with pytest.raises(tnlm.TnlmError) as caught:
+        CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+    return str(caught.value)
+
+
+def test_schemes_lists_every_scheme():
+    assert list(run("schemes")) == tnlm.list_schemes()
+
+
+def test_compress_then_evaluate_then_info(source, text, tmp_path):
+    out = tmp_path / "out"
+    dense = run("evaluate", source, "--text", text, "--window", 16, "--windows", 4)
+    report = run(
+        *("compress", source, out, "--scheme", "svd-llm", "--keep-targets", 0.6),
+        *("--calibration", text, "--num-samples", 4, "--max-length", 32),
+    )
+    after = run("evaluate", out, "--text", text, "--window", 16, "--windows", 4)
+    info = run("info", out)
+    assert dense["parameters"] == report["parameters_before"]
+    assert after["parameters"] == report["parameters_after"] == info["parameters"]
+    assert report["target_parameters_after"] <= 0.6 * report["target_parameters_before"]
+    assert report["seconds"] > 0
+    assert (after["window"], after["windows"], after["tokens"]) == (16, 4, 60)
+    assert after["perplexity"] > 1
+    assert (info["scheme"], info["modules"]) == ("svd-llm", {"low-rank": 14})
+
+
+def test_plan_changes_nothing_and_matches_compress(source, tmp_path):
+    asked = ("--scheme", "kron", "--terms", 2, "--targets", ".*up_proj")
+    plan = run("plan", source, *asked)
+    report = run("compress", source, tmp_path / "out", *asked)
+    assert [row["spec"] for row in plan["layers"]] == [row["spec"] for row in report["layers"]]
+
+
+def test_tables_are_printed_without_json(source, tmp_path):
+    out = tmp_path / "out"
+    for arguments, shown in (
+        (("schemes",), "tensorgpt"),
+        (("plan", source, "--scheme", "svd"), "up_proj"),
+        (("compress", source, out, "--scheme", "svd", "--no-gauge"), "saved to"),
+        (("info", out), "low-rank"),
+    ):
+        result = CliRunner().invoke(
+            cli.app, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "160"}
+        )
+        assert result.exit_code == 0
+        assert shown in result.stdout
+
+
+def test_lists_of_numbers_reach_the_format(source, tmp_path):
+    report = run(
+        *("compress", source, tmp_path / "out", "--scheme", "tt", "--targets", ".*q_proj"),
+        *("--out-split", "4,8", "--in-split", "8,4", "--ranks", "3", "--max-macs", "inf"),
+    )
+    assert report["layers"][0]["spec"] == {
+        "out_split": [4, 8],
+        "in_split": [8, 4],
+        "ranks": [3],
+    }
+
+
+def test_a_wrong_request_is_refused_before_the_model_loads(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert "did you mean 'kron'" in fails("plan", nowhere, "--scheme", "kro")
+    assert "did you mean 'terms'" not in fails("plan", nowhere, "--scheme", "svd", "--terms", 4)
+    assert "whole numbers" in fails("plan", nowhere, "--scheme", "tt", "--ranks", "a,b")
+    assert "fraction in (0, 1]" in fails("plan", nowhere, "--scheme", "svd", "--keep", 1.5)
+
+
+def test_an_output_directory_with_files_is_refused(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert "not empty" in fails("compress", source, out, "--scheme", "svd")
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+
+
+def test_an_error_is_one_line_and_exit_code_1(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tnlm", "info", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("CheckpointError: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,5 @@
+"""``python -m tnlm``: the command line."""
+
+from tnlm.cli import main
+
+main()

@@ -1,0 +1,272 @@
+"""The command line: every command is one public function, and takes ``--json``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+import tnlm
+from tnlm.errors import OptionError, TnlmError
+from tnlm.planning import LayerPlan
+from tnlm.tables import HEADINGS, row
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress language models with tensor networks and low-rank structure.",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="A model directory, a .gguf file, or a hub id.")]
+SchemeName = Annotated[str, typer.Option("--scheme", "-s", help="A name from `tnlm schemes`.")]
+Terms = Annotated[int | None, typer.Option(help="Kronecker products to sum.")]
+Rank = Annotated[int | None, typer.Option(help="Rank of every matrix.")]
+Ranks = Annotated[str | None, typer.Option(help="Ranks of bonds or modes: 8, or 8,8,16.")]
+OutSplit = Annotated[str | None, typer.Option(help="How outputs split into modes: 48,32.")]
+InSplit = Annotated[str | None, typer.Option(help="How inputs split into modes: 24,24.")]
+Gauge = Annotated[
+    bool | None, typer.Option("--gauge/--no-gauge", help="Store an identity block implicitly.")
+]
+Keep = Annotated[
+    float | None, typer.Option(help="Fraction of the whole model's parameters to keep.")
+]
+KeepTargets = Annotated[
+    float | None, typer.Option(help="Fraction of the targets' parameters to keep.")
+]
+Tolerance = Annotated[float | None, typer.Option(help="Relative error allowed to a matrix.")]
+MaxMacs = Annotated[
+    float, typer.Option(help="Multiply-adds of a matrix, at most this multiple of dense.")
+]
+MetricName = Annotated[str | None, typer.Option("--metric", help="identity, or input.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="Text or JSONL file, for schemes that look at data.")
+]
+NumSamples = Annotated[int, typer.Option(help="Windows of calibration text.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens in a window.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Keeps calibration statistics between runs.")]
+Targets = Annotated[
+    str | None, typer.Option(help="all-linear, embeddings, or a regular expression of names.")
+]
+Ignore = Annotated[str | None, typer.Option(help="Left alone: a regular expression of names.")]
+Seed = Annotated[int, typer.Option(help="Draws the calibration windows.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _table(layers: Sequence[LayerPlan]) -> Table:
+    table = Table(*HEADINGS)
+    for layer in layers:
+        table.add_row(*row(layer))
+    return table
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def _numbers(name: str, text: str | None) -> list[int] | None:
+    """Return the whole numbers of a list such as ``48,32``."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"--{name} {text!r}; allowed: whole numbers, as in 48,32") from error
+
+
+BUDGET = ("metric", "keep", "keep_targets", "tolerance", "max_macs")
+DATA = ("targets", "ignore", "calibration", "num_samples", "max_length", "cache_dir", "seed")
+
+
+def _asked(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a command's options as arguments of `tnlm.compress`, checked before a model loads."""
+    from tnlm.request import make_request
+
+    options = {name: values[name] for name in ("terms", "rank", "gauge")}
+    for name in ("ranks", "out_split", "in_split"):
+        options[name] = _numbers(name.replace("_", "-"), values[name])
+    budget = {name: values[name] for name in BUDGET}
+    make_request(values["scheme"], **budget, options=options)
+    data = {name: values[name] for name in DATA}
+    return {"scheme": values["scheme"], **budget, **data, **options}
+
+
+@app.command()
+def schemes(as_json: Json = False) -> None:
+    """List the named schemes."""
+    from tnlm.schemes import schemes as found
+
+    if as_json:
+        fields = ("title", "format", "metric", "targets", "source", "needs_calibration")
+        rows = {n: {f: getattr(s, f) for f in fields} for n, s in found().items()}
+        _print_json(rows)
+        return
+    table = Table("scheme", "what it does", "looks at data", "source", box=SIMPLE)
+    for name, scheme in found().items():
+        data = "yes" if scheme.needs_calibration else "no"
+        table.add_row(name, scheme.title, data, scheme.source)
+    console.print(table)
+
+
+@app.command()
+def plan(
+    model: Model,
+    scheme: SchemeName,
+    terms: Terms = None,
+    rank: Rank = None,
+    ranks: Ranks = None,
+    out_split: OutSplit = None,
+    in_split: InSplit = None,
+    gauge: Gauge = None,
+    keep: Keep = None,
+    keep_targets: KeepTargets = None,
+    tolerance: Tolerance = None,
+    max_macs: MaxMacs = 1.0,
+    metric: MetricName = None,
+    calibration: Calibration = None,
+    num_samples: NumSamples = 64,
+    max_length: MaxLength = 512,
+    cache_dir: CacheDir = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Print what compress would do to every matrix, and what it would cost."""
+    asked = _asked(locals())
+    from tnlm.integrations.models import load_model
+
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    decided = tnlm.plan(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
+    if as_json:
+        _print_json(json.loads(decided.to_json()))
+        return
+    console.print(_table(decided.layers))
+    console.print("\n".join(decided.summary()), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
+    scheme: SchemeName,
+    terms: Terms = None,
+    rank: Rank = None,
+    ranks: Ranks = None,
+    out_split: OutSplit = None,
+    in_split: InSplit = None,
+    gauge: Gauge = None,
+    keep: Keep = None,
+    keep_targets: KeepTargets = None,
+    tolerance: Tolerance = None,
+    max_macs: MaxMacs = 1.0,
+    metric: MetricName = None,
+    calibration: Calibration = None,
+    num_samples: NumSamples = 64,
+    max_length: MaxLength = 512,
+    cache_dir: CacheDir = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace what OUT holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model and save it."""
+    asked = _asked(locals())
+    from tnlm.integrations.models import load_model
+    from tnlm.saving import check_writable
+
+    check_writable(out, overwrite=overwrite)
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    tnlm.compress(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
+    tnlm.save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
+    report = tnlm.report(loaded)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    console.print(_table(report.plan.layers))
+    console.print("\n".join(report.summary()), highlight=False, soft_wrap=True)
+    console.print(f"saved to {out}; load it with: import tnlm, then AutoModelForCausalLM")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text or JSONL file.")],
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 16,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text: non-overlapping windows, no special tokens."""
+    from tnlm.integrations.models import load_model
+
+    if not text.is_file():
+        raise OptionError(f"--text {text}: no such file")
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    found = tnlm.perplexity(loaded, text, tokenizer, window=window, windows=windows)
+    count = sum(p.numel() for p in loaded.parameters())
+    if as_json:
+        values = {
+            n: getattr(found, n) for n in ["perplexity", "loss", "window", "windows", "tokens"]
+        }
+        _print_json({**values, "parameters": count, "text": text.name})
+        return
+    console.print(f"{found}, {count:,} parameters", highlight=False)
+
+
+@app.command()
+def info(
+    directory: Annotated[Path, typer.Argument(help="A directory written by tnlm.")],
+    as_json: Json = False,
+) -> None:
+    """Describe a compressed model from its files, without loading it."""
+    from tnlm.saving import describe
+
+    found = describe(directory)
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("", "", show_header=False)
+    for key, value in found.items():
+        shown = json.dumps(value) if isinstance(value, dict) else str(value)
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else shown)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Compress the real SmolLM2-135M-Instruct and measure what it cost and bought."""
+    from tnlm.demo import run
+
+    say: Callable[[Any], None] = (lambda _: None) if as_json else console.print
+    result = run(out, say)
+    if as_json:
+        _print_json(result)
+
+
+def main() -> None:
+    """Run the command line; an error of tnlm is one line and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except TnlmError as error:
+        Console(stderr=True).print(
+            f"{type(error).__name__}: {error}", markup=False, highlight=False
+        )
+        sys.exit(1)

