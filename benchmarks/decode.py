@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [MODEL] [--keep-targets 0.6]
 
-MODEL defaults to the demo's. The factors are those of plain SVD: speed does not depend on the values.
+MODEL defaults to the demo's. The factors are those of plain SVD: speed does not depend on values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
         models[f"low-rank {keep:g}"] = tnlm.compress(model, "svd", keep_targets=keep)
     rates = decode_rates(models, repeats=asked.repeats)
     ratios = {name: round(rate / rates["dense"], 3) for name, rate in rates.items()}
-    print(json.dumps({"tokens_per_second": rates, "ratio_to_dense": ratios}, indent=1))  # noqa: T201
+    print(json.dumps({"tokens_per_second": rates, "ratio_to_dense": ratios}, indent=1))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main() -> None:
 
     def show(name: str, model: object) -> None:
         found = tnlm.perplexity(model, measure, tokenizer, window=asked.window, windows=8)
-        print(f"{name:10} perplexity {found.perplexity:.2f}")  # noqa: T201
+        print(f"{name:10} perplexity {found.perplexity:.2f}")
 
     show("dense", dense)
     plain = tnlm.compress(copy.deepcopy(dense), "svd", keep_targets=asked.keep_targets)
@@ -46,7 +46,7 @@ def main() -> None:
         max_length=asked.window,
     )
     show("svd-llm", aware)
-    print("\n".join(tnlm.report(aware).summary()))  # noqa: T201
+    print("\n".join(tnlm.report(aware).summary()))
 
 
 if __name__ == "__main__":

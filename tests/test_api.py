@@ -196,12 +196,15 @@ def test_a_part_of_a_fused_module_may_stay_dense(make_model):
 # What is asked
 
 
-@pytest.mark.parametrize("keep", [0.9, 0.7, 0.55])
-@pytest.mark.parametrize("scheme", ["svd", "kron", "tucker"])
+@pytest.mark.parametrize("keep", [0.9, 0.55])
+@pytest.mark.parametrize("scheme", ["svd", "kron"])
 def test_keep_is_of_the_whole_model(scheme, keep, tiny_llama):
     model = tnlm.compress(tiny_llama(), scheme, keep=keep)
     dense = count(tiny_llama())
     assert keep - 0.1 < count(model) / dense <= keep
+    record = tnlm.report(model).to_dict()
+    assert record["request"] == {"keep": keep, "max_macs": 1.0}
+    assert record["parameters_after"] / record["parameters_before"] == count(model) / dense
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.3])
@@ -563,7 +566,8 @@ def test_a_failure_at_the_end_leaves_the_model_bit_for_bit(
     kind, function, error, make_model, monkeypatch
 ):
     model = make_model(kind)
-    asked = {"targets": ["all-linear", "embeddings"], "keep_targets": 0.5}
+    targets = ["embeddings", "down_proj", "c_attn", "attention.output.dense"]
+    asked = {"targets": targets, "keep_targets": 0.5}
     last = select(model, asked["targets"]).targets[-1]
     matches = {
         "fit_target": lambda args: args[0] == last,

@@ -215,3 +215,8 @@ def test_only_transformers_models_are_taken():
         check_model(nn.Linear(2, 2))
     with pytest.raises(ModelError, match="PreTrainedModel is wanted"):
         tnlm.compress(nn.Sequential(nn.Linear(8, 8)), "svd")
+
+
+def test_ignoring_what_the_model_does_not_have_is_a_slip(tiny_llama):
+    with pytest.raises(TargetError, match=r"ignore='q_pro' .* did you mean 'q_proj'"):
+        select(tiny_llama(), ignore="q_pro")

@@ -59,6 +59,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
 @wrapt.when_imported("transformers.modeling_utils")
 def _register(_: ModuleType) -> None:
     """Register with transformers as soon as its modelling code is loaded, and not before."""

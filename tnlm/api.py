@@ -33,7 +33,7 @@ def compress(
     max_length: int = 512,
     cache_dir: str | Path | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
     """Compress a model in place, and return it.
@@ -78,7 +78,7 @@ def compress(
     data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed)
     if isinstance(scheme, Plan):
         _only_plan(targets, ignore, metric, keep, keep_targets, tolerance, max_macs, options)
-        decided, job = scheme, resume(model, scheme, data, progress)
+        decided, job = resume(model, scheme, data, progress)
     else:
         request = make_request(
             scheme,
@@ -111,7 +111,7 @@ def plan(
     max_length: int = 512,
     cache_dir: str | Path | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> Plan:
     """Decide what :func:`compress` would do, with predicted errors; no weight changes.

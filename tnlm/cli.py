@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -219,10 +220,7 @@ def evaluate(
     found = tnlm.perplexity(loaded, text, tokenizer, window=window, windows=windows)
     count = sum(p.numel() for p in loaded.parameters())
     if as_json:
-        values = {
-            n: getattr(found, n) for n in ["perplexity", "loss", "window", "windows", "tokens"]
-        }
-        _print_json({**values, "parameters": count, "text": text.name})
+        _print_json({**asdict(found), "parameters": count, "text": text.name})
         return
     console.print(f"{found}, {count:,} parameters", highlight=False)
 
@@ -266,7 +264,5 @@ def main() -> None:
     try:
         app()
     except TnlmError as error:
-        Console(stderr=True).print(
-            f"{type(error).__name__}: {error}", markup=False, highlight=False
-        )
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.allocation.pricing import model_cost
-from tnlm.allocation.uniform import decide
+from tnlm.allocation.uniform import decide, reprice
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.metrics import Metric
 from tnlm.calibration.statistics import Statistics, collect
@@ -160,13 +160,22 @@ def _check_worth(decided: Plan, keep: float) -> None:
             dense[0].name,
             dense[0].note,
         )
+    if achieved < keep / 2 and not set(decided.request) & {"terms", "rank", "ranks", "tolerance"}:
+        logger.warning(
+            "asked to keep %.3f of the targets, achieved %.3f: larger factors would need more than "
+            "max_macs=%s times the dense multiply-adds; raise max_macs= to allow them",
+            keep,
+            achieved,
+            decided.request.get("max_macs", "inf"),
+        )
 
 
-def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) -> Job:
-    """Match a plan made earlier with a model.
+def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) -> tuple[Plan, Job]:
+    """Match a plan made earlier, and maybe changed by hand, with a model, and price it again.
 
     Raises:
         TargetError: if the model lacks a matrix of the plan, or has it in another shape.
+        OptionError: if a matrix cannot have the format or spec that the plan gives it.
     """
     request = make_request(decided.scheme, metric=decided.metric, options={})
     wanted = {layer.name: layer.shape for layer in decided.layers}
@@ -176,9 +185,18 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
         if name not in found or found[name].shape != shape:
             has = found[name].shape if name in found else "no such matrix"
             raise TargetError(f"the plan has {name} of {shape}; the model has {has}")
-    job.selection.targets = [target for name, target in found.items() if name in wanted]
+    modules = {found[name].module for name in wanted}
+    job.selection.targets = [t for t in found.values() if t.module in modules]
+    for target in job.selection.targets:
+        if target.name not in wanted:
+            raise TargetError(
+                f"the plan lacks {target.name}, a part of {target.module}, which is replaced as a "
+                "whole; list it, with format null to leave it dense"
+            )
     job.seconds["plan"] = 0.0
-    return job
+    layers = {layer.name: layer for layer in decided.layers}
+    priced = tuple(reprice(t, t.weight(model), layers[t.name]) for t in job.selection.targets)
+    return replace(decided, layers=priced, model=model_cost(model)), job
 
 
 def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -> PreTrainedModel:

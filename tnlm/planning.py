@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tnlm.errors import OptionError
+from tnlm.errors import CheckpointError, OptionError
 from tnlm.network import Cost
 from tnlm.tables import change, table
 
@@ -117,8 +117,16 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan written by :meth:`save`."""
-        return cls.from_json(Path(path).read_text())
+        """Read a plan written by :meth:`save`.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return cls.from_json(text)
 
     def __str__(self) -> str:
         """Return the plan as a table."""
@@ -136,7 +144,12 @@ class Plan:
 def _layer(
     shape: list[int], before: dict[str, int], after: dict[str, int], **rest: Any
 ) -> LayerPlan:
-    return LayerPlan(shape=(shape[0], shape[1]), before=Cost(**before), after=Cost(**after), **rest)
+    rows, columns = shape
+    layer = LayerPlan(shape=(rows, columns), before=Cost(**before), after=Cost(**after), **rest)
+    plain = isinstance(layer.name, str) and isinstance(layer.spec, Mapping)
+    if not plain or not type(rows) is type(columns) is int:
+        raise ValueError(f"broken entry for {layer.name!r}")
+    return layer
 
 
 def total(costs: Iterable[Cost]) -> Cost:

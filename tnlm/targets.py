@@ -91,7 +91,7 @@ def select(
         The targets in the model's order.
 
     Raises:
-        TargetError: if nothing matches.
+        TargetError: if nothing matches, or ``ignore`` matches nothing.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,7 +120,18 @@ def select(
             selection.targets.extend(found)
     if not selection.targets:
         raise _nothing(model, targets, ignore, selection.skipped)
+    if ignore:
+        _check_ignored(model, ignore, head)
     return selection
+
+
+def _check_ignored(model: nn.Module, ignore: Selector, head: nn.Module | None) -> None:
+    """Raise `TargetError` if ``ignore`` matches nothing: it is probably a slip."""
+    matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
+    if not any(_matches(name, module, ignore, head) for name, module in matrices):
+        endings = {name.rpartition(".")[2] for name, _ in matrices}
+        hint = did_you_mean(str(ignore), endings)
+        raise TargetError(f"ignore={ignore!r} matches no matrix{hint}")
 
 
 def _uses(model: nn.Module) -> dict[int, list[str]]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.decompositions.linalg import energies, pivot_rows, rank_for, tails, truncated_svd
-from tnlm.errors import OptionError
+from tnlm.errors import ModelError, OptionError
 
 METHODS = ["exact", "gram"]
 sizes, seeds = st.integers(1, 12), st.integers(0, 20)
@@ -151,3 +153,8 @@ def test_pivot_rows_of_a_basis_with_zero_and_equal_rows(rank):
     eye = torch.eye(rank, dtype=torch.float64)
     basis = torch.cat([torch.zeros(2, rank), eye, eye]) / 2**0.5
     check_pivots(basis, 2.0)
+
+
+def test_no_rows_are_chosen_from_a_basis_that_is_not_finite():
+    with pytest.raises(ModelError, match="not finite"):
+        pivot_rows(torch.full((4, 2), math.nan))

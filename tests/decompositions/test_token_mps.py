@@ -73,6 +73,11 @@ def test_a_tolerance_is_met_over_all_rows(tolerance, seed, gaussian):
     assert {len(spec.in_split) for spec in found} == {2, 3, 4}
     for spec in found:
         assert Metric().relative(table, fitted(table, spec)) <= tolerance + 1e-9
+        share = tolerance**2 / len(spec.ranks) * float(table.square().sum())
+        for k, rank in enumerate(spec.ranks, start=1):
+            matrices = table.reshape(6, math.prod(spec.in_split[:k]), -1)
+            tail = torch.linalg.svdvals(matrices)[:, rank - 1 :].square().sum()
+            assert rank == 1 or float(tail) > share  # no rank to spare
 
 
 def test_rows_are_decomposed_in_chunks(gaussian, monkeypatch):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.calibration.metrics import Metric
-from tnlm.decompositions.base import Budget, Format, to_dict
+from tnlm.decompositions import get_format
+from tnlm.decompositions.base import Budget, Format, from_dict, to_dict
 from tnlm.errors import OptionError
 from tnlm.planning import LayerPlan
 from tnlm.targets import Target
@@ -88,6 +89,30 @@ def decide(
         after,
         errors[best],
     )
+
+
+def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
+    """Return a decision made elsewhere with its costs, checked as if it were made here.
+
+    Raises:
+        OptionError: if the matrix cannot have the format or spec, or would not shrink.
+    """
+    before = dense_cost(target, weight.element_size())
+    if layer.format is None:
+        return replace(layer, kind=target.kind, before=before, after=before)
+    try:
+        structure = get_format(layer.format)
+        if target.kind not in structure.kinds:
+            raise OptionError(f"a {structure.name} cannot replace a {target.kind}")
+        network = structure.network(target.shape, from_dict(structure.spec, layer.spec))
+        if target.kind == "embedding" and network.gauge is not None:
+            raise OptionError("gauge=true; allowed for an embedding: false")
+        if network.params >= target.params:
+            raise OptionError(f"{dict(layer.spec)} is not smaller than the dense matrix")
+    except OptionError as error:
+        raise type(error)(f"{target.name}: {error}") from error
+    after = network_cost(target, network, weight.element_size())
+    return replace(layer, kind=target.kind, before=before, after=after)
 
 
 def _specs(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,6 +31,10 @@ ROWS = 1024
 """Tokens multiplied at once: products in the model's precision, sums in float64."""
 
 
+_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""What a config says about where a model comes from, not what it computes."""
+
+
 class Statistics:
     """Second moments C = E[x x.T] of the inputs of modules, shared where modules share an input.
 
@@ -42,7 +48,6 @@ class Statistics:
         self.tokens = tokens
         self.leaders: dict[str, str] = {}
         self._directory = directory
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._memory: dict[str, Tensor] = {}
         self._latest: tuple[str, InputMoment] | None = None
 
@@ -76,8 +81,8 @@ class Statistics:
 
     def _file(self, leader: str) -> Path:
         if self._directory is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="tnlm-")
-            self._directory = Path(self._temporary.name)
+            self._directory = Path(tempfile.mkdtemp(prefix="tnlm-"))
+            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         return self._directory / f"{leader}.safetensors"
 
     def save_index(self) -> None:
@@ -91,10 +96,10 @@ class Statistics:
         """Return the statistics of a complete cache directory, or None."""
         try:
             index = json.loads((directory / "index.json").read_text())
-        except FileNotFoundError:
-            return None
-        found = cls(directory, index["tokens"])
-        found.leaders = index["leaders"]
+            found = cls(directory, index["tokens"])
+            found.leaders = index["leaders"]
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return None  # never finished, or not ours
         return found
 
 
@@ -114,7 +119,7 @@ class _Accumulator:
         if self.leaders[name] != name:
             return
         rows = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None:
+        if mask is not None and x.shape[:-1] != mask.shape[:1]:  # a pooler sees no padding
             rows = rows[_mask_for(name, x, mask)]
         total = self.sums.get(name)
         if total is None:
@@ -179,9 +184,10 @@ def collect(
         folder.mkdir(parents=True, exist_ok=True)
     store = Statistics(folder, tokens)
     accumulator = _Accumulator()
-    with tqdm(total=len(batches), desc="calibrating", unit="batch", disable=not progress) as bar:
+    done = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=1.0, desc="calibrating", bar_format=done, disable=not progress) as bar:
         for share in stream(model, modules, batches, accumulator.see):
-            bar.update(share)
+            bar.update(min(share / len(batches), 1.0 - bar.n))
             if share == 0:  # a block is done: its moments are complete
                 accumulator.flush(store, tokens)
     accumulator.flush(store, tokens)
@@ -206,11 +212,14 @@ def _width(module: nn.Module) -> int:
     return int(getattr(module, "in_features", 0) or getattr(module, "nx", 0))
 
 
-def _content_hash(model: nn.Module, modules: Sequence[str], batches: Sequence[Batch]) -> str:
+def _content_hash(model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch]) -> str:
     digest = hashlib.blake2b(digest_size=16)
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     digest.update("\n".join(modules).encode())
     digest.update(fingerprint(batches).encode())
     return digest.hexdigest()

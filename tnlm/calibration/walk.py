@@ -2,8 +2,8 @@
 
 Walking keeps the hidden states of all batches and finishes one block after another, so that only
 one block's statistics are in memory. It needs a single stack of blocks and batches of one shape
-without padding; one batch is checked against the whole model first. Anything else takes the plain
-way, whole forward passes with hooks on every module.
+without padding; two batches are checked against the whole model first. Anything else takes the
+plain way, whole forward passes with hooks on every module.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def stream(
         The batches done since the last yield, as a fraction of whole passes; 0 when the modules
         seen so far are complete.
     """
-    training = model.training
+    flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
@@ -48,12 +48,14 @@ def stream(
             inside = [n for n in modules if any(n.startswith(b + ".") for b, _ in blocks)]
             calls = _check_walk(model, blocks, batches) if blocks else None
             outside = list(modules) if calls is None else [n for n in modules if n not in inside]
+            passes = (calls is not None) + bool(outside)
             if calls is not None:
-                yield from _walk(model, blocks, inside, batches, calls, see)
+                yield from (f / passes for f in _walk(model, blocks, inside, batches, calls, see))
             if outside:
-                yield from _whole(model, outside, batches, see)
+                yield from (f / passes for f in _whole(model, outside, batches, see))
     finally:
-        model.train(training)
+        for module, training in flags:
+            module.training = training
 
 
 def _whole(
@@ -106,21 +108,30 @@ def _check_walk(
     shapes = {tuple(batch["input_ids"].shape) for batch in batches}
     if len(shapes) > 1 or not all(bool(batch["attention_mask"].all()) for batch in batches):
         return None
-    calls, _, _ = _record(model, blocks, batches[0])
-    _, state, expected = _record(model, blocks, batches[-1])
-    if calls is None or state is None or len(calls) != len(blocks):
+    # Two batches, interleaved as in walking: blocks may leave things aside for later blocks.
+    calls, first, after_first = _record(model, blocks, batches[0])
+    _, last, after_last = _record(model, blocks, batches[-1])
+    if calls is None or first is None or last is None or len(calls) != len(blocks):
         return None
+    states = [first, last]
     for (_, block), call in zip(blocks, calls, strict=True):
-        state = _call(block, state, call)
-    if state.shape == expected.shape and torch.allclose(state, expected, rtol=1e-3, atol=1e-4):
+        states = [_call(block, state, call) for state in states]
+    if _same(states[0], after_first) and _same(states[1], after_last):
         return calls
     logger.info("blocks depend on more than the hidden state: calibrating with whole passes")
     return None
 
 
+def _same(state: Tensor, expected: Tensor | None) -> bool:
+    if expected is None or state.shape != expected.shape:
+        return False
+    expected = expected.float()
+    return bool((state.float() - expected).norm() <= 1e-3 * expected.norm())
+
+
 def _record(
     model: PreTrainedModel, blocks: Blocks, batch: Batch
-) -> tuple[list[tuple[Any, Any]] | None, Tensor | None, Tensor]:
+) -> tuple[list[tuple[Any, Any]] | None, Tensor | None, Tensor | None]:
     """Run one batch; return each block's further arguments, the first input and the last output."""
     calls: list[tuple[Any, Any]] = []
     first: list[Tensor | None] = []
@@ -141,8 +152,8 @@ def _record(
     finally:
         for handle in handles:
             handle.remove()
-    known = first and all(state is not None for state in first)
-    return calls if known else None, first[0] if known else None, last[-1]
+    known = first and last and all(state is not None for state in first)
+    return (calls, first[0], last[-1]) if known else (None, None, None)
 
 
 def _block_input(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnlm.errors import OptionError
+from tnlm.errors import ModelError, OptionError
 
 EXACT_BELOW = 32
 """Up to this smaller side LAPACK's full SVD is as fast as the Gram matrix, and exact."""
@@ -140,9 +140,14 @@ def pivot_rows(basis: Tensor, bound: float = 2.0) -> Tensor:
     Returns:
         ``r`` row numbers.
 
+    Raises:
+        ModelError: if the basis holds NaN or infinity, for which no choice would end.
+
     Source: Goreinov, Oseledets, Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good
     submatrix", 2010 (maxvol).
     """
+    if not bool(basis.isfinite().all()):
+        raise ModelError("the factors are not finite: no rows can be chosen")
     rank = basis.shape[1]
     pivots = torch.linalg.lu_factor(basis)[1]
     permutation = torch.arange(basis.shape[0], device=basis.device)

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from tnlm.calibration import statistics
+from tnlm.calibration.data import count_tokens, token_batches
+from tnlm.calibration.statistics import Statistics, collect
+from tnlm.errors import CalibrationError
+from tnlm.targets import select
+
+IDS = torch.arange(160) % 61 + 3
+BATCHES = token_batches(IDS, max_length=32)
+RAGGED = token_batches([[3, 4, 5, 6], [7, 8, 9], [10, 11]], batch_size=3)
+UP = "model.layers.1.mlp.up_proj"
+
+
+def modules_of(model):
+    return list(dict.fromkeys(target.module for target in select(model).targets))
+
+
+def gather(model, batches=BATCHES, modules=None, **arguments):
+    return collect(model, modules or modules_of(model), batches, progress=False, **arguments)
+
+
+def moments(found):
+    return {name: found.moment(name) for name in found.leaders}
+
+
+def direct(model, name, batches=BATCHES):
+    """The second moment from all inputs at once, padding left out."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    # A pooler sees one row for a sequence; all others see one for a token.
+    shown = [x[mask] if x.ndim == 3 else x for x, mask in zip(seen, masks, strict=True)]
+    rows = torch.cat(shown).double()
+    return rows.T @ rows / count_tokens(batches)
+
+
+def assert_close(moment, expected):
+    """Products are in float32, so errors are relative to the largest entries."""
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(moment, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def swap(model, name, module):
+    model.set_submodule(name, module)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("batches", [BATCHES, RAGGED], ids=["walk", "padded"])
+def test_moments_equal_a_direct_computation(kind, batches, make_model):
+    model = make_model(kind)
+    found = gather(model, batches)
+    assert found.tokens == count_tokens(batches)
+    for name in modules_of(model):
+        moment = found.moment(name)
+        assert moment.dtype == torch.float64
+        assert_close(moment, direct(model, name, batches))
+
+
+def test_long_inputs_are_summed_in_parts(make_model, monkeypatch):
+    expected = moments(gather(make_model("llama")))
+    monkeypatch.setattr(statistics, "ROWS", 5)
+    for name, moment in moments(gather(make_model("llama"))).items():
+        assert_close(moment, expected[name])
+
+
+@pytest.mark.parametrize("batches", [BATCHES, RAGGED], ids=["walk", "padded"])
+def test_modules_with_one_input_share_one_moment(batches, make_model):
+    found = gather(make_model("llama"), batches)
+    for layer in range(2):
+        groups = [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)]
+        names = [
+            [n for n in found.leaders if f"layers.{layer}." in n and n.split(".")[-1][:-5] in group]
+            for group in groups
+        ]
+        leaders = [{found.leaders[name] for name in group} for group in names]
+        assert [len(group) for group in names] == [3, 1, 2, 1]
+        assert all(len(group) == 1 for group in leaders)
+        assert len(set.union(*leaders)) == 4
+    assert len(set(found.leaders.values())) == 8
+
+
+def test_the_latest_metric_is_kept_for_those_that_share_it(make_model):
+    found = gather(make_model("llama"))
+    query, key = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+    assert found.metric(query) is found.metric(key)
+    assert found.metric(UP) is not found.metric(query)
+
+
+def test_moments_move_to_files_when_memory_is_short(make_model, monkeypatch):
+    expected = moments(gather(make_model("llama")))
+    monkeypatch.setattr(statistics, "IN_MEMORY", 3 * 32 * 32 * 8)
+    found = gather(make_model("llama"))
+    assert len(found._memory) == 3
+    assert moments(found).keys() == expected.keys()
+    for name, moment in moments(found).items():
+        assert torch.equal(moment, expected[name])
+
+
+def test_bfloat16_models_have_moments_in_float64(make_model):
+    model = make_model("llama").to(torch.bfloat16)
+    moment = gather(model, modules=[UP]).moment(UP)
+    assert moment.dtype == torch.float64
+    assert_close(moment, direct(model, UP))
+
+
+# Cache
+
+
+@pytest.fixture
+def forward_fails(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a forward pass ran")
+
+    return lambda: monkeypatch.setattr(statistics, "stream", fail)
+
+
+def test_a_cache_hit_needs_no_forward_pass(make_model, tmp_path, forward_fails):
+    first = gather(make_model("llama"), cache_dir=tmp_path / "cache")
+    expected = moments(gather(make_model("llama")))
+    forward_fails()
+    for found in (first, gather(make_model("llama"), cache_dir=tmp_path / "cache")):
+        assert found.tokens == 160
+        assert found.leaders == first.leaders
+        assert all(torch.equal(found.moment(name), expected[name]) for name in expected)
+
+
+def change_weight(model):
+    model.model.norm.weight.data[0] += 1e-6
+
+
+def change_config(model):
+    model.config.rms_norm_eps = 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "batches", "modules"),
+    [
+        (change_weight, BATCHES, [UP]),
+        (change_config, BATCHES, [UP]),
+        (lambda model: model.to(torch.bfloat16), BATCHES, [UP]),
+        (lambda model: None, token_batches(IDS + 1 - (IDS > 62).int(), max_length=32), [UP]),
+        (lambda model: None, token_batches(IDS, max_length=16), [UP]),
+        (lambda model: None, BATCHES, [UP.replace("up", "down")]),
+    ],
+    ids=["weight", "config", "dtype", "text", "windows", "modules"],
+)
+def test_whatever_changes_the_moments_misses_the_cache(
+    change, batches, modules, make_model, tmp_path, forward_fails
+):
+    gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
+    model = make_model("llama")
+    change(model)
+    forward_fails()
+    with pytest.raises(AssertionError, match="a forward pass ran"):
+        gather(model, batches, modules, cache_dir=tmp_path)
+
+
+def test_where_a_model_was_loaded_from_does_not_matter(make_model, tmp_path, forward_fails):
+    gather(make_model("llama"), modules=[UP], cache_dir=tmp_path / "cache")
+    make_model("llama").save_pretrained(tmp_path / "model")
+    model = type(make_model("llama")).from_pretrained(tmp_path / "model")
+    forward_fails()
+    gather(model, modules=[UP], cache_dir=tmp_path / "cache")
+
+
+def test_an_interrupted_cache_is_filled_again(make_model, tmp_path, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    expected = moments(gather(make_model("llama")))
+    with monkeypatch.context() as patch:
+        patch.setattr(Statistics, "save_index", stop)
+        with pytest.raises(KeyboardInterrupt):
+            gather(make_model("llama"), cache_dir=tmp_path)
+    found = gather(make_model("llama"), cache_dir=tmp_path)
+    assert all(torch.equal(found.moment(name), expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"tokens": 3}'])
+def test_a_broken_cache_is_filled_again(text, make_model, tmp_path):
+    expected = moments(gather(make_model("llama"), modules=[UP], cache_dir=tmp_path))
+    [index] = tmp_path.glob("*/index.json")
+    index.write_text(text)
+    found = gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
+    assert torch.equal(found.moment(UP), expected[UP])
+    assert json.loads(index.read_text())["tokens"] == 160
+
+
+def test_scalars_and_flags_in_the_model_can_be_hashed(make_model, tmp_path):
+    model = make_model("llama")
+    model.register_buffer("scale", torch.tensor(1.0))
+    model.register_buffer("flag", torch.tensor(True))
+    model.temperature = nn.Parameter(torch.tensor(2.0))
+    model.empty = nn.Parameter(torch.empty(0))
+    gather(model, modules=[UP], cache_dir=tmp_path)
+    assert len(list(tmp_path.glob("*/index.json"))) == 1
+
+
+# Bad and thin data
+
+
+def test_modules_never_reached_are_named(make_model):
+    model = make_model("bert")
+    model.spare = nn.Linear(4, 4)
+    with pytest.raises(CalibrationError, match="never reached spare; ignore them"):
+        gather(model, modules=["encoder.layer.0.output.dense", "spare"])
+
+
+@pytest.mark.parametrize("batches", [BATCHES, RAGGED], ids=["walk", "padded"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_named(bad, batches, make_model):
+    model = make_model("llama").train()
+    model.model.layers[1].input_layernorm.weight.data[0] = bad
+    with pytest.raises(CalibrationError, match=r"inputs of model\.layers\.1\.self_attn\.q_proj"):
+        gather(model, batches)
+    assert model.training
+    assert not torch.is_inference_mode_enabled()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_few_tokens_warn_and_give_finite_metrics(make_model, caplog):
+    batches = token_batches([[3, 4, 5]])
+    found = gather(make_model("llama"), batches)
+    assert "3 calibration tokens for matrices of up to 48 columns" in caplog.text
+    for name in found.leaders:
+        assert found.metric(name).root.isfinite().all()
+        assert float(torch.linalg.eigvalsh(found.metric(name).moment)[0]) > 0
+
+
+def test_enough_tokens_do_not_warn(make_model, caplog):
+    caplog.set_level(logging.INFO, logger="tnlm")
+    gather(make_model("llama"))
+    assert caplog.text == ""
+
+
+def test_inputs_that_are_all_zero_stay_finite(make_model):
+    model = make_model("llama")
+    model.model.layers[1].post_attention_layernorm.weight.data.zero_()
+    found = gather(model)
+    assert not found.moment(UP).any()
+    metric, weight = found.metric(UP), model.get_submodule(UP).weight
+    assert torch.equal(metric.moment, torch.eye(32, dtype=torch.float64))
+    assert metric.relative(weight, 0 * weight) == 1.0
+
+
+def test_padding_that_cannot_be_matched_is_an_error(make_model):
+    class Pool(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x[:, :1]).expand_as(x)
+
+    model = make_model("llama")
+    swap(model, "model.layers.1.mlp", Pool(nn.Linear(32, 32)))
+    gather(model, modules=["model.layers.1.mlp.inner"])
+    with pytest.raises(
+        CalibrationError, match=r"padding cannot be matched .*layers\.1\.mlp\.inner"
+    ):
+        gather(model, RAGGED, ["model.layers.1.mlp.inner"])
+
+
+def test_a_progress_bar_counts_the_batches(make_model, capsys):
+    collect(make_model("llama"), [UP], BATCHES, progress=True)
+    assert "calibrating: 100%" in capsys.readouterr().err
