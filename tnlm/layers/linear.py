@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,10 @@ class FactorizedLinear(nn.Module):
         self.macs = self.chain.macs
         self.flat = self.chain.is_flat
         self.crossing = self._crossing()
+        self._gauged = network.gauge.factor if network.gauge else None
+        self._copies = any(
+            passes_through(network, s.factor, s.contracted) for s in self.chain.steps
+        )
         for step in self.chain.steps:
             rows, columns = self._stored_shape(step)
             child = nn.Linear(1, 1, bias=False, device="meta", dtype=dtype)
@@ -157,21 +162,26 @@ class FactorizedLinear(nn.Module):
         return h.reshape(*lead, self.out_features)
 
     def _multiply(self, step: Step, h: Tensor) -> Tensor:
-        child: nn.Linear = getattr(self, step.factor)
-        gauge = self.network.gauge
-        if gauge is None or gauge.factor != step.factor:
+        # The registries are read directly: nn.Module's attribute look-up costs as much as a small
+        # product, and decoding makes hundreds of them a token.
+        child: Any = self._modules[step.factor]
+        if step.factor != self._gauged:
             applied: Tensor = child(h)
             return applied
-        order = getattr(self, gauge.factor + ORDER)
-        if passes_through(self.network, step.factor, step.contracted):
+        order: Any = self._buffers[step.factor + ORDER]
+        if self._copies:
             # gather, because index_select on the last axis is several times slower on the CPU.
-            rows = torch.cat([h, child(h)], dim=-1)
+            rows = torch.cat((h, child(h)), dim=-1)
             return rows.gather(-1, order.expand(rows.shape))
-        rows = with_identity(_weight(child), order)
-        others = self.network.factors[step.factor].replace(gauge.bond, "")
+        return F.linear(h, self._assembled(step, with_identity(_weight(child), order)))
+
+    def _assembled(self, step: Step, rows: Tensor) -> Tensor:
+        """Lay the rows of a gauge-fixed factor, identity included, out for its step."""
+        bond = self.network.gauge.bond if self.network.gauge else ""
+        others = self.network.factors[step.factor].replace(bond, "")
         full = rows.reshape(*(self.network.sizes[mode] for mode in others), rows.shape[-1])
-        layout = [(others + gauge.bond).index(mode) for mode in step.kept + step.contracted]
-        return F.linear(h, full.permute(layout).reshape(-1, h.shape[-1]))
+        layout = [(others + bond).index(mode) for mode in step.kept + step.contracted]
+        return full.permute(layout).reshape(-1, step.width)
 
     def extra_repr(self) -> str:
         """Show the shape, the equation and the multiply-adds per token."""
