@@ -72,10 +72,10 @@ def test_even_inputs_give_the_frobenius_norm(m, n, seed, gaussian):
 @given(n=sizes, count=tokens, seed=seeds)
 def test_damping_counts_what_the_data_never_showed(n, count, seed, gaussian):
     metric = moment(gaussian(count, n, seed=seed))
-    values = torch.linalg.eigvalsh(metric.moment)
-    scale = float(metric.moment.diagonal().mean())
+    values = torch.linalg.eigvalsh(metric.inputs.values)
+    scale = float(metric.inputs.values.diagonal().mean())
     assert float(values.min()) >= 0.99 * DAMPING * scale - 1e-14 * scale
-    torch.testing.assert_close(metric.root @ metric.root, metric.moment)
+    torch.testing.assert_close(metric.inputs.root @ metric.inputs.root, metric.inputs.values)
 
 
 def test_silence_says_nothing_about_directions(gaussian):
@@ -96,7 +96,7 @@ def test_relative_errors_of_nothing_and_of_everything(gaussian):
 def test_computed_in_float64_from_any_dtype(gaussian):
     weight, second = gaussian(3, 4).bfloat16(), torch.eye(4, dtype=torch.float32)
     metric = InputMoment(second)
-    assert metric.whiten(weight).dtype == metric.moment.dtype == torch.float64
+    assert metric.whiten(weight).dtype == metric.inputs.values.dtype == torch.float64
     assert torch.equal(second, torch.eye(4))  # damping made a copy
     parameter = torch.nn.Parameter(gaussian(3, 4))
     assert not metric.whiten(parameter).requires_grad

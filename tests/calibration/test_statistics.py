@@ -236,8 +236,8 @@ def test_few_tokens_warn_and_give_finite_metrics(make_model, caplog):
     found = gather(make_model("llama"), batches)
     assert "3 calibration tokens for matrices of up to 48 columns" in caplog.text
     for name in found.leaders:
-        assert found.metric(name).root.isfinite().all()
-        assert float(torch.linalg.eigvalsh(found.metric(name).moment)[0]) > 0
+        assert found.metric(name).inputs.root.isfinite().all()
+        assert float(torch.linalg.eigvalsh(found.metric(name).inputs.values)[0]) > 0
 
 
 def test_enough_tokens_do_not_warn(make_model, caplog):
@@ -252,7 +252,7 @@ def test_inputs_that_are_all_zero_stay_finite(make_model):
     found = gather(model)
     assert not found.moment(UP).any()
     metric, weight = found.metric(UP), model.get_submodule(UP).weight
-    assert torch.equal(metric.moment, torch.eye(32, dtype=torch.float64))
+    assert torch.equal(metric.inputs.values, torch.eye(32, dtype=torch.float64))
     assert metric.relative(weight, 0 * weight) == 1.0
 
 

@@ -3,43 +3,83 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from tnlm.calibration.sides import Side
 from tnlm.decompositions.linalg import energies
 from tnlm.errors import CalibrationError
 
 
 class Metric:
-    """The Frobenius norm, ``||E||_F``: every entry of the error counts the same.
+    """A two-sided norm, ``||G^(1/2) E C^(1/2)||_F``; without sides, the Frobenius norm.
+
+    Every metric but the element-wise one is of this kind: G weighs the outputs (rows), C the
+    inputs (columns), each a full matrix, a diagonal, or nothing.
+
+    Args:
+        outputs: G, a form on the rows.
+        inputs: C, a form on the columns.
+        mean: the mean input ``(in,)``; the error ``E @ mean`` then goes into a bias and does not
+            count, so C should be centred.
+
+    Source: K-FAC (Martens and Grosse 2015) for the pair, SVD-LLM (arXiv 2403.07378) for C alone.
 
     Example:
         >>> Metric().norm(torch.tensor([[3.0, 4.0]]))
         5.0
+        >>> Metric(outputs=Side(torch.tensor([4.0]))).norm(torch.tensor([[3.0, 4.0]]))
+        10.0
     """
 
-    name = "identity"
+    separable = True
 
-    def whiten(self, weight: Tensor) -> Tensor:
-        """Return M, float64, ``(out, in)``, such that ``||M||_F`` is the norm of ``weight``."""
-        return weight.detach().double()
+    def __init__(
+        self,
+        outputs: Side | None = None,
+        inputs: Side | None = None,
+        mean: Tensor | None = None,
+    ) -> None:
+        """Hold the sides; see the class for the arguments."""
+        self.outputs = outputs
+        self.inputs = inputs
+        self.mean = mean
 
-    def output_gram(self, weight: Tensor) -> Tensor:
-        """Return ``M @ M.T``, ``(out, out)``, without forming M where that is cheaper."""
-        whitened = self.whiten(weight)
-        return whitened @ whitened.T
+    def pull(self, error: Tensor) -> Tensor:
+        """Return ``G E C``, half the gradient of the squared norm, float64."""
+        error = error.detach().double()
+        if self.inputs is not None:
+            error = self.inputs.apply(error)
+        return error if self.outputs is None else self.outputs.apply(error.T).T
 
     def norm(self, error: Tensor) -> float:
         """Return the norm of an ``(out, in)`` error."""
-        return float(error.detach().double().norm())
+        error = error.detach().double()
+        if self.separable and self.outputs is None and self.inputs is None:
+            return float(error.norm())
+        return math.sqrt(max(float((self.pull(error) * error).sum()), 0.0))
 
     def relative(self, weight: Tensor, approximation: Tensor) -> float:
         """Return the norm of the error over the norm of ``weight``; 0 for a zero weight."""
         size = self.norm(weight)
         error = self.norm(weight.detach().double() - approximation.detach().double())
         return error / size if size > 0 else 0.0
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """Return M = ``G^(1/2) W C^(1/2)``, float64, ``(out, in)``, whose Frobenius norm is W's."""
+        whitened = self.scale_outputs(weight)
+        return whitened if self.inputs is None else self.inputs.scale(whitened)
+
+    def scale_outputs(self, weight: Tensor) -> Tensor:
+        """Return ``G^(1/2) W``."""
+        weight = weight.detach().double()
+        return weight if self.outputs is None else self.outputs.scale(weight.T).T
+
+    def output_gram(self, weight: Tensor) -> Tensor:
+        """Return ``M @ M.T``, ``(out, out)``, without a root of C."""
+        scaled = self.scale_outputs(weight)
+        return (scaled if self.inputs is None else self.inputs.apply(scaled)) @ scaled.T
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """Return the squared singular values of M, largest first."""
@@ -58,14 +98,28 @@ class Metric:
         basis: Tensor = torch.linalg.qr(whitened @ inputs)[0]
         return basis
 
+    def low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return left ``(out, rank)`` and right ``(rank, in)`` of the best low-rank product.
+
+        With U the leading left singular vectors of M, it is ``G^(-1/2) U U.T G^(1/2) W``: no
+        inverse of C is needed, so a singular C does no harm and full rank is exact.
+        """
+        basis = self.leading_outputs(weight, rank)
+        right = basis.T @ self.scale_outputs(weight)
+        left = basis if self.outputs is None else self.outputs.unscale(basis.T).T
+        return left, right
+
+    def start(self) -> Metric:
+        """Return a separable metric near to this one, to start a fit from: itself."""
+        return self
+
 
 class InputMoment(Metric):
     """The output error on data, ``E[||E x||^2] = tr(E C E.T)`` with C = E[x x.T].
 
     Args:
         moment: C, ``(in, in)``, symmetric; computed with in float64.
-        damping: C is replaced by ``C + damping * mean(diag(C)) * I``, so that directions the data
-            never showed still count a little and a singular C does no harm.
+        damping: see :class:`tnlm.calibration.sides.Side`.
 
     Raises:
         CalibrationError: if C is not finite.
@@ -79,35 +133,51 @@ class InputMoment(Metric):
         10.0
     """
 
-    name = "input"
-
     def __init__(self, moment: Tensor, damping: float = 1e-6) -> None:
         """Damp the moment; see the class for the arguments."""
-        moment = moment.detach().to(torch.float64, copy=True)
-        if not bool(moment.isfinite().all()):
-            raise CalibrationError("the second moment of the inputs is not finite")
-        scale = float(moment.diagonal().mean())
-        # Inputs that are all zero say nothing: every direction then counts the same.
-        moment.diagonal().add_(damping * scale if scale > 0 else 1.0)
-        self.moment = moment
+        super().__init__(inputs=Side(moment, damping))
 
-    @cached_property
-    def root(self) -> Tensor:
-        """The symmetric square root of C."""
-        values, vectors = torch.linalg.eigh(self.moment)
-        root: Tensor = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
-        return root
+
+class Elementwise(Metric):
+    """Weighs every entry of the error by itself, ``sum of H * E**2``.
+
+    There is no closed form under it; fits start from the nearest separable weights.
+
+    Args:
+        weights: H, ``(out, in)``, not negative, e.g. a Fisher information; scaled to mean 1.
+        floor: smallest weight, relative to the mean, so that no entry is free.
+
+    Raises:
+        CalibrationError: if H is not finite, or negative.
+
+    Source: TFWSVD, Hua et al. 2022, arXiv 2211.09718.
+
+    Example:
+        >>> metric = Elementwise(torch.tensor([[1.0, 3.0]]) / 2, floor=0.0)
+        >>> round(metric.norm(torch.tensor([[2.0, 2.0]])) ** 2, 6)
+        8.0
+    """
+
+    separable = False
+
+    def __init__(self, weights: Tensor, floor: float = 1e-6) -> None:
+        """Scale the weights; see the class for the arguments."""
+        super().__init__()
+        weights = weights.detach().double()
+        if not bool(weights.isfinite().all()) or bool((weights < 0).any()):
+            raise CalibrationError("element-wise weights must be finite and not negative")
+        mean = float(weights.mean())
+        scaled = weights / mean if mean > 0 else torch.ones_like(weights)
+        self.weights = scaled.clamp_min(floor)
+
+    def pull(self, error: Tensor) -> Tensor:
+        """Return ``H * E``, half the gradient of the squared norm."""
+        return self.weights * error.detach().double()
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """Return ``weight @ C^(1/2)``."""
-        return weight.detach().double() @ self.root
+        """Return ``H^(1/2) * W``, entry by entry."""
+        return self.weights.sqrt() * weight.detach().double()
 
-    def output_gram(self, weight: Tensor) -> Tensor:
-        """Return ``weight @ C @ weight.T``: the second moment of the outputs."""
-        weight = weight.detach().double()
-        return weight @ self.moment @ weight.T
-
-    def norm(self, error: Tensor) -> float:
-        """Return ``sqrt(tr(E C E.T))``."""
-        error = error.detach().double()
-        return math.sqrt(max(float(((error @ self.moment) * error).sum()), 0.0))
+    def start(self) -> Metric:
+        """Return the nearest weights of the form row times column: FWSVD on both sides."""
+        return Metric(Side(self.weights.mean(1)), Side(self.weights.mean(0)))

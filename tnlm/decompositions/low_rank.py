@@ -56,9 +56,9 @@ class LowRank(Format[LowRankSpec]):
         return Network({"left": "or", "right": "ri"}, "o", "i", sizes, gauge)
 
     def fit(self, weight: Tensor, metric: Metric, spec: LowRankSpec) -> Factors:
-        """Project the outputs on the leading left singular vectors of the whitened weight."""
-        left = metric.leading_outputs(weight, spec.rank)
-        return {"left": left, "right": left.T @ weight.detach().double()}
+        """Return the best product of the rank under a separable metric, in closed form."""
+        left, right = metric.low_rank(weight, spec.rank)
+        return {"left": left, "right": right}
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], budget: Budget

@@ -1,0 +1,113 @@
+"""One side of a metric: a positive form on the rows or the columns of an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tnlm.errors import CalibrationError
+
+
+class Side:
+    """A symmetric positive form S, full ``(n, n)`` or diagonal ``(n,)``, in float64.
+
+    Args:
+        values: a second moment, or the diagonal of one.
+        damping: share of S that is replaced by its mean diagonal, in [0, 1]: directions the data
+            never showed still count a little, and a singular S does no harm. All-zero values say
+            nothing: every direction then counts the same.
+
+    Raises:
+        CalibrationError: if the values are not finite.
+
+    Example:
+        >>> side = Side(torch.tensor([4.0, 1.0]), damping=0.0)
+        >>> side.apply(torch.tensor([[3.0, 8.0]])).tolist()
+        [[12.0, 8.0]]
+    """
+
+    def __init__(self, values: Tensor, damping: float = 0.0) -> None:
+        """Damp the values; see the class for the arguments."""
+        values = values.detach().to(torch.float64, copy=True)
+        if not bool(values.isfinite().all()):
+            raise CalibrationError("a second moment is not finite")
+        self.is_diagonal = values.dim() == 1
+        diagonal = values if self.is_diagonal else values.diagonal()
+        scale = float(diagonal.mean())
+        if scale > 0:
+            values.mul_(1.0 - damping)
+            diagonal.add_(damping * scale)
+        else:
+            values.zero_()
+            diagonal.fill_(1.0)
+        self.values = values
+
+    @property
+    def mean(self) -> float:
+        """The mean of the diagonal."""
+        diagonal = self.values if self.is_diagonal else self.values.diagonal()
+        return float(diagonal.mean())
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ S``."""
+        return rows * self.values if self.is_diagonal else rows @ self.values
+
+    def scale(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ S^(1/2)``."""
+        return rows * self.root if self.is_diagonal else rows @ self.root
+
+    def unscale(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ S^(-1/2)``; directions that weigh nothing stay out of the result."""
+        if self.is_diagonal:
+            return rows * _inverse(self.root)
+        values, vectors = self._eigen
+        roots: Tensor = rows @ (vectors * _inverse(values.sqrt())) @ vectors.T
+        return roots
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The symmetric square root, full or diagonal."""
+        if self.is_diagonal:
+            return self.values.clamp_min(0.0).sqrt()
+        values, vectors = self._eigen
+        root: Tensor = (vectors * values.sqrt()) @ vectors.T
+        return root
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.values)
+        return values.clamp_min(0.0), vectors
+
+    def modes(self, split: Sequence[int]) -> list[Side]:
+        """Return one side for every mode of a split, whose Kronecker product is near to S.
+
+        Each is the partial trace of S over the other modes, a mean over them; the first also
+        carries the scale. A Kronecker product gives its own factors back.
+
+        Example:
+            >>> pair = torch.kron(torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2))
+            >>> [mode.values.diagonal().tolist() for mode in Side(pair).modes((2, 2))]
+            [[1.0, 3.0], [1.0, 1.0]]
+        """
+        count = len(split)
+        tensor = self.values.reshape(tuple(split) * (1 if self.is_diagonal else 2))
+        found = []
+        for mode, size in enumerate(split):
+            rows = list(range(count))
+            if self.is_diagonal:
+                part = tensor.sum([k for k in rows if k != mode]) if count > 1 else tensor
+            else:
+                columns = [k if k != mode else count for k in rows]
+                part = torch.einsum(tensor, rows + columns, [mode, count])
+            part = part * (size / self.values.shape[0])
+            found.append(Side(part if mode == 0 else part / self.mean))
+        return found
+
+
+def _inverse(values: Tensor) -> Tensor:
+    """Return 1 / values, and 0 where a value is negligible beside the largest."""
+    floor = float(values.max()) * 1e-12
+    return torch.where(values > floor, 1.0 / values.clamp_min(floor or 1.0), 0.0)
