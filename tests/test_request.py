@@ -7,7 +7,9 @@ import pytest
 
 import tnlm
 from tnlm.errors import BudgetError, OptionError, RankError
-from tnlm.request import DEFAULT_KEEP, make_request
+from tnlm.network import Cost
+from tnlm.request import make_request
+from tnlm.schemes import get_scheme
 
 BUDGETS = ("keep", "keep_targets", "tolerance")
 
@@ -108,44 +110,48 @@ def test_multiply_adds_are_limited_by_a_positive_number(value):
         request(max_macs=value)
 
 
+def cost(params):
+    return Cost(params, 4 * params, params)
+
+
 def test_multiply_adds_may_be_without_limit():
-    assert request(max_macs=math.inf).limits(10, 5).max_macs == math.inf
+    assert request(max_macs=math.inf).limits(cost(10), cost(5)).max_macs == math.inf
     assert "max_macs" not in request(max_macs=math.inf).record()
 
 
 @pytest.mark.parametrize("metric", ["inputs", "fisher", 3])
 def test_an_unknown_metric_gets_a_hint(metric):
-    with pytest.raises(OptionError, match=r"unknown metric .* Allowed: identity, input"):
+    with pytest.raises(OptionError, match=r"unknown metric .* Allowed: centered, covariance, diagonal"):
         request(metric=metric)
 
 
 def test_a_metric_that_the_format_cannot_serve_is_refused():
     with pytest.raises(OptionError, match="a tucker can be fitted under: identity"):
         request("tucker", metric="input")
-    assert request("svd", metric="input").metric == "input"
+    assert request("svd", metric="input").measure.name == "input"
 
 
 def test_without_a_budget_the_default_holds_unless_the_size_is_given():
-    assert request().limits(100, 50).keep == DEFAULT_KEEP
-    assert request("kron", options={"terms": 4}).limits(100, 50).keep == DEFAULT_KEEP
-    assert request(options={"rank": 4}).limits(100, 50).keep == 1.0
-    assert request("tt", options={"ranks": [4]}).limits(100, 50).keep == 1.0
+    assert request().limits(cost(100), cost(50)).keep == get_scheme("svd").keep_targets
+    assert request("kron", options={"terms": 4}).limits(cost(100), cost(50)).keep == get_scheme("svd").keep_targets
+    assert request(options={"rank": 4}).limits(cost(100), cost(50)).keep == 1.0
+    assert request("tt", options={"ranks": [4]}).limits(cost(100), cost(50)).keep == 1.0
     sized = {"terms": 4, "out_split": [2, 3], "in_split": [2, 2]}
-    assert request("kron", options=sized).limits(100, 50).keep == 1.0
+    assert request("kron", options=sized).limits(cost(100), cost(50)).keep == 1.0
 
 
 def test_keep_counts_what_lies_outside_the_targets():
-    assert request(keep=0.7).limits(100, 50).keep == pytest.approx(0.4)
-    assert request(keep=1).limits(100, 50).keep == 1.0
-    assert request(keep_targets=0.7).limits(100, 50).keep == 0.7
+    assert request(keep=0.7).limits(cost(100), cost(50)).keep == pytest.approx(0.4)
+    assert request(keep=1).limits(cost(100), cost(50)).keep == 1.0
+    assert request(keep_targets=0.7).limits(cost(100), cost(50)).keep == 0.7
 
 
 @pytest.mark.parametrize("targets", [3, 2331, 3500, 4001])
 def test_keep_too_small_states_one_that_is_not(targets):
     with pytest.raises(BudgetError, match="lie outside the targets") as caught:
-        request(keep=0.1).limits(7000, targets)
+        request(keep=0.1).limits(cost(7000), cost(targets))
     smallest = re.search(r"smallest possible is keep=([\d.]+),", str(caught.value))
-    assert 0 < request(keep=float(smallest[1])).limits(7000, targets).keep <= 1
+    assert 0 < request(keep=float(smallest[1])).limits(cost(7000), cost(targets)).keep <= 1
 
 
 @pytest.mark.parametrize(

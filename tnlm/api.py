@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError, OptionError
 from tnlm.integrations.huggingface import TnlmConfig
-from tnlm.pipeline import Data, carry_out, prepare, resume, settle
+from tnlm.job import Data, prepare
+from tnlm.pipeline import carry_out, resume, settle
 from tnlm.planning import Plan
 from tnlm.reporting import Report
 from tnlm.request import make_request
@@ -23,14 +24,20 @@ def compress(
     targets: Selector | None = None,
     ignore: Selector | None = None,
     metric: str | None = None,
+    allocation: str | None = None,
+    cascade: str | None = None,
+    damping: float | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
     max_macs: float = 1.0,
+    unit: str = "params",
+    blocks: int | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     num_samples: int = 64,
     max_length: int = 512,
+    gradient_samples: int = 16,
     cache_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -45,16 +52,27 @@ def compress(
         scheme: a name from ``tnlm.schemes()``, or a plan made by :func:`plan`.
         targets: the matrices chosen; see :func:`tnlm.targets.select`. The scheme has a default.
         ignore: matrices left alone, in the same words.
-        metric: ``"identity"`` or ``"input"``, instead of the scheme's own.
+        metric: how errors are measured, instead of the scheme's own: ``"identity"``,
+            ``"diagonal"``, ``"input"``, ``"centered"``, ``"two-sided"``, ``"fisher-inputs"``,
+            ``"fisher-outputs"``, ``"fisher-both"`` or ``"fisher-elements"``.
+        allocation: how the budget is shared out, instead of the scheme's own: ``"uniform"``,
+            ``"loss"``, ``"energy"``, ``"last"`` or ``"truncation"``.
+        cascade: ``"none"``; ``"sequential"``, every matrix fitted to the inputs that the
+            compressed model gives it; or ``"anchored"``, fitted to the outputs that the dense
+            model had there.
+        damping: share of a second moment that is replaced by its mean diagonal, in [0, 1).
         keep: fraction of the whole model's parameters that remains, tied ones counted once.
         keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
         tolerance: relative error allowed to every matrix, in the metric.
         max_macs: multiply-adds per token of a matrix, at most this multiple of the dense ones.
+        unit: what ``keep`` and ``keep_targets`` count: ``"params"``, ``"bytes"`` or ``"macs"``.
+        blocks: how many of the last blocks are cut, for ``allocation="last"``.
         calibration: a list of strings, a text or JSONL file, token ids, a DataLoader or a
             ``datasets.Dataset``; for schemes that look at data.
         tokenizer: turns texts into ids.
         num_samples: windows of calibration data used.
         max_length: tokens in a window.
+        gradient_samples: windows used for gradients, where they are needed.
         cache_dir: keeps calibration statistics between runs.
         seed: draws the windows.
         progress: show progress bars.
@@ -75,18 +93,24 @@ def compress(
         >>> model.model.layers[0].mlp.up_proj.right
         Linear(in_features=16, out_features=6, bias=False)
     """
-    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed)
+    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed, gradient_samples)
     if isinstance(scheme, Plan):
-        _only_plan(targets, ignore, metric, keep, keep_targets, tolerance, max_macs, options)
+        asked = (targets, ignore, metric, allocation, cascade, damping, keep, keep_targets)
+        _only_plan(*asked, tolerance, max_macs, unit, blocks, options)
         decided, job = resume(model, scheme, data, progress)
     else:
         request = make_request(
             scheme,
             metric=metric,
+            allocation=allocation,
+            cascade=cascade,
+            damping=damping,
             keep=keep,
             keep_targets=keep_targets,
             tolerance=tolerance,
             max_macs=max_macs,
+            unit=unit,
+            blocks=blocks,
             options=options,
         )
         job = prepare(model, request, targets, ignore, data, progress)
@@ -101,14 +125,20 @@ def plan(
     targets: Selector | None = None,
     ignore: Selector | None = None,
     metric: str | None = None,
+    allocation: str | None = None,
+    cascade: str | None = None,
+    damping: float | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
     max_macs: float = 1.0,
+    unit: str = "params",
+    blocks: int | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     num_samples: int = 64,
     max_length: int = 512,
+    gradient_samples: int = 16,
     cache_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -133,13 +163,18 @@ def plan(
     request = make_request(
         scheme,
         metric=metric,
+        allocation=allocation,
+        cascade=cascade,
+        damping=damping,
         keep=keep,
         keep_targets=keep_targets,
         tolerance=tolerance,
         max_macs=max_macs,
+        unit=unit,
+        blocks=blocks,
         options=options,
     )
-    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed)
+    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed, gradient_samples)
     job = prepare(model, request, targets, ignore, data, progress)
     return settle(model, job, predict=True, progress=progress)
 
@@ -175,6 +210,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _only_plan(*given: Any) -> None:
-    defaults: tuple[Any, ...] = (None, None, None, None, None, None, 1.0, {})
+    defaults: tuple[Any, ...] = (*[None] * 9, 1.0, "params", None, {})
     if given != defaults:
         raise OptionError("a plan holds targets, budget and options already; give it alone")

@@ -48,7 +48,21 @@ Tolerance = Annotated[float | None, typer.Option(help="Relative error allowed to
 MaxMacs = Annotated[
     float, typer.Option(help="Multiply-adds of a matrix, at most this multiple of dense.")
 ]
-MetricName = Annotated[str | None, typer.Option("--metric", help="identity, or input.")]
+MetricName = Annotated[
+    str | None,
+    typer.Option("--metric", help="How errors are measured: identity, input, two-sided, ..."),
+]
+AllocationName = Annotated[
+    str | None,
+    typer.Option("--allocation", help="uniform, loss, energy, last or truncation."),
+]
+Cascade = Annotated[str | None, typer.Option(help="none, sequential or anchored.")]
+Damping = Annotated[
+    float | None, typer.Option(help="Share of a moment replaced by its mean diagonal.")
+]
+Unit = Annotated[str, typer.Option(help="What keep counts: params, bytes or macs.")]
+Blocks = Annotated[int | None, typer.Option(help="Last blocks cut, for --allocation last.")]
+GradientSamples = Annotated[int, typer.Option(help="Windows used for gradients.")]
 Calibration = Annotated[
     Path | None, typer.Option(help="Text or JSONL file, for schemes that look at data.")
 ]
@@ -85,8 +99,10 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
         raise OptionError(f"--{name} {text!r}; allowed: whole numbers, as in 48,32") from error
 
 
-BUDGET = ("metric", "keep", "keep_targets", "tolerance", "max_macs")
-DATA = ("targets", "ignore", "calibration", "num_samples", "max_length", "cache_dir", "seed")
+CHOICES = ("metric", "allocation", "cascade", "damping")
+BUDGET = ("keep", "keep_targets", "tolerance", "max_macs", "unit", "blocks")
+CUT = ("num_samples", "max_length", "gradient_samples", "seed")
+DATA = ("targets", "ignore", "calibration", "cache_dir", *CUT)
 
 
 def _asked(values: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +112,7 @@ def _asked(values: dict[str, Any]) -> dict[str, Any]:
     options = {name: values[name] for name in ("terms", "rank", "gauge")}
     for name in ("ranks", "out_split", "in_split"):
         options[name] = _numbers(name.replace("_", "-"), values[name])
-    budget = {name: values[name] for name in BUDGET}
+    budget = {name: values[name] for name in (*CHOICES, *BUDGET)}
     make_request(values["scheme"], **budget, options=options)
     data = {name: values[name] for name in DATA}
     return {"scheme": values["scheme"], **budget, **data, **options}
@@ -108,14 +124,22 @@ def schemes(as_json: Json = False) -> None:
     from tnlm.schemes import schemes as found
 
     if as_json:
-        fields = ("title", "format", "metric", "targets", "source", "needs_calibration")
+        fields = (
+            "title",
+            "formats",
+            "metric",
+            "allocation",
+            "cascade",
+            "targets",
+            "needs",
+            "source",
+        )
         rows = {n: {f: getattr(s, f) for f in fields} for n, s in found().items()}
         _print_json(rows)
         return
-    table = Table("scheme", "what it does", "looks at data", "source", box=SIMPLE)
+    table = Table("scheme", "what it does", "needs", "source", box=SIMPLE)
     for name, scheme in found().items():
-        data = "yes" if scheme.needs_calibration else "no"
-        table.add_row(name, scheme.title, data, scheme.source)
+        table.add_row(name, scheme.title, scheme.needs, scheme.source)
     console.print(table)
 
 
@@ -134,9 +158,15 @@ def plan(
     tolerance: Tolerance = None,
     max_macs: MaxMacs = 1.0,
     metric: MetricName = None,
+    allocation: AllocationName = None,
+    cascade: Cascade = None,
+    damping: Damping = None,
+    unit: Unit = "params",
+    blocks: Blocks = None,
     calibration: Calibration = None,
     num_samples: NumSamples = 64,
     max_length: MaxLength = 512,
+    gradient_samples: GradientSamples = 16,
     cache_dir: CacheDir = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -173,9 +203,15 @@ def compress(
     tolerance: Tolerance = None,
     max_macs: MaxMacs = 1.0,
     metric: MetricName = None,
+    allocation: AllocationName = None,
+    cascade: Cascade = None,
+    damping: Damping = None,
+    unit: Unit = "params",
+    blocks: Blocks = None,
     calibration: Calibration = None,
     num_samples: NumSamples = 64,
     max_length: MaxLength = 512,
+    gradient_samples: GradientSamples = 16,
     cache_dir: CacheDir = None,
     targets: Targets = None,
     ignore: Ignore = None,

@@ -5,120 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.allocation.pricing import model_cost
-from tnlm.allocation.uniform import decide, reprice
-from tnlm.calibration.data import token_batches
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.statistics import Statistics, collect
-from tnlm.errors import BudgetError, CalibrationError, OptionError, TargetError
+from tnlm.allocation.base import Limits, Problem
+from tnlm.allocation.pricing import dense_cost, model_cost
+from tnlm.allocation.uniform import reprice
+from tnlm.errors import BudgetError, TargetError
 from tnlm.integrations.huggingface import TnlmConfig, attach
+from tnlm.job import Data, Job, prepare
 from tnlm.layers.build import Entry
 from tnlm.memory import release, unmap
-from tnlm.planning import Plan
+from tnlm.planning import Plan, total
+from tnlm.recovery.cascade import Fitted, Moved, cascade
 from tnlm.reporting import Report, with_errors
-from tnlm.request import Request, make_request
+from tnlm.request import make_request
 from tnlm.surgery import Shelf, Swap, fit_target, install
-from tnlm.targets import Selection, Selector, Target, check_model, check_weights, select
+from tnlm.targets import Target
 
 logger = logging.getLogger("tnlm")
-
-
-@dataclass(frozen=True)
-class Data:
-    """Calibration data and how it is cut."""
-
-    calibration: Any
-    tokenizer: Any
-    num_samples: int
-    max_length: int
-    cache_dir: str | Path | None
-    seed: int
-
-
-@dataclass
-class Job:
-    """A checked request on a model, with the data it needs."""
-
-    request: Request
-    selection: Selection
-    statistics: Statistics | None
-    seconds: dict[str, float]
-
-    def metric(self, target: Target) -> Metric:
-        """Return how the error of a target is measured."""
-        return Metric() if self.statistics is None else self.statistics.metric(target.module)
-
-
-def prepare(
-    model: PreTrainedModel,
-    request: Request,
-    targets: Selector | None,
-    ignore: Selector | None,
-    data: Data,
-    progress: bool,
-) -> Job:
-    """Check the model, choose targets, and gather statistics if the metric needs them."""
-    check_model(model)
-    _check_data(request, data)
-    selection = select(model, request.scheme.targets if targets is None else targets, ignore)
-    _check_kinds(request, selection)
-    check_weights(model, selection.targets)
-    start = time.perf_counter()
-    statistics = None
-    if request.metric != "identity":
-        batches = token_batches(
-            data.calibration,
-            data.tokenizer,
-            num_samples=data.num_samples,
-            max_length=data.max_length,
-            seed=data.seed,
-        )
-        release()
-        modules = list(dict.fromkeys(target.module for target in selection.targets))
-        statistics = collect(model, modules, batches, cache_dir=data.cache_dir, progress=progress)
-        release()
-    return Job(request, selection, statistics, {"calibrate": time.perf_counter() - start})
-
-
-def _check_data(request: Request, data: Data) -> None:
-    needed = request.metric != "identity"
-    if needed and data.calibration is None:
-        raise CalibrationError(
-            f"scheme {request.scheme.name!r} with metric={request.metric!r} looks at data; pass "
-            "calibration= (texts, a file, token ids) and tokenizer="
-        )
-    if not needed and data.calibration is not None:
-        raise OptionError(
-            f"calibration= has no effect on scheme {request.scheme.name!r} with metric='identity'; "
-            "leave it out, or choose a scheme or metric that looks at data: svd-llm, metric='input'"
-        )
-    if not needed and data.cache_dir is not None:
-        raise OptionError("cache_dir= keeps calibration statistics, but no calibration is used")
-
-
-def _check_kinds(request: Request, selection: Selection) -> None:
-    """Pass over targets that the format or the metric cannot serve."""
-    allowed = request.structure.kinds
-    for target in list(selection.targets):
-        if target.kind not in allowed:
-            reason = f"{request.structure.name} replaces {' and '.join(sorted(allowed))} only"
-        elif target.kind == "embedding" and request.metric == "input":
-            reason = "an embedding has no input to measure; use metric='identity'"
-        else:
-            continue
-        selection.targets.remove(target)
-        selection.skipped[target.name] = reason
-    if not selection.targets:
-        name, reason = next(iter(selection.skipped.items()))
-        raise TargetError(f"no target is left for scheme {request.scheme.name!r}; {name}: {reason}")
 
 
 def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -> Plan:
@@ -126,45 +34,56 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     start = time.perf_counter()
     request, chosen = job.request, job.selection.targets
     cost = model_cost(model)
-    limits = request.limits(cost.params, sum(target.params for target in chosen))
-    layers = []
-    for target in tqdm(chosen, desc="planning", unit="matrix", disable=not progress):
-        weight, metric = target.weight(model), job.metric(target)
-        layers.append(decide(target, weight, metric, request.structure, limits, predict=predict))
+    part = total(dense_cost(t, t.weight(model).element_size()) for t in chosen)
+    limits = request.limits(cost, part)
+    problem = Problem(
+        model,
+        chosen,
+        request.structures,
+        job.metric,
+        job.importance,
+        limits,
+        adds_bias=request.measure.adds_bias,
+        predict=predict,
+        progress=progress,
+    )
     decided = Plan(
         request.scheme.name,
-        request.metric,
+        request.measure.name,
         request.record(),
-        tuple(layers),
+        tuple(request.allocation.allocate(problem)),
         cost,
         job.selection.skipped,
     )
-    _check_worth(decided, limits.keep)
+    _check_worth(decided, limits)
     job.seconds["plan"] = time.perf_counter() - start
     return decided
 
 
-def _check_worth(decided: Plan, keep: float) -> None:
+def _check_worth(decided: Plan, limits: Limits) -> None:
     dense = [layer for layer in decided.layers if layer.format is None]
     if len(dense) == len(decided.layers):
         raise BudgetError(f"no matrix would shrink; {dense[0].name}: {dense[0].note}")
-    achieved = decided.targets_after.params / decided.targets_before.params
-    if dense and achieved > keep:
+    achieved = limits.price(decided.targets_after) / limits.price(decided.targets_before)
+    if dense and achieved > limits.keep * (1 + 1e-9):
         logger.warning(
-            "asked to keep %.3f of the targets, achieved %.3f: "
+            "asked to keep %.3f of the targets' %s, achieved %.3f: "
             "%d of %d matrices stay dense (%s: %s)",
-            keep,
+            limits.keep,
+            limits.unit,
             achieved,
             len(dense),
             len(decided.layers),
             dense[0].name,
             dense[0].note,
         )
-    if achieved < keep / 2 and not set(decided.request) & {"terms", "rank", "ranks", "tolerance"}:
+    sized = set(decided.request) & {"terms", "rank", "ranks", "tolerance"}
+    if achieved < limits.keep / 2 and not sized:
         logger.warning(
-            "asked to keep %.3f of the targets, achieved %.3f: larger factors would need more than "
-            "max_macs=%s times the dense multiply-adds; raise max_macs= to allow them",
-            keep,
+            "asked to keep %.3f of the targets' %s, achieved %.3f: larger factors would need more "
+            "than max_macs=%s times the dense multiply-adds; raise max_macs= to allow them",
+            limits.keep,
+            limits.unit,
             achieved,
             decided.request.get("max_macs", "inf"),
         )
@@ -177,7 +96,14 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
         TargetError: if the model lacks a matrix of the plan, or has it in another shape.
         OptionError: if a matrix cannot have the format or spec that the plan gives it.
     """
-    request = make_request(decided.scheme, metric=decided.metric, options={})
+    request = make_request(
+        decided.scheme,
+        metric=decided.metric,
+        allocation="uniform",  # decided already: no gradients are needed for it
+        cascade=decided.request.get("cascade"),
+        damping=decided.request.get("damping"),
+        options={},
+    )
     wanted = {layer.name: layer.shape for layer in decided.layers}
     job = prepare(model, request, list(wanted), None, data, progress)
     found = {target.name: target for target in job.selection.targets}
@@ -202,12 +128,12 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
 def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -> PreTrainedModel:
     """Fit every matrix, then swap them all in; any failure leaves or restores the model."""
     start = time.perf_counter()
-    errors: dict[str, float] = {}
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     with Shelf() as shelf:
-        entries = _fit(model, job, decided, shelf, errors, progress)
-        if job.statistics is not None:
-            job.statistics.forget()
+        fitting = _Fitting(model, job, decided, shelf)
+        _fit_all(model, job, fitting, progress)
+        entries = fitting.entries
+        job.forget()
         with Swap(model) as swap:
             for target in job.selection.targets:
                 if target.name in entries:
@@ -221,36 +147,67 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
                     config.tied.update(tied)
             attach(model, config)
     job.seconds["fit"] = time.perf_counter() - start
-    tokens = job.statistics.tokens if job.statistics else 0
-    done = Report(with_errors(decided, errors), dict(job.seconds), tokens)
+    tokens = job.inputs.tokens if job.inputs else 0
+    done = Report(with_errors(decided, fitting.errors), dict(job.seconds), tokens)
     model.tnlm_report = done  # type: ignore[assignment]
     return model
 
 
-def _fit(
-    model: PreTrainedModel,
-    job: Job,
-    decided: Plan,
-    shelf: Shelf,
-    errors: dict[str, float],
-    progress: bool,
-) -> dict[str, Entry]:
-    """Put the fitted modules on the shelf; return their entries by target name."""
-    layers = {layer.name: layer for layer in decided.layers}
-    entries: dict[str, Entry] = {}
-    with tqdm(total=len(layers), desc="fitting", unit="matrix", disable=not progress) as bar:
-        for group in _by_module(job.selection.targets):
-            bar.update(len(group))
-            if all(layers[target.name].format is None for target in group):
-                continue
+class _Fitting:
+    """Fits targets one by one; complete modules go to the shelf."""
+
+    def __init__(self, model: PreTrainedModel, job: Job, decided: Plan, shelf: Shelf) -> None:
+        self._model, self._job, self._shelf = model, job, shelf
+        self._layers = {layer.name: layer for layer in decided.layers}
+        self.errors: dict[str, float] = {}
+        self.entries: dict[str, Entry] = {}
+        # A fused module is replaced whole, so its dense parts are kept beside the fitted ones.
+        self._replaced = {
+            target.name
+            for group in _by_module(job.selection.targets)
+            if any(self._layers[target.name].format is not None for target in group)
+            for target in group
+        }
+
+    def fit(self, target: Target, moved: Moved | None = None) -> Fitted | None:
+        """Fit one target, to the dense model's statistics or to moved ones."""
+        name = target.name
+        if name not in self._replaced:
+            return None
+        dense, bias = target.weight(self._model), target.bias(self._model)
+        layer, weight, output = self._layers[name], dense, None
+        metric = self._job.metric(target, moved.statistics if moved else None)
+        if moved is not None and layer.format is not None:
+            weight, output = moved.weight.to(dense), moved.output
+        self.entries[name], module, self.errors[name] = fit_target(
+            target, weight, bias, metric, layer, output
+        )
+        fitted = None
+        if moved is not None:
+            fitted = Fitted(module.weight.detach(), module.bias)
+        self._shelf.put(name, module)
+        return fitted
+
+
+def _fit_all(model: PreTrainedModel, job: Job, fitting: _Fitting, progress: bool) -> None:
+    if job.request.cascade != "none":
+        cascade(
+            model,
+            job.selection.targets,
+            job.batches,
+            job.request.cascade,
+            fitting.fit,
+            centered=job.request.measure.adds_bias,
+            progress=progress,
+        )
+    targets = job.selection.targets
+    with tqdm(total=len(targets), desc="fitting", unit="matrix", disable=not progress) as bar:
+        for group in _by_module(targets):
             for target in group:
-                name, weight, bias = target.name, target.weight(model), target.bias(model)
-                entries[name], module, errors[name] = fit_target(
-                    target, weight, bias, job.metric(target), layers[name]
-                )
-                shelf.put(name, module)
+                if target.name not in fitting.entries:
+                    fitting.fit(target)
+            bar.update(len(group))
             release()
-    return entries
 
 
 def _by_module(targets: Sequence[Target]) -> Iterator[list[Target]]:

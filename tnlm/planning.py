@@ -29,6 +29,7 @@ class LayerPlan:
         after: cost of what replaces it.
         error: predicted relative error in the metric, if it was computed.
         note: why the matrix is left dense.
+        bias: whether a bias is added to a matrix that has none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerPlan:
     after: Cost
     error: float | None = None
     note: str = ""
+    bias: bool = False
 
     @property
     def keep(self) -> float:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tnlm.allocation.uniform import Limits
+from tnlm.allocation import get_allocation
+from tnlm.allocation.base import Allocation, Limits
+from tnlm.calibration.measures import (
+    FISHER,
+    GRADIENTS,
+    INPUTS,
+    MEASURES,
+    Measure,
+    get_measure,
+)
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format, from_dict
 from tnlm.errors import BudgetError, OptionError, did_you_mean
+from tnlm.network import Cost
 from tnlm.schemes import get_scheme
 from tnlm.schemes.base import Scheme
 
-DEFAULT_KEEP = 0.8
-"""Fraction of the targets kept when nothing else says how large the result may be."""
-
-METRICS = ("identity", "input")
 BUDGETS = ("keep", "keep_targets", "tolerance")
 SIZES = ("rank", "ranks", "terms")
+UNITS = ("params", "bytes", "macs")
+CASCADES = ("none", "sequential", "anchored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,43 +36,71 @@ class Request:
 
     Attributes:
         scheme: the named scheme.
-        structure: its format.
-        metric: name of the metric.
+        structures: its formats.
+        measure: how errors are measured.
+        allocation: how the budget is shared out.
+        cascade: what a fit knows of earlier ones.
+        damping: share of a second moment that is replaced by its mean diagonal.
         options: the format's options, defaults of the scheme included.
         keep: fraction of the whole model's parameters, or None.
         keep_targets: fraction of the targets' parameters, or None.
         tolerance: relative error allowed, or None.
         max_macs: multiply-adds per token, as a multiple of dense.
+        unit: what the budget counts.
+        blocks: how many of the last blocks are cut, for an allocation that asks.
     """
 
     scheme: Scheme
-    structure: Format[Any]
-    metric: str
+    structures: tuple[Format[Any], ...]
+    measure: Measure
+    allocation: Allocation
+    cascade: str
+    damping: float
     options: Mapping[str, Any]
     keep: float | None
     keep_targets: float | None
     tolerance: float | None
     max_macs: float
+    unit: str
+    blocks: int | None
 
-    def limits(self, model_params: int, target_params: int) -> Limits:
-        """Return what each matrix may cost.
+    @property
+    def needs(self) -> frozenset[str]:
+        """The kinds of statistics that the metric and the allocation need."""
+        needed = self.measure.needs
+        if self.allocation.weighs_loss and not needed & {GRADIENTS, FISHER}:
+            needed = needed | {INPUTS, GRADIENTS}
+        return needed
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether calibration data is needed."""
+        return bool(self.needs) or self.cascade != "none"
+
+    def limits(self, model: Cost, targets: Cost) -> Limits:
+        """Return what the matrices may cost.
+
+        Args:
+            model: cost of the whole model.
+            targets: cost of the targets.
 
         Raises:
             BudgetError: if ``keep`` is less than what lies outside the targets.
         """
         keep = 1.0 if self.tolerance is not None else self.keep_targets
         if self.keep is not None:
-            rest = model_params - target_params
-            keep = (self.keep * model_params - rest) / target_params
+            whole, part = getattr(model, self.unit), getattr(targets, self.unit)
+            rest = whole - part
+            keep = (self.keep * whole - rest) / part
             if keep <= 0:
-                least = min(math.floor(1000 * rest / model_params + 1) / 1000, 1.0)
+                least = min(math.floor(1000 * rest / whole + 1) / 1000, 1.0)
                 raise BudgetError(
-                    f"keep={self.keep:g} of {model_params:,} parameters, but {rest:,} lie outside "
+                    f"keep={self.keep:g} of {whole:,} {_words(self.unit)}, but {rest:,} lie outside "
                     f"the targets; the smallest possible is keep={least:.3f}, or add targets"
                 )
         if keep is None:
-            keep = 1.0 if self._size_is_given() else DEFAULT_KEEP
-        return Limits(keep, self.tolerance, self.max_macs, self.options)
+            keep = 1.0 if self._size_is_given() else self.scheme.keep_targets
+        return Limits(keep, self.tolerance, self.max_macs, self.options, self.unit, self.blocks)
 
     def _size_is_given(self) -> bool:
         """Whether the options alone fix how large the factors are."""
@@ -78,6 +114,11 @@ class Request:
             "keep_targets": self.keep_targets,
             "tolerance": self.tolerance,
             "max_macs": self.max_macs if math.isfinite(self.max_macs) else None,
+            "allocation": self.allocation.name,
+            "cascade": self.cascade,
+            "damping": self.damping if self.measure.needs else None,
+            "unit": self.unit,
+            "blocks": self.blocks,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
         }
         return {key: value for key, value in values.items() if value is not None}
@@ -87,34 +128,36 @@ def make_request(
     scheme: str,
     *,
     metric: str | None = None,
+    allocation: str | None = None,
+    cascade: str | None = None,
+    damping: float | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
     max_macs: float = 1.0,
+    unit: str = "params",
+    blocks: int | None = None,
     options: Mapping[str, Any],
 ) -> Request:
     """Check a request and return it.
 
     Raises:
-        OptionError: for an unknown scheme, metric or option, or an ill-typed value.
+        OptionError: for an unknown scheme, metric, allocation, cascade or option, or an ill-typed
+            value, or choices that do not go together.
         BudgetError: for a budget out of range, or more than one.
 
     Example:
-        >>> make_request("kron", options={"terms": 4}).structure.name
+        >>> make_request("kron", options={"terms": 4}).structures[0].name
         'kronecker'
     """
     named = get_scheme(scheme)
-    structure = get_format(named.format)
-    chosen = named.metric if metric is None else metric
-    if chosen not in METRICS:
-        raise OptionError(f"unknown metric {chosen!r}{did_you_mean(str(chosen), METRICS)}")
-    if chosen not in structure.metrics:
-        raise OptionError(
-            f"metric={chosen!r} with scheme {scheme!r}; a {structure.name} can be fitted under: "
-            + ", ".join(sorted(structure.metrics))
-        )
+    structures = tuple(get_format(name) for name in named.formats)
+    measure = get_measure(named.metric if metric is None else metric)
+    _check_measure(scheme, structures, measure)
+    shared = get_allocation(named.allocation if allocation is None else allocation)
+    chain = named.cascade if cascade is None else cascade
     given = {key: value for key, value in options.items() if value is not None}
-    _check_options(scheme, structure, given)
+    _check_options(scheme, structures, given)
     budgets = {"keep": keep, "keep_targets": keep_targets, "tolerance": tolerance}
     _check_budgets({name: value for name, value in budgets.items() if value is not None})
     sizes = [name for name in SIZES if name in given]
@@ -122,27 +165,59 @@ def make_request(
         raise BudgetError(f"tolerance and {sizes[0]} given; a tolerance chooses {sizes[0]} itself")
     if not _is_number(max_macs) or not max_macs > 0:
         raise BudgetError(f"max_macs={max_macs!r}; allowed: a number > 0, or inf")
+    _check_damping(measure, damping)
+    _check_cascade(measure, chain)
+    _check_shared(shared, tolerance, unit, blocks)
     return Request(
         named,
-        structure,
-        chosen,
+        structures,
+        measure,
+        shared,
+        chain,
+        measure.damping if damping is None else damping,
         {**named.defaults, **given},
         keep,
         keep_targets,
         tolerance,
         float(max_macs),
+        unit,
+        blocks,
     )
 
 
-def _check_options(scheme: str, structure: Format[Any], given: Mapping[str, Any]) -> None:
-    fields = {item.name for item in dataclasses.fields(structure.spec)}
-    for name in given:
-        if name not in fields:
+def _check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
+    kind = "elementwise" if measure.is_elementwise else "separable"
+    for structure in structures:
+        if measure.needs and kind not in structure.metrics:
             raise OptionError(
-                f"unknown option {name!r} for scheme {scheme!r}{did_you_mean(name, fields)}"
+                f"metric={measure.name!r} with scheme {scheme!r}: a {structure.name} can be fitted "
+                f"under {_allowed(structure)} only"
             )
-    placeholder = {field.name: _placeholder(field) for field in dataclasses.fields(structure.spec)}
-    from_dict(structure.spec, placeholder | dict(given))
+
+
+def _allowed(structure: Format[Any]) -> str:
+    kinds = {m.name for m in MEASURES.values() if not m.needs}
+    for measure in MEASURES.values():
+        kind = "elementwise" if measure.is_elementwise else "separable"
+        if kind in structure.metrics:
+            kinds.add(measure.name)
+    return ", ".join(sorted(kinds))
+
+
+def _check_options(
+    scheme: str, structures: Sequence[Format[Any]], given: Mapping[str, Any]
+) -> None:
+    """Every option must belong to a format, and have a legal value there."""
+    known: set[str] = set()
+    for structure in structures:
+        fields = {item.name: _placeholder(item) for item in dataclasses.fields(structure.spec)}
+        known |= fields.keys()
+        from_dict(structure.spec, fields | {k: v for k, v in given.items() if k in fields})
+    for name in given:
+        if name not in known:
+            raise OptionError(
+                f"unknown option {name!r} for scheme {scheme!r}{did_you_mean(name, known)}"
+            )
 
 
 def _placeholder(item: dataclasses.Field[Any]) -> Any:
@@ -150,6 +225,48 @@ def _placeholder(item: dataclasses.Field[Any]) -> Any:
     if item.default is not dataclasses.MISSING:
         return item.default
     return (1,) if "tuple" in str(item.type) else 1
+
+
+def _check_damping(measure: Measure, damping: float | None) -> None:
+    if damping is None:
+        return
+    if not measure.needs:
+        raise OptionError("damping= has no effect on metric='identity'; leave it out")
+    if not _is_number(damping) or not 0 <= damping < 1:
+        raise OptionError(f"damping={damping!r}; allowed: a fraction in [0, 1)")
+
+
+def _check_cascade(measure: Measure, cascade: str) -> None:
+    if cascade not in CASCADES:
+        raise OptionError(f"unknown cascade {cascade!r}{did_you_mean(str(cascade), CASCADES)}")
+    if cascade != "none" and INPUTS not in measure.needs:
+        raise OptionError(
+            f"cascade={cascade!r} with metric={measure.name!r}, which does not look at inputs; "
+            "allowed: a metric that does, such as 'input' or 'two-sided'"
+        )
+
+
+def _check_shared(
+    allocation: Allocation, tolerance: float | None, unit: str, blocks: int | None
+) -> None:
+    if unit not in UNITS:
+        raise BudgetError(f"unknown unit {unit!r}{did_you_mean(str(unit), UNITS)}")
+    if unit not in allocation.units:
+        raise BudgetError(
+            f"unit={unit!r} with allocation={allocation.name!r}; allowed: "
+            + ", ".join(allocation.units)
+        )
+    if tolerance is not None and not allocation.tolerates:
+        raise BudgetError(
+            f"tolerance with allocation={allocation.name!r}, which shares out a budget; pass keep "
+            "or keep_targets, or allocation='uniform'"
+        )
+    if blocks is None:
+        return
+    if not allocation.counts_blocks:
+        raise OptionError(f"blocks={blocks!r} has no effect on allocation={allocation.name!r}")
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+        raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1")
 
 
 def _check_budgets(given: Mapping[str, Any]) -> None:
@@ -162,3 +279,7 @@ def _check_budgets(given: Mapping[str, Any]) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _words(unit: str) -> str:
+    return {"params": "parameters", "macs": "multiply-adds"}.get(unit, unit)

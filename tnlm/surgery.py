@@ -130,13 +130,26 @@ class Shelf:
 
 
 def fit_target(
-    target: Target, weight: Tensor, bias: Tensor | None, metric: Metric, layer: LayerPlan
+    target: Target,
+    weight: Tensor,
+    bias: Tensor | None,
+    metric: Metric,
+    layer: LayerPlan,
+    output: Tensor | None = None,
 ) -> tuple[Entry, nn.Module, float]:
     """Fit one matrix as planned.
 
+    Args:
+        target: the matrix.
+        weight: ``(out, in)``, what to approximate.
+        bias: the bias that stands beside it.
+        metric: how the error is measured.
+        layer: the decision.
+        output: mean output ``(out,)`` wanted, for a metric with a mean; that of ``weight`` if None.
+
     Returns:
         The entry, the built module on the weight's device in its dtype, and the relative error of
-        its float64 factors in the metric.
+        its float64 factors in the metric. A metric with a mean moves the mean error into the bias.
     """
     if layer.format is None:
         entry = {"kind": "dense", "shape": list(target.shape), "bias": bias is not None}
@@ -145,10 +158,12 @@ def fit_target(
     entry = {
         "kind": target.kind,
         "shape": list(target.shape),
-        "bias": bias is not None,
+        "bias": bias is not None or layer.bias,
         "format": layer.format,
         "options": dict(layer.spec),
     }
+    if layer.bias:
+        entry["bias_added"] = True
     network = network_of(entry)
     if target.kind == "linear":
         entry["order"] = list(chain(network).order)
@@ -157,9 +172,13 @@ def fit_target(
     spec = from_dict(structure.spec, layer.spec)
     with torch.no_grad():
         stored = fix(network, structure.fit(weight, metric, spec))
-        module.store(_cast(stored, weight), bias)  # type: ignore[operator]
         rebuilt = structure.reconstruct(target.shape, spec, expand(network, stored))
         error = metric.relative(weight, rebuilt)
+        if metric.mean is not None:
+            wanted = weight.double() @ metric.mean if output is None else output
+            shift = wanted - rebuilt @ metric.mean
+            bias = (shift if bias is None else bias.double() + shift).to(weight.dtype)
+        module.store(_cast(stored, weight), bias)  # type: ignore[operator]
     return entry, module, error
 
 
@@ -204,8 +223,9 @@ def install(
         entry = {"kind": "fused", "parts": parts}
         module = FusedLinear({t.parts[t.part]: modules[t.name] for t in targets})
     module.requires_grad_(old.weight.requires_grad)  # what was frozen stays so
-    if not first.parts and getattr(old, "bias", None) is not None:
-        module.bias = old.bias  # the same parameter, which other modules may share
+    bias = getattr(old, "bias", None)
+    if not first.parts and bias is not None and torch.equal(bias, module.bias):
+        module.bias = bias  # the same parameter, which other modules may share
     if isinstance(old, Conv1D):
         entry["conv1d"] = True
     if isinstance(module, FactorizedEmbedding) and isinstance(old, nn.Embedding):

@@ -16,6 +16,8 @@ from tnlm.errors import ModelError, TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 EMBEDDINGS = "embeddings"
+ODD_BLOCKS = "odd-blocks"
+WORDS = (ALL_LINEAR, EMBEDDINGS, ODD_BLOCKS)
 Matrix = nn.Linear | Conv1D | nn.Embedding
 """The modules whose weight is a matrix."""
 Selector = str | type | Sequence["str | type"]
@@ -53,7 +55,10 @@ class Target:
 
     def weight(self, model: nn.Module) -> Tensor:
         """Return the ``(out, in)`` weight, a view of the model's own tensor."""
-        module: Any = model.get_submodule(self.module)
+        return self.view(model.get_submodule(self.module))
+
+    def view(self, module: Any) -> Tensor:
+        """Return the ``(out, in)`` weight in a module of the target's kind, a view of its tensor."""
         weight: Tensor = module.weight.detach()
         if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
             weight = weight.T
@@ -82,9 +87,10 @@ def select(
 
     Args:
         model: any Hugging Face model.
-        targets: ``"all-linear"`` (every linear weight but the output head), ``"embeddings"``, a
-            regular expression that a module's name must match in full, a list of names or of
-            their endings (as in PEFT), or a module class.
+        targets: ``"all-linear"`` (every linear weight but the output head), ``"embeddings"``,
+            ``"odd-blocks"`` (linear weights of every second block), a regular expression that a
+            module's name must match in full, a list of names or of their endings (as in PEFT) or
+            of these words, or a module class.
         ignore: modules left alone, in the same words.
 
     Returns:
@@ -161,11 +167,14 @@ def _matches(name: str, module: nn.Module, wanted: Selector, head: nn.Module | N
             return not isinstance(module, nn.Embedding) and module is not head
         if wanted == EMBEDDINGS:
             return isinstance(module, nn.Embedding)
+        if wanted == ODD_BLOCKS:
+            linear = not isinstance(module, nn.Embedding)
+            return linear and re.search(r"\.\d*[13579]\.", name) is not None
         return _fits(wanted, name)
     return any(
         isinstance(module, word)
         if isinstance(word, type)
-        else (word in (ALL_LINEAR, EMBEDDINGS) and _matches(name, module, word, head))
+        else (word in WORDS and _matches(name, module, word, head))
         or name == word
         or name.endswith("." + word)
         or word.startswith(name + ".")  # a part of a fused module

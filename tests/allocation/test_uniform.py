@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tnlm.allocation.pricing import dense_cost, model_cost
-from tnlm.allocation.uniform import Limits, decide
+from tnlm.allocation.base import Limits
+from tnlm.allocation.uniform import decide
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import formats, get_format
 from tnlm.decompositions.base import Budget, from_dict, to_dict

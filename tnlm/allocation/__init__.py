@@ -1,1 +1,26 @@
-"""How a budget is shared out between matrices."""
+"""How a budget is shared out between matrices: one file for each way, found by looking."""
+
+from __future__ import annotations
+
+from tnlm.allocation.base import Allocation
+from tnlm.registry import discover, lookup
+
+
+def allocations() -> dict[str, Allocation]:
+    """Return every allocation by name.
+
+    Example:
+        >>> "loss" in allocations()
+        True
+    """
+    return discover(__name__, "ALLOCATION")
+
+
+def get_allocation(name: str) -> Allocation:
+    """Return an allocation by name.
+
+    Raises:
+        OptionError: for an unknown name, with the close and the allowed ones.
+    """
+    found: Allocation = lookup("allocation", name, allocations())
+    return found

@@ -17,11 +17,11 @@ def dense_cost(target: Target, itemsize: int) -> Cost:
     return Cost(target.params, target.params * itemsize, target.params * heads)
 
 
-def network_cost(target: Target, network: Network, itemsize: int) -> Cost:
-    """Return the cost of a target once a network replaces it."""
+def network_cost(target: Target, network: Network, itemsize: int, extra: int = 0) -> Cost:
+    """Return the cost of a target once a network, and ``extra`` numbers, replace it."""
     size = network.params * itemsize + network.index_bytes
     if target.kind == "linear":
-        return Cost(network.params, size, macs(network))
+        return Cost(network.params + extra, size + extra * itemsize, macs(network))
     rows = target.shape[0]
     # A tied head passes through the factors, or rebuilds the rows and multiplies by them.
     lookup = row_macs(network)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from tnlm.allocation.base import Allocation, Limits, Problem
 from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
@@ -16,23 +18,6 @@ from tnlm.decompositions.base import Budget, Format, from_dict, to_dict
 from tnlm.errors import OptionError
 from tnlm.planning import LayerPlan
 from tnlm.targets import Target
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What every matrix may cost, or how large its error may be.
-
-    Attributes:
-        keep: fraction of the matrix's parameters.
-        tolerance: relative error in the metric; then ``keep`` does not bind.
-        max_macs: multiply-adds per token, as a multiple of the dense matrix's.
-        options: the format's options that the user or the scheme fixes.
-    """
-
-    keep: float
-    tolerance: float | None = None
-    max_macs: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def decide(
@@ -43,6 +28,7 @@ def decide(
     limits: Limits,
     *,
     predict: bool,
+    extra: int = 0,
 ) -> LayerPlan:
     """Choose the spec of least error within the limits, or leave the matrix dense and say why.
 
@@ -53,15 +39,16 @@ def decide(
         structure: the format that replaces it.
         limits: what it may cost.
         predict: compute the error even when there is nothing to choose.
+        extra: size of a bias that the matrix gets, which counts.
 
     Raises:
         RankError: if the options ask for what the matrix cannot have; names the target.
     """
     before = dense_cost(target, weight.element_size())
     try:
-        specs = _specs(target, weight, metric, structure, limits)
+        specs = _specs(target, weight, metric, structure, limits, extra)
         if not specs:
-            note = _why_dense(target, weight, metric, structure, limits)
+            note = _why_dense(target, weight, metric, structure, limits, extra)
             return LayerPlan(
                 target.name, target.kind, target.shape, None, {}, before, before, note=note
             )
@@ -76,9 +63,8 @@ def decide(
         ) from error
     scores = [math.inf if error is None else error for error in errors]
     best = min(range(len(specs)), key=scores.__getitem__)
-    after = network_cost(
-        target, structure.network(target.shape, specs[best]), weight.element_size()
-    )
+    network = structure.network(target.shape, specs[best])
+    after = network_cost(target, network, weight.element_size(), extra)
     return LayerPlan(
         target.name,
         target.kind,
@@ -88,6 +74,7 @@ def decide(
         before,
         after,
         errors[best],
+        bias=extra > 0,
     )
 
 
@@ -111,38 +98,91 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
             raise OptionError(f"{dict(layer.spec)} is not smaller than the dense matrix")
     except OptionError as error:
         raise type(error)(f"{target.name}: {error}") from error
-    after = network_cost(target, network, weight.element_size())
+    extra = target.shape[0] if layer.bias else 0
+    after = network_cost(target, network, weight.element_size(), extra)
     return replace(layer, kind=target.kind, before=before, after=after)
 
 
-def _specs(
-    target: Target, weight: Tensor, metric: Metric, structure: Format[Any], limits: Limits
-) -> Sequence[Any]:
-    budget = _budget(target, limits)
+def options_for(target: Target, structure: Format[Any], limits: Limits) -> dict[str, Any]:
+    """Return the options that a format takes, as they apply to a target."""
+    fields = {item.name for item in dataclasses.fields(structure.spec)}
+    options = {name: value for name, value in limits.options.items() if name in fields}
     # Rows of a gauge-fixed table could not be looked up: an embedding keeps its factors whole.
-    plain = {"gauge": False} if target.kind == "embedding" else {}
-    options = {**limits.options, **plain}
+    return options | ({"gauge": False} if target.kind == "embedding" else {})
+
+
+def _specs(
+    target: Target,
+    weight: Tensor,
+    metric: Metric,
+    structure: Format[Any],
+    limits: Limits,
+    extra: int,
+) -> Sequence[Any]:
+    budget = _budget(target, limits, extra)
+    options = options_for(target, structure, limits)
     if limits.tolerance is None:
         return structure.candidates(target.shape, options, budget)
     found = structure.within(weight, metric, options, limits.tolerance)
     return [spec for spec in found if budget.allows(structure.network(target.shape, spec))]
 
 
-def _budget(target: Target, limits: Limits) -> Budget:
+def _budget(target: Target, limits: Limits, extra: int) -> Budget:
     # Strictly fewer parameters than dense: a layer that cannot shrink stays as it is.
     keep = 1.0 if limits.tolerance is not None else limits.keep
-    params = min(math.floor(keep * target.params + 1e-9), target.params - 1)
+    share = 1.0 if limits.unit == "macs" else keep
+    params = min(math.floor(share * target.params + 1e-9), target.params - 1) - extra
     if target.kind == "embedding":
         return Budget(params)  # a lookup costs little, and rows are priced by the report
-    return Budget(params, limits.max_macs * target.params)
+    speed = min(limits.max_macs, keep) if limits.unit == "macs" else limits.max_macs
+    return Budget(params, speed * target.params)
 
 
 def _why_dense(
-    target: Target, weight: Tensor, metric: Metric, structure: Format[Any], limits: Limits
+    target: Target,
+    weight: Tensor,
+    metric: Metric,
+    structure: Format[Any],
+    limits: Limits,
+    extra: int,
 ) -> str:
-    lifted = Limits(limits.keep, limits.tolerance, math.inf, limits.options)
-    if target.kind == "linear" and _specs(target, weight, metric, structure, lifted):
+    lifted = replace(limits, max_macs=math.inf)
+    if target.kind == "linear" and _specs(target, weight, metric, structure, lifted, extra):
         return f"needs more than max_macs={limits.max_macs:g} times the dense multiply-adds"
     if limits.tolerance is not None:
         return f"not smaller than dense at tolerance={limits.tolerance:g}"
-    return f"no {structure.name} of at most {_budget(target, limits).params} parameters"
+    return f"no {structure.name} of at most {_budget(target, limits, extra).params} parameters"
+
+
+class Uniform(Allocation):
+    """Every matrix keeps the same fraction of its parameters, or meets the same tolerance."""
+
+    name = "uniform"
+    title = "the same fraction of every matrix"
+    units = ("params", "macs")
+    tolerates = True
+
+    def allocate(self, problem: Problem) -> list[LayerPlan]:
+        """Give every target the format and spec of least error within its own share."""
+        return [self._best(problem, *each) for each in problem.each()]
+
+    def _best(self, problem: Problem, target: Target, weight: Tensor, metric: Metric) -> LayerPlan:
+        formats = [f for f in problem.formats if target.kind in f.kinds]
+        predict = problem.predict or len(formats) > 1
+        found = [
+            decide(
+                target,
+                weight,
+                metric,
+                structure,
+                problem.limits,
+                predict=predict,
+                extra=problem.extra(target),
+            )
+            for structure in formats
+        ]
+        smaller = [layer for layer in found if layer.format is not None] or found[:1]
+        return min(smaller, key=lambda layer: layer.error or 0.0)
+
+
+ALLOCATION = Uniform()

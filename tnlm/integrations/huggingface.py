@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tnlm.errors import CheckpointError
+from tnlm.errors import CheckpointError, ModelError
 from tnlm.layers.build import Entry, build, check_entry, dense_module
 from tnlm.planning import FORMAT_VERSION
 
@@ -123,6 +123,13 @@ class TnlmQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        added = [n for n, e in self.quantization_config.modules.items() if e.get("bias_added")]
+        if added:
+            raise ModelError(
+                f"{type(model).__name__} has no place for the bias that was added to {added[0]} "
+                f"and {len(added) - 1} others; a dense copy would not load as what it is. Keep the "
+                "model compressed, or compress with a metric that adds no bias, such as 'input'"
+            )
         for name, entry in self.quantization_config.modules.items():
             if not _has(model, name):
                 continue  # a head that this class of model lacks

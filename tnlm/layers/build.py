@@ -89,7 +89,8 @@ def _stacked_shape(parts: list[Entry]) -> tuple[int, int]:
 
 
 def _check_part(part: Entry, biased: bool) -> None:
-    if part["bias"] is not biased:
+    added = part.get("bias_added") is True and not biased
+    if part["bias"] is not (biased or added):
         has = "a" if biased else "no"
         raise CheckpointError(f"bias={part['bias']!r}, but the model has {has} bias there")
     if part["kind"] == "dense":

@@ -6,7 +6,7 @@ from tnlm.targets import EMBEDDINGS
 SCHEME = Scheme(
     name="albert",
     title="factored embedding, V x E times E x H",
-    format="low-rank",
+    formats=("low-rank",),
     targets=EMBEDDINGS,
     source="ALBERT, Lan et al. 2020, arXiv 1909.11942 (there trained from scratch)",
     defaults={"gauge": False},

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tnlm.targets import ALL_LINEAR
+from tnlm.allocation import get_allocation
+from tnlm.calibration.measures import FISHER, GRADIENTS, get_measure
+from tnlm.targets import ALL_LINEAR, Selector
 
 
 @dataclass(frozen=True)
@@ -16,22 +18,36 @@ class Scheme:
     Attributes:
         name: what users write.
         title: one line for tables.
-        format: the structure that replaces each matrix.
+        formats: the structures that may replace a matrix; the allocation chooses among several.
         source: the paper.
-        metric: how the error is measured: ``"identity"``, or ``"input"``, which needs calibration.
+        metric: how the error is measured; a name in `tnlm.calibration.measures`.
+        allocation: how the budget is shared out; a name in `tnlm.allocation`.
+        cascade: how far a fit knows what was fitted before it; see `tnlm.recovery.cascade`.
         targets: the matrices chosen when the user names none.
-        defaults: values of the format's options.
+        keep_targets: fraction of the targets kept when nothing says how large the result may be.
+        defaults: values of the formats' options.
     """
 
     name: str
     title: str
-    format: str
+    formats: tuple[str, ...]
     source: str
     metric: str = "identity"
-    targets: str = ALL_LINEAR
+    allocation: str = "uniform"
+    cascade: str = "none"
+    targets: Selector = ALL_LINEAR
+    keep_targets: float = 0.8
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> str:
+        """What the scheme looks at besides the weights: nothing, data, or data and gradients."""
+        needed = get_measure(self.metric).needs
+        if needed & {GRADIENTS, FISHER} or get_allocation(self.allocation).weighs_loss:
+            return "data and gradients"
+        return "data" if needed or self.cascade != "none" else "nothing"
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the scheme looks at data."""
-        return self.metric != "identity"
+        return self.needs != "nothing"

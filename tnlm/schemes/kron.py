@@ -5,6 +5,6 @@ from tnlm.schemes.base import Scheme
 SCHEME = Scheme(
     name="kron",
     title="sum of Kronecker products, nearest to the weights",
-    format="kronecker",
+    formats=("kronecker",),
     source="Van Loan and Pitsianis 1993; KnGPT2, Edalati et al. 2022, arXiv 2110.08152",
 )

@@ -5,6 +5,6 @@ from tnlm.schemes.base import Scheme
 SCHEME = Scheme(
     name="svd",
     title="truncated SVD of the weights",
-    format="low-rank",
+    formats=("low-rank",),
     source="Eckart and Young, 1936",
 )

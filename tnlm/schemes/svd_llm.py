@@ -5,7 +5,7 @@ from tnlm.schemes.base import Scheme
 SCHEME = Scheme(
     name="svd-llm",
     title="low rank of least output error on data (whitening)",
-    format="low-rank",
+    formats=("low-rank",),
     metric="input",
     source="SVD-LLM, Wang et al. 2024, arXiv 2403.07378",
 )

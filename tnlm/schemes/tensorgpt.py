@@ -6,7 +6,7 @@ from tnlm.targets import EMBEDDINGS
 SCHEME = Scheme(
     name="tensorgpt",
     title="one matrix product state per token embedding",
-    format="token-mps",
+    formats=("token-mps",),
     targets=EMBEDDINGS,
     source="TensorGPT, Xu et al. 2023, arXiv 2307.00526",
 )

@@ -5,6 +5,6 @@ from tnlm.schemes.base import Scheme
 SCHEME = Scheme(
     name="tt",
     title="tensor train (MPO) of the weights",
-    format="tensor-train",
+    formats=("tensor-train",),
     source="Oseledets 2011; Novikov et al. 2015, arXiv 1509.06569",
 )

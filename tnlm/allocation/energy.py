@@ -1,0 +1,27 @@
+"""Energy allocation: every matrix is cut to the same relative error."""
+
+from __future__ import annotations
+
+from tnlm.allocation.base import Allocation, Problem
+from tnlm.allocation.curves import at_tolerance, check_budget, curves, least_within
+from tnlm.planning import LayerPlan
+
+
+class Energy(Allocation):
+    """Cut every matrix to one relative error in its metric, the smallest that meets the budget.
+
+    Source: the energy threshold on squared singular values that SVD-based systems use.
+    """
+
+    name = "energy"
+    title = "the same relative error for every matrix"
+
+    def allocate(self, problem: Problem) -> list[LayerPlan]:
+        """Find the common relative error by bisection."""
+        found = curves(problem)
+        budget = check_budget(problem, found)
+        chosen = least_within(found, budget, at_tolerance, 1e-12, 1.0 + 1e-9)
+        return [candidate.layer for candidate in chosen]
+
+
+ALLOCATION = Energy()

@@ -1,0 +1,35 @@
+"""Loss-aware global allocation: least predicted harm to the loss, over all matrices and formats."""
+
+from __future__ import annotations
+
+from tnlm.allocation.base import Allocation, Problem
+from tnlm.allocation.curves import at_multiplier, check_budget, curves, least_within, spend_rest
+from tnlm.planning import LayerPlan
+
+
+class LossAware(Allocation):
+    """Minimise the sum of predicted harm under one budget, by a Lagrange multiplier.
+
+    The harm of a candidate is its squared error in the metric times the effect of a unit of that
+    error on the loss; under the two-sided metric the effect is in the metric already. Every matrix
+    takes the candidate of least harm plus multiplier times price, staying dense included, and the
+    multiplier is found by bisection. What is left over buys the best single upgrades.
+
+    Source: the Lagrangian of optimal bit allocation (Shoham and Gersho, 1988); spectra weighed by
+    the loss as in IO-SVD (arXiv 2605.15626).
+    """
+
+    name = "loss"
+    title = "least predicted harm to the loss, over all matrices"
+    weighs_loss = True
+
+    def allocate(self, problem: Problem) -> list[LayerPlan]:
+        """Choose the multiplier that just meets the budget."""
+        found = curves(problem)
+        budget = check_budget(problem, found)
+        largest = max((curve[0].loss for curve in found), default=0.0) or 1.0
+        chosen = least_within(found, budget, at_multiplier, 1e-30 * largest, 2.0 * largest)
+        return [candidate.layer for candidate in spend_rest(found, chosen, budget)]
+
+
+ALLOCATION = LossAware()

@@ -1,0 +1,77 @@
+"""SVD-LLM v2's allocation: within a type, each matrix loses in inverse proportion to log loss."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+
+from torch import Tensor
+
+from tnlm.allocation.base import Allocation, Problem
+from tnlm.allocation.uniform import Uniform, decide
+from tnlm.calibration.metrics import Metric
+from tnlm.planning import LayerPlan
+
+
+def shares(losses: list[float], keep: float) -> list[float]:
+    """Return the fraction that each matrix of one type keeps.
+
+    With L the truncation losses at the uniform fraction and g = 1 / log L, a matrix loses
+    ``count * (1 - keep) * g / sum(g)``. The rule needs every L > 1, which depends on the scale of
+    the data; otherwise the type is cut uniformly. A share is kept within [0.01, 1].
+
+    Source: SVD-LLM V2, Wang et al. 2025, arXiv 2503.12340.
+
+    Example:
+        >>> [round(share, 3) for share in shares([math.e, math.e**3], 0.8)]
+        [0.7, 0.9]
+    """
+    if not all(loss > 1.0 for loss in losses):
+        return [keep] * len(losses)
+    inverse = [1.0 / math.log(loss) for loss in losses]
+    lost = [len(losses) * (1.0 - keep) * g / sum(inverse) for g in inverse]
+    return [min(max(1.0 - part, 0.01), 1.0) for part in lost]
+
+
+class TruncationLoss(Allocation):
+    """Share out the budget of each type (q_proj, up_proj, ...) between its blocks."""
+
+    name = "truncation"
+    title = "within a type, by inverse log truncation loss (SVD-LLM v2)"
+    units = ("params",)
+
+    def allocate(self, problem: Problem) -> list[LayerPlan]:
+        """Measure the loss of a uniform cut, then cut each matrix by its share."""
+        structure, limits = problem.formats[0], problem.limits
+        losses: dict[str, float] = {}
+        for target, weight, metric in problem.each():
+            layer = decide(target, weight, metric, structure, limits, predict=False)
+            rank = layer.spec.get("rank", min(target.shape))
+            losses[target.name] = _loss(metric, weight, rank)
+        keeps: dict[str, float] = {}
+        for names in _types(losses).values():
+            found = shares([losses[name] for name in names], limits.keep)
+            keeps.update(zip(names, found, strict=True))
+        decided = []
+        for target in problem.targets:
+            own = replace(limits, keep=keeps[target.name])
+            inner = replace(problem, targets=[target], limits=own, progress=False)
+            decided.extend(Uniform().allocate(inner))
+        return decided
+
+
+def _loss(metric: Metric, weight: Tensor, rank: int) -> float:
+    # The paper sums singular values; C is a mean over tokens, as all our statistics are.
+    return float(metric.spectrum(weight).sqrt()[rank:].sum())
+
+
+def _types(names: dict[str, float]) -> dict[str, list[str]]:
+    """Group names by their endings: the same matrix of every block."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[name.rpartition(".")[2]].append(name)
+    return groups
+
+
+ALLOCATION = TruncationLoss()

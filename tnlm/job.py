@@ -1,0 +1,189 @@
+"""A checked request on a model, with the statistics that it needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tnlm.calibration.data import Batch, token_batches
+from tnlm.calibration.gradients import collect_gradients
+from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS
+from tnlm.calibration.metrics import Metric
+from tnlm.calibration.statistics import collect
+from tnlm.calibration.store import Statistics
+from tnlm.errors import CalibrationError, OptionError, TargetError
+from tnlm.memory import release
+from tnlm.request import Request
+from tnlm.targets import Selection, Selector, Target, check_model, check_weights, select
+
+
+@dataclass(frozen=True)
+class Data:
+    """Calibration data and how it is cut."""
+
+    calibration: Any
+    tokenizer: Any
+    num_samples: int
+    max_length: int
+    cache_dir: str | Path | None
+    seed: int
+    gradient_samples: int = 16
+
+
+@dataclass
+class Job:
+    """A checked request on a model, with the data it needs.
+
+    Attributes:
+        request: what is asked.
+        selection: the matrices.
+        batches: calibration data, empty if none is needed.
+        inputs: statistics of the matrices' inputs, if needed.
+        gradients: statistics of gradients, if needed.
+        seconds: wall time by stage.
+    """
+
+    request: Request
+    selection: Selection
+    batches: Sequence[Batch] = ()
+    inputs: Statistics | None = None
+    gradients: Statistics | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    _latest: tuple[str, Metric] | None = None
+
+    def metric(self, target: Target, newer: Mapping[str, Tensor] | None = None) -> Metric:
+        """Return how the error of a target is measured.
+
+        Args:
+            target: the matrix.
+            newer: statistics that take the place of those gathered from the dense model.
+        """
+        measure, damping = self.request.measure, self.request.damping
+
+        def gathered(name: str) -> Tensor:
+            return newer[name] if newer and name in newer else self._statistic(target, name)
+
+        if newer is not None or measure.needs != {INPUTS} or self.inputs is None:
+            return measure.build(gathered, damping)
+        leader = self.inputs.leaders[target.module]
+        if self._latest is None or self._latest[0] != leader:
+            self._latest = None  # free the last one before the next is made
+            self._latest = leader, measure.build(gathered, damping)
+        return self._latest[1]
+
+    def importance(self, target: Target) -> float:
+        """Return the effect on the loss of a unit of a target's squared error in its metric."""
+        needs = self.request.measure.needs
+        if self.request.measure.is_elementwise:  # its weights are scaled to mean 1
+            return float(self._statistic(target, "fisher").mean())
+        if self.gradients is None or needs & {GRADIENTS, FISHER}:
+            return 1.0
+        effect = float(self._statistic(target, "gradient").diagonal().mean())
+        if needs:
+            return effect
+        return effect * float(self._statistic(target, "moment").diagonal().mean())
+
+    def forget(self) -> None:
+        """Drop the latest metric from memory."""
+        self._latest = None
+
+    def _statistic(self, target: Target, name: str) -> Tensor:
+        store = self.gradients if name in ("gradient", "fisher") else self.inputs
+        if store is None:
+            raise CalibrationError(f"{name} of {target.name} was not gathered")
+        tensor = store.tensor(target.module, name)
+        rows = slice(target.part * target.shape[0], (target.part + 1) * target.shape[0])
+        if name == "gradient":
+            return tensor[rows, rows]
+        return tensor[rows] if name == "fisher" else tensor
+
+
+def prepare(
+    model: PreTrainedModel,
+    request: Request,
+    targets: Selector | None,
+    ignore: Selector | None,
+    data: Data,
+    progress: bool,
+) -> Job:
+    """Check the model, choose targets, and gather the statistics that the request needs."""
+    check_model(model)
+    _check_data(request, data)
+    selection = select(model, request.scheme.targets if targets is None else targets, ignore)
+    _check_kinds(request, selection)
+    check_weights(model, selection.targets)
+    start = time.perf_counter()
+    job = Job(request, selection)
+    if request.looks_at_data:
+        _gather(model, job, data, progress)
+    job.seconds["calibrate"] = time.perf_counter() - start
+    return job
+
+
+def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None:
+    batches = token_batches(
+        data.calibration,
+        data.tokenizer,
+        num_samples=data.num_samples,
+        max_length=data.max_length,
+        seed=data.seed,
+    )
+    release()
+    needs = job.request.needs
+    modules = list(dict.fromkeys(target.module for target in job.selection.targets))
+    if INPUTS in needs:
+        job.inputs = collect(model, modules, batches, cache_dir=data.cache_dir, progress=progress)
+    if needs & {GRADIENTS, FISHER}:
+        job.gradients = collect_gradients(
+            model,
+            modules,
+            batches[: data.gradient_samples],
+            fisher=FISHER in needs,
+            cache_dir=data.cache_dir,
+            progress=progress,
+        )
+    if job.request.cascade != "none":
+        job.batches = batches
+    release()
+
+
+def _check_data(request: Request, data: Data) -> None:
+    scheme, metric = request.scheme.name, request.measure.name
+    if request.looks_at_data and data.calibration is None:
+        raise CalibrationError(
+            f"scheme {scheme!r} with metric={metric!r} looks at data; pass "
+            "calibration= (texts, a file, token ids) and tokenizer="
+        )
+    if not request.looks_at_data and data.calibration is not None:
+        raise OptionError(
+            f"calibration= has no effect on scheme {scheme!r} with metric='identity'; "
+            "leave it out, or choose a scheme or metric that looks at data: svd-llm, metric='input'"
+        )
+    if not request.looks_at_data and data.cache_dir is not None:
+        raise OptionError("cache_dir= keeps calibration statistics, but no calibration is used")
+    if not isinstance(data.gradient_samples, int) or data.gradient_samples < 1:
+        raise OptionError(f"gradient_samples={data.gradient_samples!r}; allowed: a number >= 1")
+
+
+def _check_kinds(request: Request, selection: Selection) -> None:
+    """Pass over targets that the formats or the metric cannot serve."""
+    allowed = frozenset[str]().union(*(structure.kinds for structure in request.structures))
+    for target in list(selection.targets):
+        if target.kind not in allowed:
+            names = " or ".join(structure.name for structure in request.structures)
+            reason = f"{names} replaces {' and '.join(sorted(allowed))} only"
+        elif target.kind == "embedding" and request.looks_at_data:
+            reason = "an embedding has no input to measure; use metric='identity'"
+        else:
+            continue
+        selection.targets.remove(target)
+        selection.skipped[target.name] = reason
+    if not selection.targets:
+        name, reason = next(iter(selection.skipped.items()))
+        raise TargetError(f"no target is left for scheme {request.scheme.name!r}; {name}: {reason}")

@@ -1,0 +1,11 @@
+"""AFM: features are low-rank; the mean feature goes into a bias."""
+
+from tnlm.schemes.base import Scheme
+
+SCHEME = Scheme(
+    name="afm",
+    title="low rank of the centred features, with a bias",
+    formats=("low-rank",),
+    metric="centered",
+    source="AFM, Yu and Wu 2023, AAAI (ranks uniform: the paper's sensitivity score is not published)",
+)

@@ -1,0 +1,13 @@
+"""SFSD: low rank of the features, with the bias that its formula asks for."""
+
+from tnlm.schemes.base import Scheme
+
+SCHEME = Scheme(
+    name="sfsd",
+    title="low rank of the centred features, with the correct bias",
+    formats=("low-rank",),
+    metric="centered",
+    allocation="last",
+    source="SFSD, Chavan et al. 2024, arXiv 2405.13039 (its code's bias is zero; the formula's is not)",
+    defaults={"gauge": False},
+)

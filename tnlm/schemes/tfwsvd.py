@@ -1,0 +1,11 @@
+"""TFWSVD: every weight counts by its own Fisher information."""
+
+from tnlm.schemes.base import Scheme
+
+SCHEME = Scheme(
+    name="tfwsvd",
+    title="low rank, every entry weighed by Fisher information (ALS)",
+    formats=("low-rank",),
+    metric="fisher-elements",
+    source="TFWSVD, Hua et al. 2022, arXiv 2211.09718",
+)
