@@ -27,6 +27,7 @@ def compress(
     allocation: str | None = None,
     cascade: str | None = None,
     damping: float | None = None,
+    refine: int = 0,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -61,6 +62,8 @@ def compress(
             compressed model gives it; or ``"anchored"``, fitted to the outputs that the dense
             model had there.
         damping: share of a second moment that is replaced by its mean diagonal, in [0, 1).
+        refine: tokens of calibration data on which every block is tuned after fitting, to do what
+            the dense block did; 0 for none. It changes norms, too.
         keep: fraction of the whole model's parameters that remains, tied ones counted once.
         keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
         tolerance: relative error allowed to every matrix, in the metric.
@@ -96,7 +99,7 @@ def compress(
     data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed, gradient_samples)
     if isinstance(scheme, Plan):
         asked = (targets, ignore, metric, allocation, cascade, damping, keep, keep_targets)
-        _only_plan(*asked, tolerance, max_macs, unit, blocks, options)
+        _only_plan(*asked, tolerance, refine, max_macs, unit, blocks, options)
         decided, job = resume(model, scheme, data, progress)
     else:
         request = make_request(
@@ -105,6 +108,7 @@ def compress(
             allocation=allocation,
             cascade=cascade,
             damping=damping,
+            refine=refine,
             keep=keep,
             keep_targets=keep_targets,
             tolerance=tolerance,
@@ -128,6 +132,7 @@ def plan(
     allocation: str | None = None,
     cascade: str | None = None,
     damping: float | None = None,
+    refine: int = 0,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -166,6 +171,7 @@ def plan(
         allocation=allocation,
         cascade=cascade,
         damping=damping,
+        refine=refine,
         keep=keep,
         keep_targets=keep_targets,
         tolerance=tolerance,
@@ -210,6 +216,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _only_plan(*given: Any) -> None:
-    defaults: tuple[Any, ...] = (*[None] * 9, 1.0, "params", None, {})
+    defaults: tuple[Any, ...] = (*[None] * 9, 0, 1.0, "params", None, {})
     if given != defaults:
         raise OptionError("a plan holds targets, budget and options already; give it alone")

@@ -60,6 +60,7 @@ Cascade = Annotated[str | None, typer.Option(help="none, sequential or anchored.
 Damping = Annotated[
     float | None, typer.Option(help="Share of a moment replaced by its mean diagonal.")
 ]
+Refine = Annotated[int, typer.Option(help="Tokens on which every block is tuned after fitting.")]
 Unit = Annotated[str, typer.Option(help="What keep counts: params, bytes or macs.")]
 Blocks = Annotated[int | None, typer.Option(help="Last blocks cut, for --allocation last.")]
 GradientSamples = Annotated[int, typer.Option(help="Windows used for gradients.")]
@@ -99,7 +100,7 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
         raise OptionError(f"--{name} {text!r}; allowed: whole numbers, as in 48,32") from error
 
 
-CHOICES = ("metric", "allocation", "cascade", "damping")
+CHOICES = ("metric", "allocation", "cascade", "damping", "refine")
 BUDGET = ("keep", "keep_targets", "tolerance", "max_macs", "unit", "blocks")
 CUT = ("num_samples", "max_length", "gradient_samples", "seed")
 DATA = ("targets", "ignore", "calibration", "cache_dir", *CUT)
@@ -161,6 +162,7 @@ def plan(
     allocation: AllocationName = None,
     cascade: Cascade = None,
     damping: Damping = None,
+    refine: Refine = 0,
     unit: Unit = "params",
     blocks: Blocks = None,
     calibration: Calibration = None,
@@ -206,6 +208,7 @@ def compress(
     allocation: AllocationName = None,
     cascade: Cascade = None,
     damping: Damping = None,
+    refine: Refine = 0,
     unit: Unit = "params",
     blocks: Blocks = None,
     calibration: Calibration = None,

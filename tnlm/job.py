@@ -148,7 +148,7 @@ def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> Non
             cache_dir=data.cache_dir,
             progress=progress,
         )
-    if job.request.cascade != "none":
+    if job.request.cascade != "none" or job.request.refine:
         job.batches = batches
     release()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -21,9 +22,10 @@ from tnlm.layers.build import Entry
 from tnlm.memory import release, unmap
 from tnlm.planning import Plan, total
 from tnlm.recovery.cascade import Fitted, Moved, cascade
+from tnlm.recovery.refine import refine
 from tnlm.reporting import Report, with_errors
 from tnlm.request import make_request
-from tnlm.surgery import Shelf, Swap, fit_target, install
+from tnlm.surgery import Shelf, Swap, assemble, fit_target, install, replace_norm
 from tnlm.targets import Target
 
 logger = logging.getLogger("tnlm")
@@ -102,6 +104,7 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
         allocation="uniform",  # decided already: no gradients are needed for it
         cascade=decided.request.get("cascade"),
         damping=decided.request.get("damping"),
+        refine=decided.request.get("refine", 0),
         options={},
     )
     wanted = {layer.name: layer.shape for layer in decided.layers}
@@ -132,6 +135,8 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     with Shelf() as shelf:
         fitting = _Fitting(model, job, decided, shelf)
         _fit_all(model, job, fitting, progress)
+        if job.request.refine:
+            _refine_all(model, job, fitting, progress)
         entries = fitting.entries
         job.forget()
         with Swap(model) as swap:
@@ -145,8 +150,11 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
                     modules, tied = install(model, swap, group, entries, shelf)
                     config.modules.update(modules)
                     config.tied.update(tied)
+            for name, norm in fitting.norms.items():
+                replace_norm(model, swap, name, norm)
             attach(model, config)
-    job.seconds["fit"] = time.perf_counter() - start
+    spent = time.perf_counter() - start
+    job.seconds["fit"] = spent - job.seconds.get("refine", 0.0)
     tokens = job.inputs.tokens if job.inputs else 0
     done = Report(with_errors(decided, fitting.errors), dict(job.seconds), tokens)
     model.tnlm_report = done  # type: ignore[assignment]
@@ -161,6 +169,8 @@ class _Fitting:
         self._layers = {layer.name: layer for layer in decided.layers}
         self.errors: dict[str, float] = {}
         self.entries: dict[str, Entry] = {}
+        self.norms: dict[str, nn.Module] = {}
+        self._taken: dict[str, nn.Module] = {}
         # A fused module is replaced whole, so its dense parts are kept beside the fitted ones.
         self._replaced = {
             target.name
@@ -188,6 +198,25 @@ class _Fitting:
         self._shelf.put(name, module)
         return fitted
 
+    def take(self, block: str) -> dict[str, nn.Module]:
+        """Return the fitted modules of a block, off the shelf, by module name."""
+        self._taken = {}
+        found = {}
+        for group in _by_module(self._job.selection.targets):
+            module = group[0].module
+            if module.startswith(block + ".") and group[0].name in self.entries:
+                parts = {target.name: self._shelf.take(target.name) for target in group}
+                self._taken.update(parts)
+                found[module] = assemble(group, parts)
+        return found
+
+    def keep(self, block: str, tuned: Mapping[str, nn.Module]) -> None:
+        """Put tuned modules back on the shelf; what else was tuned waits in memory."""
+        modules = {target.module for target in self._job.selection.targets}
+        for name, module in self._taken.items():
+            self._shelf.put(name, module)
+        self.norms.update({name: m for name, m in tuned.items() if name not in modules})
+
 
 def _fit_all(model: PreTrainedModel, job: Job, fitting: _Fitting, progress: bool) -> None:
     if job.request.cascade != "none":
@@ -208,6 +237,21 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: _Fitting, progress: bool
                     fitting.fit(target)
             bar.update(len(group))
             release()
+
+
+def _refine_all(model: PreTrainedModel, job: Job, fitting: _Fitting, progress: bool) -> None:
+    start = time.perf_counter()
+    modules = {target.module for target in job.selection.targets if target.name in fitting.entries}
+    refine(
+        model,
+        sorted(modules),
+        job.batches,
+        job.request.refine,
+        fitting.take,
+        fitting.keep,
+        progress=progress,
+    )
+    job.seconds["refine"] = time.perf_counter() - start
 
 
 def _by_module(targets: Sequence[Target]) -> Iterator[list[Target]]:

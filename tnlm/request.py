@@ -41,6 +41,7 @@ class Request:
         allocation: how the budget is shared out.
         cascade: what a fit knows of earlier ones.
         damping: share of a second moment that is replaced by its mean diagonal.
+        refine: tokens on which every block is tuned after fitting; 0 for none.
         options: the format's options, defaults of the scheme included.
         keep: fraction of the whole model's parameters, or None.
         keep_targets: fraction of the targets' parameters, or None.
@@ -56,6 +57,7 @@ class Request:
     allocation: Allocation
     cascade: str
     damping: float
+    refine: int
     options: Mapping[str, Any]
     keep: float | None
     keep_targets: float | None
@@ -75,7 +77,7 @@ class Request:
     @property
     def looks_at_data(self) -> bool:
         """Whether calibration data is needed."""
-        return bool(self.needs) or self.cascade != "none"
+        return bool(self.needs) or self.cascade != "none" or self.refine > 0
 
     def limits(self, model: Cost, targets: Cost) -> Limits:
         """Return what the matrices may cost.
@@ -117,6 +119,7 @@ class Request:
             "allocation": self.allocation.name,
             "cascade": self.cascade,
             "damping": self.damping if self.measure.needs else None,
+            "refine": self.refine or None,
             "unit": self.unit,
             "blocks": self.blocks,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
@@ -131,6 +134,7 @@ def make_request(
     allocation: str | None = None,
     cascade: str | None = None,
     damping: float | None = None,
+    refine: int = 0,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -167,6 +171,8 @@ def make_request(
         raise BudgetError(f"max_macs={max_macs!r}; allowed: a number > 0, or inf")
     _check_damping(measure, damping)
     _check_cascade(measure, chain)
+    if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
+        raise OptionError(f"refine={refine!r}; allowed: a number of tokens, 0 for none")
     _check_shared(shared, tolerance, unit, blocks)
     return Request(
         named,
@@ -175,6 +181,7 @@ def make_request(
         shared,
         chain,
         measure.damping if damping is None else damping,
+        refine,
         {**named.defaults, **given},
         keep,
         keep_targets,

@@ -194,6 +194,14 @@ def _dense_part(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def assemble(targets: Sequence[Target], modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return the module that holds the fitted targets of one module, given by target name."""
+    first = targets[0]
+    if not first.parts:
+        return modules[first.name]
+    return FusedLinear({target.parts[target.part]: modules[target.name] for target in targets})
+
+
 def install(
     model: PreTrainedModel,
     swap: Swap,
@@ -216,12 +224,10 @@ def install(
     first = targets[0]
     old: Any = model.get_submodule(first.module)
     entry: Entry = fitted[first.name]
-    modules = {target.name: shelf.take(target.name) for target in targets}
-    module = modules[first.name]
+    module = assemble(targets, {target.name: shelf.take(target.name) for target in targets})
     if first.parts:
         parts = [{"name": t.parts[t.part], **fitted[t.name]} for t in targets]
         entry = {"kind": "fused", "parts": parts}
-        module = FusedLinear({t.parts[t.part]: modules[t.name] for t in targets})
     module.requires_grad_(old.weight.requires_grad)  # what was frozen stays so
     bias = getattr(old, "bias", None)
     if not first.parts and bias is not None and torch.equal(bias, module.bias):
@@ -251,3 +257,11 @@ def _install_head(
     swap.replace(name, head.train(old.training))
     made = {**entry, "kind": "head", "bias": bias is not None}
     return made, {f"{name}.{factor}": f"{source}.{factor}" for factor in network.factors}
+
+
+def replace_norm(model: nn.Module, swap: Swap, name: str, norm: nn.Module) -> None:
+    """Put a tuned norm into the model, trainable as the old one was."""
+    old = model.get_submodule(name)
+    for parameter, before in zip(norm.parameters(), old.parameters(), strict=True):
+        parameter.requires_grad_(before.requires_grad)
+    swap.replace(name, norm.train(old.training))

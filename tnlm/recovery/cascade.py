@@ -96,7 +96,7 @@ def cascade(
     modules = list(dict.fromkeys(target.module for target in targets))
     tokens = count_tokens(batches)
     with eval_mode(model), torch.no_grad():
-        blocks, calls = _open(model, modules, batches)
+        blocks, calls = open_walk(model, modules, batches)
         dense = first_states(model, blocks, batches)
         compressed = list(dense)
         bar = tqdm(blocks, desc="cascade", unit="block", disable=not progress)
@@ -114,9 +114,14 @@ def cascade(
             pair.advance(dense, compressed)
 
 
-def _open(
+def open_walk(
     model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch]
 ) -> tuple[Blocks, list[Call]]:
+    """Return the blocks of a model, and each one's further arguments.
+
+    Raises:
+        CalibrationError: if the blocks cannot be walked.
+    """
     blocks = find_blocks(model, modules)
     calls = check_walk(model, blocks, batches) if blocks else None
     if calls is None:

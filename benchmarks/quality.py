@@ -1,0 +1,154 @@
+"""Quality of schemes at several sizes: one table of perplexities against dense, resumable.
+
+    python benchmarks/quality.py MODEL OUT --calibration train.txt --text wiki=test.txt \
+        --text c4=c4.jsonl --scheme svd-llm auto --keep-targets 0.9 0.8 0.6
+
+Every run is a process of its own, so that its peak memory is its own. Results are appended to
+OUT/results.jsonl as they come; runs that are there already are not repeated. OUT/quality.md is the
+table. Calibration statistics are kept in OUT/cache. A scheme may carry options after a colon:
+``svd-llm:allocation=loss,damping=0.01``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    asked = _arguments()
+    if asked.single:
+        print(json.dumps(_measure(asked, asked.scheme[0], asked.keep_targets[0])))
+        return
+    asked.out.mkdir(parents=True, exist_ok=True)
+    results = asked.out / "results.jsonl"
+    done = _read(results)
+    jobs = [("dense", 1.0)] + [(s, k) for k in asked.keep_targets for s in asked.scheme]
+    for scheme, keep in jobs:
+        if any((row["scheme"], row["asked"]) == (scheme, keep) for row in done):
+            continue
+        print(f"{scheme} at {keep:g} ...", file=sys.stderr, flush=True)
+        row = _run(scheme, keep)
+        done.append(row)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    (asked.out / "quality.md").write_text(_table(done))
+    (asked.out / "quality.json").write_text(json.dumps(done, indent=1) + "\n")
+    print(_table(done))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scheme", nargs="+", required=True)
+    parser.add_argument("--keep-targets", type=float, nargs="+", default=[0.9, 0.8, 0.6])
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--gradient-samples", type=int, default=16)
+    parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _run(scheme: str, keep: float) -> Row:
+    """Run one measurement in a process of its own; a failure becomes a row that says so."""
+    own = [sys.executable, *sys.argv, "--single", "--scheme", scheme, "--keep-targets", str(keep)]
+    done = subprocess.run(own, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        row: Row = json.loads(done.stdout.splitlines()[-1])
+        return row
+    return {"scheme": scheme, "asked": keep, "error": done.stderr.strip().splitlines()[-1]}
+
+
+def _measure(asked: argparse.Namespace, named: str, keep: float) -> Row:
+    import tnlm
+    from tnlm.integrations.models import load_model
+
+    model, tokenizer = load_model(asked.model)
+    row: Row = {"scheme": named, "asked": keep}
+    start = time.perf_counter()
+    if named != "dense":
+        name, _, options = named.partition(":")
+        keywords: dict[str, Any] = {"keep_targets": keep, "progress": False}
+        keywords |= dict(_option(part) for part in options.split(",") if part)
+        if _looks_at_data(name, keywords):
+            keywords |= {"calibration": asked.calibration, "tokenizer": tokenizer}
+            keywords |= {"cache_dir": asked.out / "cache", "num_samples": asked.num_samples}
+            keywords |= {"gradient_samples": asked.gradient_samples}
+        tnlm.compress(model, name, **keywords)
+        plan = tnlm.report(model).plan
+        row["keep_targets"] = plan.targets_after.params / plan.targets_before.params
+        row["keep_macs"] = plan.targets_after.macs / plan.targets_before.macs
+        row["seconds"] = dict(tnlm.report(model).seconds)
+    row["total_seconds"] = time.perf_counter() - start
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    # Kibibytes on Linux; the statistics' cache decides whether calibration passes are in it.
+    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    for text in asked.text:
+        label, _, path = text.partition("=")
+        measured = tnlm.perplexity(
+            model, Path(path), tokenizer, window=asked.window, windows=asked.windows
+        )
+        row[label] = measured.perplexity
+    return row
+
+
+def _option(part: str) -> tuple[str, Any]:
+    name, _, value = part.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _looks_at_data(scheme: str, keywords: dict[str, Any]) -> bool:
+    from tnlm.request import make_request
+
+    choices = {k: keywords[k] for k in ("metric", "allocation", "cascade") if k in keywords}
+    return make_request(scheme, **choices, options={}).looks_at_data
+
+
+def _table(rows: list[Row]) -> str:
+    """Return a Markdown table; perplexities with their ratio to dense."""
+    dense = next(row for row in rows if row["scheme"] == "dense")
+    fixed = {"scheme", "asked", "keep_targets", "keep_macs", "seconds", "total_seconds"}
+    texts = [key for key in dense if key not in fixed | {"parameters", "peak_mib"}]
+    head = ["scheme", "asked", "targets", "MACs", "parameters", "whole model"]
+    head += [*texts, "fit s", "peak MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        if "error" in row:
+            cells = [row["scheme"], f"{row['asked']:g}", row["error"]]
+            lines.append("| " + " | ".join(cells) + " |" + " |" * (len(head) - 3))
+            continue
+        cells = [row["scheme"], f"{row['asked']:g}"]
+        cells += [f"{row[k]:.3f}" if k in row else "1" for k in ("keep_targets", "keep_macs")]
+        cells += [f"{row['parameters']:,}", f"{row['parameters'] / dense['parameters']:.3f}"]
+        cells += [f"{row[t]:.2f} ({row[t] / dense[t]:.3f})" for t in texts]
+        seconds = row.get("seconds", {})
+        fit = seconds.get("plan", 0.0) + seconds.get("fit", 0.0)
+        cells += [f"{fit:.0f}", str(row["peak_mib"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
