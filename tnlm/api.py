@@ -28,6 +28,7 @@ def compress(
     cascade: str | None = None,
     damping: float | None = None,
     refine: int = 0,
+    share: int | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -64,6 +65,7 @@ def compress(
         damping: share of a second moment that is replaced by its mean diagonal, in [0, 1).
         refine: tokens of calibration data on which every block is tuned after fitting, to do what
             the dense block did; 0 for none. It changes norms, too.
+        share: consecutive blocks whose matrices share their input factor, in low rank.
         keep: fraction of the whole model's parameters that remains, tied ones counted once.
         keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
         tolerance: relative error allowed to every matrix, in the metric.
@@ -98,7 +100,7 @@ def compress(
     """
     data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed, gradient_samples)
     if isinstance(scheme, Plan):
-        asked = (targets, ignore, metric, allocation, cascade, damping, keep, keep_targets)
+        asked = (targets, ignore, metric, allocation, cascade, damping, share, keep, keep_targets)
         _only_plan(*asked, tolerance, refine, max_macs, unit, blocks, options)
         decided, job = resume(model, scheme, data, progress)
     else:
@@ -109,6 +111,7 @@ def compress(
             cascade=cascade,
             damping=damping,
             refine=refine,
+            share=share,
             keep=keep,
             keep_targets=keep_targets,
             tolerance=tolerance,
@@ -133,6 +136,7 @@ def plan(
     cascade: str | None = None,
     damping: float | None = None,
     refine: int = 0,
+    share: int | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -172,6 +176,7 @@ def plan(
         cascade=cascade,
         damping=damping,
         refine=refine,
+        share=share,
         keep=keep,
         keep_targets=keep_targets,
         tolerance=tolerance,
@@ -216,6 +221,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _only_plan(*given: Any) -> None:
-    defaults: tuple[Any, ...] = (*[None] * 9, 0, 1.0, "params", None, {})
+    defaults: tuple[Any, ...] = (*[None] * 10, 0, 1.0, "params", None, {})
     if given != defaults:
         raise OptionError("a plan holds targets, budget and options already; give it alone")

@@ -61,6 +61,7 @@ Damping = Annotated[
     float | None, typer.Option(help="Share of a moment replaced by its mean diagonal.")
 ]
 Refine = Annotated[int, typer.Option(help="Tokens on which every block is tuned after fitting.")]
+Share = Annotated[int | None, typer.Option(help="Blocks that share an input factor, low rank.")]
 Unit = Annotated[str, typer.Option(help="What keep counts: params, bytes or macs.")]
 Blocks = Annotated[int | None, typer.Option(help="Last blocks cut, for --allocation last.")]
 GradientSamples = Annotated[int, typer.Option(help="Windows used for gradients.")]
@@ -100,7 +101,7 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
         raise OptionError(f"--{name} {text!r}; allowed: whole numbers, as in 48,32") from error
 
 
-CHOICES = ("metric", "allocation", "cascade", "damping", "refine")
+CHOICES = ("metric", "allocation", "cascade", "damping", "refine", "share")
 BUDGET = ("keep", "keep_targets", "tolerance", "max_macs", "unit", "blocks")
 CUT = ("num_samples", "max_length", "gradient_samples", "seed")
 DATA = ("targets", "ignore", "calibration", "cache_dir", *CUT)
@@ -163,6 +164,7 @@ def plan(
     cascade: Cascade = None,
     damping: Damping = None,
     refine: Refine = 0,
+    share: Share = None,
     unit: Unit = "params",
     blocks: Blocks = None,
     calibration: Calibration = None,
@@ -209,6 +211,7 @@ def compress(
     cascade: Cascade = None,
     damping: Damping = None,
     refine: Refine = 0,
+    share: Share = None,
     unit: Unit = "params",
     blocks: Blocks = None,
     calibration: Calibration = None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +21,7 @@ from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, OptionError, TargetError
 from tnlm.memory import release
 from tnlm.request import Request
+from tnlm.stacks import Stack, stack
 from tnlm.targets import Selection, Selector, Target, check_model, check_weights, select
 
 
@@ -43,6 +45,7 @@ class Job:
     Attributes:
         request: what is asked.
         selection: the matrices.
+        units: what is decided and fitted as one: the matrices, or stacks of them.
         batches: calibration data, empty if none is needed.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
@@ -51,6 +54,7 @@ class Job:
 
     request: Request
     selection: Selection
+    units: Sequence[Target] = ()
     batches: Sequence[Batch] = ()
     inputs: Statistics | None = None
     gradients: Statistics | None = None
@@ -71,7 +75,7 @@ class Job:
 
         if newer is not None or measure.needs != {INPUTS} or self.inputs is None:
             return measure.build(gathered, damping)
-        leader = self.inputs.leaders[target.module]
+        leader = target.name if target.copies > 1 else self.inputs.leaders[target.module]
         if self._latest is None or self._latest[0] != leader:
             self._latest = None  # free the last one before the next is made
             self._latest = leader, measure.build(gathered, damping)
@@ -94,6 +98,8 @@ class Job:
         self._latest = None
 
     def _statistic(self, target: Target, name: str) -> Tensor:
+        if isinstance(target, Stack):
+            return _together(name, [self._statistic(member, name) for member in target.members])
         store = self.gradients if name in ("gradient", "fisher") else self.inputs
         if store is None:
             raise CalibrationError(f"{name} of {target.name} was not gathered")
@@ -102,6 +108,13 @@ class Job:
         if name == "gradient":
             return tensor[rows, rows]
         return tensor[rows] if name == "fisher" else tensor
+
+
+def _together(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """Return a statistic of a stack: means of what concerns inputs, blocks of what outputs do."""
+    if name == "gradient":
+        return torch.block_diag(*parts)
+    return torch.cat(list(parts)) if name == "fisher" else torch.stack(list(parts)).mean(0)
 
 
 def prepare(
@@ -119,7 +132,7 @@ def prepare(
     _check_kinds(request, selection)
     check_weights(model, selection.targets)
     start = time.perf_counter()
-    job = Job(request, selection)
+    job = Job(request, selection, stack(selection.targets, request.share))
     if request.looks_at_data:
         _gather(model, job, data, progress)
     job.seconds["calibrate"] = time.perf_counter() - start

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,17 +13,17 @@ from tnlm.allocation.base import Limits, Problem
 from tnlm.allocation.pricing import dense_cost, model_cost
 from tnlm.allocation.uniform import reprice
 from tnlm.errors import BudgetError, TargetError
+from tnlm.fitting import Fitting, by_module
 from tnlm.integrations.huggingface import TnlmConfig, attach
 from tnlm.job import Data, Job, prepare
-from tnlm.layers.build import Entry
 from tnlm.memory import release, unmap
 from tnlm.planning import Plan, total
-from tnlm.recovery.cascade import Fitted, Moved, cascade
+from tnlm.recovery.cascade import cascade
 from tnlm.recovery.refine import refine
 from tnlm.reporting import Report, with_errors
 from tnlm.request import make_request
-from tnlm.surgery import Shelf, Swap, assemble, fit_target, install, replace_norm
-from tnlm.targets import Target
+from tnlm.stacks import members_of, tie
+from tnlm.surgery import Shelf, Swap, install, replace_norm
 
 logger = logging.getLogger("tnlm")
 
@@ -34,7 +31,7 @@ logger = logging.getLogger("tnlm")
 def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -> Plan:
     """Choose the spec of every target."""
     start = time.perf_counter()
-    request, chosen = job.request, job.selection.targets
+    request, chosen = job.request, job.units
     cost = model_cost(model)
     part = total(dense_cost(t, t.weight(model).element_size()) for t in chosen)
     limits = request.limits(cost, part)
@@ -105,18 +102,22 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
         cascade=decided.request.get("cascade"),
         damping=decided.request.get("damping"),
         refine=decided.request.get("refine", 0),
+        share=decided.request.get("share", 1),
         options={},
     )
     wanted = {layer.name: layer.shape for layer in decided.layers}
-    job = prepare(model, request, list(wanted), None, data, progress)
-    found = {target.name: target for target in job.selection.targets}
+    names = [name for joined in wanted for name in joined.split("+")]
+    job = prepare(model, request, names, None, data, progress)
+    found = {target.name: target for target in job.units}
     for name, shape in wanted.items():
         if name not in found or found[name].shape != shape:
             has = found[name].shape if name in found else "no such matrix"
             raise TargetError(f"the plan has {name} of {shape}; the model has {has}")
     modules = {found[name].module for name in wanted}
-    job.selection.targets = [t for t in found.values() if t.module in modules]
-    for target in job.selection.targets:
+    job.units = [unit for unit in job.units if unit.module in modules]
+    kept = {member.module for unit in job.units for member in members_of(unit)}
+    job.selection.targets = [t for t in job.selection.targets if t.module in kept]
+    for target in job.units:
         if target.name not in wanted:
             raise TargetError(
                 f"the plan lacks {target.name}, a part of {target.module}, which is replaced as a "
@@ -124,7 +125,7 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
             )
     job.seconds["plan"] = 0.0
     layers = {layer.name: layer for layer in decided.layers}
-    priced = tuple(reprice(t, t.weight(model), layers[t.name]) for t in job.selection.targets)
+    priced = tuple(reprice(t, t.weight(model), layers[t.name]) for t in job.units)
     return replace(decided, layers=priced, model=model_cost(model)), job
 
 
@@ -133,7 +134,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     start = time.perf_counter()
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     with Shelf() as shelf:
-        fitting = _Fitting(model, job, decided, shelf)
+        fitting = Fitting(model, job, decided, shelf)
         _fit_all(model, job, fitting, progress)
         if job.request.refine:
             _refine_all(model, job, fitting, progress)
@@ -145,13 +146,15 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
                     swap.spill(target.module)
             unmap(model)
             release()
-            for group in _by_module(job.selection.targets):
+            for group in by_module(job.selection.targets):
                 if group[0].name in entries:
                     modules, tied = install(model, swap, group, entries, shelf)
                     config.modules.update(modules)
                     config.tied.update(tied)
             for name, norm in fitting.norms.items():
                 replace_norm(model, swap, name, norm)
+            tie(model, fitting.ties)
+            config.tied.update(fitting.ties)
             attach(model, config)
     spent = time.perf_counter() - start
     job.seconds["fit"] = spent - job.seconds.get("refine", 0.0)
@@ -161,64 +164,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     return model
 
 
-class _Fitting:
-    """Fits targets one by one; complete modules go to the shelf."""
-
-    def __init__(self, model: PreTrainedModel, job: Job, decided: Plan, shelf: Shelf) -> None:
-        self._model, self._job, self._shelf = model, job, shelf
-        self._layers = {layer.name: layer for layer in decided.layers}
-        self.errors: dict[str, float] = {}
-        self.entries: dict[str, Entry] = {}
-        self.norms: dict[str, nn.Module] = {}
-        self._taken: dict[str, nn.Module] = {}
-        # A fused module is replaced whole, so its dense parts are kept beside the fitted ones.
-        self._replaced = {
-            target.name
-            for group in _by_module(job.selection.targets)
-            if any(self._layers[target.name].format is not None for target in group)
-            for target in group
-        }
-
-    def fit(self, target: Target, moved: Moved | None = None) -> Fitted | None:
-        """Fit one target, to the dense model's statistics or to moved ones."""
-        name = target.name
-        if name not in self._replaced:
-            return None
-        dense, bias = target.weight(self._model), target.bias(self._model)
-        layer, weight, output = self._layers[name], dense, None
-        metric = self._job.metric(target, moved.statistics if moved else None)
-        if moved is not None and layer.format is not None:
-            weight, output = moved.weight.to(dense), moved.output
-        self.entries[name], module, self.errors[name] = fit_target(
-            target, weight, bias, metric, layer, output
-        )
-        fitted = None
-        if moved is not None:
-            fitted = Fitted(module.weight.detach(), module.bias)
-        self._shelf.put(name, module)
-        return fitted
-
-    def take(self, block: str) -> dict[str, nn.Module]:
-        """Return the fitted modules of a block, off the shelf, by module name."""
-        self._taken = {}
-        found = {}
-        for group in _by_module(self._job.selection.targets):
-            module = group[0].module
-            if module.startswith(block + ".") and group[0].name in self.entries:
-                parts = {target.name: self._shelf.take(target.name) for target in group}
-                self._taken.update(parts)
-                found[module] = assemble(group, parts)
-        return found
-
-    def keep(self, block: str, tuned: Mapping[str, nn.Module]) -> None:
-        """Put tuned modules back on the shelf; what else was tuned waits in memory."""
-        modules = {target.module for target in self._job.selection.targets}
-        for name, module in self._taken.items():
-            self._shelf.put(name, module)
-        self.norms.update({name: m for name, m in tuned.items() if name not in modules})
-
-
-def _fit_all(model: PreTrainedModel, job: Job, fitting: _Fitting, progress: bool) -> None:
+def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool) -> None:
     if job.request.cascade != "none":
         cascade(
             model,
@@ -229,17 +175,13 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: _Fitting, progress: bool
             centered=job.request.measure.adds_bias,
             progress=progress,
         )
-    targets = job.selection.targets
-    with tqdm(total=len(targets), desc="fitting", unit="matrix", disable=not progress) as bar:
-        for group in _by_module(targets):
-            for target in group:
-                if target.name not in fitting.entries:
-                    fitting.fit(target)
-            bar.update(len(group))
+    for unit in tqdm(job.units, desc="fitting", unit="matrix", disable=not progress):
+        if members_of(unit)[0].name not in fitting.entries:
+            fitting.fit(unit)
             release()
 
 
-def _refine_all(model: PreTrainedModel, job: Job, fitting: _Fitting, progress: bool) -> None:
+def _refine_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool) -> None:
     start = time.perf_counter()
     modules = {target.module for target in job.selection.targets if target.name in fitting.entries}
     refine(
@@ -252,8 +194,3 @@ def _refine_all(model: PreTrainedModel, job: Job, fitting: _Fitting, progress: b
         progress=progress,
     )
     job.seconds["refine"] = time.perf_counter() - start
-
-
-def _by_module(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    for _, group in groupby(targets, key=lambda target: target.module):
-        yield list(group)

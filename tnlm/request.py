@@ -42,6 +42,7 @@ class Request:
         cascade: what a fit knows of earlier ones.
         damping: share of a second moment that is replaced by its mean diagonal.
         refine: tokens on which every block is tuned after fitting; 0 for none.
+        share: consecutive blocks whose matrices share their input factor; 1 for none.
         options: the format's options, defaults of the scheme included.
         keep: fraction of the whole model's parameters, or None.
         keep_targets: fraction of the targets' parameters, or None.
@@ -58,6 +59,7 @@ class Request:
     cascade: str
     damping: float
     refine: int
+    share: int
     options: Mapping[str, Any]
     keep: float | None
     keep_targets: float | None
@@ -120,6 +122,7 @@ class Request:
             "cascade": self.cascade,
             "damping": self.damping if self.measure.needs else None,
             "refine": self.refine or None,
+            "share": self.share if self.share > 1 else None,
             "unit": self.unit,
             "blocks": self.blocks,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
@@ -135,6 +138,7 @@ def make_request(
     cascade: str | None = None,
     damping: float | None = None,
     refine: int = 0,
+    share: int | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -171,6 +175,8 @@ def make_request(
         raise BudgetError(f"max_macs={max_macs!r}; allowed: a number > 0, or inf")
     _check_damping(measure, damping)
     _check_cascade(measure, chain)
+    shared_blocks = named.share if share is None else share
+    _check_share(structures, measure, chain, shared_blocks)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise OptionError(f"refine={refine!r}; allowed: a number of tokens, 0 for none")
     _check_shared(shared, tolerance, unit, blocks)
@@ -182,6 +188,7 @@ def make_request(
         chain,
         measure.damping if damping is None else damping,
         refine,
+        shared_blocks,
         {**named.defaults, **given},
         keep,
         keep_targets,
@@ -250,6 +257,22 @@ def _check_cascade(measure: Measure, cascade: str) -> None:
         raise OptionError(
             f"cascade={cascade!r} with metric={measure.name!r}, which does not look at inputs; "
             "allowed: a metric that does, such as 'input' or 'two-sided'"
+        )
+
+
+def _check_share(
+    structures: Sequence[Format[Any]], measure: Measure, cascade: str, share: int
+) -> None:
+    if not isinstance(share, int) or isinstance(share, bool) or share < 1:
+        raise OptionError(f"share={share!r}; allowed: a number of blocks, 1 for none")
+    if share == 1:
+        return
+    wrong = [structure.name for structure in structures if not structure.stacks]
+    if wrong or cascade != "none" or measure.adds_bias:
+        what = f"a {wrong[0]}" if wrong else f"cascade={cascade!r} or metric={measure.name!r}"
+        raise OptionError(
+            f"share={share} with {what}; allowed: low rank, cascade='none', and a metric that "
+            "adds no bias"
         )
 
 

@@ -53,6 +53,16 @@ class Target:
         """Numbers in the matrix."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def most(self) -> int:
+        """Numbers that a replacement may have at most: fewer than the matrix itself."""
+        return self.params - 1
+
+    @property
+    def copies(self) -> int:
+        """How many matrices the target stands for, each of which is applied by itself."""
+        return 1
+
     def weight(self, model: nn.Module) -> Tensor:
         """Return the ``(out, in)`` weight, a view of the model's own tensor."""
         return self.view(model.get_submodule(self.module))

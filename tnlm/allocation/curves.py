@@ -70,7 +70,7 @@ def _curve(problem: Problem, target: Target, weight: Tensor, metric: Metric) -> 
         for spec, error in structure.curve(weight, metric, options, macs):
             network = structure.network(target.shape, spec)
             after = network_cost(target, network, size, extra)
-            if after.params >= target.params:
+            if after.params > target.most:
                 continue
             layer = replace(
                 stays,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +23,11 @@ def network_cost(target: Target, network: Network, itemsize: int, extra: int = 0
     """Return the cost of a target once a network, and ``extra`` numbers, replace it."""
     size = network.params * itemsize + network.index_bytes
     if target.kind == "linear":
-        return Cost(network.params + extra, size + extra * itemsize, macs(network))
+        work = macs(network)
+        if target.copies > 1:  # what is shared is stored once, but applied in every member
+            rows = {**network.sizes, network.out: target.shape[0] // target.copies}
+            work = target.copies * macs(replace(network, sizes=rows))
+        return Cost(network.params + extra, size + extra * itemsize, work)
     rows = target.shape[0]
     # A tied head passes through the factors, or rebuilds the rows and multiplies by them.
     lookup = row_macs(network)

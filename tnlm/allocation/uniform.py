@@ -92,9 +92,9 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
         if target.kind not in structure.kinds:
             raise OptionError(f"a {structure.name} cannot replace a {target.kind}")
         network = structure.network(target.shape, from_dict(structure.spec, layer.spec))
-        if target.kind == "embedding" and network.gauge is not None:
-            raise OptionError("gauge=true; allowed for an embedding: false")
-        if network.params >= target.params:
+        if network.gauge is not None and (target.kind == "embedding" or target.copies > 1):
+            raise OptionError("gauge=true; allowed for an embedding or a stack: false")
+        if network.params > target.most:
             raise OptionError(f"{dict(layer.spec)} is not smaller than the dense matrix")
     except OptionError as error:
         raise type(error)(f"{target.name}: {error}") from error
@@ -108,7 +108,9 @@ def options_for(target: Target, structure: Format[Any], limits: Limits) -> dict[
     fields = {item.name for item in dataclasses.fields(structure.spec)}
     options = {name: value for name, value in limits.options.items() if name in fields}
     # Rows of a gauge-fixed table could not be looked up: an embedding keeps its factors whole.
-    return options | ({"gauge": False} if target.kind == "embedding" else {})
+    # The factors of a stack are cut into its members'.
+    plain = target.kind == "embedding" or target.copies > 1
+    return options | ({"gauge": False} if plain else {})
 
 
 def _specs(
@@ -131,7 +133,7 @@ def _budget(target: Target, limits: Limits, extra: int) -> Budget:
     # Strictly fewer parameters than dense: a layer that cannot shrink stays as it is.
     keep = 1.0 if limits.tolerance is not None else limits.keep
     share = 1.0 if limits.unit == "macs" else keep
-    params = min(math.floor(share * target.params + 1e-9), target.params - 1) - extra
+    params = min(math.floor(share * target.params + 1e-9), target.most) - extra
     if target.kind == "embedding":
         return Budget(params)  # a lookup costs little, and rows are priced by the report
     speed = min(limits.max_macs, keep) if limits.unit == "macs" else limits.max_macs

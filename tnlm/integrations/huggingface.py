@@ -6,7 +6,7 @@ skeleton of the model before the weights are read, and writes its config beside 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -168,12 +168,21 @@ def retie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
     model._tied_weights_keys = dict(model.all_tied_weights_keys)
 
 
+def _owner(modules: Collection[str], parameter: str) -> str | None:
+    """Return the module, among several, that holds a parameter, itself or in a child."""
+    parts = parameter.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if ".".join(parts[:end]) in modules:
+            return ".".join(parts[:end])
+    return None
+
+
 def _owners(config: TnlmConfig, *parameters: str) -> set[str]:
     """Return the compressed modules that hold parameters."""
-    owners = {name.rpartition(".")[0] for name in parameters}
-    if not owners <= config.modules.keys():
+    owners = {_owner(config.modules, name) for name in parameters}
+    if None in owners:
         raise CheckpointError(f"config.json ties {' to '.join(parameters)}, of no module it names")
-    return owners
+    return {owner for owner in owners if owner is not None}
 
 
 def _check_ties(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
@@ -221,8 +230,8 @@ def _has(model: nn.Module, name: str) -> bool:
 
 def _rename(names: Mapping[str, str | None], parameter: str) -> str:
     """Return a parameter's name under the new name of its module."""
-    module, _, factor = parameter.rpartition(".")
-    return f"{names.get(module) or module}.{factor}"
+    module = _owner(names, parameter) or parameter.rpartition(".")[0]
+    return f"{names.get(module) or module}{parameter.removeprefix(module)}"
 
 
 def _with_wildcards(name: str) -> str:

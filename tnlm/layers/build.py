@@ -99,6 +99,8 @@ def _check_part(part: Entry, biased: bool) -> None:
     if wanted not in get_format(part["format"]).kinds:
         raise CheckpointError(f"a {part['format']} cannot replace a {wanted}")
     network = network_of(part)
+    if part.get("shared") is True:  # its input factor is counted once, in one of several blocks
+        return
     if network.params > network.shape[0] * network.shape[1]:
         raise CheckpointError(f"{part['options']} is larger than the dense matrix")
 

@@ -24,6 +24,7 @@ class Scheme:
         allocation: how the budget is shared out; a name in `tnlm.allocation`.
         cascade: how far a fit knows what was fitted before it; see `tnlm.recovery.cascade`.
         targets: the matrices chosen when the user names none.
+        share: consecutive blocks whose matrices share their input factor.
         keep_targets: fraction of the targets kept when nothing says how large the result may be.
         defaults: values of the formats' options.
     """
@@ -36,6 +37,7 @@ class Scheme:
     allocation: str = "uniform"
     cascade: str = "none"
     targets: Selector = ALL_LINEAR
+    share: int = 1
     keep_targets: float = 0.8
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
