@@ -203,8 +203,12 @@ def test_reported_error_is_in_the_metric(case):
     weight = weight_of(case.shape)
     factors = case.structure.fit(weight, metric, case.spec)
     rebuilt = case.structure.reconstruct(case.shape, case.spec, factors)
+    measured = metric.relative(weight, rebuilt)
     [reported] = case.structure.errors(weight, metric, [case.spec])
-    assert reported == pytest.approx(metric.relative(weight, rebuilt), abs=1e-7)
+    if case.format == "block-train":  # a fit takes more sweeps than the trial that is reported
+        assert measured <= reported + 1e-7
+    else:
+        assert reported == pytest.approx(measured, abs=1e-7)
 
 
 @pytest.mark.parametrize("case", FULL, ids=label)
@@ -401,7 +405,7 @@ def test_weights_are_left_as_they_are(case):
 
 
 class Products(TorchFunctionMode):
-    """Counts the multiply-adds of every einsum and linear, and the operands of every einsum."""
+    """Counts the multiply-adds of einsums, linears and bmms, and the operands of every einsum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -418,6 +422,8 @@ class Products(TorchFunctionMode):
             self.macs += math.prod(sizes.values()) if len(tensors) > 1 else 0
         elif function is F.linear:
             self.macs += args[0].numel() * args[1].shape[0]
+        elif function is torch.bmm:
+            self.macs += args[0].numel() * args[1].shape[2]
         return function(*args, **(kwargs or {}))
 
 
@@ -621,7 +627,8 @@ def test_the_counter_sees_what_is_multiplied():
         torch.einsum("ab,bc,c->a", torch.ones(2, 3), torch.ones(3, 4), torch.ones(4))
         F.linear(torch.ones(5, 2), torch.ones(3, 2))
         nn.Linear(2, 3)(torch.ones(1, 2))
-    assert (seen.operands, seen.macs) == ([3], 2 * 3 * 4 + 5 * 2 * 3 + 2 * 3)
+        torch.bmm(torch.ones(2, 3, 4), torch.ones(2, 4, 5))
+    assert (seen.operands, seen.macs) == ([3], 2 * 3 * 4 + 5 * 2 * 3 + 2 * 3 + 2 * 3 * 4 * 5)
 
 
 @few_layers

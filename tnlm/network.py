@@ -36,9 +36,10 @@ class Network:
         sizes: the size of every mode.
         gauge: the bond that is stored with an identity block, if any.
 
-    Every mode stands in exactly two places: two factors (a bond), or one factor and ``out`` or
-    ``inp``. An open mode may stand in several factors when the network is a table of rows, as in
-    a per-token MPS.
+    A mode stands in two factors (a bond, summed over), or in one factor and ``out`` or ``inp`` (an
+    open mode). An open mode may also stand in several factors: it then numbers blocks, which meet
+    only their equals. Such is the row of a table, as in a per-token MPS, and such are the modes
+    that both factors of a block tensor train share.
 
     Example:
         >>> low_rank = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 6, "a": 2, "i": 5})

@@ -48,7 +48,21 @@ def network(draw, factors, out, inp):
     return Network(factors, out, inp, {mode: draw(size) for mode in modes})
 
 
-networks = st.one_of(trains(), tuckers(), kronecker_sums())
+@st.composite
+def block_trains(draw):
+    """Draw trains whose open modes may stand in several cores, as in (abcr, bcrd)."""
+    cores = draw(st.integers(1, 3))
+    held = [set() for _ in range(cores)]
+    for mode in "abcd":
+        for core in draw(st.sets(st.integers(0, cores - 1), min_size=1)):
+            held[core].add(mode)
+    bonds = ["", *"xyz"[: cores - 1], ""]
+    modes = ["".join(draw(st.permutations(sorted(core)))) for core in held]
+    factors = {f"core{k}": bonds[k] + modes[k] + bonds[k + 1] for k in range(cores)}
+    return network(draw, factors, "ab", "cd")
+
+
+networks = st.one_of(trains(), tuckers(), kronecker_sums(), block_trains())
 
 
 def operands(network, gaussian, seed=0):
@@ -63,10 +77,12 @@ def orders(network):
     """Return every order of the factors, as far as each shares a mode with the activation."""
     for order in itertools.permutations(network.factors):
         current = set(network.inp)
-        for factor in order:
-            if not current & set(network.factors[factor]):
+        for position, factor in enumerate(order, start=1):
+            modes = set(network.factors[factor])
+            if not current & modes:
                 break
-            current ^= set(network.factors[factor])
+            later = (network.factors[name] for name in order[position:])
+            current = (current | modes) & set(network.out).union(*later)
         else:
             yield order
 
@@ -171,6 +187,53 @@ def test_the_identity_block_of_a_gauge_costs_nothing():
     gauged = Network(LOW_RANK.factors, "o", "i", LOW_RANK.sizes, Gauge("left", "r"))
     assert chain(LOW_RANK).macs == 2 * 5 + 6 * 2
     assert chain(gauged).macs == gauged.params == 2 * 5 + (6 - 2) * 2
+
+
+MONARCH = Network(
+    {"left": "abcr", "right": "bcrd"}, "ab", "cd", {"a": 4, "b": 3, "c": 2, "d": 5, "r": 2}
+)
+
+
+def test_a_shared_mode_numbers_blocks_until_nothing_later_holds_it():
+    right, left = chain(MONARCH).steps
+    assert (right.factor, right.batch, right.kept, right.contracted) == ("right", "c", "br", "d")
+    assert (left.factor, left.batch, left.kept, left.contracted) == ("left", "b", "a", "cr")
+    assert (right.blocks, right.width, left.blocks, left.width) == (2, 5, 3, 4)
+    assert chain(MONARCH).macs == MONARCH.params == 2 * 3 * 2 * (4 + 5)
+    layer = FactorizedLinear(MONARCH, bias=False)
+    # What PEFT and quantizers meet: one linear a factor, the blocks stacked.
+    assert (layer.right.in_features, layer.right.out_features) == (5, 2 * 3 * 2)
+    assert (layer.left.in_features, layer.left.out_features) == (2 * 2, 3 * 4)
+
+
+def test_blocks_of_size_one_are_plain_products(gaussian):
+    plain = Network(MONARCH.factors, "ab", "cd", {"a": 6, "b": 1, "c": 1, "d": 5, "r": 2})
+    factors, dense = operands(plain, gaussian)
+    layer = FactorizedLinear(plain, bias=False, dtype=torch.float64).store(factors)
+    assert layer.flat
+    x = gaussian(3, 5, seed=9)
+    torch.testing.assert_close(layer(x), x @ dense.T, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"b": 1}, {"c": 1}, {"b": 1, "c": 1}])
+@pytest.mark.parametrize("gauged", ["left", "right"])
+@pytest.mark.parametrize("order", [("right", "left"), ("left", "right")])
+@pytest.mark.parametrize("factors", [MONARCH.factors, {"left": "abr", "right": "brcd"}])
+def test_a_gauge_may_lie_between_blocks(sizes, gauged, order, factors, gaussian):
+    gauge = Gauge(gauged, "r")
+    network = Network(factors, "ab", "cd", {**MONARCH.sizes, **sizes}, gauge)
+    factors, dense = operands(network, gaussian)
+    layer = FactorizedLinear(network, bias=False, order=order, dtype=torch.float64)
+    layer.store(fix(network, factors)).crossing = math.inf
+    x = gaussian(3, network.shape[1], seed=9)
+    torch.testing.assert_close(layer(x), x @ dense.T, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("blocks", "saved"), [(1, 2 * 2), (3, 0)])
+def test_an_identity_block_is_copied_only_where_all_blocks_hold_it(blocks, saved):
+    sizes = {"a": 4, "b": blocks, "d": 5, "r": 2}
+    shared = Network({"left": "abr", "right": "brd"}, "ab", "d", sizes, Gauge("left", "r"))
+    assert chain(shared).macs == blocks * 2 * (4 + 5) - saved
 
 
 def test_rows_share_a_mode_between_factors(gaussian):

@@ -49,8 +49,12 @@ def row_macs(network: Network) -> int:
 
 
 def is_table(network: Network) -> bool:
-    """Tell whether the row mode stands in several factors, so that only rows can be built."""
-    return sum(network.out in modes for modes in network.factors.values()) > 1
+    """Tell whether one mode numbers the rows and stands in several factors: only rows are built.
+
+    Where the rows split into several modes, as in a block tensor train, those that several factors
+    hold only number blocks, and an activation passes through the factors.
+    """
+    return len(network.out) == 1 and sum(network.out in m for m in network.factors.values()) > 1
 
 
 class Format(ABC, Generic[S]):

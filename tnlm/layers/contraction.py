@@ -7,9 +7,11 @@ contracts the factors with each other: that rebuilds the matrix, or looks up row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import opt_einsum
 import torch
@@ -21,25 +23,39 @@ from tnlm.network import Network
 
 @dataclass(frozen=True)
 class Step:
-    """One product of the activation with one factor, seen as a matrix (kept, contracted).
+    """One product of the activation with one factor, seen as matrices (kept, contracted).
 
     Args:
         factor: the factor's name.
+        batch: modes of both that are needed later; each of their indices has its own matrix.
         kept: modes of the factor that the step adds to the activation.
         contracted: modes that the step sums over.
         permute: how the activation's modes are reordered first, or None.
+        blocks: the number of matrices, the size of the batch modes together.
         width: the size of the contracted modes together.
         rest: sizes of the activation's modes that the step leaves alone.
         after: sizes of all its modes after the step.
     """
 
     factor: str
+    batch: str
     kept: str
     contracted: str
     permute: tuple[int, ...] | None
+    blocks: int
     width: int
     rest: tuple[int, ...]
     after: tuple[int, ...]
+
+    @property
+    def rows(self) -> str:
+        """The modes that number the rows of the factor, stored as a matrix (rows, contracted)."""
+        return self.batch + self.kept
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether one matrix meets the whole activation as it lies."""
+        return self.permute is None and self.blocks == 1 and math.prod(self.rest) == 1
 
 
 @dataclass(frozen=True)
@@ -58,15 +74,14 @@ class Chain:
     @cached_property
     def is_flat(self) -> bool:
         """Whether every step contracts the whole activation as it lies, so no reshape is needed."""
-        plain = all(step.permute is None and not step.rest for step in self.steps)
-        return plain and self.permute is None
+        return all(step.is_flat for step in self.steps) and self.permute is None
 
 
 def chain(network: Network, order: Sequence[str] | None = None) -> Chain:
     """Plan how an activation passes through the factors.
 
     Args:
-        network: a network in which every mode stands in two places.
+        network: the network to run.
         order: the factors in the order wanted; the order of least multiply-adds if not given.
 
     Raises:
@@ -83,23 +98,24 @@ def chain(network: Network, order: Sequence[str] | None = None) -> Chain:
     if sorted(order) != sorted(network.factors):
         raise RankError(f"order={tuple(order)}; allowed: a permutation of {list(network.factors)}")
     current, macs, steps = network.inp, 0, []
-    for factor in order:
-        kept, contracted = _split(network.factors[factor], current)
-        rest = "".join(mode for mode in current if mode not in contracted)
-        macs += network.size(rest + contracted) * _applied_rows(network, factor, kept, contracted)
+    for position, factor in enumerate(order):
+        rest, batch, kept, contracted = roles = _roles(network, current, factor, order[:position])
+        macs += _price(network, factor, roles)
         steps.append(
             Step(
                 factor,
+                batch,
                 kept,
                 contracted,
-                _permutation(current, rest + contracted),
+                _permutation(network, current, rest + batch + contracted),
+                network.size(batch),
                 network.size(contracted),
                 tuple(network.sizes[mode] for mode in rest),
-                tuple(network.sizes[mode] for mode in rest + kept),
+                tuple(network.sizes[mode] for mode in roles.after),
             )
         )
-        current = rest + kept
-    return Chain(tuple(steps), _permutation(current, network.out), macs)
+        current = roles.after
+    return Chain(tuple(steps), _permutation(network, current, network.out), macs)
 
 
 def _orders(network: Network) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -111,39 +127,70 @@ def _orders(network: Network) -> Iterator[tuple[int, tuple[str, ...]]]:
         if len(done) == len(network.factors):
             yield macs, done
         for factor, modes in network.factors.items():
-            kept, contracted = _split(modes, current)
-            if factor in done or not contracted:
+            if factor in done or not set(modes) & set(current):
                 continue
-            rest = "".join(mode for mode in current if mode not in contracted)
-            rows = _applied_rows(network, factor, kept, contracted)
-            cost = network.size(rest + contracted) * rows
-            yield from visit(rest + kept, (*done, factor), macs + cost)
+            roles = _roles(network, current, factor, done)
+            price = _price(network, factor, roles)
+            yield from visit(roles.after, (*done, factor), macs + price)
 
     yield from visit(network.inp, (), 0)
 
 
-def _split(modes: str, current: str) -> tuple[str, str]:
-    kept = "".join(mode for mode in modes if mode not in current)
-    return kept, "".join(mode for mode in current if mode in modes)
+class _Roles(NamedTuple):
+    """What becomes of the modes of an activation and a factor when they meet; see `Step`."""
+
+    rest: str
+    batch: str
+    kept: str
+    contracted: str
+
+    @property
+    def after(self) -> str:
+        """The modes of the activation after the step."""
+        return self.rest + self.batch + self.kept
 
 
-def _applied_rows(network: Network, factor: str, kept: str, contracted: str) -> int:
-    """Rows that the step multiplies by: the identity block of a gauge passes through for free."""
-    gauge = network.gauge
-    saved = (
-        network.sizes[gauge.bond] if gauge and passes_through(network, factor, contracted) else 0
+def _roles(network: Network, current: str, factor: str, done: Sequence[str]) -> _Roles:
+    """Sort the modes: a shared one that the outputs or a later factor hold is kept as a batch."""
+    modes = network.factors[factor]
+    later = [other for name, other in network.factors.items() if name not in (factor, *done)]
+    needed = network.out + "".join(later)
+    return _Roles(
+        rest="".join(mode for mode in current if mode not in modes),
+        batch="".join(mode for mode in current if mode in modes and mode in needed),
+        kept="".join(mode for mode in modes if mode not in current),
+        contracted="".join(mode for mode in current if mode in modes and mode not in needed),
     )
-    return network.size(kept) - saved
 
 
-def passes_through(network: Network, factor: str, contracted: str) -> bool:
+def _price(network: Network, factor: str, roles: _Roles) -> int:
+    """Multiply-adds of a step: the identity block of a gauge passes through for free."""
+    rows, gauge = network.size(roles.kept), network.gauge
+    if gauge is not None and passes_through(network, factor, roles.batch, roles.contracted):
+        rows -= network.sizes[gauge.bond]
+    return network.size(roles.rest + roles.batch + roles.contracted) * rows
+
+
+def passes_through(network: Network, factor: str, batch: str, contracted: str) -> bool:
     """Tell whether a step can copy the rows of its identity block instead of multiplying."""
     gauge = network.gauge
-    return gauge is not None and gauge.factor == factor and contracted == gauge.bond
+    return (
+        gauge is not None
+        and gauge.factor == factor
+        and contracted == gauge.bond
+        and network.size(batch) == 1
+    )
 
 
-def _permutation(current: str, wanted: str) -> tuple[int, ...] | None:
-    return None if current == wanted else tuple(current.index(mode) for mode in wanted)
+def _permutation(network: Network, current: str, wanted: str) -> tuple[int, ...] | None:
+    """Return how modes are reordered; None if only modes of size 1 move, for a reshape does it."""
+
+    def lying(modes: str) -> list[str]:
+        return [mode for mode in modes if network.sizes[mode] > 1]
+
+    if lying(current) == lying(wanted):
+        return None
+    return tuple(current.index(mode) for mode in wanted)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ class FactorizedLinear(nn.Module):
     """A linear map whose weight is a tensor network.
 
     Every factor is an ``nn.Linear`` child under its own name, laid out for its step of the chain,
-    so that PEFT, quantizers and exporters meet ordinary linears. A gauge-fixed factor whose bond
-    is contracted away passes the identity block through (concatenate, reorder); one whose bond
-    stays is small and is put together from its free rows at each call.
+    so that PEFT, quantizers and exporters meet ordinary linears. A factor with a matrix for every
+    block of the activation holds them stacked, and is applied by one batched product. A
+    gauge-fixed factor whose bond is contracted away passes the identity block through
+    (concatenate, reorder); one whose bond stays is small and is put together from its free rows at
+    each call.
 
     Args:
         network: the tensor network of the ``(out, in)`` weight.
@@ -58,7 +60,7 @@ class FactorizedLinear(nn.Module):
         self.crossing = self._crossing()
         self._gauged = network.gauge.factor if network.gauge else None
         self._copies = any(
-            passes_through(network, s.factor, s.contracted) for s in self.chain.steps
+            passes_through(network, s.factor, s.batch, s.contracted) for s in self.chain.steps
         )
         for step in self.chain.steps:
             rows, columns = self._stored_shape(step)
@@ -81,7 +83,7 @@ class FactorizedLinear(nn.Module):
         gauge, network = self.network.gauge, self.network
         if gauge is not None and gauge.factor == step.factor:
             return network.gauge_rows - network.sizes[gauge.bond], network.sizes[gauge.bond]
-        return network.size(step.kept), network.size(step.contracted)
+        return network.size(step.rows), network.size(step.contracted)
 
     @torch.no_grad()
     def store(self, factors: Factors, bias: Tensor | None = None) -> FactorizedLinear:
@@ -91,7 +93,7 @@ class FactorizedLinear(nn.Module):
             tensor = factors[step.factor]
             if gauge is None or gauge.factor != step.factor:
                 modes = self.network.factors[step.factor]
-                tensor = tensor.permute([modes.index(mode) for mode in step.kept + step.contracted])
+                tensor = tensor.permute([modes.index(mode) for mode in step.rows + step.contracted])
             weight = getattr(self, step.factor).weight
             weight.copy_(tensor.reshape(weight.shape))
         if gauge is not None:
@@ -109,7 +111,7 @@ class FactorizedLinear(nn.Module):
             if gauge is not None and gauge.factor == step.factor:
                 stored[step.factor] = weight
                 continue
-            layout = step.kept + step.contracted
+            layout = step.rows + step.contracted
             sizes = [self.network.sizes[mode] for mode in layout]
             modes = self.network.factors[step.factor]
             stored[step.factor] = weight.reshape(sizes).permute([layout.index(m) for m in modes])
@@ -155,8 +157,11 @@ class FactorizedLinear(nn.Module):
         for step in self.chain.steps:
             if step.permute is not None:
                 h = h.permute(*axes, *(len(lead) + axis for axis in step.permute))
-            h = h.reshape(*lead, *step.rest, step.width)
-            h = self._multiply(step, h).reshape(*lead, *step.after)
+            if step.blocks == 1:
+                h = self._multiply(step, h.reshape(*lead, *step.rest, step.width))
+            else:
+                h = self._multiply_blocks(step, h.reshape(-1, step.blocks, step.width))
+            h = h.reshape(*lead, *step.after)
         if self.chain.permute is not None:
             h = h.permute(*axes, *(len(lead) + axis for axis in self.chain.permute))
         return h.reshape(*lead, self.out_features)
@@ -175,12 +180,21 @@ class FactorizedLinear(nn.Module):
             return rows.gather(-1, order.expand(rows.shape))
         return F.linear(h, self._assembled(step, with_identity(_weight(child), order)))
 
+    def _multiply_blocks(self, step: Step, h: Tensor) -> Tensor:
+        """Multiply every block of ``(tokens, blocks, width)`` by its own matrix."""
+        rows = _weight(getattr(self, step.factor))
+        if step.factor == self._gauged:
+            order = getattr(self, step.factor + ORDER)
+            rows = self._assembled(step, with_identity(rows, order))
+        blocks = rows.reshape(step.blocks, -1, step.width)
+        return torch.bmm(h.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
+
     def _assembled(self, step: Step, rows: Tensor) -> Tensor:
         """Lay the rows of a gauge-fixed factor, identity included, out for its step."""
         bond = self.network.gauge.bond if self.network.gauge else ""
         others = self.network.factors[step.factor].replace(bond, "")
         full = rows.reshape(*(self.network.sizes[mode] for mode in others), rows.shape[-1])
-        layout = [(others + bond).index(mode) for mode in step.kept + step.contracted]
+        layout = [(others + bond).index(mode) for mode in step.rows + step.contracted]
         return full.permute(layout).reshape(-1, step.width)
 
     def extra_repr(self) -> str:
