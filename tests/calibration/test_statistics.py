@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnlm.calibration import statistics
+from tnlm.calibration import statistics, store
 from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.statistics import Statistics, collect
 from tnlm.errors import CalibrationError
@@ -31,18 +31,24 @@ def moments(found):
     return {name: found.moment(name) for name in found.leaders}
 
 
-def direct(model, name, batches=BATCHES):
-    """The second moment from all inputs at once, padding left out."""
+def rows_of(model, name, batches=BATCHES):
+    """All inputs at once, padding left out, in float64."""
     seen = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
     with torch.no_grad():
         for batch in batches:
             model(**batch)
     handle.remove()
-    masks = [batch["attention_mask"].bool() for batch in batches]
+    times = len(seen) // len(batches)
+    masks = [batch["attention_mask"].bool() for batch in batches for _ in range(times)]
     # A pooler sees one row for a sequence; all others see one for a token.
     shown = [x[mask] if x.ndim == 3 else x for x, mask in zip(seen, masks, strict=True)]
-    rows = torch.cat(shown).double()
+    return torch.cat(shown).double()
+
+
+def direct(model, name, batches=BATCHES):
+    """The second moment from all inputs at once."""
+    rows = rows_of(model, name, batches)
     return rows.T @ rows / count_tokens(batches)
 
 
@@ -69,11 +75,49 @@ def test_moments_equal_a_direct_computation(kind, batches, make_model):
         assert_close(moment, direct(model, name, batches))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("batches", [BATCHES, RAGGED], ids=["walk", "padded"])
+def test_means_and_magnitudes_equal_a_direct_computation(kind, batches, make_model):
+    model = make_model(kind)
+    found = gather(model, batches)
+    for name in modules_of(model):
+        rows = rows_of(model, name, batches)
+        for which, expected in (("mean", rows.sum(0)), ("magnitude", rows.abs().sum(0))):
+            tensor = found.tensor(name, which)
+            assert tensor.dtype == torch.float64
+            assert_close(tensor, expected / count_tokens(batches))
+    assert torch.equal(found.moment(name), found.tensor(name, "moment"))
+
+
 def test_long_inputs_are_summed_in_parts(make_model, monkeypatch):
-    expected = moments(gather(make_model("llama")))
+    expected = gather(make_model("llama"))
     monkeypatch.setattr(statistics, "ROWS", 5)
-    for name, moment in moments(gather(make_model("llama"))).items():
-        assert_close(moment, expected[name])
+    found = gather(make_model("llama"))
+    for name in found.leaders:
+        for which in ("moment", "mean", "magnitude"):
+            assert_close(found.tensor(name, which), expected.tensor(name, which))
+
+
+def test_statistics_may_enter_graphs(make_model):
+    found = gather(make_model("llama"))
+    assert not any(found.moment(name).is_inference() for name in found.leaders)
+
+
+def test_what_was_not_gathered_is_named(make_model, tmp_path):
+    for folder in (None, tmp_path):
+        found = gather(make_model("llama"), modules=[UP], cache_dir=folder)
+        with pytest.raises(CalibrationError, match=r"'fisher' of .*up_proj was not gathered, only"):
+            found.tensor(UP, "fisher")
+        with pytest.raises(CalibrationError, match="no statistics of lm_head were gathered"):
+            found.moment("lm_head")
+
+
+def test_a_module_that_blocks_share_is_counted_in_each(make_model):
+    model = make_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = model.model.layers[0].mlp
+    name = "model.layers.0.mlp.up_proj"
+    assert_close(gather(model, modules=[name]).moment(name), direct(model, name))
 
 
 @pytest.mark.parametrize("batches", [BATCHES, RAGGED], ids=["walk", "padded"])
@@ -101,7 +145,7 @@ def test_the_latest_metric_is_kept_for_those_that_share_it(make_model):
 
 def test_moments_move_to_files_when_memory_is_short(make_model, monkeypatch):
     expected = moments(gather(make_model("llama")))
-    monkeypatch.setattr(statistics, "IN_MEMORY", 3 * 32 * 32 * 8)
+    monkeypatch.setattr(store, "IN_MEMORY", 3 * (32 + 2) * 32 * 8)
     found = gather(make_model("llama"))
     assert len(found._memory) == 3
     assert moments(found).keys() == expected.keys()
@@ -131,7 +175,10 @@ def test_a_cache_hit_needs_no_forward_pass(make_model, tmp_path, forward_fails):
     first = gather(make_model("llama"), cache_dir=tmp_path / "cache")
     expected = moments(gather(make_model("llama")))
     forward_fails()
-    for found in (first, gather(make_model("llama"), cache_dir=tmp_path / "cache")):
+    again = gather(make_model("llama"), cache_dir=tmp_path / "cache")
+    for which in ("mean", "magnitude"):
+        assert torch.equal(again.tensor(UP, which), first.tensor(UP, which))
+    for found in (first, again):
         assert found.tokens == 160
         assert found.leaders == first.leaders
         assert all(torch.equal(found.moment(name), expected[name]) for name in expected)
@@ -174,6 +221,15 @@ def test_where_a_model_was_loaded_from_does_not_matter(make_model, tmp_path, for
     model = type(make_model("llama")).from_pretrained(tmp_path / "model")
     forward_fails()
     gather(model, modules=[UP], cache_dir=tmp_path / "cache")
+
+
+def test_a_cache_of_another_layout_is_left_alone(make_model, tmp_path, monkeypatch, forward_fails):
+    monkeypatch.setattr(store, "VERSION", store.VERSION - 1)
+    gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
+    monkeypatch.undo()
+    forward_fails()
+    with pytest.raises(AssertionError, match="a forward pass ran"):
+        gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
 
 
 def test_an_interrupted_cache_is_filled_again(make_model, tmp_path, monkeypatch):

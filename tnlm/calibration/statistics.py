@@ -1,113 +1,46 @@
-"""Streaming second moments of the inputs of matrices, and the store they are kept in."""
+"""Streaming statistics of the inputs of matrices: second moment, mean and mean magnitude."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import logging
-import shutil
-import tempfile
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import Batch, count_tokens, fingerprint
-from tnlm.calibration.metrics import InputMoment
+from tnlm.calibration.data import Batch, count_tokens
+from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import stream
 from tnlm.errors import CalibrationError
 
+__all__ = ["Statistics", "collect"]
+
 logger = logging.getLogger("tnlm")
 
-IN_MEMORY = 2**25
-"""Bytes of moments held in memory; further ones go to files and are read when needed."""
-
 ROWS = 1024
-"""Tokens multiplied at once: products in the model's precision, sums in float64."""
+"""Tokens multiplied at once: products in float32, sums in float64."""
 
 
-_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
-"""What a config says about where a model comes from, not what it computes."""
+class Accumulator(Protocol):
+    """Sums statistics over batches."""
+
+    def end_batch(self) -> None:
+        """Finish what belongs to the batch at hand."""
+
+    def flush(self, store: Statistics) -> None:
+        """Move all sums to a store, as means, and forget them."""
 
 
-class Statistics:
-    """Second moments C = E[x x.T] of the inputs of modules, shared where modules share an input.
-
-    Args:
-        directory: where moments are kept as files; a temporary one is made when memory is short.
-        tokens: how many tokens were seen.
-    """
-
-    def __init__(self, directory: Path | None = None, tokens: int = 0) -> None:
-        """Start with no moments."""
-        self.tokens = tokens
-        self.leaders: dict[str, str] = {}
-        self._directory = directory
-        self._memory: dict[str, Tensor] = {}
-        self._latest: tuple[str, InputMoment] | None = None
-
-    def put(self, leader: str, members: Iterable[str], moment: Tensor) -> None:
-        """Keep the moment of an input under its leader, for all modules that share the input."""
-        self.leaders.update(dict.fromkeys(members, leader))
-        held = sum(tensor.nbytes for tensor in self._memory.values())
-        if self._directory is None and held + moment.nbytes <= IN_MEMORY:
-            self._memory[leader] = moment
-            return
-        save_file({"moment": moment}, self._file(leader))
-
-    def moment(self, module: str) -> Tensor:
-        """Return the second moment ``(in, in)`` of a module's input, float64."""
-        leader = self.leaders[module]
-        if leader in self._memory:
-            return self._memory[leader]
-        return load_file(self._file(leader))["moment"]
-
-    def metric(self, module: str) -> InputMoment:
-        """Return the metric of a module's input; the latest one is kept, with its square root."""
-        leader = self.leaders[module]
-        if self._latest is None or self._latest[0] != leader:
-            self._latest = None  # free the last one before the next is read
-            self._latest = leader, InputMoment(self.moment(module))
-        return self._latest[1]
-
-    def forget(self) -> None:
-        """Drop the latest metric from memory."""
-        self._latest = None
-
-    def _file(self, leader: str) -> Path:
-        if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix="tnlm-"))
-            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
-        return self._directory / f"{leader}.safetensors"
-
-    def save_index(self) -> None:
-        """Write which module shares whose moment; marks a cache directory as complete."""
-        index = {"tokens": self.tokens, "leaders": self.leaders}
-        if self._directory is not None:
-            (self._directory / "index.json").write_text(json.dumps(index, indent=1))
-
-    @classmethod
-    def read(cls, directory: Path) -> Statistics | None:
-        """Return the statistics of a complete cache directory, or None."""
-        try:
-            index = json.loads((directory / "index.json").read_text())
-            found = cls(directory, index["tokens"])
-            found.leaders = index["leaders"]
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
-            return None  # never finished, or not ours
-        return found
-
-
-class _Accumulator:
-    """Sums x x.T over tokens for the watched modules, once for modules that share an input."""
+class _Inputs:
+    """Sums over tokens for the watched modules, once for modules that share an input."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, dict[str, Tensor]] = {}
         self.leaders: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
 
@@ -118,38 +51,61 @@ class _Accumulator:
         self._last = (self.leaders.setdefault(name, name), x)
         if self.leaders[name] != name:
             return
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None and x.shape[:-1] != mask.shape[:1]:  # a pooler sees no padding
-            rows = rows[_mask_for(name, x, mask)]
-        total = self.sums.get(name)
-        if total is None:
-            size = x.shape[-1]
-            total = self.sums[name] = torch.zeros(size, size, dtype=torch.float64, device=x.device)
-        for part in rows.split(ROWS):
+        if name not in self.sums:
+            size, vector = x.shape[-1], x.new_zeros(x.shape[-1], dtype=torch.float64)
+            square = vector.new_zeros(size, size)
+            self.sums[name] = {"moment": square, "mean": vector, "magnitude": vector.clone()}
+        sums = self.sums[name]
+        for part in counted_rows(name, x, mask).split(ROWS):
             part = part.float()
-            total += part.T @ part
+            sums["moment"] += part.T @ part
+            sums["mean"] += part.sum(0, dtype=torch.float64)
+            sums["magnitude"] += part.abs().sum(0, dtype=torch.float64)
 
-    def flush(self, store: Statistics, tokens: int) -> None:
-        """Move all sums to a store, as means over tokens, and forget them."""
+    def end_batch(self) -> None:
+        """Modules share an input within one batch only."""
         self._last = None
-        for leader, total in self.sums.items():
+
+    def flush(self, store: Statistics) -> None:
+        """Move all sums to a store, as means over tokens, and forget them."""
+        for leader, sums in self.sums.items():
             members = [name for name, other in self.leaders.items() if other == leader]
-            if not bool(total.isfinite().all()):
-                raise CalibrationError(
-                    f"the inputs of {leader} are not finite on the calibration data; check the "
-                    "model's weights and dtype"
-                )
-            store.put(leader, members, (total / tokens).cpu())
+            check_finite(f"inputs of {leader}", sums)
+            with torch.inference_mode(False):  # the store's tensors may enter graphs later
+                store.put(leader, members, {k: (v / store.tokens).cpu() for k, v in sums.items()})
         self.sums.clear()
 
 
-def _mask_for(name: str, x: Tensor, mask: Tensor) -> Tensor:
+def counted_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows of ``x`` that belong to tokens which count, ``(rows, width)``.
+
+    Args:
+        name: the module that ``x`` is an input or output of.
+        x: ``(..., width)``.
+        mask: ``(sequences, length)``, or None when all count; for one row a sequence, as in a
+            pooler, all do.
+
+    Raises:
+        CalibrationError: if the mask does not fit.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is None or x.shape[:-1] == mask.shape[:1]:
+        return rows
     if x.shape[:-1].numel() != mask.numel():
         raise CalibrationError(
-            f"padding cannot be matched with the inputs of {name}, of shape {tuple(x.shape)}; use "
+            f"padding cannot be matched with the rows of {name}, of shape {tuple(x.shape)}; use "
             "sequences of one length without padding"
         )
-    return mask.reshape(-1).bool().to(x.device)
+    return rows[mask.reshape(-1).bool().to(x.device)]
+
+
+def check_finite(what: str, sums: dict[str, Tensor]) -> None:
+    """Raise `CalibrationError` unless all sums are finite."""
+    if not all(bool(total.isfinite().all()) for total in sums.values()):
+        raise CalibrationError(
+            f"the {what} are not finite on the calibration data; check the model's weights and "
+            "dtype"
+        )
 
 
 def collect(
@@ -160,66 +116,89 @@ def collect(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Run calibration data through a model and return the second moments of modules' inputs.
+    """Run calibration data through a model and return statistics of modules' inputs.
+
+    They are means over tokens, float64: ``moment`` C = E[x x.T] ``(in, in)``, ``mean`` E[x] and
+    ``magnitude`` E|x|, both ``(in,)``.
 
     Args:
         model: run in eval mode, without gradients; left as it was.
         modules: dotted names of the modules watched.
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
-        cache_dir: keep the moments there, under a hash of weights, modules and data, and use them
-            again when the hash is the same.
+        cache_dir: keep the statistics there, under a hash of weights, modules and data, and use
+            them again when the hash is the same.
         progress: show a progress bar.
 
     Raises:
         CalibrationError: if a module is never reached, or an input is not finite.
+
+    Source: the moment as in SVD-LLM (arXiv 2403.07378), the magnitude as in AWQ (arXiv
+    2306.00978) and ASVD (arXiv 2312.05821).
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1))
+        >>> batches = [{"input_ids": torch.arange(8).reshape(1, 8),
+        ...             "attention_mask": torch.ones(1, 8, dtype=torch.int64)}]
+        >>> found = collect(model, ["transformer.h.0.mlp.c_fc"], batches, progress=False)
+        >>> found.tensor("transformer.h.0.mlp.c_fc", "mean").shape
+        torch.Size([4])
     """
-    tokens = count_tokens(batches)
-    folder = None
-    if cache_dir is not None:
-        folder = Path(cache_dir) / _content_hash(model, modules, batches)
-        cached = Statistics.read(folder)
-        if cached is not None:
-            logger.info("statistics of %d tokens read from the cache", cached.tokens)
-            return cached
-        folder.mkdir(parents=True, exist_ok=True)
-    store = Statistics(folder, tokens)
-    accumulator = _Accumulator()
+    store = open_store(cache_dir, count_tokens(batches), model, modules, batches, "inputs")
+    if store.complete:
+        return store
+    inputs = _Inputs()
+    shares = stream(model, modules, batches, inputs.see)
+    fill(store, inputs, shares, modules, len(batches), "calibrating" if progress else None)
+    widest = max(_width(model.get_submodule(name)) for name in modules)
+    if store.tokens < widest:
+        logger.warning(
+            "%d calibration tokens for matrices of up to %d columns: directions never seen are "
+            "damped; use more text for a better fit",
+            store.tokens,
+            widest,
+        )
+    return store
+
+
+def fill(
+    store: Statistics,
+    accumulator: Accumulator,
+    shares: Generator[float, None, None],
+    modules: Sequence[str],
+    batches: int,
+    title: str | None,
+) -> None:
+    """Run passes to their end and keep the statistics that an accumulator makes of them.
+
+    Args:
+        store: is complete afterwards.
+        accumulator: called by the passes.
+        shares: yields after every batch, and 0 when the modules seen so far are complete.
+        modules: all must be reached.
+        batches: the sum of the shares.
+        title: of the progress bar; None for none.
+
+    Raises:
+        CalibrationError: if a module is never reached, or a sum is not finite.
+    """
     done = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=1.0, desc="calibrating", bar_format=done, disable=not progress) as bar:
-        for share in stream(model, modules, batches, accumulator.see):
-            bar.update(min(share / len(batches), 1.0 - bar.n))
-            if share == 0:  # a block is done: its moments are complete
-                accumulator.flush(store, tokens)
-    accumulator.flush(store, tokens)
+    with (
+        contextlib.closing(shares),  # the model is as it was before an error is seen
+        tqdm(total=1.0, desc=title, bar_format=done, disable=title is None) as bar,
+    ):
+        for share in shares:
+            bar.update(min(share / batches, 1.0 - bar.n))
+            accumulator.end_batch()
+            if share == 0:  # a block is done: its sums are complete
+                accumulator.flush(store)
     missing = [name for name in modules if name not in store.leaders]
     if missing:
         raise CalibrationError(
             f"the calibration data never reached {', '.join(missing[:3])}; ignore them"
         )
     store.save_index()
-    widest = max(_width(model.get_submodule(name)) for name in modules)
-    if tokens < widest:
-        logger.warning(
-            "%d calibration tokens for matrices of up to %d columns: directions never seen are "
-            "damped; use more text for a better fit",
-            tokens,
-            widest,
-        )
-    return store
 
 
 def _width(module: nn.Module) -> int:
     return int(getattr(module, "in_features", 0) or getattr(module, "nx", 0))
-
-
-def _content_hash(model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    digest.update("\n".join(modules).encode())
-    digest.update(fingerprint(batches).encode())
-    return digest.hexdigest()

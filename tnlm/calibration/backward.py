@@ -1,0 +1,240 @@
+"""Takes gradients back through a model, block by block where the model allows it.
+
+The walk runs every batch forward once, without a graph below the head, and spills the hidden
+states between blocks to files. Then it goes from the last block to the first: each is run again on
+its stored inputs, now with a graph, and hands the gradient at its input on. So only one block's
+statistics and graph are in memory. It needs what the forward walk needs, and that the hidden state
+is all that links blocks, which the gradient of a few tokens is checked for first. Anything else
+takes whole backward passes, whose graph starts at the first watched module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tnlm.calibration.data import Batch
+from tnlm.calibration.loss import Task, make_tasks
+from tnlm.calibration.walk import (
+    Blocks,
+    Call,
+    call_block,
+    check_walk,
+    eval_mode,
+    find_blocks,
+    padding_of,
+    record,
+    run,
+    same,
+    split,
+    take_state,
+)
+
+logger = logging.getLogger("tnlm")
+
+See = Callable[[str, Tensor, Tensor, Tensor | None], None]
+"""Called with a watched module's name, its input, its output, whose gradient a hook on it will
+be given, and the padding mask if there is padding."""
+
+SHORT = 32
+"""Tokens whose gradient is compared, walked and in a whole pass."""
+
+
+def stream(
+    model: PreTrainedModel, modules: Sequence[str], tasks: Sequence[Task], see: See
+) -> Generator[float, None, None]:
+    """Show modules' inputs and outputs to ``see``, then take gradients back to the outputs.
+
+    Yields:
+        The batches done since the last yield, as a fraction of whole passes; 0 when the modules
+        seen so far are complete.
+    """
+    with _frozen(model):
+        blocks = find_blocks(model, modules)
+        inside, outside = split(modules, blocks)
+        calls = _check(model, blocks, tasks) if inside else None
+        if calls is None:
+            yield from _whole(model, modules, tasks, see)
+            return
+        passes = 1 + bool(outside)
+        yield from (f / passes for f in _walk(model, blocks, inside, tasks, calls, see))
+        if outside:
+            yield from (f / passes for f in _whole(model, outside, tasks, see))
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Take no gradient of any parameter, in eval mode, and leave all flags as they were."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter, needed in flags:
+            parameter.requires_grad_(needed)
+
+
+def _whole(
+    model: PreTrainedModel, modules: Sequence[str], tasks: Sequence[Task], see: See
+) -> Iterator[float]:
+    for task in tasks:
+        with _watched(model, modules, see, padding_of(task.batch)):
+            _back(task.loss(model, run(model, task.batch)))
+        yield 1.0
+    yield 0.0
+
+
+def _walk(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    modules: Sequence[str],
+    tasks: Sequence[Task],
+    calls: list[Call],
+    see: See,
+) -> Iterator[float]:
+    inside = [[m for m in modules if m.startswith(f"{name}.")] for name, _ in blocks]
+    lowest = next(number for number, found in enumerate(inside) if found)
+    gradients = []
+    with tempfile.TemporaryDirectory(prefix="tnlm-") as folder:
+        files = [Path(folder) / f"{index}.safetensors" for index in range(len(tasks))]
+        for task, file in zip(tasks, files, strict=True):
+            states, gradient = _top(model, blocks, task)
+            save_file({str(n): s.cpu() for n, s in enumerate(states) if n >= lowest}, file)
+            gradients.append(gradient)
+            yield 1 / 3
+        for number in reversed(range(lowest, len(blocks))):
+            block, call = blocks[number][1], calls[number]
+            with _watched(model, inside[number], see, None):
+                for index, file in enumerate(files):
+                    state = _read(file, number).to(model.device)
+                    gradients[index] = _pull(block, call, state, gradients[index])
+                    yield 2 / 3 / (len(blocks) - lowest)
+            yield 0.0
+
+
+def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> list[Call] | None:
+    """Return every block's further arguments, or None if walking would not give the same."""
+    with torch.no_grad():
+        calls = check_walk(model, blocks, [task.batch for task in tasks])
+    if calls is None or _agrees(model, blocks, tasks[0].batch):
+        return calls
+    logger.info("the hidden state is not all that links blocks: taking whole backward passes")
+    return None
+
+
+def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
+    """Whether the gradient of a few tokens at the first block is the same walked and whole."""
+    few = {key: value[:1, :SHORT] for key, value in batch.items()}
+    [task] = make_tasks(model, [few], "data")
+    with torch.no_grad():
+        calls = record(model, blocks, few)[0]
+    if calls is None:
+        return False
+    states, walked = _top(model, blocks, task)
+    for (_, block), call, state in reversed(list(zip(blocks, calls, states, strict=True))):
+        walked = _pull(block, call, state, walked)
+    return same(walked, _bottom(model, blocks, task))
+
+
+def _top(model: PreTrainedModel, blocks: Blocks, task: Task) -> tuple[list[Tensor], Tensor]:
+    """Return the hidden state at every block's input, and the gradient at the last one's output."""
+    states: list[Tensor] = []
+    leaves: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = take_state(args, kwargs)[0]
+        if state is not None:
+            states.append(state.detach().clone())  # a block may work in place
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        whole = isinstance(output, tuple)
+        leaves.append(_leaf(output[0] if whole else output))
+        return (leaves[0].clone(), *output[1:]) if whole else leaves[0].clone()
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for _, block in blocks]
+    handles.append(blocks[-1][1].register_forward_hook(after))
+    try:
+        _back(task.loss(model, run(model, task.batch)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states, _gradient(leaves[0])
+
+
+def _bottom(model: PreTrainedModel, blocks: Blocks, task: Task) -> Tensor:
+    """Return the gradient at the first block's input, by whatever ways it reaches the loss."""
+    leaves: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state, (rest, named) = take_state(args, kwargs)
+        if state is None:
+            return args, kwargs
+        leaves.append(_leaf(state))
+        return (leaves[0].clone(), *rest), named
+
+    handle = blocks[0][1].register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        _back(task.loss(model, run(model, task.batch)))
+    finally:
+        handle.remove()
+    return _gradient(leaves[0])
+
+
+def _pull(block: nn.Module, call: Call, state: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient at a block's input, given the one at its output."""
+    leaf = _leaf(state)
+    _back(call_block(block, leaf.clone(), call), gradient)
+    return _gradient(leaf)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """Return the start of a graph; models are given a copy of it, as they may work in place."""
+    return tensor.detach().requires_grad_()
+
+
+def _back(output: Tensor, gradient: Tensor | None = None) -> None:
+    if output.requires_grad:  # else no watched module has led to it
+        torch.autograd.backward(output, gradient)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _read(file: Path, number: int) -> Tensor:
+    with safe_open(file, framework="pt") as states:
+        state: Tensor = states.get_tensor(str(number))
+    return state
+
+
+@contextlib.contextmanager
+def _watched(
+    model: nn.Module, modules: Sequence[str], see: See, mask: Tensor | None
+) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:  # nothing below is watched: the graph starts here
+                output = _leaf(output)
+            see(name, args[0], output, mask)
+            return output.clone()  # work in place would lose a hook on a view
+
+        return after
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,150 @@
+"""Statistics of gradients: second moments at matrices' outputs, and the Fisher information."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tnlm.calibration.backward import stream
+from tnlm.calibration.data import Batch, count_tokens
+from tnlm.calibration.loss import make_tasks
+from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill
+from tnlm.calibration.store import Statistics, open_store
+from tnlm.errors import CalibrationError
+
+logger = logging.getLogger("tnlm")
+
+
+class _Gradients:
+    """Sums over tokens and examples for the watched modules.
+
+    Args:
+        examples: sequences that there are, one in a batch, if the Fisher information is wanted;
+            else None.
+    """
+
+    def __init__(self, examples: int | None) -> None:
+        self.examples = examples
+        self.sums: dict[str, dict[str, Tensor]] = {}
+        self.zeros: list[str] = []
+        self._example: dict[str, Tensor] = {}
+
+    def see(self, name: str, x: Tensor, output: Tensor, mask: Tensor | None) -> None:
+        """Wait for the gradient at a module's output."""
+        if not x.is_floating_point():
+            raise CalibrationError(f"{name} has no vectors as inputs; ignore it")
+        if name not in self.sums:
+            rows, columns, device = output.shape[-1], x.shape[-1], output.device
+            square = torch.zeros(rows, rows, dtype=torch.float64, device=device)
+            self.sums[name] = {"gradient": square}
+            if self.examples is not None:
+                self.sums[name]["fisher"] = torch.zeros(rows, columns, device=device)
+        inputs = None if self.examples is None else counted_rows(name, x, mask)
+        output.register_hook(partial(self._add, name, inputs, mask))
+
+    def _add(self, name: str, inputs: Tensor | None, mask: Tensor | None, gradient: Tensor) -> None:
+        rows = counted_rows(name, gradient, mask)
+        for part in rows.split(ROWS):
+            part = part.float()
+            self.sums[name]["gradient"] += part.T @ part
+        if inputs is not None:  # a module may be called more than once
+            weight = rows.float().T @ inputs.float()
+            self._example[name] = self._example[name] + weight if name in self._example else weight
+
+    def end_batch(self) -> None:
+        """Square the weights' gradients on the sequence at hand."""
+        for name, gradient in self._example.items():
+            self.sums[name]["fisher"] += gradient.square_()
+        self._example.clear()
+
+    def flush(self, store: Statistics) -> None:
+        """Move all sums to a store, as means over tokens or examples, and forget them."""
+        for name, sums in self.sums.items():
+            check_finite(f"gradients at {name}", sums)
+            if not bool(sums["gradient"].any()):
+                self.zeros.append(name)
+            means = {"gradient": sums["gradient"].div_(store.tokens).cpu()}
+            if self.examples is not None:
+                means["fisher"] = sums["fisher"].div_(self.examples).cpu()
+            store.put(name, [name], means)
+        self.sums.clear()
+
+
+def collect_gradients(
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    batches: Sequence[Batch],
+    *,
+    fisher: bool = False,
+    labels: str = "sampled",
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """Run calibration data through a model and back, and return statistics of gradients.
+
+    The loss is the cross-entropy, summed over a sequence: of next tokens, or for a masked language
+    model of all its tokens. With g its gradient at a module's output at one token, there are
+
+    - ``gradient`` G = E[g g.T], ``(out, out)``, float64, a mean over all tokens;
+    - ``fisher``, ``(out, in)``, float32, the mean over sequences of the weight's squared gradient.
+
+    Both are of a module's whole output, and so is ``fisher`` for GPT-2's ``(in, out)`` weights.
+
+    Args:
+        model: run in eval mode; no gradient of a parameter is taken; left as it was.
+        modules: dotted names of the modules watched.
+        batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
+        fisher: whether ``fisher`` is gathered, which takes sequences one by one.
+        labels: ``"sampled"``, from the model's own predictions, for the true Fisher information,
+            or ``"data"``, the data's own tokens, for the empirical one.
+        seed: chooses the samples, the same for batches of any size.
+        cache_dir: keep the statistics there, under a hash of all that they depend on, and use
+            them again when the hash is the same.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: if the model has no output head, a module is never reached, or a
+            gradient is not finite.
+        OptionError: if ``labels`` is neither of the two.
+
+    Source: G as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671); the Fisher information as in
+    FWSVD (Hsu et al. 2022, arXiv 2207.00112); sampled against data's labels: Kunstner et al. 2019,
+    arXiv 1905.12558.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1))
+        >>> batches = [{"input_ids": torch.arange(8).reshape(1, 8),
+        ...             "attention_mask": torch.ones(1, 8, dtype=torch.int64)}]
+        >>> name = "transformer.h.0.mlp.c_fc"
+        >>> found = collect_gradients(model, [name], batches, fisher=True, progress=False)
+        >>> found.tensor(name, "gradient").shape, found.tensor(name, "fisher").shape
+        (torch.Size([16, 16]), torch.Size([16, 4]))
+    """
+    if fisher:
+        rows = [(batch, i) for batch in batches for i in range(len(batch["input_ids"]))]
+        batches = [{k: v[i : i + 1] for k, v in batch.items()} for batch, i in rows]
+    tasks = make_tasks(model, batches, labels, seed)
+    kind = ("gradients", fisher, labels, seed)
+    store = open_store(cache_dir, count_tokens(batches), model, modules, batches, kind)
+    if store.complete:
+        return store
+    gradients = _Gradients(len(batches) if fisher else None)
+    shares = stream(model, modules, tasks, gradients.see)
+    fill(store, gradients, shares, modules, len(tasks), "taking gradients" if progress else None)
+    if gradients.zeros:
+        logger.warning(
+            "the gradients at %d of %d modules are exactly zero, first at %s: the loss does not "
+            "depend on them",
+            len(gradients.zeros),
+            len(modules),
+            gradients.zeros[0],
+        )
+    return store

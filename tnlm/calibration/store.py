@@ -1,0 +1,179 @@
+"""Keeps statistics of modules, in memory while they are small and else in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tnlm.calibration.data import Batch, fingerprint
+from tnlm.calibration.metrics import InputMoment
+from tnlm.errors import CalibrationError
+
+logger = logging.getLogger("tnlm")
+
+IN_MEMORY = 2**25
+"""Bytes of tensors held in memory; further ones go to files and are read when needed."""
+
+VERSION = 2
+"""Counts the layouts that cache directories have had: none is read under another's name."""
+
+_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""What a config says about where a model comes from, not what it computes."""
+
+
+class Statistics:
+    """Named tensors of modules, shared by modules that share what they describe.
+
+    Args:
+        directory: where tensors are kept, one file for those that are shared; a temporary one is
+            made when memory is short.
+        tokens: how many tokens were seen.
+
+    Example:
+        >>> found = Statistics(tokens=4)
+        >>> found.put("q_proj", ["q_proj", "k_proj"], {"moment": torch.eye(2).double()})
+        >>> found.tensor("k_proj", "moment").shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(self, directory: Path | None = None, tokens: int = 0) -> None:
+        """Start with no tensors."""
+        self.tokens = tokens
+        self.leaders: dict[str, str] = {}
+        self.complete = False
+        self._directory = directory
+        self._memory: dict[str, Mapping[str, Tensor]] = {}
+        self._latest: tuple[str, InputMoment] | None = None
+
+    def put(self, leader: str, members: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under their leader, for all modules that share them."""
+        self.leaders.update(dict.fromkeys(members, leader))
+        held = sum(tensor.nbytes for kept in self._memory.values() for tensor in kept.values())
+        added = sum(tensor.nbytes for tensor in tensors.values())
+        if self._directory is None and held + added <= IN_MEMORY:
+            self._memory[leader] = tensors
+            return
+        save_file(dict(tensors), self._file(leader))
+
+    def tensor(self, module: str, name: str) -> Tensor:
+        """Return a tensor of a module.
+
+        Of inputs: ``moment`` E[x x.T] ``(in, in)``, ``mean`` E[x] ``(in,)`` and ``magnitude``
+        E|x| ``(in,)``. Of gradients: ``gradient`` E[g g.T] ``(out, out)`` and ``fisher``
+        ``(out, in)``.
+
+        Raises:
+            CalibrationError: if it was not gathered.
+        """
+        leader = self.leaders.get(module)
+        if leader is None:
+            raise CalibrationError(f"no statistics of {module} were gathered")
+        if leader in self._memory:
+            names = list(self._memory[leader])
+            if name in names:
+                return self._memory[leader][name]
+        else:
+            with safe_open(self._file(leader), framework="pt") as file:
+                names = list(file.keys())
+                if name in names:
+                    found: Tensor = file.get_tensor(name)
+                    return found
+        raise CalibrationError(f"{name!r} of {module} was not gathered, only {', '.join(names)}")
+
+    def moment(self, module: str) -> Tensor:
+        """Return the second moment ``(in, in)`` of a module's input, float64."""
+        return self.tensor(module, "moment")
+
+    def metric(self, module: str) -> InputMoment:
+        """Return the metric of a module's input; the latest one is kept, with its square root."""
+        leader = self.leaders[module]
+        if self._latest is None or self._latest[0] != leader:
+            self._latest = None  # free the last one before the next is read
+            self._latest = leader, InputMoment(self.moment(module))
+        return self._latest[1]
+
+    def forget(self) -> None:
+        """Drop the latest metric from memory."""
+        self._latest = None
+
+    def _file(self, leader: str) -> Path:
+        if self._directory is None:
+            self._directory = Path(tempfile.mkdtemp(prefix="tnlm-"))
+            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        return self._directory / f"{leader}.safetensors"
+
+    def save_index(self) -> None:
+        """Mark the statistics as complete; in a cache directory, by an index of who shares what."""
+        self.complete = True
+        index = {"tokens": self.tokens, "leaders": self.leaders}
+        if self._directory is not None:
+            (self._directory / "index.json").write_text(json.dumps(index, indent=1))
+
+    @classmethod
+    def read(cls, directory: Path) -> Statistics | None:
+        """Return the statistics of a complete cache directory, or None."""
+        try:
+            index = json.loads((directory / "index.json").read_text())
+            found = cls(directory, index["tokens"])
+            found.leaders = index["leaders"]
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return None  # never finished, or not ours
+        found.complete = True
+        return found
+
+
+def open_store(
+    cache_dir: str | Path | None,
+    tokens: int,
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    batches: Sequence[Batch],
+    kind: object,
+) -> Statistics:
+    """Return what the cache holds of such statistics, complete, or else an empty store.
+
+    Args:
+        cache_dir: where caches are kept, each under its content's hash; None for no cache.
+        tokens: tokens of the batches.
+        model: whose weights and config are a part of the content.
+        modules: dotted names.
+        batches: the data.
+        kind: which statistics, with all that they depend on besides; known by its ``repr``.
+    """
+    if cache_dir is None:
+        return Statistics(None, tokens)
+    folder = Path(cache_dir) / content_hash(model, modules, batches, kind)
+    cached = Statistics.read(folder)
+    if cached is not None:
+        logger.info("statistics of %d tokens read from the cache", cached.tokens)
+        return cached
+    folder.mkdir(parents=True, exist_ok=True)
+    return Statistics(folder, tokens)
+
+
+def content_hash(
+    model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch], kind: object
+) -> str:
+    """Name all that statistics depend on: layout, kind, config, weights, modules and data."""
+    digest = hashlib.blake2b(repr((VERSION, kind)).encode(), digest_size=16)
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    digest.update("\n".join(modules).encode())
+    digest.update(fingerprint(batches).encode())
+    return digest.hexdigest()
