@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Metric
+from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
+from tnlm.calibration.sides import Side
 from tnlm.decompositions import kronecker
+from tnlm.decompositions.als import als
 from tnlm.decompositions.base import Budget, macs
 from tnlm.decompositions.kronecker import FORMAT, KroneckerSpec
 from tnlm.decompositions.linalg import truncated_svd
@@ -155,3 +157,66 @@ def test_impossible_options_are_refused(options, message):
 def test_more_terms_than_a_split_has_are_refused():
     with pytest.raises(RankError, match="terms=7, but a 6x4 matrix with"):
         FORMAT.network((6, 4), KroneckerSpec(7, (2, 3), (2, 2)))
+
+
+def moment(gaussian, size, seed=0):
+    x = gaussian(3 * size, size, seed=seed) * torch.exp(gaussian(size, seed=seed + 1))
+    return x.T @ x / len(x)
+
+
+def rebuilt(weight, metric, spec):
+    factors = FORMAT.fit(weight, metric, spec)
+    return FORMAT.reconstruct(tuple(weight.shape), spec, factors)
+
+
+@given(terms=st.integers(1, 4), two_sided=st.booleans(), seed=seeds)
+def test_under_a_kronecker_product_the_whitened_start_is_optimal(terms, two_sided, seed, gaussian):
+    weight, spec = gaussian(12, 20, seed=seed), KroneckerSpec(terms, (3, 4), (5, 4))
+    inputs = torch.kron(moment(gaussian, 5, seed), moment(gaussian, 4, seed + 2))
+    outputs = torch.kron(moment(gaussian, 3, seed + 4), moment(gaussian, 4, seed + 6))
+    metric = Metric(Side(outputs) if two_sided else None, Side(inputs))
+    factors = FORMAT.fit(weight, metric, spec)
+    error = metric.relative(weight, FORMAT.reconstruct((12, 20), spec, factors))
+    # The tail of the whitened matrix is a lower bound here, and it is reached.
+    assert FORMAT.errors(weight, metric, [spec])[0] == pytest.approx(error, abs=1e-8)
+    network = FORMAT.network((12, 20), spec)
+    objective = als(network, weight, metric, factors, sweeps=5, stall=0.0).objective
+    assert objective[-1] == pytest.approx(objective[0], rel=1e-8)
+
+
+def test_data_pay_where_inputs_are_uneven(gaussian):
+    weight, scales = gaussian(24, 16), torch.logspace(0, -3, 16, dtype=torch.float64)
+    metric = InputMoment(moment(gaussian, 16) * torch.outer(scales, scales))
+    spec = KroneckerSpec(5, (6, 4), (4, 4))
+    errors = [metric.relative(weight, rebuilt(weight, m, spec)) for m in (Metric(), metric)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_terms_stay_orthogonal_and_balanced_under_data(gaussian):
+    weight, spec = gaussian(12, 8), KroneckerSpec(3, (3, 4), (4, 2))
+    factors = FORMAT.fit(weight, InputMoment(moment(gaussian, 8)), spec)
+    grams = [factor.flatten(1) @ factor.flatten(1).T for factor in factors.values()]
+    torch.testing.assert_close(grams[0], torch.diag(grams[0].diagonal()), atol=1e-9, rtol=0)
+    torch.testing.assert_close(grams[0], grams[1], atol=1e-9, rtol=0)
+
+
+def test_under_data_screening_finds_the_best_split(gaussian):
+    metric = Metric(Side(moment(gaussian, 16)), Side(moment(gaussian, 24, seed=3)))
+    weight = gaussian(16, 24, seed=5)
+    specs = FORMAT.candidates((16, 24), {}, Budget(0.5 * weight.numel()))
+    exhaustive = [FORMAT.errors(weight, metric, [spec])[0] for spec in specs]
+    screened = FORMAT.errors(weight, metric, specs)
+    assert len(specs) > kronecker.FINALISTS
+    assert min(screened) == min(exhaustive)
+    assert sum(error < math.inf for error in screened) < len(specs)
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.4])
+def test_a_tolerance_is_met_under_data(tolerance, gaussian):
+    weight = gaussian(12, 8)
+    for metric in (InputMoment(moment(gaussian, 8)), Elementwise(gaussian(12, 8).square())):
+        specs = FORMAT.within(weight, metric, {}, tolerance)
+        assert kronecker.FINALISTS <= len(specs) <= 2 * kronecker.FINALISTS
+        assert any(macs(FORMAT.network((12, 8), spec)) <= 96 for spec in specs) or tolerance < 0.2
+        for spec in specs:
+            assert metric.relative(weight, rebuilt(weight, metric, spec)) <= tolerance

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import InputMoment, Metric
+from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
+from tnlm.calibration.sides import Side
 from tnlm.decompositions.base import Budget
 from tnlm.decompositions.gauge import expand, fix
 from tnlm.decompositions.linalg import truncated_svd
@@ -143,3 +144,59 @@ def test_a_rank_that_is_asked_for_is_taken_or_refused():
     assert FORMAT.candidates((6, 4), {"rank": 3}, Budget(params=20)) == []
     with pytest.raises(RankError, match="rank=5; a 6x4 matrix allows 1 to 4"):
         FORMAT.candidates((6, 4), {"rank": 5}, Budget())
+
+
+@given(m=sizes, n=sizes, part=parts, seed=seeds)
+def test_even_weights_of_entries_give_the_truncated_svd(m, n, part, seed, gaussian):
+    weight, rank = gaussian(m, n, seed=seed), rank_of(m, n, part)
+    svd = truncated_svd(weight, rank)
+    even = Elementwise(torch.full((m, n), 3.0))
+    torch.testing.assert_close(
+        fitted(weight, even, rank), svd.u * svd.s @ svd.vh, atol=1e-8, rtol=0
+    )
+
+
+@given(m=sizes, n=sizes, part=parts, seed=seeds)
+def test_weights_of_rows_give_fwsvd(m, n, part, seed, gaussian):
+    weight, rank = gaussian(m, n, seed=seed), rank_of(m, n, part)
+    rows = torch.exp(gaussian(m, seed=seed + 1))
+    # FWSVD (Hsu et al. 2022): the SVD of the scaled matrix, scaled back.
+    svd = truncated_svd(rows.sqrt()[:, None] * weight, rank)
+    expected = (svd.u * svd.s @ svd.vh) / rows.sqrt()[:, None]
+    for metric in (Metric(outputs=Side(rows)), Elementwise(rows[:, None].expand(m, n))):
+        torch.testing.assert_close(fitted(weight, metric, rank), expected, atol=1e-7, rtol=0)
+
+
+@given(m=sizes, n=sizes, part=parts, seed=seeds)
+def test_weights_of_entries_are_never_worse_than_fwsvd(m, n, part, seed, gaussian):
+    weight, rank = gaussian(m, n, seed=seed), rank_of(m, n, part)
+    metric = Elementwise(gaussian(m, n, seed=seed + 1).square())
+    error = metric.relative(weight, fitted(weight, metric, rank))
+    rows = Metric(outputs=Side(metric.weights.mean(1)))
+    for other in (rows, Metric(), metric.start()):
+        assert error <= metric.relative(weight, fitted(weight, other, rank)) + 1e-9
+
+
+def test_weights_of_entries_pay_where_they_are_uneven(gaussian):
+    weight = gaussian(20, 16)
+    metric = Elementwise((gaussian(20, 16, seed=1) > 0.8).double(), floor=1e-4)
+    errors = [metric.relative(weight, fitted(weight, m, 4)) for m in (metric.start(), metric)]
+    assert errors[1] < 0.7 * errors[0]
+
+
+@given(tolerance=st.floats(0.01, 0.99), seed=seeds)
+def test_a_tolerance_is_met_under_weights_of_entries(tolerance, seed, gaussian):
+    weight = gaussian(9, 7, seed=seed)
+    metric = Elementwise(gaussian(9, 7, seed=seed + 1).square())
+    [spec] = FORMAT.within(weight, metric, {}, tolerance)
+    assert metric.relative(weight, fitted(weight, metric, spec.rank)) <= tolerance
+
+
+@given(m=sizes, n=sizes, part=parts, seed=seeds)
+def test_two_sides_are_the_svd_of_the_matrix_whitened_on_both(m, n, part, seed, gaussian):
+    weight, rank = gaussian(m, n, seed=seed), rank_of(m, n, part)
+    sides = [gaussian(30, size, seed=seed + size) for size in (m, n)]
+    metric = Metric(*(Side(x.T @ x / 30) for x in sides))
+    tail = torch.linalg.svdvals(metric.whiten(weight))[rank:].norm()
+    error = metric.norm(weight - fitted(weight, metric, rank))
+    assert error == pytest.approx(float(tail), abs=1e-7 * metric.norm(weight))

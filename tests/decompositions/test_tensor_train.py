@@ -7,7 +7,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Metric
+from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
+from tnlm.calibration.sides import Side
 from tnlm.decompositions import kronecker
 from tnlm.decompositions.base import Budget
 from tnlm.decompositions.rearrange import rearrange
@@ -139,3 +140,38 @@ def test_options_fix_the_spec():
 def test_impossible_options_are_refused(options):
     with pytest.raises(RankError):
         FORMAT.candidates((12, 8), options, Budget())
+
+
+def uneven(gaussian, size, seed=0):
+    x = gaussian(3 * size, size, seed=seed) * torch.exp(1.5 * gaussian(size, seed=seed + 1))
+    return x.T @ x / len(x)
+
+
+def under_data(gaussian, m, n):
+    yield InputMoment(uneven(gaussian, n))
+    yield Metric(Side(uneven(gaussian, m, seed=3)), Side(uneven(gaussian, n)))
+    yield Elementwise(gaussian(m, n, seed=4).square())
+
+
+def test_data_lower_the_error_and_the_report_is_an_upper_bound(gaussian):
+    weight, spec = gaussian(12, 8), TensorTrainSpec((2, 3, 2), (2, 2, 2), (3, 3))
+    for metric in under_data(gaussian, 12, 8):
+        factors = FORMAT.fit(weight, metric, spec)
+        error = metric.relative(weight, FORMAT.reconstruct((12, 8), spec, factors))
+        assert error < 0.95 * metric.relative(weight, fitted(weight, spec))
+        assert error <= FORMAT.errors(weight, metric, [spec])[0]
+        for core in list(factors.values())[:-1]:
+            gram = core.reshape(-1, core.shape[-1]).T @ core.reshape(-1, core.shape[-1])
+            torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype))
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.4])
+def test_a_tolerance_is_met_under_data(tolerance, gaussian):
+    weight = gaussian(12, 8)
+    for metric in under_data(gaussian, 12, 8):
+        for spec in FORMAT.within(weight, metric, {}, tolerance):
+            factors = FORMAT.fit(weight, metric, spec)
+            rebuilt = FORMAT.reconstruct((12, 8), spec, factors)
+            assert metric.relative(weight, rebuilt) <= tolerance
+            # What the planner is told must hold as well.
+            assert FORMAT.errors(weight, metric, [spec])[0] <= tolerance

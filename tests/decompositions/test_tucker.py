@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorly.decomposition import tucker as tensorly_tucker
 
-from tnlm.calibration.metrics import Metric
+from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
+from tnlm.calibration.sides import Side
 from tnlm.decompositions import tucker
 from tnlm.decompositions.base import Budget, as_tensor
 from tnlm.decompositions.linalg import truncated_svd
@@ -163,3 +164,46 @@ def test_options_fix_the_spec():
 def test_impossible_ranks_are_refused(options):
     with pytest.raises(RankError, match="ranks="):
         FORMAT.candidates((12, 8), options, Budget())
+
+
+def uneven(gaussian, size, seed=0):
+    x = gaussian(3 * size, size, seed=seed) * torch.exp(1.5 * gaussian(size, seed=seed + 1))
+    return x.T @ x / len(x)
+
+
+def under_data(gaussian, m, n):
+    yield InputMoment(uneven(gaussian, n))
+    yield Metric(Side(uneven(gaussian, m, seed=3)), Side(uneven(gaussian, n)))
+    yield Elementwise(gaussian(m, n, seed=4).square())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TuckerSpec((3, 4), (8,), (2, 3, 5)),
+        TuckerSpec((3, 4), (2, 4), (3, 3, 2, 2)),
+        TuckerSpec((12,), (8,), (3, 3)),
+    ],
+)
+def test_data_lower_the_error_and_the_report_is_an_upper_bound(spec, gaussian):
+    weight = gaussian(12, 8)
+    for metric in under_data(gaussian, 12, 8):
+        factors = FORMAT.fit(weight, metric, spec)
+        error = metric.relative(weight, FORMAT.reconstruct((12, 8), spec, factors))
+        plain = FORMAT.reconstruct((12, 8), spec, FORMAT.fit(weight, Metric(), spec))
+        assert error < 0.95 * metric.relative(weight, plain)
+        assert error <= FORMAT.errors(weight, metric, [spec])[0] + 1e-9
+        for name in set(factors) - {"core", "right"}:
+            gram = factors[name].T @ factors[name]
+            torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype))
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.4])
+def test_a_tolerance_is_met_under_data(tolerance, gaussian):
+    weight = gaussian(12, 8)
+    for metric in under_data(gaussian, 12, 8):
+        for spec in FORMAT.within(weight, metric, {}, tolerance):
+            factors = FORMAT.fit(weight, metric, spec)
+            rebuilt = FORMAT.reconstruct((12, 8), spec, factors)
+            assert metric.relative(weight, rebuilt) <= tolerance
+            assert FORMAT.errors(weight, metric, [spec])[0] <= tolerance

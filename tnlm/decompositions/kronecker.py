@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
+from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
     Budget,
     Format,
     Shape,
+    as_tensor,
     check_split,
     given_split,
     macs,
@@ -22,6 +25,14 @@ from tnlm.decompositions.base import (
 )
 from tnlm.decompositions.linalg import energies, rank_for, spectrum, tails, truncated_svd
 from tnlm.decompositions.rearrange import Split, divisor_pairs, rearrange, sample
+from tnlm.decompositions.whitening import (
+    Decompose,
+    closed_form,
+    grown,
+    is_plain,
+    mode_sides,
+    whiten,
+)
 from tnlm.errors import RankError
 from tnlm.network import Factors, Gauge, Network
 
@@ -59,6 +70,7 @@ class Kronecker(Format[KroneckerSpec]):
     name = "kronecker"
     title = "sum of Kronecker products"
     spec = KroneckerSpec
+    metrics = frozenset({"identity", "input", "separable", "elementwise"})
 
     def network(self, shape: Shape, spec: KroneckerSpec) -> Network:
         """Return ``tac,tbd->abcd``, gauge-fixed on the smaller factor."""
@@ -78,14 +90,13 @@ class Kronecker(Format[KroneckerSpec]):
         return Network({"left": "tac", "right": "tbd"}, "ab", "cd", sizes, gauge)
 
     def fit(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> Factors:
-        """Keep the leading singular triplets of R(W), each side scaled by the root of sigma."""
-        (a, b), (c, d) = spec.out_split, spec.in_split
-        svd = truncated_svd(rearrange(weight.double(), spec.out_split, spec.in_split), spec.terms)
-        root = svd.s.sqrt()
-        return {
-            "left": (svd.u * root).T.reshape(-1, a, c),
-            "right": (root[:, None] * svd.vh).reshape(-1, b, d),
-        }
+        """Keep the leading singular triplets of R(W), each side scaled by the root of sigma.
+
+        Under data they are those of the whitened matrix, improved by alternating least squares.
+        """
+        network = self.network(matrix_shape(weight), spec)
+        factors = fit_network(network, weight, metric, _nearest(spec))
+        return factors if is_plain(metric) else _balanced(factors)
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], budget: Budget
@@ -124,34 +135,97 @@ class Kronecker(Format[KroneckerSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[KroneckerSpec]:
-        """Return, for every split, the fewest terms whose tail is within the tolerance."""
-        gauge = options.get("gauge", True)
+        """Return, for every split, the fewest terms whose tail is within the tolerance.
+
+        Under data the tails are those of the whitened matrix, and no bound: the ``FINALISTS``
+        smallest of the specs, and of those no slower than dense, get terms until they hold.
+        """
+        gauge, shape = options.get("gauge", True), matrix_shape(weight)
+        spectra = {
+            splits: spectrum(rearrange(_whitened(weight, metric, *splits), *splits))
+            for splits in _splits(shape, options)
+        }
+
+        def spec_at(splits: tuple[Split, Split], bound: float) -> KroneckerSpec:
+            return KroneckerSpec(rank_for(spectra[splits], bound), *splits, gauge=gauge)
+
+        found = {splits: spec_at(splits, tolerance) for splits in spectra}
+        if is_plain(metric):
+            return list(found.values())
+        networks = {splits: self.network(shape, spec) for splits, spec in found.items()}
+        smallest = sorted(found, key=lambda splits: networks[splits].params)
+        fast = [splits for splits in smallest if macs(networks[splits]) <= weight.numel()]
         return [
-            KroneckerSpec(rank_for(spectrum(rows), tolerance), *splits, gauge=gauge)
-            for splits in _splits(matrix_shape(weight), options)
-            for rows in [rearrange(weight.double(), *splits)]
+            grown(
+                partial(spec_at, splits),
+                lambda spec: self._closed_form_error(weight, metric, spec),
+                tolerance,
+            )
+            for splits in dict.fromkeys(smallest[:FINALISTS] + fast[:FINALISTS])
         ]
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[KroneckerSpec]) -> list[float]:
-        """Return the tail of R(W)'s spectrum for each spec.
+        """Return the tail of R(W)'s spectrum for each spec, W whitened over the modes under data.
 
         With many specs, all are screened on a sample of the matrix first; those that are not
         among the best ``FINALISTS`` are given infinity.
         """
         if len(specs) > FINALISTS:
-            guesses = [_screen(weight, spec) for spec in specs]
+            guesses = _screen_all(weight, metric, specs)
             bar = sorted(guesses)[FINALISTS - 1]
         else:
             guesses, bar = [0.0] * len(specs), 0.0
         return [
-            self._tail(weight, spec) if guess <= bar else math.inf
+            self._tail(weight, metric, spec) if guess <= bar else math.inf
             for spec, guess in zip(specs, guesses, strict=True)
         ]
 
-    def _tail(self, weight: Tensor, spec: KroneckerSpec) -> float:
-        tail = tails(spectrum(rearrange(weight.double(), spec.out_split, spec.in_split)))
+    def _tail(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
+        splits = spec.out_split, spec.in_split
+        tail = tails(spectrum(rearrange(_whitened(weight, metric, *splits), *splits)))
         error: float = (float(tail[spec.terms]) / (float(tail[0]) or 1.0)) ** 0.5
         return error
+
+    def _closed_form_error(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
+        network = self.network(matrix_shape(weight), spec)
+        return closed_form(network, weight, metric, _nearest(spec))[1]
+
+
+def _nearest(spec: KroneckerSpec) -> Decompose:
+    """Return what fits a tensor of modes (a, b, c, d) in the Frobenius norm."""
+    (a, b), (c, d) = spec.out_split, spec.in_split
+
+    def decompose(tensor: Tensor) -> Factors:
+        rows = rearrange(tensor.reshape(a * b, c * d), spec.out_split, spec.in_split)
+        svd = truncated_svd(rows, spec.terms)
+        root = svd.s.sqrt()
+        return {
+            "left": (svd.u * root).T.reshape(-1, a, c),
+            "right": (root[:, None] * svd.vh).reshape(-1, b, d),
+        }
+
+    return decompose
+
+
+def _balanced(factors: Factors) -> Factors:
+    """Return the same sum with orthogonal terms, both sides scaled by the root of sigma."""
+    left, right = factors["left"], factors["right"]
+    outer, r_outer = torch.linalg.qr(left.flatten(1).T)
+    inner, r_inner = torch.linalg.qr(right.flatten(1).T)
+    svd = truncated_svd(r_outer @ r_inner.T, method="exact")
+    root = svd.s.sqrt()
+    return {
+        "left": (outer @ (svd.u * root)).T.reshape(left.shape),
+        "right": (root[:, None] * (svd.vh @ inner.T)).reshape(right.shape),
+    }
+
+
+def _whitened(
+    weight: Tensor, metric: Metric, out_split: Sequence[int], in_split: Sequence[int]
+) -> Tensor:
+    """Return W, ``(out, in)``, whitened over its modes."""
+    sides = mode_sides(metric, out_split, in_split)
+    return whiten(as_tensor(weight, out_split, in_split), sides).reshape(weight.shape)
 
 
 def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[tuple[Split, Split]]:
@@ -169,6 +243,19 @@ def _most_terms(numbers: int, params: float, gauge: bool) -> float:
         return params // numbers
     root = numbers**2 - 4 * params
     return math.inf if root < 0 else (numbers - math.sqrt(root)) // 2
+
+
+def _screen_all(weight: Tensor, metric: Metric, specs: Sequence[KroneckerSpec]) -> list[float]:
+    """Screen every spec, whitening the inputs once for all that split them alike."""
+    if is_plain(metric):
+        return [_screen(weight, spec) for spec in specs]
+    near, guesses = metric.start(), {}
+    for inp in dict.fromkeys(spec.in_split for spec in specs):
+        inputs = _whitened(weight, Metric(inputs=near.inputs), weight.shape[:1], inp)
+        for spec in (spec for spec in specs if spec.in_split == inp):
+            both = _whitened(inputs, Metric(outputs=near.outputs), spec.out_split, inp)
+            guesses[spec] = _screen(both, spec)
+    return [guesses[spec] for spec in specs]
 
 
 def _screen(weight: Tensor, spec: KroneckerSpec) -> float:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import _tensorly
+from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
     Budget,
     Format,
@@ -22,6 +26,14 @@ from tnlm.decompositions.base import (
 )
 from tnlm.decompositions.linalg import rank_for, spectrum
 from tnlm.decompositions.splits import balanced_split, largest_within, orders, ranks_at
+from tnlm.decompositions.whitening import (
+    Decompose,
+    closed_form,
+    grown,
+    is_plain,
+    mode_sides,
+    whiten,
+)
 from tnlm.errors import RankError
 from tnlm.network import Factors, Network
 
@@ -58,6 +70,7 @@ class TensorTrain(Format[TensorTrainSpec]):
     name = "tensor-train"
     title = "tensor train of the matrix (MPO)"
     spec = TensorTrainSpec
+    metrics = frozenset({"identity", "input", "separable", "elementwise"})
 
     def network(self, shape: Shape, spec: TensorTrainSpec) -> Network:
         """Return a chain of cores ``core0 .. core<d-1>``."""
@@ -84,14 +97,14 @@ class TensorTrain(Format[TensorTrainSpec]):
         return Network(factors, OUT[:order], IN[:order], sizes)
 
     def fit(self, weight: Tensor, metric: Metric, spec: TensorTrainSpec) -> Factors:
-        """Sweep TT-SVD from the first core to the last."""
+        """Sweep TT-SVD from the first core to the last.
+
+        Under data the sweep is over the whitened matrix, then improved by alternating least
+        squares.
+        """
         network = self.network(matrix_shape(weight), spec)
-        tensor = as_tensor(weight, spec.out_split, spec.in_split)
-        cores = _tensorly.tt_matrix(tensor, spec.ranks)
-        return {
-            name: core.reshape(network.shape_of(name))
-            for name, core in zip(network.factors, cores, strict=True)
-        }
+        factors = fit_network(network, weight, metric, _tt_svd(network, spec))
+        return factors if is_plain(metric) else _orthogonal(factors)
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], budget: Budget
@@ -111,14 +124,66 @@ class TensorTrain(Format[TensorTrainSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[TensorTrainSpec]:
-        """Return ranks that leave ``tolerance / sqrt(cores - 1)`` to each unfolding (Oseledets)."""
+        """Return ranks that leave ``tolerance / sqrt(cores - 1)`` to each unfolding (Oseledets).
+
+        Under data the unfoldings are of the whitened matrix, and no bound: ranks grow until they
+        hold.
+        """
         found = []
         for out, inp in _splits(matrix_shape(weight), options):
-            share = tolerance / math.sqrt(len(out) - 1)
-            unfoldings = _unfoldings(as_tensor(weight, out, inp))
-            ranks = tuple(rank_for(spectrum(rows), share) for rows in unfoldings)
-            found.append(TensorTrainSpec(out, inp, ranks))
+            whitened = whiten(as_tensor(weight, out, inp), mode_sides(metric, out, inp))
+            spectra = [spectrum(rows) for rows in _unfoldings(whitened)]
+
+            def spec_at(
+                bound: float,
+                out: Split = out,
+                inp: Split = inp,
+                spectra: Sequence[Tensor] = spectra,
+            ) -> TensorTrainSpec:
+                share = bound / math.sqrt(len(out) - 1)
+                return TensorTrainSpec(out, inp, tuple(rank_for(e, share) for e in spectra))
+
+            if is_plain(metric):
+                found.append(spec_at(tolerance))
+            else:
+                error_of = partial(self._closed_form_error, weight, metric)
+                found.append(grown(spec_at, error_of, tolerance))
         return found
+
+    def errors(
+        self, weight: Tensor, metric: Metric, specs: Sequence[TensorTrainSpec]
+    ) -> list[float]:
+        """Return the error of each spec's TT-SVD, which least squares under data can only lower."""
+        return [self._closed_form_error(weight, metric, spec) for spec in specs]
+
+    def _closed_form_error(self, weight: Tensor, metric: Metric, spec: TensorTrainSpec) -> float:
+        network = self.network(matrix_shape(weight), spec)
+        return closed_form(network, weight, metric, _tt_svd(network, spec))[1]
+
+
+def _tt_svd(network: Network, spec: TensorTrainSpec) -> Decompose:
+    """Return what fits a tensor, all out modes and then all in modes, in the Frobenius norm."""
+
+    def decompose(tensor: Tensor) -> Factors:
+        cores = _tensorly.tt_matrix(tensor, spec.ranks)
+        return {
+            name: core.reshape(network.shape_of(name))
+            for name, core in zip(network.factors, cores, strict=True)
+        }
+
+    return decompose
+
+
+def _orthogonal(factors: Factors) -> Factors:
+    """Return the same train with orthonormal cores but for the last, as TT-SVD leaves it."""
+    names = list(factors)
+    found = dict(factors)
+    for name, following in itertools.pairwise(names):
+        core = found[name]
+        q, r = torch.linalg.qr(core.reshape(-1, core.shape[-1]))
+        found[name] = q.reshape(core.shape)
+        found[following] = torch.tensordot(r, found[following], 1)
+    return found
 
 
 def _splits(

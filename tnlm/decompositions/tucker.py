@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import _tensorly
+from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
     Budget,
     Format,
@@ -22,6 +25,7 @@ from tnlm.decompositions.base import (
 )
 from tnlm.decompositions.linalg import rank_for, spectrum, truncated_svd
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
+from tnlm.decompositions.whitening import closed_form, grown, is_plain, mode_sides, whiten
 from tnlm.errors import RankError
 from tnlm.network import Factors, Network
 
@@ -57,6 +61,7 @@ class Tucker(Format[TuckerSpec]):
     name = "tucker"
     title = "Tucker of the reshaped matrix"
     spec = TuckerSpec
+    metrics = frozenset({"identity", "input", "separable", "elementwise"})
 
     def network(self, shape: Shape, spec: TuckerSpec) -> Network:
         """Return the core (unless the modes are two) and a factor for every reduced mode."""
@@ -84,18 +89,13 @@ class Tucker(Format[TuckerSpec]):
         )
 
     def fit(self, weight: Tensor, metric: Metric, spec: TuckerSpec) -> Factors:
-        """Start from the HOSVD, then improve one factor at a time (HOOI)."""
-        tensor = as_tensor(weight, spec.out_split, spec.in_split)
-        if tensor.dim() == 2:
-            svd = truncated_svd(tensor, spec.ranks[0])
-            return {"left": svd.u, "right": svd.s[:, None] * svd.vh}
-        modes = _reduced(tuple(tensor.shape), spec.ranks)
-        ranks = [spec.ranks[mode] for mode in modes]
-        if not modes:
-            return {"core": tensor}
-        factors = _hooi(tensor, _tensorly.hosvd(tensor, ranks, modes), modes)
-        core = _tensorly.multi_mode_dot(tensor, factors, modes)
-        return {"core": core} | {f"mode{k}": u for k, u in zip(modes, factors, strict=True)}
+        """Start from the HOSVD, then improve one factor at a time (HOOI).
+
+        Under data both are of the whitened matrix, then improved by alternating least squares.
+        """
+        network = self.network(matrix_shape(weight), spec)
+        factors = fit_network(network, weight, metric, partial(_nearest, ranks=spec.ranks))
+        return factors if is_plain(metric) else _orthogonal(factors)
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], budget: Budget
@@ -116,20 +116,70 @@ class Tucker(Format[TuckerSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[TuckerSpec]:
-        """Return ranks that leave ``tolerance / sqrt(modes)`` to each unfolding (HOSVD bound)."""
+        """Return ranks that leave ``tolerance / sqrt(modes)`` to each unfolding (HOSVD bound).
+
+        Under data the unfoldings are of the whitened matrix, and no bound: ranks grow until they
+        hold.
+        """
         found = []
         for out, inp in _splits(matrix_shape(weight), options):
-            tensor = as_tensor(weight, out, inp)
-            share = tolerance / math.sqrt(tensor.dim())
-            ranks = tuple(
-                rank_for(spectrum(_unfold(tensor, mode)), share) for mode in range(tensor.dim())
-            )
-            found.append(TuckerSpec(out, inp, _supported(tuple(tensor.shape), ranks)))
+            tensor = whiten(as_tensor(weight, out, inp), mode_sides(metric, out, inp))
+            spectra = [spectrum(_unfold(tensor, mode)) for mode in range(tensor.dim())]
+
+            def spec_at(
+                bound: float,
+                out: Split = out,
+                inp: Split = inp,
+                spectra: Sequence[Tensor] = spectra,
+            ) -> TuckerSpec:
+                share = bound / math.sqrt(len(spectra))
+                ranks = tuple(rank_for(energy, share) for energy in spectra)
+                return TuckerSpec(out, inp, _supported(out + inp, ranks))
+
+            if is_plain(metric):
+                found.append(spec_at(tolerance))
+            else:
+                error_of = partial(self._closed_form_error, weight, metric)
+                found.append(grown(spec_at, error_of, tolerance))
         return found
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[TuckerSpec]) -> list[float]:
-        """Return the relative error of each spec's HOSVD, which HOOI can only lower."""
-        return [_hosvd_error(weight, spec) for spec in specs]
+        """Return the relative error of each spec's HOSVD, which HOOI can only lower.
+
+        Under data it is that of the HOOI, which least squares can only lower.
+        """
+        if is_plain(metric):
+            return [_hosvd_error(weight, spec) for spec in specs]
+        return [self._closed_form_error(weight, metric, spec) for spec in specs]
+
+    def _closed_form_error(self, weight: Tensor, metric: Metric, spec: TuckerSpec) -> float:
+        network = self.network(matrix_shape(weight), spec)
+        return closed_form(network, weight, metric, partial(_nearest, ranks=spec.ranks))[1]
+
+
+def _nearest(tensor: Tensor, ranks: Sequence[int]) -> Factors:
+    """Fit a tensor, all out modes and then all in modes, in the Frobenius norm."""
+    if tensor.dim() == 2:
+        svd = truncated_svd(tensor, ranks[0])
+        return {"left": svd.u, "right": svd.s[:, None] * svd.vh}
+    modes = _reduced(tuple(tensor.shape), ranks)
+    if not modes:
+        return {"core": tensor}
+    start = _tensorly.hosvd(tensor, [ranks[mode] for mode in modes], modes)
+    factors = _hooi(tensor, start, modes)
+    core = _tensorly.multi_mode_dot(tensor, factors, modes)
+    return {"core": core} | {f"mode{k}": u for k, u in zip(modes, factors, strict=True)}
+
+
+def _orthogonal(factors: Factors) -> Factors:
+    """Return the same tensor with orthonormal factors; the core, or the right, carries the rest."""
+    found = dict(factors)
+    carrier = "core" if "core" in found else "right"
+    for name in [name for name in factors if name != carrier]:
+        found[name], r = torch.linalg.qr(factors[name])
+        axis = int(name.removeprefix("mode")) if carrier == "core" else 0
+        found[carrier] = torch.tensordot(r, found[carrier], ([1], [axis])).movedim(0, axis)
+    return found
 
 
 def _hosvd_error(weight: Tensor, spec: TuckerSpec) -> float:

@@ -1,0 +1,146 @@
+"""The normal matrix of one factor in a least-squares problem, and its inverse or a near one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnlm.calibration.metrics import Metric
+from tnlm.calibration.sides import Side
+from tnlm.decompositions.whitening import whiten
+from tnlm.network import Network
+
+DIRECT = 256
+"""Up to this size the normal matrix of a factor is formed and inverted."""
+
+NEGLIGIBLE = 1e-12
+"""Eigenvalues of a normal matrix below this share of the largest have no say."""
+
+Solve = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """The normal matrix of a factor, the others fixed, under a metric.
+
+    Where it is small it is formed and inverted. Else the metric is taken as separable over the
+    modes, and the inverse is a Kronecker product of small ones: for every open mode of the factor
+    that of its side, for every part of the network that of its Gram matrix over the bonds.
+
+    Attributes:
+        network: the network of all factors.
+        name: the factor.
+        metric: how the error is measured.
+        sides: the side of every open mode, nearest to the metric.
+        inverses: the inverses of those that are not None.
+        parts: the modes of every part that the other factors are contracted to.
+    """
+
+    network: Network
+    name: str
+    metric: Metric
+    sides: Mapping[str, Side | None]
+    inverses: Mapping[str, Tensor]
+    parts: tuple[str, ...]
+
+    def inverse(self, others: Sequence[Tensor]) -> Solve:
+        """Return what multiplies a factor by the inverse, given the parts in full."""
+        modes = self.network.factors[self.name]
+        system = self._system_modes()
+        if system is not None and self.network.size(system) <= DIRECT:
+            return _along(modes, [(system, inverse(self._matrix(system, others)))])
+        found = [(mode, self.inverses[mode]) for mode in modes if mode in self.inverses]
+        for part, tensor in zip(self.parts, others, strict=True):
+            bonds = "".join(mode for mode in part if mode in modes and mode not in self.sides)
+            found.append((bonds, inverse(_gram(part, tensor, bonds, self.sides))))
+        return _along(modes, found)
+
+    def _system_modes(self) -> str | None:
+        """Return the modes that the normal equations couple; None if they do not split so.
+
+        Without a form on the outputs, all rows of the factor that carry out modes share one
+        system over its bonds and in modes; and the other way round.
+        """
+        modes = self.network.factors[self.name]
+        shared = any(mode in part for part in self.parts for mode in modes if mode in self.sides)
+        if shared or not self.metric.separable:
+            return None
+        free = self.network.out if self.metric.outputs is None else ""
+        free += self.network.inp if self.metric.inputs is None else ""
+        return "".join(mode for mode in modes if mode not in free)
+
+    def _matrix(self, system: str, others: Sequence[Tensor]) -> Tensor:
+        """Return the normal matrix over the coupled modes, by one einsum over two copies."""
+        number = {mode: index for index, mode in enumerate(self.network.sizes)}
+        twin = {mode: index + len(number) for mode, index in number.items()}
+        operands: list[object] = []
+        for modes, side in (
+            (self.network.out, self.metric.outputs),
+            (self.network.inp, self.metric.inputs),
+        ):
+            if side is None:
+                twin |= {mode: number[mode] for mode in modes}
+                continue
+            sizes = [self.network.sizes[mode] for mode in modes]
+            operands += [
+                _full(side).reshape(sizes + sizes),
+                [t[m] for t in (number, twin) for m in modes],
+            ]
+        for part, tensor in zip(self.parts, others, strict=True):
+            for names in (number, twin):
+                operands += [tensor, [names[mode] for mode in part]]
+        size = self.network.size(system)
+        result = [names[mode] for names in (number, twin) for mode in system]
+        matrix: Tensor = torch.einsum(*operands, result)
+        return matrix.reshape(size, size)
+
+
+def _gram(modes: str, part: Tensor, bonds: str, sides: Mapping[str, Side | None]) -> Tensor:
+    """Return the Gram matrix of a part over its bonds, each open mode weighed by its side."""
+    scaled = whiten(part, [sides.get(mode) for mode in modes])
+    axes = [modes.index(bond) for bond in bonds]
+    rows = scaled.movedim(axes, list(range(len(axes))))
+    rows = rows.reshape(math.prod(rows.shape[: len(axes)]), -1)
+    return rows @ rows.T
+
+
+def _full(side: Side) -> Tensor:
+    return torch.diag(side.values) if side.is_diagonal else side.values
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Return the inverse of a symmetric positive matrix, zero where it has next to nothing.
+
+    A diagonal may be given as a vector, and comes back as one.
+
+    Example:
+        >>> inverse(torch.tensor([4.0, 0.0])).tolist()
+        [0.25, 0.0]
+    """
+    if matrix.dim() == 1:
+        floor = float(matrix.max()) * NEGLIGIBLE
+        return torch.where(matrix > floor, 1.0 / matrix.clamp_min(floor or 1.0), 0.0)
+    values, vectors = torch.linalg.eigh(matrix)
+    found: Tensor = (vectors * inverse(values)) @ vectors.T
+    return found
+
+
+def _along(modes: str, matrices: Sequence[tuple[str, Tensor]]) -> Solve:
+    """Return what multiplies a tensor by symmetric matrices, each along some of its modes."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        for group, matrix in matrices:
+            rest = [axis for axis, mode in enumerate(modes) if mode not in group]
+            order = rest + [modes.index(mode) for mode in group]
+            moved = tensor.permute(order)
+            rows = moved.reshape(-1, len(matrix))
+            product = rows * matrix if matrix.dim() == 1 else rows @ matrix
+            back = sorted(range(len(order)), key=order.__getitem__)
+            tensor = product.reshape(moved.shape).permute(back)
+        return tensor
+
+    return apply

@@ -1,0 +1,131 @@
+"""A metric seen mode by mode: whitens a reshaped matrix so that plain decompositions apply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from tnlm.calibration.metrics import Metric
+from tnlm.calibration.sides import Side
+from tnlm.decompositions.base import as_tensor
+from tnlm.layers.contraction import pairwise
+from tnlm.network import Factors, Network
+
+DAMPING = 1e-9
+"""Keeps what a singular metric gives no weight, so that whitening can be undone."""
+
+EXACT = 1e-12
+"""A relative error this small is rounding."""
+
+Decompose = Callable[[Tensor], Factors]
+S = TypeVar("S")
+
+
+def is_plain(metric: Metric) -> bool:
+    """Tell whether a metric is the Frobenius norm, under which the closed forms are the fit."""
+    return metric.separable and metric.outputs is None and metric.inputs is None
+
+
+def mode_sides(
+    metric: Metric, out_split: Sequence[int], in_split: Sequence[int]
+) -> list[Side | None]:
+    """Return the side of every mode, outputs first, of the separable metric nearest to one.
+
+    Example:
+        >>> import torch
+        >>> metric = Metric(inputs=Side(torch.tensor([1.0, 1.0, 3.0, 3.0])))
+        >>> nothing, outer, inner = mode_sides(metric, (5,), (2, 2))
+        >>> nothing, outer.values.round(decimals=6).tolist()
+        (None, [1.0, 3.0])
+    """
+    near = metric.start()
+    return _modes(near.outputs, out_split) + _modes(near.inputs, in_split)
+
+
+def network_sides(network: Network, metric: Metric) -> list[Side | None]:
+    """Return the side of every open mode of a network, outputs first."""
+    out, inp = ([network.sizes[mode] for mode in modes] for modes in (network.out, network.inp))
+    return mode_sides(metric, out, inp)
+
+
+def _modes(side: Side | None, split: Sequence[int]) -> list[Side | None]:
+    if side is None:
+        return [None] * len(split)
+    if max(split) == math.prod(split):  # one mode is the whole side, whose root is kept
+        whole = list(split).index(max(split))
+        return [side if mode == whole else None for mode in range(len(split))]
+    return [Side(mode.values, DAMPING) for mode in side.modes(split)]
+
+
+def whiten(tensor: Tensor, sides: Sequence[Side | None]) -> Tensor:
+    """Return a tensor with every mode multiplied by the root of its side."""
+    for mode, side in enumerate(sides):
+        if side is not None:
+            tensor = side.scale(tensor.movedim(mode, -1)).movedim(-1, mode)
+    return tensor
+
+
+def unwhiten(network: Network, factors: Factors, sides: Sequence[Side | None]) -> Factors:
+    """Return the factors of a whitened tensor with every open mode divided by its root."""
+    found = dict(factors)
+    for mode, side in zip(network.out + network.inp, sides, strict=True):
+        for name, modes in network.factors.items():
+            if side is not None and mode in modes:
+                axis = modes.index(mode)
+                found[name] = side.unscale(found[name].movedim(axis, -1)).movedim(-1, axis)
+    return found
+
+
+def rebuild(network: Network, factors: Factors) -> Tensor:
+    """Return the matrix that a network's factors stand for."""
+    table = pairwise(network)([factors[name] for name in network.factors])
+    return table.reshape(network.shape)
+
+
+def reshaped(network: Network, weight: Tensor) -> Tensor:
+    """Return a weight in float64 with one axis for every open mode of a network."""
+    return as_tensor(weight, [network.sizes[mode] for mode in network.out + network.inp])
+
+
+def closed_form(
+    network: Network, weight: Tensor, metric: Metric, decompose: Decompose
+) -> tuple[Factors, float]:
+    """Return the better of two closed forms and its relative error in the metric.
+
+    One decomposes the matrix, nearest to the weights; the other the whitened matrix, optimal
+    where the metric is itself separable over the modes.
+
+    Args:
+        network: what the factors belong to.
+        weight: ``(out, in)``.
+        metric: how the error is measured; the Frobenius norm needs the first form only.
+        decompose: the factors nearest to a tensor with one axis for every open mode.
+    """
+    tensor = reshaped(network, weight)
+    factors = decompose(tensor)
+    error = metric.relative(weight, rebuild(network, factors))
+    if is_plain(metric) or error <= EXACT:
+        return factors, error
+    sides = network_sides(network, metric)
+    whitened = unwhiten(network, decompose(whiten(tensor, sides)), sides)
+    other = metric.relative(weight, rebuild(network, whitened))
+    return (whitened, other) if other < error else (factors, error)
+
+
+def grown(spec_at: Callable[[float], S], error_of: Callable[[S], float], tolerance: float) -> S:
+    """Return the spec of the loosest bound, from ``tolerance`` down, whose error is within it.
+
+    Args:
+        spec_at: the spec that a bound on the whitened tails gives; exact as the bound nears zero.
+        error_of: the relative error of a spec in the metric.
+        tolerance: the relative error allowed.
+    """
+    bound = tolerance
+    spec = spec_at(bound)
+    while (error := error_of(spec)) > tolerance and bound > EXACT:
+        bound *= 0.9 * tolerance / error
+        spec = spec_at(bound)
+    return spec
