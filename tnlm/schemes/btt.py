@@ -1,0 +1,10 @@
+"""Block tensor train: every block of the matrix is low rank; splits are searched."""
+
+from tnlm.schemes.base import Scheme
+
+SCHEME = Scheme(
+    name="btt",
+    title="block tensor train (Monarch), nearest to the weights",
+    formats=("block-train",),
+    source="Monarch, Dao et al. 2022, arXiv 2204.00595; BTT, Qiu et al. 2024, arXiv 2406.06248",
+)
