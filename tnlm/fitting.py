@@ -6,22 +6,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from tnlm.decompositions.base import from_dict
+from tnlm.decompositions.channels import FORMAT as CHANNELS
+from tnlm.decompositions.channels import ChannelsSpec
+from tnlm.feed_forward import FeedForward, sliced
 from tnlm.job import Job
 from tnlm.layers.build import Entry
 from tnlm.planning import LayerPlan, Plan
 from tnlm.recovery.cascade import Fitted, Moved
-from tnlm.stacks import Stack, members_of, ties, unstack
+from tnlm.stacks import Stack, ties, unstack
 from tnlm.surgery import Shelf, assemble, fit_target
-from tnlm.targets import Target
+from tnlm.targets import Target, members_of
 
 
 class Fitting:
     """Fits targets one by one, and keeps what is done until it goes into the model.
 
     Attributes:
+        units: what is fitted, in order.
         errors: measured relative errors, by the names in the plan.
         entries: what a checkpoint will say of every fitted matrix, by its name.
         norms: other modules that were tuned, by name.
@@ -37,9 +43,11 @@ class Fitting:
         self.norms: dict[str, nn.Module] = {}
         self.ties: dict[str, str] = {}
         self._taken: dict[str, nn.Module] = {}
+        known = {unit.name: unit for unit in (*job.units, *job.joint)}
+        self.units = [known[layer.name] for layer in decided.layers]
         shrinks = {
             member.name
-            for unit in job.units
+            for unit in self.units
             if self._layers[unit.name].format is not None
             for member in members_of(unit)
         }
@@ -64,6 +72,9 @@ class Fitting:
         if isinstance(unit, Stack):
             self._fit_stack(unit, layer)
             return None
+        if isinstance(unit, FeedForward):
+            self._fit_channels(unit, layer)
+            return None
         return self._fit_one(unit, layer, moved)
 
     def _fit_one(self, target: Target, layer: LayerPlan, moved: Moved | None) -> Fitted | None:
@@ -73,7 +84,7 @@ class Fitting:
             weight, output = moved.weight.to(dense), moved.output
         metric = self._job.metric(target, moved.statistics if moved else None)
         entry, module, error = fit_target(target, weight, bias, metric, layer, output)
-        fitted = None if moved is None else Fitted(_dense(module), module.bias)
+        fitted = None if moved is None else _dense(module)
         self.errors[layer.name] = error
         self._put(target, entry, module)
         return fitted
@@ -85,6 +96,16 @@ class Fitting:
         for member, parts in zip(unit.members, unstack(unit, entry, module, biases), strict=True):
             self._put(member, *parts)
         self.ties.update(ties(unit))
+
+    def _fit_channels(self, unit: FeedForward, layer: LayerPlan) -> None:
+        weight, metric = unit.weight(self._model), self._job.metric(unit)
+        structure, spec = CHANNELS, from_dict(ChannelsSpec, layer.spec)
+        with torch.no_grad():
+            factors = structure.fit(weight, metric, spec)
+            rebuilt = structure.reconstruct(unit.shape, spec, factors)
+            self.errors[layer.name] = metric.relative(weight, rebuilt)
+        for member, entry, module in sliced(unit, self._model, factors):
+            self._put(member, entry, module)
 
     def _put(self, target: Target, entry: Entry, module: nn.Module) -> None:
         self.entries[target.name] = entry
@@ -116,6 +137,5 @@ def by_module(targets: Sequence[Target]) -> Iterator[list[Target]]:
         yield list(group)
 
 
-def _dense(module: Any) -> Tensor:
-    weight: Tensor = module.weight
-    return weight.detach()
+def _dense(module: Any) -> Fitted:
+    return Fitted(module.weight.detach(), module.bias)

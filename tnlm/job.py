@@ -19,6 +19,7 @@ from tnlm.calibration.metrics import Metric
 from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, OptionError, TargetError
+from tnlm.feed_forward import FeedForward, pairs
 from tnlm.memory import release
 from tnlm.request import Request
 from tnlm.stacks import Stack, stack
@@ -46,6 +47,7 @@ class Job:
         request: what is asked.
         selection: the matrices.
         units: what is decided and fitted as one: the matrices, or stacks of them.
+        joint: what may take the place of several matrices.
         batches: calibration data, empty if none is needed.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
@@ -55,6 +57,7 @@ class Job:
     request: Request
     selection: Selection
     units: Sequence[Target] = ()
+    joint: Sequence[Target] = ()
     batches: Sequence[Batch] = ()
     inputs: Statistics | None = None
     gradients: Statistics | None = None
@@ -68,6 +71,8 @@ class Job:
             target: the matrix.
             newer: statistics that take the place of those gathered from the dense model.
         """
+        if isinstance(target, FeedForward):
+            return self._channel_metric(target)
         measure, damping = self.request.measure, self.request.damping
 
         def gathered(name: str) -> Tensor:
@@ -81,8 +86,15 @@ class Job:
             self._latest = leader, measure.build(gathered, damping)
         return self._latest[1]
 
+    def _channel_metric(self, target: FeedForward) -> Metric:
+        """Weigh hidden channels by their second moment, and outputs as the reader's metric does."""
+        reader = self.metric(target.reader)
+        return Metric(reader.inputs, reader.outputs)
+
     def importance(self, target: Target) -> float:
         """Return the effect on the loss of a unit of a target's squared error in its metric."""
+        if isinstance(target, FeedForward):
+            return self.importance(target.reader)
         needs = self.request.measure.needs
         if self.request.measure.is_elementwise:  # its weights are scaled to mean 1
             return float(self._statistic(target, "fisher").mean())
@@ -113,7 +125,8 @@ class Job:
 def _together(name: str, parts: Sequence[Tensor]) -> Tensor:
     """Return a statistic of a stack: means of what concerns inputs, blocks of what outputs do."""
     if name == "gradient":
-        return torch.block_diag(*parts)
+        blocks: Tensor = torch.block_diag(*parts)
+        return blocks
     return torch.cat(list(parts)) if name == "fisher" else torch.stack(list(parts)).mean(0)
 
 
@@ -132,7 +145,9 @@ def prepare(
     _check_kinds(request, selection)
     check_weights(model, selection.targets)
     start = time.perf_counter()
-    job = Job(request, selection, stack(selection.targets, request.share))
+    units = stack(selection.targets, request.share)
+    slices = any("channels" in structure.kinds for structure in request.structures)
+    job = Job(request, selection, units, pairs(model, units) if slices else ())
     if request.looks_at_data:
         _gather(model, job, data, progress)
     job.seconds["calibrate"] = time.perf_counter() - start
@@ -187,6 +202,8 @@ def _check_data(request: Request, data: Data) -> None:
 def _check_kinds(request: Request, selection: Selection) -> None:
     """Pass over targets that the formats or the metric cannot serve."""
     allowed = frozenset[str]().union(*(structure.kinds for structure in request.structures))
+    if "channels" in allowed:  # made of linear targets
+        allowed |= {"linear"}
     for target in list(selection.targets):
         if target.kind not in allowed:
             names = " or ".join(structure.name for structure in request.structures)

@@ -22,8 +22,9 @@ from tnlm.recovery.cascade import cascade
 from tnlm.recovery.refine import refine
 from tnlm.reporting import Report, with_errors
 from tnlm.request import make_request
-from tnlm.stacks import members_of, tie
+from tnlm.stacks import tie
 from tnlm.surgery import Shelf, Swap, install, replace_norm
+from tnlm.targets import members_of
 
 logger = logging.getLogger("tnlm")
 
@@ -42,6 +43,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
         job.metric,
         job.importance,
         limits,
+        joint=job.joint,
         adds_bias=request.measure.adds_bias,
         predict=predict,
         progress=progress,
@@ -108,24 +110,24 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
     wanted = {layer.name: layer.shape for layer in decided.layers}
     names = [name for joined in wanted for name in joined.split("+")]
     job = prepare(model, request, names, None, data, progress)
-    found = {target.name: target for target in job.units}
+    found = {target.name: target for target in (*job.units, *job.joint)}
     for name, shape in wanted.items():
         if name not in found or found[name].shape != shape:
             has = found[name].shape if name in found else "no such matrix"
             raise TargetError(f"the plan has {name} of {shape}; the model has {has}")
-    modules = {found[name].module for name in wanted}
-    job.units = [unit for unit in job.units if unit.module in modules]
-    kept = {member.module for unit in job.units for member in members_of(unit)}
-    job.selection.targets = [t for t in job.selection.targets if t.module in kept]
-    for target in job.units:
-        if target.name not in wanted:
+    chosen = [found[name] for name in wanted]
+    covered = {member.name: member.module for unit in chosen for member in members_of(unit)}
+    modules = set(covered.values())
+    job.selection.targets = [t for t in job.selection.targets if t.module in modules]
+    for target in job.selection.targets:
+        if target.name not in covered:
             raise TargetError(
                 f"the plan lacks {target.name}, a part of {target.module}, which is replaced as a "
                 "whole; list it, with format null to leave it dense"
             )
     job.seconds["plan"] = 0.0
     layers = {layer.name: layer for layer in decided.layers}
-    priced = tuple(reprice(t, t.weight(model), layers[t.name]) for t in job.units)
+    priced = tuple(reprice(t, t.weight(model), layers[t.name]) for t in chosen)
     return replace(decided, layers=priced, model=model_cost(model)), job
 
 
@@ -175,7 +177,7 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool)
             centered=job.request.measure.adds_bias,
             progress=progress,
         )
-    for unit in tqdm(job.units, desc="fitting", unit="matrix", disable=not progress):
+    for unit in tqdm(fitting.units, desc="fitting", unit="matrix", disable=not progress):
         if members_of(unit)[0].name not in fitting.entries:
             fitting.fit(unit)
             release()

@@ -99,8 +99,8 @@ class Request:
             if keep <= 0:
                 least = min(math.floor(1000 * rest / whole + 1) / 1000, 1.0)
                 raise BudgetError(
-                    f"keep={self.keep:g} of {whole:,} {_words(self.unit)}, but {rest:,} lie outside "
-                    f"the targets; the smallest possible is keep={least:.3f}, or add targets"
+                    f"keep={self.keep:g} of {whole:,} {_words(self.unit)}, but {rest:,} lie "
+                    f"outside the targets; the smallest possible is keep={least:.3f}, or add targets"
                 )
         if keep is None:
             keep = 1.0 if self._size_is_given() else self.scheme.keep_targets
@@ -175,6 +175,7 @@ def make_request(
         raise BudgetError(f"max_macs={max_macs!r}; allowed: a number > 0, or inf")
     _check_damping(measure, damping)
     _check_cascade(measure, chain)
+    _check_channels(structures, measure, chain)
     shared_blocks = named.share if share is None else share
     _check_share(structures, measure, chain, shared_blocks)
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
@@ -257,6 +258,16 @@ def _check_cascade(measure: Measure, cascade: str) -> None:
         raise OptionError(
             f"cascade={cascade!r} with metric={measure.name!r}, which does not look at inputs; "
             "allowed: a metric that does, such as 'input' or 'two-sided'"
+        )
+
+
+def _check_channels(structures: Sequence[Format[Any]], measure: Measure, cascade: str) -> None:
+    if not any("channels" in structure.kinds for structure in structures):
+        return
+    if measure.name not in ("input", "two-sided") or cascade != "none":
+        raise OptionError(
+            f"metric={measure.name!r} and cascade={cascade!r} with channels, which are chosen "
+            "together; allowed: metric='input' or 'two-sided', and cascade='none'"
         )
 
 

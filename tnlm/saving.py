@@ -189,7 +189,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
 def _formats_of(modules: dict[str, Any]) -> Iterator[str]:
     for entry in modules.values():
         for part in entry.get("parts", [entry]):
-            yield part.get("format", "dense")
+            yield part.get("format", part.get("kind", "dense"))
 
 
 def _parameters(file: Path) -> int:

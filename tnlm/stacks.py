@@ -74,11 +74,6 @@ def stack(targets: Sequence[Target], blocks: int) -> list[Target]:
     return units
 
 
-def members_of(unit: Target) -> tuple[Target, ...]:
-    """Return the targets that a unit stands for."""
-    return unit.members if isinstance(unit, Stack) else (unit,)
-
-
 def _stacked(members: list[Target]) -> Stack:
     first = members[0]
     rows, columns = first.shape

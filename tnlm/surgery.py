@@ -229,8 +229,8 @@ def install(
         parts = [{"name": t.parts[t.part], **fitted[t.name]} for t in targets]
         entry = {"kind": "fused", "parts": parts}
     module.requires_grad_(old.weight.requires_grad)  # what was frozen stays so
-    bias = getattr(old, "bias", None)
-    if not first.parts and bias is not None and torch.equal(bias, module.bias):
+    bias, own = getattr(old, "bias", None), getattr(module, "bias", None)
+    if not first.parts and bias is not None and own is not None and torch.equal(bias, own):
         module.bias = bias  # the same parameter, which other modules may share
     if isinstance(old, Conv1D):
         entry["conv1d"] = True

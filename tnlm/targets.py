@@ -68,7 +68,7 @@ class Target:
         return self.view(model.get_submodule(self.module))
 
     def view(self, module: Any) -> Tensor:
-        """Return the ``(out, in)`` weight in a module of the target's kind, a view of its tensor."""
+        """Return the ``(out, in)`` weight in a module like the target's, a view of its tensor."""
         weight: Tensor = module.weight.detach()
         if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
             weight = weight.T
@@ -80,6 +80,12 @@ class Target:
         if bias is None:
             return None
         return bias.detach()[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
+
+
+def members_of(unit: Target) -> tuple[Target, ...]:
+    """Return the targets that a unit of several stands for, or the target itself."""
+    members: tuple[Target, ...] = getattr(unit, "members", ())
+    return members or (unit,)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import Format
 from tnlm.network import Cost
 from tnlm.planning import LayerPlan
-from tnlm.targets import Target
+from tnlm.targets import Target, members_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Problem:
     Attributes:
         model: holds the weights.
         targets: the matrices.
+        joint: targets that stand for several of these matrices, and may take their place.
         formats: the structures that each may take.
         metric: how the error of a target is measured.
         importance: effect on the loss of a unit of a target's squared error in its metric.
@@ -65,13 +66,20 @@ class Problem:
     metric: Callable[[Target], Metric]
     importance: Callable[[Target], float]
     limits: Limits
+    joint: Sequence[Target] = ()
     adds_bias: bool = False
     predict: bool = False
     progress: bool = False
 
+    @property
+    def replaced(self) -> dict[str, Target]:
+        """The joint target that could take a target's place, by the target's name."""
+        return {member.name: unit for unit in self.joint for member in members_of(unit)}
+
     def each(self) -> Iterator[tuple[Target, Tensor, Metric]]:
         """Yield every target with its weight and metric, under a progress bar."""
-        for target in tqdm(self.targets, desc="planning", unit="matrix", disable=not self.progress):
+        everything = [*self.targets, *self.joint]
+        for target in tqdm(everything, desc="planning", unit="matrix", disable=not self.progress):
             yield target, target.weight(self.model), self.metric(target)
 
     def extra(self, target: Target) -> int:

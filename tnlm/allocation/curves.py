@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
 from tnlm.allocation.base import Problem
 from tnlm.allocation.pricing import dense_cost, network_cost
-from tnlm.allocation.uniform import options_for
+from tnlm.allocation.uniform import options_for, stay_dense
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import to_dict
 from tnlm.errors import BudgetError
 from tnlm.planning import LayerPlan
-from tnlm.targets import Target
+from tnlm.targets import Target, members_of
 
 STEPS = 60
 """Halvings of a multiplier or a tolerance: to the last bit that matters."""
@@ -24,17 +25,22 @@ STEPS = 60
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing that a matrix could become.
+    """One thing that a matrix, or several together, could become.
 
     Attributes:
-        layer: the decision.
-        price: its cost, in the unit of the budget.
-        loss: its squared error, times the effect of that on the loss.
+        layers: the decisions.
+        price: their cost, in the unit of the budget.
+        loss: their squared errors, times the effect of those on the loss.
     """
 
-    layer: LayerPlan
+    layers: tuple[LayerPlan, ...]
     price: float
     loss: float
+
+    @property
+    def error(self) -> float:
+        """The largest relative error."""
+        return max(layer.error or 0.0 for layer in self.layers)
 
 
 Curve = list[Candidate]
@@ -42,27 +48,61 @@ Curve = list[Candidate]
 
 
 def curves(problem: Problem) -> list[Curve]:
-    """Return the candidates of every target, with *dense* always the last of them."""
-    return [_curve(problem, *each) for each in problem.each()]
+    """Return the candidates of every target, with *dense* always the last of them.
+
+    Where a joint target may take the place of several, there is one curve for all of these, of
+    both ways to do it.
+    """
+    alone = {each[0].name: _curve(problem, *each) for each in problem.each()}
+    replaced = problem.replaced
+    found: dict[str, Curve] = {}
+    for target in problem.targets:
+        unit = replaced.get(target.name)
+        if unit is None:
+            found[target.name] = alone[target.name]
+        elif unit.name not in found:
+            apart = _together([alone[member.name] for member in members_of(unit)])
+            found[unit.name] = _front([*apart, *alone[unit.name][:-1]])
+    return list(found.values())
+
+
+def _together(parts: Sequence[Curve]) -> Curve:
+    """Return the best combinations of several curves: those that some multiplier chooses."""
+    steps = [
+        (a.loss - b.loss) / (b.price - a.price)
+        for curve in parts
+        for a, b in pairwise(_hull(curve))
+    ]
+    found = []
+    for multiplier in (*sorted(steps), math.inf):
+        chosen = [at_multiplier(curve, multiplier) for curve in parts]
+        layers = tuple(layer for candidate in chosen for layer in candidate.layers)
+        price, loss = sum(c.price for c in chosen), sum(c.loss for c in chosen)
+        found.append(Candidate(layers, price, loss))
+    return found
+
+
+def _hull(curve: Curve) -> Curve:
+    """Keep the candidates that some multiplier chooses: the lower convex hull."""
+    hull: Curve = []
+    for candidate in curve:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], candidate):
+            hull.pop()
+        hull.append(candidate)
+    return hull
+
+
+def _slope(a: Candidate, b: Candidate) -> float:
+    return (b.loss - a.loss) / (b.price - a.price)
 
 
 def _curve(problem: Problem, target: Target, weight: Tensor, metric: Metric) -> Curve:
     limits, size = problem.limits, weight.element_size()
-    dense = dense_cost(target, size)
-    stays = LayerPlan(
-        target.name,
-        target.kind,
-        target.shape,
-        None,
-        {},
-        dense,
-        dense,
-        note="worth more than it costs",
-    )
+    stays = stay_dense(target, weight, "worth more than it costs")
     extra = problem.extra(target)
     energy = metric.norm(weight) ** 2 * problem.importance(target)
     macs = math.inf if target.kind == "embedding" else limits.max_macs * target.params
-    found = [Candidate(stays, limits.price(dense), 0.0)]
+    found = [Candidate((stays,), limits.price(stays.before), 0.0)]
     for structure in problem.formats:
         if target.kind not in structure.kinds:
             continue
@@ -81,7 +121,7 @@ def _curve(problem: Problem, target: Target, weight: Tensor, metric: Metric) -> 
                 note="",
                 bias=extra > 0,
             )
-            found.append(Candidate(layer, limits.price(after), energy * error**2))
+            found.append(Candidate((layer,), limits.price(after), energy * error**2))
     return _front(found)
 
 
@@ -101,8 +141,8 @@ def check_budget(problem: Problem, found: Sequence[Curve]) -> float:
         BudgetError: if even the cheapest candidates exceed it.
     """
     limits = problem.limits
-    dense = sum(curve[-1].price if curve[-1].layer.format is None else 0 for curve in found)
-    dense = dense or 1.0
+    sizes = [(t, t.weight(problem.model).element_size()) for t in problem.targets]
+    dense = sum(limits.price(dense_cost(target, size)) for target, size in sizes)
     least = sum(curve[0].price for curve in found)
     if least > limits.keep * dense:
         raise BudgetError(
@@ -114,12 +154,14 @@ def check_budget(problem: Problem, found: Sequence[Curve]) -> float:
 
 def at_multiplier(curve: Curve, multiplier: float) -> Candidate:
     """Return the candidate of least loss plus ``multiplier`` times price."""
+    if math.isinf(multiplier):
+        return curve[0]
     return min(curve, key=lambda c: (c.loss + multiplier * c.price, c.price))
 
 
 def at_tolerance(curve: Curve, tolerance: float) -> Candidate:
     """Return the cheapest candidate whose relative error is within a tolerance."""
-    return next(c for c in curve if (c.layer.error or 0.0) <= tolerance)
+    return next(c for c in curve if c.error <= tolerance)
 
 
 def least_within(

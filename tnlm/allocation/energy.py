@@ -21,7 +21,7 @@ class Energy(Allocation):
         found = curves(problem)
         budget = check_budget(problem, found)
         chosen = least_within(found, budget, at_tolerance, 1e-12, 1.0 + 1e-9)
-        return [candidate.layer for candidate in chosen]
+        return [layer for candidate in chosen for layer in candidate.layers]
 
 
 ALLOCATION = Energy()

@@ -6,11 +6,9 @@ import re
 from dataclasses import replace
 
 from tnlm.allocation.base import Allocation, Problem
-from tnlm.allocation.pricing import dense_cost
-from tnlm.allocation.uniform import Uniform
+from tnlm.allocation.uniform import Uniform, stay_dense
 from tnlm.errors import BudgetError
 from tnlm.planning import LayerPlan
-from tnlm.targets import Target
 
 
 def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, float]:
@@ -67,23 +65,14 @@ class LastBlocks(Allocation):
         count, share = schedule(problem.limits.keep, len(blocks), problem.limits.blocks)
         cut = set(blocks[-count:])
         chosen = [t for t in problem.targets if block_of(t.module) in cut]
-        inner = replace(problem, targets=chosen, limits=replace(problem.limits, keep=share))
-        decided = {layer.name: layer for layer in Uniform().allocate(inner)}
-        return [decided.get(target.name) or _dense(problem, target) for target in problem.targets]
-
-
-def _dense(problem: Problem, target: Target) -> LayerPlan:
-    cost = dense_cost(target, target.weight(problem.model).element_size())
-    return LayerPlan(
-        target.name,
-        target.kind,
-        target.shape,
-        None,
-        {},
-        cost,
-        cost,
-        note="before the last blocks that are cut",
-    )
+        joint = [t for t in problem.joint if block_of(t.module) in cut]
+        inner = replace(
+            problem, targets=chosen, joint=joint, limits=replace(problem.limits, keep=share)
+        )
+        kept = [t for t in problem.targets if block_of(t.module) not in cut]
+        note = "before the last blocks that are cut"
+        dense = [stay_dense(target, target.weight(problem.model), note) for target in kept]
+        return [*dense, *Uniform().allocate(inner)]
 
 
 ALLOCATION = LastBlocks()

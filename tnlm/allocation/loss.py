@@ -29,7 +29,8 @@ class LossAware(Allocation):
         budget = check_budget(problem, found)
         largest = max((curve[0].loss for curve in found), default=0.0) or 1.0
         chosen = least_within(found, budget, at_multiplier, 1e-30 * largest, 2.0 * largest)
-        return [candidate.layer for candidate in spend_rest(found, chosen, budget)]
+        chosen = spend_rest(found, chosen, budget)
+        return [layer for candidate in chosen for layer in candidate.layers]
 
 
 ALLOCATION = LossAware()

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.decompositions.base import is_table, macs, row_macs
+from tnlm.feed_forward import FeedForward
 from tnlm.layers.contraction import chain
 from tnlm.network import Cost, Network
 from tnlm.targets import Target
@@ -21,12 +22,16 @@ def dense_cost(target: Target, itemsize: int) -> Cost:
 
 def network_cost(target: Target, network: Network, itemsize: int, extra: int = 0) -> Cost:
     """Return the cost of a target once a network, and ``extra`` numbers, replace it."""
+    if isinstance(target, FeedForward):
+        width = network.shape[0]
+        rest = target.params - target.saved(width)
+        return Cost(rest, rest * itemsize, width * (target.params // target.shape[0]))
     size = network.params * itemsize + network.index_bytes
     if target.kind == "linear":
         work = macs(network)
         if target.copies > 1:  # what is shared is stored once, but applied in every member
-            rows = {**network.sizes, network.out: target.shape[0] // target.copies}
-            work = target.copies * macs(replace(network, sizes=rows))
+            sizes = {**network.sizes, network.out: target.shape[0] // target.copies}
+            work = target.copies * macs(replace(network, sizes=sizes))
         return Cost(network.params + extra, size + extra * itemsize, work)
     rows = target.shape[0]
     # A tied head passes through the factors, or rebuilds the rows and multiplies by them.

@@ -45,7 +45,7 @@ class TruncationLoss(Allocation):
         """Measure the loss of a uniform cut, then cut each matrix by its share."""
         structure, limits = problem.formats[0], problem.limits
         losses: dict[str, float] = {}
-        for target, weight, metric in problem.each():
+        for target, weight, metric in replace(problem, joint=()).each():
             layer = decide(target, weight, metric, structure, limits, predict=False)
             rank = layer.spec.get("rank", min(target.shape))
             losses[target.name] = _loss(metric, weight, rank)
@@ -56,7 +56,7 @@ class TruncationLoss(Allocation):
         decided = []
         for target in problem.targets:
             own = replace(limits, keep=keeps[target.name])
-            inner = replace(problem, targets=[target], limits=own, progress=False)
+            inner = replace(problem, targets=[target], joint=(), limits=own, progress=False)
             decided.extend(Uniform().allocate(inner))
         return decided
 

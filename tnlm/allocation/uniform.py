@@ -49,9 +49,7 @@ def decide(
         specs = _specs(target, weight, metric, structure, limits, extra)
         if not specs:
             note = _why_dense(target, weight, metric, structure, limits, extra)
-            return LayerPlan(
-                target.name, target.kind, target.shape, None, {}, before, before, note=note
-            )
+            return stay_dense(target, weight, note)
         errors: Sequence[float | None] = [None]
         if limits.tolerance is not None:
             specs = [min(specs, key=lambda spec: structure.network(target.shape, spec).params)]
@@ -78,6 +76,12 @@ def decide(
     )
 
 
+def stay_dense(target: Target, weight: Tensor, note: str) -> LayerPlan:
+    """Return the decision to leave a target as it is, with the reason."""
+    cost = dense_cost(target, weight.element_size())
+    return LayerPlan(target.name, target.kind, target.shape, None, {}, cost, cost, note=note)
+
+
 def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
     """Return a decision made elsewhere with its costs, checked as if it were made here.
 
@@ -94,7 +98,7 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
         network = structure.network(target.shape, from_dict(structure.spec, layer.spec))
         if network.gauge is not None and (target.kind == "embedding" or target.copies > 1):
             raise OptionError("gauge=true; allowed for an embedding or a stack: false")
-        if network.params > target.most:
+        if network_cost(target, network, 1).params > target.most:
             raise OptionError(f"{dict(layer.spec)} is not smaller than the dense matrix")
     except OptionError as error:
         raise type(error)(f"{target.name}: {error}") from error
@@ -133,6 +137,8 @@ def _budget(target: Target, limits: Limits, extra: int) -> Budget:
     # Strictly fewer parameters than dense: a layer that cannot shrink stays as it is.
     keep = 1.0 if limits.tolerance is not None else limits.keep
     share = 1.0 if limits.unit == "macs" else keep
+    if target.kind == "channels":  # counted in rows of the matrix that reads them
+        return Budget(min(share, limits.max_macs) * math.prod(target.shape) + 1e-9)
     params = min(math.floor(share * target.params + 1e-9), target.most) - extra
     if target.kind == "embedding":
         return Budget(params)  # a lookup costs little, and rows are priced by the report
@@ -165,8 +171,18 @@ class Uniform(Allocation):
     tolerates = True
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
-        """Give every target the format and spec of least error within its own share."""
-        return [self._best(problem, *each) for each in problem.each()]
+        """Give every target the format and spec of least error within its own share.
+
+        A joint target takes the place of its matrices.
+        """
+        replaced = problem.replaced
+        decided = {
+            target.name: self._best(problem, target, weight, metric)
+            for target, weight, metric in problem.each()
+            if target.name not in replaced
+        }
+        order = [replaced.get(target.name, target).name for target in problem.targets]
+        return [decided[name] for name in dict.fromkeys(order)]
 
     def _best(self, problem: Problem, target: Target, weight: Tensor, metric: Metric) -> LayerPlan:
         formats = [f for f in problem.formats if target.kind in f.kinds]
@@ -183,6 +199,8 @@ class Uniform(Allocation):
             )
             for structure in formats
         ]
+        if not found:
+            return stay_dense(target, weight, f"no format here replaces a {target.kind}")
         smaller = [layer for layer in found if layer.format is not None] or found[:1]
         return min(smaller, key=lambda layer: layer.error or 0.0)
 

@@ -19,6 +19,8 @@ from tnlm.layers.contraction import chain, pairwise
 from tnlm.network import Factors, Network
 
 S = TypeVar("S")
+KEEPS = (0.2, 0.35, 0.5, 0.65, 0.8)
+"""Fractions of a matrix's parameters at which a format's error curve is sampled."""
 Shape = tuple[int, int]
 
 
@@ -69,6 +71,7 @@ class Format(ABC, Generic[S]):
         spec: a frozen dataclass of plain values (int, bool, tuples of int) that fixes the network.
         metrics: names of the metrics that :meth:`fit` is optimal or exact for.
         kinds: what it can replace: ``"linear"`` weights, ``"embedding"`` tables, or both.
+        stacks: whether matrices that are stacked can be cut apart again, sharing ``right``.
     """
 
     name: ClassVar[str]
@@ -76,6 +79,7 @@ class Format(ABC, Generic[S]):
     spec: type[S]
     metrics: ClassVar[frozenset[str]] = frozenset({"identity"})
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    stacks: ClassVar[bool] = False
 
     @abstractmethod
     def network(self, shape: Shape, spec: S) -> Network:
@@ -112,6 +116,27 @@ class Format(ABC, Generic[S]):
             for spec in specs
             for fitted in [self.fit(weight, metric, spec)]
         ]
+
+    def curve(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
+    ) -> list[tuple[S, float]]:
+        """Return specs of growing size with their relative errors, for an allocator to choose from.
+
+        Args:
+            weight: ``(out, in)``.
+            metric: how the error is measured.
+            options: values of some fields of the spec.
+            macs: the most multiply-adds per token.
+        """
+        found = []
+        for keep in KEEPS:
+            budget = Budget(keep * weight.numel(), macs)
+            specs = self.candidates(matrix_shape(weight), options, budget)
+            if specs:
+                errors = self.errors(weight, metric, specs)
+                best = min(range(len(specs)), key=errors.__getitem__)
+                found.append((specs[best], errors[best]))
+        return found
 
     def reconstruct(self, shape: Shape, spec: S, factors: Factors) -> Tensor:
         """Return the ``(out, in)`` matrix that full factors stand for."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.decompositions import get_format
@@ -22,7 +22,7 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.network import Network
 
 Entry = dict[str, Any]
-KINDS = ("linear", "dense", "fused", "embedding", "head")
+KINDS = ("linear", "dense", "sliced", "fused", "embedding", "head")
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def check_entry(name: str, entry: Any, module: nn.Module) -> None:
     try:
         _check_kind(entry["kind"], module)
         parts = entry["parts"] if entry["kind"] == "fused" else [entry]
-        shape = _stacked_shape(parts)
+        shape = _stacked_shape(parts) if entry["kind"] != "sliced" else _uncut_shape(entry)
         if shape != shape_of(module):
             raise CheckpointError(f"it is {_by(shape)}, but the model has {_by(shape_of(module))}")
         for part in parts:
@@ -88,12 +88,21 @@ def _stacked_shape(parts: list[Entry]) -> tuple[int, int]:
     return sum(part["shape"][0] for part in parts), widths.pop()
 
 
+def _uncut_shape(entry: Entry) -> tuple[int, int]:
+    """Return the shape that a sliced matrix had."""
+    shape, full = _stacked_shape([entry]), _stacked_shape([{"shape": entry["full"]}])
+    axis = {"rows": 0, "columns": 1}[entry["cut"]]
+    if shape[axis] > full[axis] or shape[1 - axis] != full[1 - axis]:
+        raise CheckpointError(f"{_by(shape)} is no cut of {entry['cut']} of {_by(full)}")
+    return full
+
+
 def _check_part(part: Entry, biased: bool) -> None:
     added = part.get("bias_added") is True and not biased
     if part["bias"] is not (biased or added):
         has = "a" if biased else "no"
         raise CheckpointError(f"bias={part['bias']!r}, but the model has {has} bias there")
-    if part["kind"] == "dense":
+    if part["kind"] in ("dense", "sliced"):
         return
     wanted = "linear" if part["kind"] == "linear" else "embedding"
     if wanted not in get_format(part["format"]).kinds:
@@ -114,7 +123,7 @@ def build(
         parts = {part["name"]: build(part, device=device, dtype=dtype) for part in entry["parts"]}
         return FusedLinear(parts)
     rows, columns = entry["shape"]
-    if kind == "dense":
+    if kind in ("dense", "sliced"):
         return nn.Linear(columns, rows, bias=entry["bias"], device=device, dtype=dtype)
     network = network_of(entry)
     if kind == "embedding":
@@ -130,7 +139,9 @@ def build(
 
 def dense_module(entry: Entry, module: nn.Module) -> nn.Module:
     """Return the ordinary module, with the same weight, that a built module stands for."""
-    weight = module.to_dense().detach()  # type: ignore[operator]
+    if entry["kind"] == "sliced":
+        module = _padded(entry, module)
+    weight = _dense_weight(module)
     rows, columns = weight.shape
     factors = [p for name, p in module.named_parameters() if not name.endswith("bias")]
     trained = any(p.requires_grad for p in factors)
@@ -147,6 +158,27 @@ def dense_module(entry: Entry, module: nn.Module) -> nn.Module:
     if bias is not None:
         dense.bias = bias
     return dense
+
+
+def _dense_weight(module: nn.Module) -> Tensor:
+    weight: Any = module.weight if isinstance(module, nn.Linear) else module.to_dense()  # type: ignore[operator]
+    result: Tensor = weight.detach()
+    return result
+
+
+def _padded(entry: Entry, module: nn.Module) -> nn.Linear:
+    """Return a sliced layer at its full size; channels that were dropped are zero."""
+    small: Any = module
+    rows, columns = entry["full"]
+    full = nn.Linear(columns, rows, bias=small.bias is not None, device="meta")
+    weight = small.weight.new_zeros(rows, columns)
+    weight[: small.out_features, : small.in_features] = small.weight.detach()
+    full.weight = nn.Parameter(weight, requires_grad=small.weight.requires_grad)
+    if small.bias is not None:
+        bias = small.bias.new_zeros(rows)
+        bias[: small.out_features] = small.bias.detach()
+        full.bias = nn.Parameter(bias, requires_grad=small.bias.requires_grad)
+    return full
 
 
 def _fused_bias(module: FusedLinear) -> nn.Parameter | None:

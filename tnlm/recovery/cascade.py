@@ -18,6 +18,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ def anchored(weight: Tensor, moment: Tensor, cross: Tensor, damping: float | Non
     if ridge <= 0:  # the compressed input is silent: nothing to correct
         return weight
     damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    change = torch.linalg.solve(damped, (cross - moment).T).T
+    change: Tensor = torch.linalg.solve(damped, (cross - moment).T).T
     return weight + weight @ change
 
 
@@ -195,7 +196,7 @@ class _Pair:
         """Write a fit into the clone."""
         if fitted is None:
             return
-        module = self._clone.get_submodule(self._local(target.module))
+        module: Any = self._clone.get_submodule(self._local(target.module))
         target.view(module).copy_(fitted.weight)
         if fitted.bias is None:
             return

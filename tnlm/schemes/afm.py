@@ -7,5 +7,5 @@ SCHEME = Scheme(
     title="low rank of the centred features, with a bias",
     formats=("low-rank",),
     metric="centered",
-    source="AFM, Yu and Wu 2023, AAAI (ranks uniform: the paper's sensitivity score is not published)",
+    source="AFM, Yu and Wu 2023, AAAI (its sensitivity score is not published: uniform)",
 )

@@ -4,8 +4,8 @@ from tnlm.schemes.base import Scheme
 
 SCHEME = Scheme(
     name="auto",
-    title="our best: two-sided metric, one loss-aware budget, dense where that is best",
-    formats=("low-rank",),
+    title="our best: low rank, fewer channels or dense, whichever harms the loss least",
+    formats=("low-rank", "channels"),
     metric="two-sided",
     allocation="loss",
     source="tnlm; its parts are K-FAC whitening, Lagrangian allocation and gauge-fixed storage",

@@ -8,6 +8,6 @@ SCHEME = Scheme(
     formats=("low-rank",),
     metric="centered",
     allocation="last",
-    source="SFSD, Chavan et al. 2024, arXiv 2405.13039 (its code's bias is zero; the formula's is not)",
+    source="SFSD, Chavan et al. 2024, arXiv 2405.13039 (the formula's bias: its code's is zero)",
     defaults={"gauge": False},
 )

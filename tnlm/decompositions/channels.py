@@ -1,0 +1,159 @@
+"""Channels: a feed-forward pair keeps some of its hidden channels; the others are predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnlm.calibration.metrics import Metric
+from tnlm.decompositions.base import Budget, Format, Shape, matrix_shape
+from tnlm.errors import RankError
+from tnlm.network import Factors, Network
+
+STEPS = 128
+"""Greedy steps in which all channels are ordered; each adds a batch of them."""
+
+
+@dataclass(frozen=True)
+class ChannelsSpec:
+    """How many hidden channels are kept."""
+
+    width: int
+
+
+class Channels(Format[ChannelsSpec]):
+    """Keep the channels from which the others' contribution is predicted best (Nyström).
+
+    The matrix is the transposed output projection, ``(hidden, out)``; the metric's row side is the
+    second moment C of the hidden activations, its column side the output gradients' G. With K the
+    channels kept, the best projection that reads them alone is ``W C[:, K] C[K, K]^-1``, and the
+    error is what is left of W C W.T. Channels are chosen greedily: each batch has the largest
+    decrease of the error for one channel more, given those chosen before.
+
+    The matrices that produce the hidden channels lose the same rows, exactly, so that the layers
+    stay plain products.
+
+    Source: the MLP module of MoDeGPT (arXiv 2408.09632), which ranks by ridge leverage scores;
+    the greedy choice is orthogonal least squares (Chen, Cowan and Grant 1991).
+
+    Example:
+        >>> from tnlm.calibration.sides import Side
+        >>> copies = Side(torch.ones(4, 4))  # four channels that always agree
+        >>> weight = torch.randn(4, 3)
+        >>> factors = FORMAT.fit(weight, Metric(outputs=copies), ChannelsSpec(width=1))
+        >>> bool(torch.allclose(factors["rows"], weight.double().sum(0, keepdim=True)))
+        True
+    """
+
+    name = "channels"
+    title = "fewer hidden channels in a feed-forward pair (Nyström)"
+    spec = ChannelsSpec
+    metrics = frozenset({"separable"})
+    kinds = frozenset({"channels"})
+
+    def network(self, shape: Shape, spec: ChannelsSpec) -> Network:
+        """Return the one factor of kept rows; the layers that use it are plain."""
+        if spec.width > shape[0]:
+            raise RankError(f"width={spec.width}; {shape[0]} channels allow 1 to {shape[0]}")
+        return Network({"rows": "ko"}, "k", "o", {"k": spec.width, "o": shape[1]})
+
+    def fit(self, weight: Tensor, metric: Metric, spec: ChannelsSpec) -> Factors:
+        """Return ``kept``, sorted channel numbers, and ``rows``, the new projection of them."""
+        chosen, _ = _order(weight, metric)
+        kept = chosen[: spec.width].sort().values
+        moment = _moment(weight, metric)
+        cross = moment[kept] @ weight.detach().double()
+        rows = torch.linalg.solve(_safe(moment[kept][:, kept]), cross)
+        return {"kept": kept, "rows": rows}
+
+    def candidates(
+        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+    ) -> Sequence[ChannelsSpec]:
+        """Return the width asked for, or the largest within the budget for the rows."""
+        most = int(min(budget.params, budget.macs, math.prod(shape)) // shape[1])
+        width = options.get("width") or most
+        return [ChannelsSpec(width)] if 1 <= width <= most else []
+
+    def within(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
+    ) -> Sequence[ChannelsSpec]:
+        """Return the smallest width on the greedy path whose error is within the tolerance."""
+        found = self.curve(weight, metric, options, math.inf)
+        good = [spec for spec, error in found if error <= tolerance]
+        return good[:1] or [ChannelsSpec(weight.shape[0])]
+
+    def curve(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
+    ) -> list[tuple[ChannelsSpec, float]]:
+        """Return the error after every greedy step."""
+        _, path = _order(weight, metric)
+        total = path[0][1] or 1.0
+        if options.get("width") is not None:
+            spec = ChannelsSpec(options["width"])
+            return [(spec, self.errors(weight, metric, [spec])[0])]
+        return [(ChannelsSpec(w), max(left / total, 0.0) ** 0.5) for w, left in path if w]
+
+    def errors(self, weight: Tensor, metric: Metric, specs: Sequence[ChannelsSpec]) -> list[float]:
+        """Return the measured relative error of each width."""
+        return [
+            metric.relative(weight, self.reconstruct(matrix_shape(weight), spec, fitted))
+            for spec in specs
+            for fitted in [self.fit(weight, metric, spec)]
+        ]
+
+    def reconstruct(self, shape: Shape, spec: ChannelsSpec, factors: Factors) -> Tensor:
+        """Return the ``(hidden, out)`` matrix: the new rows, and zeros for dropped channels."""
+        table = factors["rows"].new_zeros(shape)
+        table[factors["kept"]] = factors["rows"]
+        return table
+
+
+def _moment(weight: Tensor, metric: Metric) -> Tensor:
+    """Return the second moment of the hidden channels, a full matrix."""
+    if metric.outputs is None:
+        return torch.eye(weight.shape[0], dtype=torch.float64, device=weight.device)
+    values = metric.outputs.values
+    return values.diag() if metric.outputs.is_diagonal else values
+
+
+def _safe(block: Tensor) -> Tensor:
+    """Return a block of a moment that can be solved with, whatever was silent in the data."""
+    ridge = 1e-10 * float(block.diagonal().mean()) or 1.0
+    return block + ridge * torch.eye(len(block), dtype=block.dtype, device=block.device)
+
+
+def _order(weight: Tensor, metric: Metric) -> tuple[Tensor, list[tuple[int, float]]]:
+    """Order all channels, best first; also return (channels taken, squared error left)."""
+    residual = _moment(weight, metric).clone()
+    weight = weight.detach().double()
+    weighed = weight if metric.inputs is None else metric.inputs.scale(weight)
+    effect = residual @ weighed  # (hidden, out): what each channel explains, given those taken
+    left = float((effect * weighed).sum())
+    floor = 1e-12 * float(residual.diagonal().max())
+    batch = -(-len(residual) // STEPS)
+    free = torch.ones(len(residual), dtype=torch.bool, device=weight.device)
+    taken: list[Tensor] = []
+    path = [(0, left)]
+    while bool(free.any()):
+        spread = residual.diagonal()
+        gain = effect.square().sum(1) / spread.clamp_min(floor or 1.0)
+        gain[spread <= floor] = 0.0
+        gain[~free] = -1.0
+        best = gain.topk(min(batch, int(free.sum()))).indices
+        free[best] = False
+        taken.append(best)
+        columns, block = residual[:, best], _safe(residual[best][:, best])
+        solved = torch.linalg.solve(block, torch.cat([columns.T, effect[best]], dim=1))
+        left -= float((effect[best] * solved[:, len(residual) :]).sum())
+        effect = effect - columns @ solved[:, len(residual) :]
+        residual = residual - columns @ solved[:, : len(residual)]
+        path.append((path[-1][0] + len(best), max(left, 0.0)))
+    return torch.cat(taken), path
+
+
+FORMAT = Channels()

@@ -1,0 +1,147 @@
+"""Feed-forward pairs: hidden channels that several matrices lose together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tnlm.layers.build import Entry
+from tnlm.network import Factors
+from tnlm.targets import Target
+
+PAIRS = (
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, SmolLM
+    (("c_fc",), "c_proj"),  # GPT-2
+    (("fc1",), "fc2"),  # OPT, Phi
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom, Falcon
+    (("fc_in",), "fc_out"),  # GPT-J
+    (("wi_0", "wi_1"), "wo"),  # T5 v1.1
+    (("wi",), "wo"),  # T5
+)
+"""Names of the matrices that produce hidden channels, and of the one that reads them.
+
+Between them these models apply functions of single channels only.
+"""
+
+
+@dataclass(frozen=True)
+class FeedForward(Target):
+    """The matrices around one layer of hidden channels, as one target of shape (hidden, out).
+
+    Attributes:
+        producers: the targets whose rows are the channels.
+        consumer: the target whose columns are the channels.
+        biases: how many producers have a bias, which loses channels as well.
+    """
+
+    producers: tuple[Target, ...] = ()
+    consumer: Target | None = None
+    biases: int = 0
+
+    @property
+    def params(self) -> int:
+        """Numbers in all the matrices."""
+        return sum(member.params for member in self.members)
+
+    @property
+    def members(self) -> tuple[Target, ...]:
+        """All the targets, producers first."""
+        return (*self.producers, *([self.consumer] if self.consumer else []))
+
+    def saved(self, width: int) -> int:
+        """Return how many numbers go when only ``width`` channels stay, biases included."""
+        channels = self.shape[0] - width
+        return channels * (self.params // self.shape[0] + self.biases)
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """Return the consumer's weight, transposed: a row for every channel."""
+        return self.reader.weight(model).T
+
+    def bias(self, model: nn.Module) -> Tensor | None:
+        """Return None: each member keeps its own bias."""
+        return None
+
+    @property
+    def reader(self) -> Target:
+        """The consumer."""
+        if self.consumer is None:
+            raise ValueError("a feed-forward target without a consumer")
+        return self.consumer
+
+
+def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
+    """Return the feed-forward pairs all of whose matrices are targets.
+
+    Example:
+        >>> up = Target("h.0.mlp.c_fc", "h.0.mlp.c_fc", "linear", (8, 4))
+        >>> down = Target("h.0.mlp.c_proj", "h.0.mlp.c_proj", "linear", (4, 8))
+        >>> layer = nn.ModuleDict({"c_fc": nn.Linear(4, 8), "c_proj": nn.Linear(8, 4)})
+        >>> model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"mlp": layer})])})
+        >>> [(pair.shape, pair.params) for pair in pairs(model, [up, down])]
+        [((8, 4), 64)]
+    """
+    found = []
+    by_name = {target.name: target for target in targets}
+    for target in targets:
+        parent, _, ending = target.name.rpartition(".")
+        for producers, consumer in PAIRS:
+            names = [f"{parent}.{name}" for name in (*producers, consumer)]
+            if ending != producers[0] or not all(name in by_name for name in names):
+                continue
+            members = [by_name[name] for name in names]
+            if all(member.shape[0] == members[-1].shape[1] for member in members[:-1]):
+                found.append(_pair(model, members))
+    return found
+
+
+def _pair(model: nn.Module, members: list[Target]) -> FeedForward:
+    *producers, consumer = members
+    return FeedForward(
+        "+".join(member.name for member in members),
+        consumer.module,
+        "channels",
+        (consumer.shape[1], consumer.shape[0]),
+        producers=tuple(producers),
+        consumer=consumer,
+        biases=sum(producer.bias(model) is not None for producer in producers),
+    )
+
+
+def sliced(
+    unit: FeedForward, model: nn.Module, factors: Factors
+) -> list[tuple[Target, Entry, nn.Module]]:
+    """Return every member with the entry and the module that replace it."""
+    kept = factors["kept"]
+    found: list[tuple[Target, Entry, nn.Module]] = []
+    for member in unit.producers:
+        bias = member.bias(model)
+        rows = None if bias is None else bias[kept]
+        module = _linear(member.weight(model)[kept], rows)
+        found.append((member, _entry(member, module, "rows"), module))
+    like, bias = unit.reader.weight(model), unit.reader.bias(model)
+    module = _linear(factors["rows"].T.to(like), None if bias is None else bias)
+    found.append((unit.reader, _entry(unit.reader, module, "columns"), module))
+    return found
+
+
+def _entry(member: Target, module: nn.Linear, cut: str) -> Entry:
+    shape: list[Any] = [module.out_features, module.in_features]
+    return {
+        "kind": "sliced",
+        "shape": shape,
+        "full": list(member.shape),
+        "cut": cut,
+        "bias": module.bias is not None,
+    }
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone().contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
