@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tnlm.decompositions.base import Format
 from tnlm.registry import discover, lookup
+
+if TYPE_CHECKING:  # formats are fitted under metrics, which need linear algebra from here
+    from tnlm.decompositions.base import Format
 
 
 def formats() -> dict[str, Format[Any]]:

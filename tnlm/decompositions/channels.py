@@ -64,7 +64,7 @@ class Channels(Format[ChannelsSpec]):
 
     def fit(self, weight: Tensor, metric: Metric, spec: ChannelsSpec) -> Factors:
         """Return ``kept``, sorted channel numbers, and ``rows``, the new projection of them."""
-        chosen, _ = _order(weight, metric)
+        chosen, _ = _order(weight, metric, spec.width)
         kept = chosen[: spec.width].sort().values
         moment = _moment(weight, metric)
         cross = moment[kept] @ weight.detach().double()
@@ -127,8 +127,13 @@ def _safe(block: Tensor) -> Tensor:
     return block + ridge * torch.eye(len(block), dtype=block.dtype, device=block.device)
 
 
-def _order(weight: Tensor, metric: Metric) -> tuple[Tensor, list[tuple[int, float]]]:
-    """Order all channels, best first; also return (channels taken, squared error left)."""
+def _order(
+    weight: Tensor, metric: Metric, width: int | None = None
+) -> tuple[Tensor, list[tuple[int, float]]]:
+    """Order channels, best first, all or at least ``width``.
+
+    Also returns (channels taken, squared error left) after every step.
+    """
     residual = _moment(weight, metric).clone()
     weight = weight.detach().double()
     weighed = weight if metric.inputs is None else metric.inputs.scale(weight)
@@ -139,7 +144,7 @@ def _order(weight: Tensor, metric: Metric) -> tuple[Tensor, list[tuple[int, floa
     free = torch.ones(len(residual), dtype=torch.bool, device=weight.device)
     taken: list[Tensor] = []
     path = [(0, left)]
-    while bool(free.any()):
+    while path[-1][0] < (len(residual) if width is None else width):
         spread = residual.diagonal()
         gain = effect.square().sum(1) / spread.clamp_min(floor or 1.0)
         gain[spread <= floor] = 0.0
@@ -150,8 +155,8 @@ def _order(weight: Tensor, metric: Metric) -> tuple[Tensor, list[tuple[int, floa
         columns, block = residual[:, best], _safe(residual[best][:, best])
         solved = torch.linalg.solve(block, torch.cat([columns.T, effect[best]], dim=1))
         left -= float((effect[best] * solved[:, len(residual) :]).sum())
-        effect = effect - columns @ solved[:, len(residual) :]
-        residual = residual - columns @ solved[:, : len(residual)]
+        effect.addmm_(columns, solved[:, len(residual) :], alpha=-1.0)
+        residual.addmm_(columns, solved[:, : len(residual)], alpha=-1.0)
         path.append((path[-1][0] + len(best), max(left, 0.0)))
     return torch.cat(taken), path
 
