@@ -92,9 +92,17 @@ def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
             if ending != producers[0] or not all(name in by_name for name in names):
                 continue
             members = [by_name[name] for name in names]
-            if all(member.shape[0] == members[-1].shape[1] for member in members[:-1]):
+            fits = all(member.shape[0] == members[-1].shape[1] for member in members[:-1])
+            if fits and not _in_between(model.get_submodule(parent), members):
                 found.append(_pair(model, members))
     return found
+
+
+def _in_between(parent: nn.Module, members: Sequence[Target]) -> bool:
+    """Tell whether something else has as many channels, as the norm in BitNet's layer."""
+    own = {member.module.rpartition(".")[2] for member in members}
+    others = (p for name, p in parent.named_parameters() if name.rpartition(".")[0] not in own)
+    return any(members[-1].shape[1] in parameter.shape for parameter in others)
 
 
 def _pair(model: nn.Module, members: list[Target]) -> FeedForward:

@@ -47,7 +47,7 @@ class Job:
         request: what is asked.
         selection: the matrices.
         units: what is decided and fitted as one: the matrices, or stacks of them.
-        joint: what may take the place of several matrices.
+        pairs: feed-forward pairs among the matrices.
         batches: calibration data, empty if none is needed.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
@@ -57,12 +57,18 @@ class Job:
     request: Request
     selection: Selection
     units: Sequence[Target] = ()
-    joint: Sequence[Target] = ()
+    pairs: Sequence[FeedForward] = ()
     batches: Sequence[Batch] = ()
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
+
+    @property
+    def joint(self) -> Sequence[FeedForward]:
+        """What may take the place of several matrices: pairs, if channels may be dropped."""
+        drops = any("channels" in structure.kinds for structure in self.request.structures)
+        return self.pairs if drops else ()
 
     def metric(self, target: Target, newer: Mapping[str, Tensor] | None = None) -> Metric:
         """Return how the error of a target is measured.
@@ -92,18 +98,44 @@ class Job:
         return Metric(reader.inputs, reader.outputs)
 
     def importance(self, target: Target) -> float:
-        """Return the effect on the loss of a unit of a target's squared error in its metric."""
+        """Return the effect on the loss of a unit of a target's squared error in its metric.
+
+        Where the data shows no effect at all the metric is even, as nothing is known of directions;
+        the importance is then 0.
+        """
         if isinstance(target, FeedForward):
             return self.importance(target.reader)
-        needs = self.request.measure.needs
-        if self.request.measure.is_elementwise:  # its weights are scaled to mean 1
-            return float(self._statistic(target, "fisher").mean())
-        if self.gradients is None or needs & {GRADIENTS, FISHER}:
+        measure = self.request.measure
+        if self.gradients is None:
             return 1.0
-        effect = float(self._statistic(target, "gradient").diagonal().mean())
-        if needs:
-            return effect
-        return effect * float(self._statistic(target, "moment").diagonal().mean())
+        if FISHER in measure.needs:
+            mean = float(self._statistic(target, "fisher").mean())
+            # Element-wise weights are scaled to mean 1; the others are the effect itself.
+            return mean if measure.is_elementwise else float(mean > 0)
+        gradient = float(self._statistic(target, "gradient").diagonal().mean())
+        moment = float(self._statistic(target, "moment").diagonal().mean())
+        if GRADIENTS in measure.needs:
+            return float(gradient * moment > 0)
+        return gradient * moment / self._scale(target, moment) if moment > 0 else 0.0
+
+    def _scale(self, target: Target, moment: float) -> float:
+        """Return how the metric weighs a column on average."""
+        if not self.request.measure.needs:
+            return 1.0
+        if self.request.measure.name == "diagonal":  # magnitudes, not their squares
+            return float(self._statistic(target, "magnitude").mean())
+        return moment
+
+    def effect_root(self, block: str) -> Tensor | None:
+        """Return the root of the form that measures how a block's output acts on the loss.
+
+        What a block adds last to the residual stream has the gradient of the stream itself.
+        """
+        for pair in self.pairs:
+            if pair.module.startswith(block + ".") and self.gradients is not None:
+                side = self.metric(pair.reader).outputs
+                return None if side is None or side.is_diagonal else side.root
+        return None
 
     def forget(self) -> None:
         """Drop the latest metric from memory."""
@@ -146,8 +178,7 @@ def prepare(
     check_weights(model, selection.targets)
     start = time.perf_counter()
     units = stack(selection.targets, request.share)
-    slices = any("channels" in structure.kinds for structure in request.structures)
-    job = Job(request, selection, units, pairs(model, units) if slices else ())
+    job = Job(request, selection, units, pairs(model, selection.targets))
     if request.looks_at_data:
         _gather(model, job, data, progress)
     job.seconds["calibrate"] = time.perf_counter() - start
@@ -195,8 +226,9 @@ def _check_data(request: Request, data: Data) -> None:
         )
     if not request.looks_at_data and data.cache_dir is not None:
         raise OptionError("cache_dir= keeps calibration statistics, but no calibration is used")
-    if not isinstance(data.gradient_samples, int) or data.gradient_samples < 1:
-        raise OptionError(f"gradient_samples={data.gradient_samples!r}; allowed: a number >= 1")
+    samples = data.gradient_samples
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise OptionError(f"gradient_samples={samples!r}; allowed: a number >= 1")
 
 
 def _check_kinds(request: Request, selection: Selection) -> None:

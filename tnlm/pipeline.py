@@ -193,6 +193,7 @@ def _refine_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bo
         job.request.refine,
         fitting.take,
         fitting.keep,
+        weigh=job.effect_root,
         progress=progress,
     )
     job.seconds["refine"] = time.perf_counter() - start

@@ -11,6 +11,9 @@ from tnlm.calibration.sides import Side
 from tnlm.decompositions.linalg import energies
 from tnlm.errors import CalibrationError
 
+ACCURATE = 1e-10
+"""Squared singular values below this share of the largest are lost in a Gram matrix."""
+
 
 class Metric:
     """A two-sided norm, ``||G^(1/2) E C^(1/2)||_F``; without sides, the Frobenius norm.
@@ -81,12 +84,18 @@ class Metric:
         scaled = self.scale_outputs(weight)
         return (scaled if self.inputs is None else self.inputs.apply(scaled)) @ scaled.T
 
+    def input_gram(self, weight: Tensor) -> Tensor:
+        """Return ``M.T @ M``, ``(in, in)``, without a root of G, which is large if W is tall."""
+        weight = weight.detach().double()
+        weighed = weight if self.outputs is None else self.outputs.apply(weight.T).T
+        gram = weight.T @ weighed
+        return gram if self.inputs is None else self.inputs.scale(self.inputs.scale(gram).T)
+
     def spectrum(self, weight: Tensor) -> Tensor:
         """Return the squared singular values of M, largest first."""
         if weight.shape[0] <= weight.shape[1]:
             return energies(self.output_gram(weight))
-        whitened = self.whiten(weight)
-        return energies(whitened.T @ whitened)
+        return energies(self.input_gram(weight))
 
     def leading_outputs(self, weight: Tensor, rank: int) -> Tensor:
         """Return an orthonormal basis ``(out, rank)`` of the leading left singular vectors of M."""
@@ -104,10 +113,30 @@ class Metric:
         With U the leading left singular vectors of M, it is ``G^(-1/2) U U.T G^(1/2) W``: no
         inverse of C is needed, so a singular C does no harm and full rank is exact.
         """
+        if self.outputs is not None and weight.shape[0] > weight.shape[1]:
+            tall = self._tall_low_rank(weight.detach().double(), rank)
+            if tall is not None:
+                return tall
         basis = self.leading_outputs(weight, rank)
         right = basis.T @ self.scale_outputs(weight)
         left = basis if self.outputs is None else self.outputs.unscale(basis.T).T
         return left, right
+
+    def _tall_low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+        """Return the same product without a root of G, unless its small values are not accurate.
+
+        With V the right singular vectors of M and s its singular values, U = M V / s, so that
+        ``G^(-1/2) U = W C^(1/2) V / s`` and ``U.T G^(1/2) W = (C^(1/2) V / s).T W.T G W``.
+        """
+        values, vectors = torch.linalg.eigh(self.input_gram(weight))
+        values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+        if not float(values[-1]) > ACCURATE * float(values[0]):
+            return None
+        mixing = vectors if self.inputs is None else self.inputs.scale(vectors.T).T
+        mixing = mixing / values.sqrt()
+        left = weight @ mixing
+        weighed = left if self.outputs is None else self.outputs.apply(left.T).T
+        return left, weighed.T @ weight
 
     def start(self) -> Metric:
         """Return a separable metric near to this one, to start a fit from: itself."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ WARM_UP = 0.1
 """Share of the steps over which the learning rate rises; it then falls along a cosine to 0."""
 
 Take = Callable[[str], Mapping[str, nn.Module]]
-"""Returns the fitted modules of a block, by dotted name; they are trained in place."""
+"""Returns the fitted modules of a block, by dotted name; they are trained in place, but for
+parameters that require no gradient."""
 
 
 def refine(
@@ -40,6 +42,7 @@ def refine(
     take: Take,
     keep: Callable[[str, Mapping[str, nn.Module]], None],
     *,
+    weigh: Callable[[str], Tensor | None] = lambda _: None,
     learning_rate: float = LEARNING_RATE,
     progress: bool = True,
 ) -> None:
@@ -52,6 +55,8 @@ def refine(
         tokens: how many tokens each block is tuned on; the data is used again where it is short.
         take: gives the fitted modules of a block.
         keep: takes what was tuned in a block, by dotted name: the same modules, and norms.
+        weigh: gives the square root of the form that measures the error of a block's output, or
+            None to count all its directions the same.
         learning_rate: of Adam, at its highest.
         progress: show a progress bar.
 
@@ -72,14 +77,19 @@ def refine(
                 student.set_submodule(full.removeprefix(name + "."), module.float())
             if fitted:
                 norms = _norms(student)
-                chosen = [p for m in (*fitted.values(), *norms.values()) for p in m.parameters()]
-                _tune(student, chosen, compressed, wanted, call, tokens, learning_rate, name)
+                free = [p for m in fitted.values() for p in m.parameters() if p.requires_grad]
+                chosen = [*free, *(p for norm in norms.values() for p in norm.parameters())]
+                lesson = _Lesson(student, call, compressed, wanted, weigh(name))
+                _tune(lesson, chosen, tokens, learning_rate, name)
             compressed = [call_block(student, state.float(), call) for state in compressed]
             dense = wanted
             if fitted:
                 tuned = {**fitted, **{f"{name}.{local}": m for local, m in norms.items()}}
-                dtype = next(block.parameters()).dtype
-                keep(name, {full: module.to(dtype) for full, module in tuned.items()})
+                keep(name, {full: module.to(_dtype(model, full)) for full, module in tuned.items()})
+
+
+def _dtype(model: nn.Module, name: str) -> torch.dtype:
+    return next(model.get_submodule(name).parameters()).dtype
 
 
 def _norms(block: nn.Module) -> dict[str, nn.Module]:
@@ -92,58 +102,63 @@ def _norms(block: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@dataclass(frozen=True)
+class _Lesson:
+    """A block, the inputs it gets, and the outputs it should give."""
+
+    student: nn.Module
+    call: Call
+    inputs: Sequence[Tensor]
+    wanted: Sequence[Tensor]
+    root: Tensor | None
+
+    def loss(self, index: int) -> Tensor:
+        """Return the squared error of one batch, relative to the size of what is wanted."""
+        wanted = self.wanted[index].float()
+        error = call_block(self.student, self.inputs[index].float(), self.call) - wanted
+        if self.root is not None:
+            error, wanted = error @ self.root.to(error), wanted @ self.root.to(error)
+        return error.square().mean() / wanted.square().mean().clamp_min(1e-30)
+
+    def sample(self) -> float:
+        """Return the mean loss of a few batches, to tell whether tuning helped."""
+        with torch.no_grad():
+            some = range(0, len(self.inputs), max(1, len(self.inputs) // 8))
+            return sum(float(self.loss(index)) for index in some) / len(some)
+
+
 def _tune(
-    student: nn.Module,
+    lesson: _Lesson,
     parameters: Sequence[nn.Parameter],
-    inputs: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    call: Call,
     tokens: int,
     learning_rate: float,
     name: str,
 ) -> None:
-    """Run Adam on the mean squared difference of outputs; keep the start if it does not help."""
-    student.requires_grad_(False)
+    """Run Adam on the squared error of outputs; keep the start if it does not help."""
+    lesson.student.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    steps = max(1, round(tokens / inputs[0].shape[:-1].numel()))
+    steps = max(1, round(tokens / lesson.inputs[0].shape[:-1].numel()))
     before = copy.deepcopy([p.detach() for p in parameters])
-    first = _loss(student, inputs, wanted, call)
+    first = lesson.sample()
+    if not math.isfinite(first):
+        raise CalibrationError(f"the output of {name} is not finite on the calibration data")
     adam = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
     order = torch.Generator().manual_seed(0)
     rows: list[int] = []
     with torch.enable_grad():
         for _ in range(steps):
-            rows = rows or torch.randperm(len(inputs), generator=order).tolist()
-            index = rows.pop()
+            rows = rows or torch.randperm(len(lesson.inputs), generator=order).tolist()
             adam.zero_grad()
-            _difference(student, inputs[index], wanted[index], call).backward()
+            lesson.loss(rows.pop()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             schedule.step()
-    last = _loss(student, inputs, wanted, call)
-    if not math.isfinite(first):
-        raise CalibrationError(f"the output of {name} is not finite on the calibration data")
-    if not last < first:
+    adam.zero_grad()
+    if not lesson.sample() < first:
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old)
-    adam.zero_grad()
-
-
-def _difference(student: nn.Module, state: Tensor, wanted: Tensor, call: Call) -> Tensor:
-    output = call_block(student, state.float(), call)
-    return (output - wanted.float()).square().mean() / wanted.float().square().mean()
-
-
-def _loss(
-    student: nn.Module, inputs: Sequence[Tensor], wanted: Sequence[Tensor], call: Call
-) -> float:
-    """Mean difference on a few batches, to tell whether tuning helped."""
-    step = max(1, len(inputs) // 8)
-    pairs = list(zip(inputs, wanted, strict=True))[::step]
-    with torch.no_grad():
-        return sum(float(_difference(student, a, b, call)) for a, b in pairs) / len(pairs)
 
 
 def _rate(step: int, steps: int) -> float:
