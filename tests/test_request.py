@@ -20,7 +20,11 @@ def request(scheme="svd", *, options=None, **budget):
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("kro", "did you mean 'kron'"), ("SVD-LLM", "Allowed: albert, kron, svd"), ("", "Allowed")],
+    [
+        ("kro", "did you mean 'kron'"),
+        ("SVD-LLM", "Allowed: .*svd, svd-llm, svd-llm-v2"),
+        ("", "Allowed"),
+    ],
 )
 def test_an_unknown_scheme_gets_a_hint(word, hint):
     with pytest.raises(OptionError, match=f"unknown scheme {word!r}.*{hint}"):
@@ -121,23 +125,104 @@ def test_multiply_adds_may_be_without_limit():
 
 @pytest.mark.parametrize("metric", ["inputs", "fisher", 3])
 def test_an_unknown_metric_gets_a_hint(metric):
-    with pytest.raises(OptionError, match=r"unknown metric .* Allowed: centered, covariance, diagonal"):
+    with pytest.raises(
+        OptionError, match=r"unknown metric .* Allowed: centered, covariance, diagonal"
+    ):
         request(metric=metric)
 
 
 def test_a_metric_that_the_format_cannot_serve_is_refused():
-    with pytest.raises(OptionError, match="a tucker can be fitted under: identity"):
-        request("tucker", metric="input")
+    with pytest.raises(OptionError, match="a token-mps can be fitted under identity only"):
+        request("tensorgpt", metric="input")
     assert request("svd", metric="input").measure.name == "input"
 
 
-def test_without_a_budget_the_default_holds_unless_the_size_is_given():
-    assert request().limits(cost(100), cost(50)).keep == get_scheme("svd").keep_targets
-    assert request("kron", options={"terms": 4}).limits(cost(100), cost(50)).keep == get_scheme("svd").keep_targets
-    assert request(options={"rank": 4}).limits(cost(100), cost(50)).keep == 1.0
-    assert request("tt", options={"ranks": [4]}).limits(cost(100), cost(50)).keep == 1.0
-    sized = {"terms": 4, "out_split": [2, 3], "in_split": [2, 2]}
-    assert request("kron", options=sized).limits(cost(100), cost(50)).keep == 1.0
+@pytest.mark.parametrize(
+    ("scheme", "options", "whole"),
+    [
+        ("svd", {}, False),
+        ("svd", {"rank": 4}, True),
+        ("svd", {"gauge": False}, False),
+        ("tt", {"ranks": [4]}, True),
+        ("kron", {"terms": 4}, False),
+        ("kron", {"terms": 4, "out_split": [2, 3], "in_split": [2, 2]}, True),
+        ("modegpt", {"width": 4}, False),
+        ("modegpt", {"rank": 4}, False),
+        ("modegpt", {"rank": 4, "width": 4}, True),
+    ],
+)
+def test_without_a_budget_the_default_holds_unless_the_size_is_given(scheme, options, whole):
+    keep = request(scheme, options=options).limits(cost(100), cost(50)).keep
+    assert keep == (1.0 if whole else get_scheme(scheme).keep_targets)
+
+
+@pytest.mark.parametrize(
+    ("unit", "keep", "expected"), [("params", 0.8, 0.6), ("bytes", 0.8, 0.5), ("macs", 0.8, 0.2)]
+)
+def test_a_budget_counts_in_its_unit(unit, keep, expected):
+    model, targets = Cost(100, 1000, 80), Cost(50, 400, 20)
+    asked = request(allocation="loss", unit=unit, keep=keep)
+    limits = asked.limits(model, targets)
+    assert limits.keep == pytest.approx(expected)
+    assert limits.price(targets) == getattr(targets, unit)
+    # Targets at this fraction, and all else as it is, make up the budget.
+    rest = getattr(model, unit) - getattr(targets, unit)
+    assert rest + limits.keep * getattr(targets, unit) == pytest.approx(keep * getattr(model, unit))
+    share = request(allocation="loss", unit=unit, keep_targets=0.3).limits(model, targets)
+    assert (share.keep, share.unit) == (0.3, unit)
+
+
+def test_targets_without_multiply_adds_have_no_fraction_of_them():
+    # Looking embeddings up takes none.
+    asked = request(allocation="loss", unit="macs", keep=0.9)
+    with pytest.raises(
+        BudgetError, match=r"keep=0\.9 counts multiply-adds, and the targets have none"
+    ):
+        asked.limits(Cost(100, 400, 80), Cost(50, 200, 0))
+
+
+def test_the_limits_carry_what_was_asked():
+    asked = request(
+        allocation="last", unit="macs", blocks=3, keep_targets=0.5, max_macs=2, options={"rank": 3}
+    )
+    limits = asked.limits(cost(100), cost(50))
+    assert (limits.blocks, limits.unit, limits.max_macs) == (3, "macs", 2.0)
+    assert (limits.keep, limits.tolerance, dict(limits.options)) == (0.5, None, {"rank": 3})
+    loose = request(tolerance=0.2).limits(cost(100), cost(50))
+    assert (loose.keep, loose.tolerance) == (1.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "arguments", "needs"),
+    [
+        ("svd", {}, set()),
+        ("svd", {"allocation": "energy"}, set()),
+        ("svd", {"allocation": "loss"}, {"inputs", "gradients"}),
+        ("svd-llm", {}, {"inputs"}),
+        ("svd-llm", {"allocation": "loss"}, {"inputs", "gradients"}),
+        ("kfac-svd", {"allocation": "loss"}, {"inputs", "gradients"}),
+        ("fwsvd", {}, {"fisher"}),
+        ("fwsvd", {"allocation": "loss"}, {"fisher"}),
+        ("tfwsvd", {"allocation": "loss"}, {"fisher"}),
+    ],
+)
+def test_only_the_statistics_that_are_used_are_needed(scheme, arguments, needs):
+    asked = request(scheme, **arguments)
+    assert asked.needs == needs
+    assert asked.looks_at_data == bool(needs)
+
+
+def test_tuning_looks_at_data_as_well():
+    assert request(refine=8).looks_at_data
+    assert not request(refine=0).looks_at_data
+
+
+def test_the_damping_is_the_measures_own_unless_asked():
+    assert request("svd-llm").damping == 1e-6
+    assert request("kfac-svd").damping == 1e-3
+    assert request("kfac-svd", damping=0).damping == 0
+    assert request("kfac-svd", damping=0).record()["damping"] == 0
+    assert "damping" not in request().record()
 
 
 def test_keep_counts_what_lies_outside_the_targets():
@@ -171,4 +256,11 @@ def test_what_a_matrix_cannot_have_names_the_matrix(scheme, options, most, tiny_
 
 def test_the_record_holds_what_was_asked_as_plain_values():
     asked = request("tt", options={"ranks": (2, 3)}, keep=0.5, max_macs=2)
-    assert asked.record() == {"keep": 0.5, "max_macs": 2.0, "ranks": [2, 3]}
+    assert asked.record() == {
+        "keep": 0.5,
+        "max_macs": 2.0,
+        "allocation": "uniform",
+        "cascade": "none",
+        "unit": "params",
+        "ranks": [2, 3],
+    }

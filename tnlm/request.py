@@ -24,12 +24,13 @@ from tnlm.rules import (
     check_refine,
     check_share,
     check_shared,
+    check_shared_formats,
     check_speed,
 )
 from tnlm.schemes import get_scheme
 from tnlm.schemes.base import Scheme
 
-SIZES = ("rank", "ranks", "terms")
+SIZES = ("rank", "ranks", "terms", "width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Request:
         if self.keep is not None:
             whole, part = getattr(model, self.unit), getattr(targets, self.unit)
             rest = whole - part
+            if part == 0:
+                raise BudgetError(
+                    f"keep={self.keep:g} counts {_words(self.unit)}, and the targets have none; "
+                    "add targets, or use another unit"
+                )
             keep = (self.keep * whole - rest) / part
             if keep <= 0:
                 least = min(math.floor(1000 * rest / whole + 1) / 1000, 1.0)
@@ -111,8 +117,7 @@ class Request:
 
     def _size_is_given(self) -> bool:
         """Whether the options alone fix how large the factors are."""
-        given = set(self.options)
-        return bool(given & {"rank", "ranks"}) or {"terms", "out_split", "in_split"} <= given
+        return all(_is_sized(structure, self.options) for structure in self.structures)
 
     def record(self) -> dict[str, Any]:
         """Return what was asked, as plain values."""
@@ -182,6 +187,7 @@ def make_request(
     check_share(structures, measure, chain, shared_blocks)
     check_refine(refine)
     check_shared(shared, tolerance, unit, blocks)
+    check_shared_formats(shared, structures)
     return Request(
         named,
         structures,
@@ -199,6 +205,12 @@ def make_request(
         unit,
         blocks,
     )
+
+
+def _is_sized(structure: Format[Any], options: Mapping[str, Any]) -> bool:
+    fields = {item.name for item in dataclasses.fields(structure.spec)}
+    sizes = fields & {"rank", "ranks", "width"} or fields & {"terms", "out_split", "in_split"}
+    return sizes <= options.keys()
 
 
 def _words(unit: str) -> str:

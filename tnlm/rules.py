@@ -106,6 +106,16 @@ def check_share(
         )
 
 
+def check_shared_formats(allocation: Allocation, structures: Sequence[Format[Any]]) -> None:
+    """Raise `OptionError` unless the allocation can share a budget between the formats."""
+    for structure in structures:
+        if allocation.formats is not None and structure.name not in allocation.formats:
+            raise OptionError(
+                f"allocation={allocation.name!r} with a {structure.name}; allowed: "
+                + ", ".join(sorted(allocation.formats))
+            )
+
+
 def check_shared(
     allocation: Allocation, tolerance: float | None, unit: str, blocks: int | None
 ) -> None:

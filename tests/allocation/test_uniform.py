@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tnlm.allocation.pricing import dense_cost, model_cost
 from tnlm.allocation.base import Limits
+from tnlm.allocation.pricing import dense_cost, model_cost
 from tnlm.allocation.uniform import decide
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import formats, get_format

@@ -98,6 +98,7 @@ class Allocation(ABC):
         units: what its budget can count.
         tolerates: whether it can work to a tolerance in place of a budget.
         counts_blocks: whether it asks how many blocks to cut.
+        formats: names of the formats it can share a budget between; None for all.
     """
 
     name: ClassVar[str]
@@ -106,6 +107,7 @@ class Allocation(ABC):
     units: ClassVar[tuple[str, ...]] = ("params", "bytes", "macs")
     tolerates: ClassVar[bool] = False
     counts_blocks: ClassVar[bool] = False
+    formats: ClassVar[frozenset[str] | None] = None
 
     @abstractmethod
     def allocate(self, problem: Problem) -> list[LayerPlan]:

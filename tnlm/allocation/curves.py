@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
 from tnlm.allocation.base import Problem
 from tnlm.allocation.pricing import dense_cost, network_cost
-from tnlm.allocation.uniform import options_for, stay_dense
+from tnlm.allocation.uniform import name_target, options_for, stay_dense
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import to_dict
-from tnlm.errors import BudgetError
+from tnlm.errors import BudgetError, OptionError
 from tnlm.planning import LayerPlan
 from tnlm.targets import Target, members_of
 
@@ -46,14 +47,31 @@ class Candidate:
 Curve = list[Candidate]
 """The candidates of one matrix, cheapest first, each better than all cheaper ones."""
 
+Harm = Callable[[Candidate], float]
+"""What makes a candidate better than another: its loss, or its error."""
 
-def curves(problem: Problem) -> list[Curve]:
-    """Return the candidates of every target, with *dense* always the last of them.
+
+def curves(
+    problem: Problem,
+    harm: Harm = attrgetter("loss"),
+    together: Callable[[Sequence[Curve]], Curve] | None = None,
+) -> list[Curve]:
+    """Return the candidates of every target; the last of each does no harm, as *dense* does.
 
     Where a joint target may take the place of several, there is one curve for all of these, of
     both ways to do it.
+
+    Args:
+        problem: the matrices.
+        harm: what a larger candidate has to have less of.
+        together: the combinations of several curves that count; by default those that are best
+            under some multiplier.
+
+    Raises:
+        RankError: if the options ask for what a matrix cannot have; names the target.
     """
-    alone = {each[0].name: _curve(problem, *each) for each in problem.each()}
+    combine = together or by_multiplier
+    alone = {each[0].name: _front(_candidates(problem, *each), harm) for each in problem.each()}
     replaced = problem.replaced
     found: dict[str, Curve] = {}
     for target in problem.targets:
@@ -61,25 +79,39 @@ def curves(problem: Problem) -> list[Curve]:
         if unit is None:
             found[target.name] = alone[target.name]
         elif unit.name not in found:
-            apart = _together([alone[member.name] for member in members_of(unit)])
-            found[unit.name] = _front([*apart, *alone[unit.name][:-1]])
+            apart = combine([alone[member.name] for member in members_of(unit)])
+            joined = [c for c in alone[unit.name] if c.layers[0].format is not None]
+            found[unit.name] = _front([*apart, *joined], harm)
     return list(found.values())
 
 
-def _together(parts: Sequence[Curve]) -> Curve:
-    """Return the best combinations of several curves: those that some multiplier chooses."""
+def by_multiplier(parts: Sequence[Curve]) -> Curve:
+    """Return the best combinations of several curves: those that some multiplier chooses.
+
+    From all at their cheapest, the hulls' steps are taken in the order of what they gain for their
+    price.
+    """
+    hulls = [_hull(curve) for curve in parts]
     steps = [
-        (a.loss - b.loss) / (b.price - a.price)
-        for curve in parts
-        for a, b in pairwise(_hull(curve))
+        (_slope(a, b), index, b) for index, hull in enumerate(hulls) for a, b in pairwise(hull)
     ]
-    found = []
-    for multiplier in (*sorted(steps), math.inf):
-        chosen = [at_multiplier(curve, multiplier) for curve in parts]
-        layers = tuple(layer for candidate in chosen for layer in candidate.layers)
-        price, loss = sum(c.price for c in chosen), sum(c.loss for c in chosen)
-        found.append(Candidate(layers, price, loss))
+    chosen = [hull[0] for hull in hulls]
+    found = [_combined(chosen)]
+    for _, index, better in sorted(steps, key=lambda step: step[0]):
+        chosen[index] = better
+        found.append(_combined(chosen))
     return found
+
+
+def by_tolerance(parts: Sequence[Curve]) -> Curve:
+    """Return the combinations of several curves in which all meet the same tolerance."""
+    levels = sorted({candidate.error for curve in parts for candidate in curve})
+    return [_combined([at_tolerance(curve, level) for curve in parts]) for level in levels]
+
+
+def _combined(chosen: Sequence[Candidate]) -> Candidate:
+    layers = tuple(layer for candidate in chosen for layer in candidate.layers)
+    return Candidate(layers, sum(c.price for c in chosen), sum(c.loss for c in chosen))
 
 
 def _hull(curve: Curve) -> Curve:
@@ -96,7 +128,9 @@ def _slope(a: Candidate, b: Candidate) -> float:
     return (b.loss - a.loss) / (b.price - a.price)
 
 
-def _curve(problem: Problem, target: Target, weight: Tensor, metric: Metric) -> Curve:
+def _candidates(
+    problem: Problem, target: Target, weight: Tensor, metric: Metric
+) -> list[Candidate]:
     limits, size = problem.limits, weight.element_size()
     stays = stay_dense(target, weight, "worth more than it costs")
     extra = problem.extra(target)
@@ -107,10 +141,14 @@ def _curve(problem: Problem, target: Target, weight: Tensor, metric: Metric) -> 
         if target.kind not in structure.kinds:
             continue
         options = options_for(target, structure, limits)
-        for spec, error in structure.curve(weight, metric, options, macs):
+        try:
+            sampled = structure.curve(weight, metric, options, macs)
+        except OptionError as wrong:
+            raise name_target(target, wrong) from wrong
+        for spec, error in sampled:
             network = structure.network(target.shape, spec)
             after = network_cost(target, network, size, extra)
-            if after.params > target.most:
+            if after.params > target.most or after.macs > macs:
                 continue
             layer = replace(
                 stays,
@@ -122,20 +160,20 @@ def _curve(problem: Problem, target: Target, weight: Tensor, metric: Metric) -> 
                 bias=extra > 0,
             )
             found.append(Candidate((layer,), limits.price(after), energy * error**2))
-    return _front(found)
+    return found
 
 
-def _front(found: Curve) -> Curve:
+def _front(found: Sequence[Candidate], harm: Harm) -> Curve:
     """Keep what no cheaper candidate equals."""
     front: Curve = []
-    for candidate in sorted(found, key=lambda c: (c.price, c.loss)):
-        if not front or candidate.loss < front[-1].loss:
+    for candidate in sorted(found, key=lambda c: (c.price, harm(c))):
+        if not front or harm(candidate) < harm(front[-1]):
             front.append(candidate)
     return front
 
 
 def check_budget(problem: Problem, found: Sequence[Curve]) -> float:
-    """Return the budget in its unit.
+    """Return the budget in its unit, a whole number.
 
     Raises:
         BudgetError: if even the cheapest candidates exceed it.
@@ -144,12 +182,13 @@ def check_budget(problem: Problem, found: Sequence[Curve]) -> float:
     sizes = [(t, t.weight(problem.model).element_size()) for t in problem.targets]
     dense = sum(limits.price(dense_cost(target, size)) for target, size in sizes)
     least = sum(curve[0].price for curve in found)
-    if least > limits.keep * dense:
+    budget = math.floor(limits.keep * dense * (1.0 + 1e-12))  # 0.29 of 100 is 29, not 28
+    if least > budget:
         raise BudgetError(
             f"{limits.keep:.4g} of the targets' {limits.unit} cannot be met; the smallest that "
             f"these formats allow is {math.ceil(1e4 * least / dense) / 1e4:g}"
         )
-    return limits.keep * dense
+    return budget
 
 
 def at_multiplier(curve: Curve, multiplier: float) -> Candidate:

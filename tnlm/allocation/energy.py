@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from tnlm.allocation.base import Allocation, Problem
-from tnlm.allocation.curves import at_tolerance, check_budget, curves, least_within
+from tnlm.allocation.curves import (
+    at_tolerance,
+    by_tolerance,
+    check_budget,
+    curves,
+    least_within,
+)
 from tnlm.planning import LayerPlan
 
 
@@ -18,9 +26,10 @@ class Energy(Allocation):
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
         """Find the common relative error by bisection."""
-        found = curves(problem)
+        found = curves(problem, attrgetter("error"), by_tolerance)
         budget = check_budget(problem, found)
-        chosen = least_within(found, budget, at_tolerance, 1e-12, 1.0 + 1e-9)
+        worst = max(1.0, *(curve[0].error for curve in found))
+        chosen = least_within(found, budget, at_tolerance, 1e-12, worst * (1.0 + 1e-9))
         return [layer for candidate in chosen for layer in candidate.layers]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tnlm.allocation.base import Allocation, Problem
+from tnlm.allocation.pricing import dense_cost
 from tnlm.allocation.uniform import Uniform, stay_dense
 from tnlm.errors import BudgetError
 from tnlm.planning import LayerPlan
+from tnlm.targets import Target
 
 
 def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, float]:
@@ -23,16 +26,22 @@ def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, fl
     Source: LLM-ROM, Chavan et al. 2023, arXiv 2312.07046, section 3.
 
     Example:
-        >>> [schedule(keep, 32) for keep in (0.9, 0.8, 0.5)]
-        [(8, 0.6), (12, 0.46666666666666673), (24, 0.33333333333333337)]
+        >>> for keep in (0.9, 0.8, 0.5):
+        ...     last, share = schedule(keep, 32)
+        ...     print(last, round(share, 3))
+        8 0.6
+        12 0.467
+        24 0.333
     """
+    if last is not None and last > blocks:
+        raise BudgetError(f"blocks={last}; the targets stand in {blocks}: allowed is 1 to {blocks}")
     if last is None:
         last = min(blocks, max(1, round(blocks * (1.375 - 1.25 * keep))))
     share = 1.0 - (1.0 - keep) * blocks / last
     if share <= 0:
         raise BudgetError(
             f"keep of {keep:.4g} with the last {last} of {blocks} blocks; each would keep nothing. "
-            f"The smallest possible is {1.0 - last / blocks:.4g}, or cut more blocks"
+            f"The smallest possible is above {1.0 - last / blocks:.4g}, or cut more blocks"
         )
     return last, share
 
@@ -58,21 +67,39 @@ class LastBlocks(Allocation):
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
         """Cut the targets of the last blocks uniformly."""
-        numbers = {block_of(target.module) for target in problem.targets} - {None}
-        blocks = sorted(number for number in numbers if number is not None)
+        numbered = [t for t in problem.targets if block_of(t.module) is not None]
+        blocks = sorted({block_of(t.module) or 0 for t in numbered})
         if not blocks:
             raise BudgetError("allocation='last' needs targets in numbered blocks; use 'uniform'")
-        count, share = schedule(problem.limits.keep, len(blocks), problem.limits.blocks)
+        count, share = schedule(_keep(problem, numbered), len(blocks), problem.limits.blocks)
         cut = set(blocks[-count:])
-        chosen = [t for t in problem.targets if block_of(t.module) in cut]
+        chosen = [t for t in numbered if block_of(t.module) in cut]
         joint = [t for t in problem.joint if block_of(t.module) in cut]
         inner = replace(
             problem, targets=chosen, joint=joint, limits=replace(problem.limits, keep=share)
         )
-        kept = [t for t in problem.targets if block_of(t.module) not in cut]
-        note = "before the last blocks that are cut"
+        note = "not in the last blocks, which are cut"
+        kept = [t for t in problem.targets if t not in chosen]
         dense = [stay_dense(target, target.weight(problem.model), note) for target in kept]
-        return [*dense, *Uniform().allocate(inner)]
+        decided = {layer.name: layer for layer in (*dense, *Uniform().allocate(inner))}
+        order = [inner.replaced.get(target.name, target).name for target in problem.targets]
+        return [decided[name] for name in dict.fromkeys(order)]
+
+
+def _keep(problem: Problem, numbered: Sequence[Target]) -> float:
+    """Return what the blocks' targets keep of their cost, as all others stay dense."""
+    limits, inside = problem.limits, {target.name for target in numbered}
+    prices = {target.name: limits.price(dense_cost(target, 1)) for target in problem.targets}
+    whole, part = sum(prices.values()), sum(prices[name] for name in inside)
+    if whole == part:
+        return limits.keep
+    keep = 1.0 - (1.0 - limits.keep) * whole / part
+    if keep <= 0:
+        raise BudgetError(
+            f"{limits.keep:.4g} of the targets' {limits.unit} cannot be met: those in no block "
+            f"stay dense, and are {1.0 - part / whole:.4g} of them; leave them out of targets="
+        )
+    return keep
 
 
 ALLOCATION = LastBlocks()

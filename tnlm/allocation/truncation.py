@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import replace
 
@@ -13,13 +14,17 @@ from tnlm.allocation.uniform import Uniform, decide
 from tnlm.calibration.metrics import Metric
 from tnlm.planning import LayerPlan
 
+MOST = 0.99
+"""The largest part of itself that a matrix loses."""
+
 
 def shares(losses: list[float], keep: float) -> list[float]:
     """Return the fraction that each matrix of one type keeps.
 
     With L the truncation losses at the uniform fraction and g = 1 / log L, a matrix loses
     ``count * (1 - keep) * g / sum(g)``. The rule needs every L > 1, which depends on the scale of
-    the data; otherwise the type is cut uniformly. A share is kept within [0.01, 1].
+    the data; otherwise the type is cut uniformly. No matrix loses more than 0.99 of itself: what it
+    cannot lose, the others lose in the same proportion.
 
     Source: SVD-LLM V2, Wang et al. 2025, arXiv 2503.12340.
 
@@ -30,8 +35,13 @@ def shares(losses: list[float], keep: float) -> list[float]:
     if not all(loss > 1.0 for loss in losses):
         return [keep] * len(losses)
     inverse = [1.0 / math.log(loss) for loss in losses]
-    lost = [len(losses) * (1.0 - keep) * g / sum(inverse) for g in inverse]
-    return [min(max(1.0 - part, 0.01), 1.0) for part in lost]
+    most = max(MOST, 1.0 - keep)
+    lost: dict[int, float] = {}
+    for index in sorted(range(len(losses)), key=lambda i: losses[i]):  # the largest part first
+        left = len(losses) * (1.0 - keep) - sum(lost.values())
+        among = sum(g for i, g in enumerate(inverse) if i not in lost)
+        lost[index] = min(left * inverse[index] / among, most)
+    return [1.0 - lost[index] for index in range(len(losses))]
 
 
 class TruncationLoss(Allocation):
@@ -40,13 +50,15 @@ class TruncationLoss(Allocation):
     name = "truncation"
     title = "within a type, by inverse log truncation loss (SVD-LLM v2)"
     units = ("params",)
+    formats = frozenset({"low-rank"})
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
         """Measure the loss of a uniform cut, then cut each matrix by its share."""
         structure, limits = problem.formats[0], problem.limits
         losses: dict[str, float] = {}
         for target, weight, metric in replace(problem, joint=()).each():
-            layer = decide(target, weight, metric, structure, limits, predict=False)
+            extra = problem.extra(target)
+            layer = decide(target, weight, metric, structure, limits, predict=False, extra=extra)
             rank = layer.spec.get("rank", min(target.shape))
             losses[target.name] = _loss(metric, weight, rank)
         keeps: dict[str, float] = {}
@@ -67,10 +79,10 @@ def _loss(metric: Metric, weight: Tensor, rank: int) -> float:
 
 
 def _types(names: dict[str, float]) -> dict[str, list[str]]:
-    """Group names by their endings: the same matrix of every block."""
+    """Group names that differ in the numbers of their blocks only."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        groups[name.rpartition(".")[2]].append(name)
+        groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)].append(name)
     return groups
 
 

@@ -56,9 +56,7 @@ def decide(
         if predict or len(specs) > 1:
             errors = structure.errors(weight, metric, specs)
     except OptionError as error:
-        raise type(error)(
-            f"{target.name}: {error}; ask for what all targets can have, or name it in ignore="
-        ) from error
+        raise name_target(target, error) from error
     scores = [math.inf if error is None else error for error in errors]
     best = min(range(len(specs)), key=scores.__getitem__)
     network = structure.network(target.shape, specs[best])
@@ -73,6 +71,13 @@ def decide(
         after,
         errors[best],
         bias=extra > 0,
+    )
+
+
+def name_target(target: Target, error: OptionError) -> OptionError:
+    """Return an error about options that says which target cannot have them, and what to do."""
+    return type(error)(
+        f"{target.name}: {error}; ask for what all targets can have, or name it in ignore="
     )
 
 

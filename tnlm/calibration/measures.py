@@ -49,11 +49,17 @@ GRADIENT_SHRINK = 0.3
 """Share of an output-gradient moment that is replaced by its mean diagonal (LEMS's choice)."""
 
 
+CONSTANT = 1e-12
+"""An input is constant if its variance is at most this part of its mean square."""
+
+
 def _covariance(of: Gathered, damping: float) -> Metric:
-    mean = of("mean")
-    # Rounding may leave a tiny negative diagonal where an input is constant.
-    centered = of("moment") - torch.outer(mean, mean)
-    centered.diagonal().clamp_min_(0.0)
+    mean, moment = of("mean").double(), of("moment").double()
+    centered = moment - torch.outer(mean, mean)
+    # What rounding leaves where an input is constant is no information.
+    constant = centered.diagonal() <= CONSTANT * moment.diagonal()
+    centered[constant] = 0.0
+    centered[:, constant] = 0.0
     return Metric(inputs=Side(centered, damping))
 
 
@@ -67,7 +73,7 @@ def _two_sided(of: Gathered, damping: float) -> Metric:
 
 def _fisher(rows: bool, columns: bool) -> Callable[[Gathered, float], Metric]:
     def build(of: Gathered, damping: float) -> Metric:
-        fisher = of("fisher")
+        fisher = of("fisher").double()
         outputs = Side(fisher.mean(1), damping) if rows else None
         inputs = fisher.mean(0)
         if outputs is not None:  # the scale once, not squared

@@ -64,7 +64,10 @@ class Side:
         if self.is_diagonal:
             return rows * _inverse(self.root)
         values, vectors = self._eigen
-        roots: Tensor = rows @ (vectors * _inverse(values.sqrt())) @ vectors.T
+        # Rounding leaves eigenvalues of about 1e-16 where S has none.
+        seen = values > float(values.max()) * len(values) * torch.finfo(values.dtype).eps
+        inverse = torch.where(seen, _inverse(values.sqrt()), 0.0)
+        roots: Tensor = rows @ (vectors * inverse) @ vectors.T
         return roots
 
     @cached_property
