@@ -17,9 +17,13 @@ CASCADES = ("none", "sequential", "anchored")
 
 
 def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
-    """Raise `OptionError` unless every format can be fitted under the metric."""
+    """Raise `OptionError` unless every format can be fitted under the metric.
+
+    A format for tables only is left out beside others: data passes embeddings over.
+    """
     kind = "elementwise" if measure.is_elementwise else "separable"
-    for structure in structures:
+    fitted = [structure for structure in structures if structure.kinds != {"embedding"}]
+    for structure in fitted or structures:
         if measure.needs and kind not in structure.metrics:
             raise OptionError(
                 f"metric={measure.name!r} with scheme {scheme!r}: a {structure.name} can be fitted "

@@ -96,8 +96,9 @@ class FactorizedEmbedding(_Table):
 class FactorizedHead(_Table):
     """The output head that shares its factors with a `FactorizedEmbedding`.
 
-    When the vocabulary stands in one factor only, the hidden state passes through the factors;
-    otherwise the table is rebuilt some rows at a time, never whole.
+    When the vocabulary stands in one factor only, the hidden state passes through the factors:
+    first the shared one, (bond, last input mode), then (row, bond, other input modes). Otherwise
+    the table is rebuilt some rows at a time, never whole.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class FactorizedHead(_Table):
         self.bias = None if empty is None else nn.Parameter(empty)
         holders = [name for name, modes in network.factors.items() if network.out in modes]
         self.holder = holders[0] if len(holders) == 1 and len(network.factors) == 2 else None
+        self.modes = tuple(network.sizes[mode] for mode in network.inp)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits ``(..., vocabulary)`` of hidden states ``(..., width)``."""
@@ -122,8 +124,9 @@ class FactorizedHead(_Table):
             logits = torch.cat([F.linear(hidden, rows) for rows in self._chunks()], dim=-1)
         else:
             shared = next(name for name in self.network.factors if name != self.holder)
-            inner = F.linear(hidden, getattr(self, shared))
-            logits = F.linear(inner, getattr(self, self.holder))
+            inner = F.linear(hidden.unflatten(-1, self.modes), getattr(self, shared))
+            inner = inner.movedim(-1, -len(self.modes)).flatten(-len(self.modes))
+            logits = F.linear(inner, getattr(self, self.holder).flatten(1))
         return logits if self.bias is None else logits + self.bias
 
     def _chunks(self) -> Iterator[Tensor]:

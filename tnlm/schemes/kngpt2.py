@@ -6,7 +6,7 @@ from tnlm.targets import EMBEDDINGS, ODD_BLOCKS
 SCHEME = Scheme(
     name="kngpt2",
     title="one Kronecker product: odd blocks and embedding, factor 2",
-    formats=("kronecker",),
+    formats=("kronecker", "kronecker-rows"),
     targets=(ODD_BLOCKS, EMBEDDINGS),
     keep_targets=0.51,  # factor 2: half the numbers, and the small factor
     source="KnGPT2, Edalati et al. 2022, arXiv 2110.08152 (its distillation comes after)",

@@ -6,7 +6,7 @@ from tnlm.targets import ALL_LINEAR, EMBEDDINGS
 SCHEME = Scheme(
     name="shapeshifter",
     title="sums of Kronecker products everywhere, from trained weights",
-    formats=("kronecker",),
+    formats=("kronecker", "kronecker-rows"),
     targets=(ALL_LINEAR, EMBEDDINGS),
     source="Shapeshifter, Panahi et al. 2021, NeurIPS (there trained from scratch)",
 )
