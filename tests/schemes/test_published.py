@@ -9,10 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, LlamaConfig
 
 from tnlm.allocation.last import schedule
+from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget
 from tnlm.decompositions.kronecker import KroneckerSpec
 from tnlm.decompositions.low_rank import LowRankSpec
+from tnlm.decompositions.token_mps import TokenMPSSpec
 from tnlm.decompositions.tucker import TuckerSpec
 from tnlm.errors import RankError
 from tnlm.schemes import get_scheme
@@ -115,6 +117,26 @@ def test_kngpt2_keeps_about_half_of_every_matrix_at_most():
             get_format("kronecker").network(shape, spec).params / math.prod(shape) for spec in specs
         ]
         assert max(shares) == pytest.approx(0.5, abs=1e-4)
+
+
+# TensorGPT: a row of 768 = 3 x 2^8 numbers
+
+
+def test_tensorgpt_at_rank_one_stores_19_numbers_a_token():
+    [token_mps] = map(get_format, get_scheme("tensorgpt").formats)
+    spec = TokenMPSSpec(in_split=(3,) + 8 * (2,), ranks=8 * (1,))
+    assert token_mps.network((50257, 768), spec).params == 19 * 50257
+    assert round(768 / 19, 1) == 40.4
+
+
+def test_so_many_cores_are_contracted_at_once():
+    """The order of nine contractions is found without trying all of them."""
+    [token_mps] = map(get_format, get_scheme("tensorgpt").formats)
+    limits = tuple(min(3 * 2**k, 2 ** (8 - k)) for k in range(8))
+    spec = TokenMPSSpec(in_split=(3,) + 8 * (2,), ranks=limits)
+    table = torch.randn(3, 768, generator=torch.Generator().manual_seed(0)).double()
+    rebuilt = token_mps.reconstruct((3, 768), spec, token_mps.fit(table, Metric(), spec))
+    torch.testing.assert_close(rebuilt, table)
 
 
 # LLM-ROM, section 3: ranks of LLaMA-7B

@@ -17,7 +17,7 @@ from tnlm.decompositions.splits import balanced_split, largest_within, orders, r
 from tnlm.errors import RankError
 from tnlm.network import Factors, Network
 
-MODES, BOND = "abcdefgh", "pqrstuv"
+MODES, BOND = "abcdefghijkl", "mnopqrstuvw"
 ORDERS = (2, 3, 4)
 """Numbers of modes that are tried when no split is given."""
 SAMPLE = 512
