@@ -16,8 +16,9 @@ from tnlm.errors import ModelError, TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 EMBEDDINGS = "embeddings"
+TOKEN_EMBEDDINGS = "token-embeddings"
 ODD_BLOCKS = "odd-blocks"
-WORDS = (ALL_LINEAR, EMBEDDINGS, ODD_BLOCKS)
+WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS)
 Matrix = nn.Linear | Conv1D | nn.Embedding
 """The modules whose weight is a matrix."""
 Selector = str | type | Sequence["str | type"]
@@ -104,9 +105,10 @@ def select(
     Args:
         model: any Hugging Face model.
         targets: ``"all-linear"`` (every linear weight but the output head), ``"embeddings"``,
-            ``"odd-blocks"`` (linear weights of every second block), a regular expression that a
-            module's name must match in full, a list of names or of their endings (as in PEFT) or
-            of these words, or a module class.
+            ``"token-embeddings"`` (without those of positions and types), ``"odd-blocks"`` (linear
+            weights of every second block), a regular expression that a module's name must match in
+            full, a list of names or of their endings (as in PEFT) or of these words, or a module
+            class.
         ignore: modules left alone, in the same words.
 
     Returns:
@@ -125,13 +127,13 @@ def select(
     """
     selection = Selection()
     uses = _uses(model)
-    head = _output_head(model)
+    ends = _Ends.of(model)
     claimed: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, Matrix):
             continue
-        if not _matches(name, module, targets, head) or (
-            ignore and _matches(name, module, ignore, head)
+        if not _matches(name, module, targets, ends) or (
+            ignore and _matches(name, module, ignore, ends)
         ):
             continue
         found = _describe(name, module, uses[id(module.weight)], model)
@@ -143,14 +145,14 @@ def select(
     if not selection.targets:
         raise _nothing(model, targets, ignore, selection.skipped)
     if ignore:
-        _check_ignored(model, ignore, head)
+        _check_ignored(model, ignore, ends)
     return selection
 
 
-def _check_ignored(model: nn.Module, ignore: Selector, head: nn.Module | None) -> None:
+def _check_ignored(model: nn.Module, ignore: Selector, ends: _Ends) -> None:
     """Raise `TargetError` if ``ignore`` matches nothing: it is probably a slip."""
     matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
-    if not any(_matches(name, module, ignore, head) for name, module in matrices):
+    if not any(_matches(name, module, ignore, ends) for name, module in matrices):
         endings = {name.rpartition(".")[2] for name, _ in matrices}
         hint = did_you_mean(str(ignore), endings)
         raise TargetError(f"ignore={ignore!r} matches no matrix{hint}")
@@ -170,19 +172,29 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, Matrix)
 
 
-def _output_head(model: PreTrainedModel) -> nn.Module | None:
-    head = model.get_output_embeddings()
-    return head if isinstance(head, nn.Module) else None
+@dataclass(frozen=True)
+class _Ends:
+    """Where tokens enter a model and where they leave it."""
+
+    table: nn.Module | None
+    head: nn.Module | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Ends:
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        return cls(table, head if isinstance(head, nn.Module) else None)
 
 
-def _matches(name: str, module: nn.Module, wanted: Selector, head: nn.Module | None) -> bool:
+def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> bool:
     if isinstance(wanted, type):
         return isinstance(module, wanted)
     if isinstance(wanted, str):
         if wanted == ALL_LINEAR:
-            return not isinstance(module, nn.Embedding) and module is not head
+            return not isinstance(module, nn.Embedding) and module is not ends.head
         if wanted == EMBEDDINGS:
             return isinstance(module, nn.Embedding)
+        if wanted == TOKEN_EMBEDDINGS:
+            return isinstance(module, nn.Embedding) and module is ends.table
         if wanted == ODD_BLOCKS:
             linear = not isinstance(module, nn.Embedding)
             return linear and re.search(r"\.\d*[13579]\.", name) is not None
@@ -190,7 +202,7 @@ def _matches(name: str, module: nn.Module, wanted: Selector, head: nn.Module | N
     return any(
         isinstance(module, word)
         if isinstance(word, type)
-        else (word in WORDS and _matches(name, module, word, head))
+        else (word in WORDS and _matches(name, module, word, ends))
         or name == word
         or name.endswith("." + word)
         or word.startswith(name + ".")  # a part of a fused module

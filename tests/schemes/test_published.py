@@ -52,6 +52,16 @@ def test_albert_stores_v_e_plus_e_h():
     assert get_format(scheme.formats[0]).network((30_000, 768), spec).params == 3_938_304
 
 
+@pytest.mark.parametrize("name", ["albert", "tensorgpt", "kngpt2"])
+def test_embeddings_of_papers_are_those_of_tokens(name):
+    for config, make, table in [
+        (BertConfig(num_hidden_layers=2), BertModel, "embeddings.word_embeddings"),
+        (GPT2Config(n_layer=2), AutoModelForCausalLM.from_config, "transformer.wte"),
+    ]:
+        targets = select(on_meta(config, make)[0], get_scheme(name).targets).targets
+        assert [t.module for t in targets if t.kind == "embedding"] == [table]
+
+
 # FWSVD, as its group's later paper counts it: 67 % of the ranks removed leave 66.5 M
 
 

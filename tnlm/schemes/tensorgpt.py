@@ -1,12 +1,12 @@
 """TensorGPT: every token embedding as a matrix product state of its own."""
 
 from tnlm.schemes.base import Scheme
-from tnlm.targets import EMBEDDINGS
+from tnlm.targets import TOKEN_EMBEDDINGS
 
 SCHEME = Scheme(
     name="tensorgpt",
     title="one matrix product state per token embedding",
     formats=("token-mps",),
-    targets=EMBEDDINGS,
+    targets=TOKEN_EMBEDDINGS,
     source="TensorGPT, Xu et al. 2023, arXiv 2307.00526",
 )
