@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnlm
+from tnlm.allocation import get_allocation
 from tnlm.errors import (
     BudgetError,
     CalibrationError,
@@ -24,16 +25,28 @@ from tnlm.errors import (
 from tnlm.schemes import schemes
 from tnlm.targets import select
 
-KINDS = ["llama", "tied-llama", "gpt2", "masked-bert"]
 SCHEMES = tnlm.list_schemes()
 LINEAR = [name for name in SCHEMES if schemes()[name].targets == "all-linear"]
+TOLERANT = [name for name in LINEAR if get_allocation(schemes()[name].allocation).tolerates]
 WEIGHTS_ONLY = [name for name in LINEAR if not schemes()[name].needs_calibration]
 IDS = torch.arange(24).reshape(2, 12) % 61 + 3
 SQUARE = {"targets": ["q_proj", "o_proj"]}
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
 
+# What hangs on the scheme runs on one model, what hangs on the model with a scheme of each sort.
+SORTS = ["svd", "kron", "albert", "tensorgpt", "afm", "basis-sharing", "modegpt"]
+
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
-every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def pairs(*kinds):
+    """Pair kinds of models with schemes: the last kind with all, the others with some."""
+    chosen = {kind: SCHEMES if kind == kinds[-1] else SORTS for kind in kinds}
+    found = [(kind, name) for kind, names in chosen.items() for name in names]
+    return pytest.mark.parametrize(("kind", "scheme"), found)
+
+
+every_pair = pairs("tied-llama", "masked-bert", "gpt2", "llama")
 
 
 def data_for(scheme):
@@ -64,6 +77,11 @@ def contents(model):
     }
 
 
+def bias_was_added(model):
+    """Tell whether some matrix has a bias that the dense model has no place for."""
+    return any(layer.bias for layer in tnlm.report(model).plan.layers)
+
+
 def step(model, ids=IDS):
     """Take one optimizer step and return the loss before it and after."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -77,8 +95,7 @@ def step(model, ids=IDS):
 # What is reported
 
 
-@every_kind
-@every_scheme
+@every_pair
 def test_the_report_counts_what_the_model_holds(kind, scheme, compressed, make_model):
     dense, model = make_model(kind), compressed(kind, scheme)
     report = tnlm.report(model)
@@ -91,20 +108,19 @@ def test_the_report_counts_what_the_model_holds(kind, scheme, compressed, make_m
     assert logits(model).isfinite().all()
 
 
-@every_kind
-@every_scheme
+@every_pair
 def test_by_default_targets_shrink_to_four_fifths_without_more_work(kind, scheme, compressed):
     report = tnlm.report(compressed(kind, scheme))
     plan = report.plan
     assert 0 < plan.targets_after.params <= 0.8 * plan.targets_before.params
     for layer in plan.layers:
-        assert layer.after.params <= 0.8 * layer.before.params
-        if layer.kind == "linear":
+        if schemes()[scheme].allocation == "uniform":
+            assert layer.after.params <= 0.8 * layer.before.params
+        if layer.kind != "embedding" and scheme != "basis-sharing":  # applies what it shares twice
             assert layer.after.macs <= layer.before.macs
 
 
-@every_kind
-@every_scheme
+@every_pair
 def test_reported_multiply_adds_are_those_of_a_forward_pass(kind, scheme, compressed, make_model):
     def flops(model):
         with FlopCounterMode(display=False) as counter:
@@ -114,8 +130,9 @@ def test_reported_multiply_adds_are_those_of_a_forward_pass(kind, scheme, compre
     one = IDS[:1]  # positions are looked up once for all sequences
     dense, model = make_model(kind), compressed(kind, scheme)
     plan = tnlm.report(model).plan
-    # A rank of one is multiplied entry by entry, which the counter does not see.
-    unseen = sum(la.after.macs for la in plan.layers if la.spec.get("rank") == 1)
+    # Rows of rank one are multiplied entry by entry, which the counter does not see.
+    tables = [layer for layer in plan.layers if layer.kind == "embedding"]
+    unseen = sum(layer.after.macs for layer in tables if layer.spec.get("rank") == 1)
     known = plan.targets_after.macs - plan.targets_before.macs - unseen
     more = 2 * one.numel() * known
     if scheme == "tensorgpt" and kind != "llama":
@@ -172,7 +189,7 @@ def test_matrices_that_cannot_shrink_stay_dense_and_the_reason_is_given(make_mod
     assert second.spec["rank"] == 1
     assert model.model.layers[0].self_attn.q_proj is kept
     assert tnlm.report(model).parameters_after == count(model)
-    assert "asked to keep 0.060 of the targets, achieved 0.431: 2 of 4 matrices" in caplog.text
+    assert "asked to keep 0.060 of the targets' params, achieved 0.431: 2 of 4" in caplog.text
 
 
 def test_a_part_of_a_fused_module_may_stay_dense(make_model):
@@ -203,7 +220,13 @@ def test_keep_is_of_the_whole_model(scheme, keep, tiny_llama):
     dense = count(tiny_llama())
     assert keep - 0.1 < count(model) / dense <= keep
     record = tnlm.report(model).to_dict()
-    assert record["request"] == {"keep": keep, "max_macs": 1.0}
+    assert record["request"] == {
+        "keep": keep,
+        "max_macs": 1.0,
+        "unit": "params",
+        "allocation": "uniform",
+        "cascade": "none",
+    }
     assert record["parameters_after"] / record["parameters_before"] == count(model) / dense
 
 
@@ -215,7 +238,7 @@ def test_keep_targets_is_of_the_targets(scheme, keep, tiny_llama):
 
 
 @pytest.mark.parametrize("tolerance", [0.8, 0.6])
-@pytest.mark.parametrize("scheme", LINEAR)
+@pytest.mark.parametrize("scheme", TOLERANT)
 def test_tolerance_holds_for_every_matrix(scheme, tolerance, tiny_llama):
     model = tnlm.compress(
         tiny_llama(), scheme, tolerance=tolerance, max_macs=10.0, **data_for(scheme)
@@ -321,19 +344,22 @@ def test_what_the_format_cannot_replace_is_skipped_with_the_reason(tiny_llama):
 # What the model is afterwards
 
 
-@every_kind
-@every_scheme
+@every_pair
 def test_dense_again_it_computes_the_same(kind, scheme, compressed, make_model):
     model = compressed(kind, scheme)
     expected = logits(model)
+    if bias_was_added(model):
+        with pytest.raises(ModelError, match="no place for the bias that was added to"):
+            tnlm.to_dense(model)
+        assert torch.equal(logits(model), expected)
+        return
     dense = tnlm.to_dense(model)
     assert [type(m) for m in dense.modules()] == [type(m) for m in make_model(kind).modules()]
     assert count(dense) == count(make_model(kind))
     torch.testing.assert_close(logits(dense), expected, rtol=1e-4, atol=1e-5)
 
 
-@every_scheme
-@pytest.mark.parametrize("kind", ["tied-llama", "gpt2"])
+@pairs("tied-llama", "gpt2")
 def test_ties_survive(kind, scheme, compressed):
     model = compressed(kind, scheme)
     shared = [
@@ -343,6 +369,8 @@ def test_ties_survive(kind, scheme, compressed):
     assert shared[0] == shared[1]
     model.tie_weights()
     assert tnlm.report(model).parameters_after == count(model)
+    if bias_was_added(model):
+        return
     dense = tnlm.to_dense(model)
     assert dense.get_input_embeddings().weight is dense.get_output_embeddings().weight
 
@@ -381,18 +409,18 @@ def test_the_training_flag_and_frozen_weights_stay(kind, scheme, training, make_
     assert 0 < sum(not p.requires_grad for p in dense.parameters()) < 20
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied-llama", "gpt2"])
-@every_scheme
+@pairs("llama", "tied-llama", "gpt2")
 def test_generation_is_that_of_the_dense_form(kind, scheme, compressed):
     model = compressed(kind, scheme)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     made = model.generate(IDS[:1], **options)
     assert made.shape == (1, 16)
+    if bias_was_added(model):
+        return
     assert torch.equal(made, tnlm.to_dense(model).generate(IDS[:1], **options))
 
 
-@every_kind
-@every_scheme
+@every_pair
 def test_gradients_reach_every_factor_and_a_step_lowers_the_loss(kind, scheme, compressed):
     model = compressed(kind, scheme).train()
     if kind == "gpt2":
@@ -459,8 +487,7 @@ def test_a_model_made_dense_can_be_compressed_again(compressed):
 # Plans
 
 
-@every_scheme
-@pytest.mark.parametrize("kind", ["tied-llama", "gpt2"])
+@pairs("tied-llama", "gpt2")
 def test_a_plan_is_what_compress_does(kind, scheme, compressed, make_model):
     model = make_model(kind)
     before = contents(model)
@@ -469,9 +496,12 @@ def test_a_plan_is_what_compress_does(kind, scheme, compressed, make_model):
     done = tnlm.report(compressed(kind, scheme)).plan
     assert (plan.targets_after, plan.model_after) == (done.targets_after, done.model_after)
     assert [la.spec for la in plan.layers] == [la.spec for la in done.layers]
+    if schemes()[scheme].cascade != "none":  # fitted to inputs that are not known before
+        return
     for planned, fitted in zip(plan.layers, done.layers, strict=True):
-        # A prediction may be an upper bound (HOSVD) or come from a sample of the rows.
-        assert planned.error == pytest.approx(fitted.error, rel=0.05)
+        # A prediction may be an upper bound (HOSVD, a start) or come from a sample of the rows.
+        bound = 0.25 if scheme == "tfwsvd" else 0.05
+        assert (planned.error or 0.0) == pytest.approx(fitted.error or 0.0, rel=bound)
 
 
 @every_scheme
@@ -539,7 +569,9 @@ def test_results_do_not_hang_on_the_number_of_threads(scheme, make_model):
 
 def fail_after(monkeypatch, name, matches, error):
     """Let one step of compression fail after its work is done."""
-    where = "tnlm.integrations.huggingface" if name == "retie" else "tnlm.pipeline"
+    where = {"retie": "tnlm.integrations.huggingface", "fit_target": "tnlm.fitting"}.get(
+        name, "tnlm.pipeline"
+    )
     real = getattr(importlib.import_module(where), name)
 
     def failing(*args):

@@ -35,7 +35,11 @@ from tnlm.targets import Target
 # Tall, wide, prime, square, and as small as can be.
 SHAPES = [(12, 8), (6, 20), (7, 11), (4, 4), (1, 3), (3, 1), (1, 1)]
 LAYERS = {"linear": ("linear",), "embedding": ("embedding", "head")}
-FORMATS = sorted(formats())
+# Formats of another kind replace several matrices at once, and have tests of their own.
+DROP_INS = {
+    name: structure for name, structure in formats().items() if structure.kinds <= LAYERS.keys()
+}
+FORMATS = sorted(DROP_INS)
 
 
 class Case(NamedTuple):
@@ -100,7 +104,7 @@ def spread(items: list[Any], count: int) -> list[Any]:
 
 def cases(keep: float, shapes=SHAPES, count: int = 2) -> list[Case]:
     found = []
-    for name, structure in formats().items():
+    for name, structure in DROP_INS.items():
         for shape in shapes:
             for options in gauges(structure):
                 budget = Budget(keep * math.prod(shape))
@@ -175,7 +179,7 @@ def test_every_format_is_covered():
     assert {kind for _, kind in with_kinds(FEW)} == {"linear", "embedding", "head"}
     for name, structure in formats().items():
         assert structure.name == name
-        assert structure.kinds <= set(LAYERS)
+        assert structure.kinds <= {*LAYERS, "channels"}
 
 
 # --- formats
@@ -205,10 +209,13 @@ def test_reported_error_is_in_the_metric(case):
     rebuilt = case.structure.reconstruct(case.shape, case.spec, factors)
     measured = metric.relative(weight, rebuilt)
     [reported] = case.structure.errors(weight, metric, [case.spec])
-    if case.format == "block-train":  # a fit takes more sweeps than the trial that is reported
-        assert measured <= reported + 1e-7
-    else:
+    if case.format == "low-rank":
         assert reported == pytest.approx(measured, abs=1e-7)
+    elif case.format == "kronecker":  # exact only where the metric is itself a Kronecker product
+        assert measured == pytest.approx(reported, rel=0.25)
+    else:  # of the start, which alternating least squares can only improve on
+        assert measured <= reported + 1e-7
+        assert reported <= 1.25 * measured + 1e-7
 
 
 @pytest.mark.parametrize("case", FULL, ids=label)
@@ -252,7 +259,7 @@ dimension = st.integers(1, 24)
 @given(shape=st.tuples(dimension, dimension), keep=st.floats(0.05, 1.2), speed=st.floats(0.1, 2))
 def test_candidates_are_within_their_budget(shape, keep, speed):
     total = math.prod(shape)
-    for structure in formats().values():
+    for structure in DROP_INS.values():
         # Only what is stored is limited of a table: a lookup costs little.
         most = speed * total if "linear" in structure.kinds else math.inf
         budget = Budget(keep * total, most)
@@ -273,7 +280,7 @@ def test_candidates_are_within_their_budget(shape, keep, speed):
 def test_a_tolerance_is_met(shape, tolerance, decay, seed):
     u, s, vh = torch.linalg.svd(weight_of(shape, seed), full_matrices=False)
     weight = u * (s * torch.exp(-decay * torch.arange(len(s)))) @ vh
-    for structure in formats().values():
+    for structure in DROP_INS.values():
         for options in gauges(structure):
             found = structure.within(weight, Metric(), options, tolerance)
             assert len(found) > 0
@@ -336,7 +343,7 @@ def test_ranks_beyond_the_matrix_are_refused(case):
     ("name", "side"),
     [
         (name, field.name)
-        for name, structure in formats().items()
+        for name, structure in DROP_INS.items()
         for field in dataclasses.fields(structure.spec)
         if field.name.endswith("_split")
     ],

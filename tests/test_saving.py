@@ -22,7 +22,11 @@ from tnlm.integrations import huggingface
 from tnlm.integrations.huggingface import GUARD
 
 IDS = torch.arange(24).reshape(2, 12) % 61 + 3
-KINDS = ["llama", "tied-llama", "gpt2", "masked-bert", "bert"]
+KINDS = ["llama", "tied-llama", "masked-bert", "bert"]
+# What hangs on the scheme runs on one model, what hangs on the model with a scheme of each sort.
+SORTS = ["svd", "kron", "albert", "tensorgpt", "afm", "basis-sharing", "modegpt"]
+PAIRS = [("gpt2", scheme) for scheme in tnlm.list_schemes()]
+PAIRS += [(kind, scheme) for kind in KINDS for scheme in SORTS]
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
@@ -58,8 +62,7 @@ def saved(compressed, tmp_path):
 # What is written is what is read
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scheme", tnlm.list_schemes())
+@pytest.mark.parametrize(("kind", "scheme"), PAIRS)
 def test_a_loaded_model_is_the_saved_one(kind, scheme, compressed, tmp_path):
     model = compressed(kind, scheme)
     loaded = tnlm.load(tnlm.save(model, tmp_path / "model"))
@@ -120,7 +123,8 @@ def test_the_config_says_what_the_design_promises(saved):
     stored = config_of(saved)["quantization_config"]
     assert stored["quant_method"] == "tnlm"
     assert stored["format_version"] == 1
-    assert (stored["scheme"], stored["options"], stored["tied"]) == ("svd", {"max_macs": 1.0}, {})
+    asked = {"max_macs": 1.0, "unit": "params", "allocation": "uniform", "cascade": "none"}
+    assert (stored["scheme"], stored["options"], stored["tied"]) == ("svd", asked, {})
     entry = stored["modules"][QUERY]
     assert (entry["format"], entry["shape"]) == ("low-rank", [32, 32])
 

@@ -119,6 +119,9 @@ class Fitting:
             module = group[0].module
             if module.startswith(block + ".") and group[0].name in self.entries:
                 parts = {target.name: self._shelf.take(target.name) for target in group}
+                for target in group:
+                    if self.entries[target.name].get("shared"):  # by blocks tuned one by one
+                        parts[target.name].get_submodule("right").requires_grad_(False)
                 self._taken.update(parts)
                 found[module] = assemble(group, parts)
         return found

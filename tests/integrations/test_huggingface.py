@@ -18,9 +18,12 @@ from tnlm.integrations.huggingface import TnlmConfig
 
 IDS = torch.arange(24).reshape(2, 12) % 61 + 3
 KINDS = ["llama", "tied-llama", "gpt2", "masked-bert"]
-SCHEMES = tnlm.list_schemes()
+# What hangs on the scheme runs on one model, what hangs on the model with a scheme of each sort.
+SORTS = ["svd", "kron", "albert", "tensorgpt", "afm", "basis-sharing", "modegpt"]
+PAIRS = [("gpt2", scheme) for scheme in tnlm.list_schemes()]
+PAIRS += [(kind, scheme) for kind in KINDS if kind != "gpt2" for scheme in SORTS]
+ADDS_BIAS = ("tied-llama", "afm")  # so that there is no dense form
 
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -42,8 +45,7 @@ def read(cls, directory, **arguments):
     return model, info["missing_keys"]
 
 
-@every_kind
-@every_scheme
+@pytest.mark.parametrize(("kind", "scheme"), PAIRS)
 def test_save_and_load_as_any_other_model(kind, scheme, compressed, tmp_path):
     model = compressed(kind, scheme)
     model.save_pretrained(tmp_path)
@@ -156,8 +158,9 @@ def test_a_dense_export_is_a_plain_checkpoint(
     assert again.state_dict().keys() == make_model(kind).state_dict().keys()
 
 
-@every_scheme
-@pytest.mark.parametrize("kind", ["tied-llama", "gpt2", "masked-bert"])
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [pair for pair in PAIRS if pair[0] != "llama" and pair != ADDS_BIAS]
+)
 def test_a_dense_export_is_tied_again(kind, scheme, compressed, make_model, tmp_path):
     dense = compressed(kind, scheme).dequantize()
     assert dense.get_output_embeddings().weight is dense.get_input_embeddings().weight

@@ -69,6 +69,8 @@ class Fitted:
 Fit = Callable[[Target, Moved | None], Fitted | None]
 """Fits a target, to its dense statistics if it is not moved; None leaves it as it is."""
 
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+
 
 def cascade(
     model: PreTrainedModel,
@@ -213,7 +215,7 @@ class _Pair:
         """
         seen: dict[str, Tensor] = {}
 
-        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(name: str) -> Hook:
             return lambda _, args: seen.__setitem__(name, args[0])
 
         with _hooks(self._block, [self._local(t.module) for t in targets], note):
@@ -233,7 +235,7 @@ class _Pair:
         for one, other in zip(dense, compressed, strict=True):
             x = _input_of(self._block, local, one, self._call)
             y = _input_of(self._clone, local, other, self._call)
-            if x.shape != y.shape:
+            if x is None or y is None or x.shape != y.shape:
                 raise CalibrationError(
                     f"{module} sees other tokens in the compressed model than in the dense one, "
                     "so that its inputs do not pair; ignore it, or use cascade='none'"
@@ -271,10 +273,11 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a block's run once a module's input is known."""
 
 
-def _input_of(block: nn.Module, module: str, state: Tensor, call: Call) -> Tensor:
+def _input_of(block: nn.Module, module: str, state: Tensor, call: Call) -> Tensor | None:
+    """Return a module's input; None if it is not reached, as an expert that gets no token."""
     found: list[Tensor] = []
 
-    def stop(_: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def stop(_: str) -> Hook:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             found.append(args[0])
             raise _Reached
@@ -283,15 +286,11 @@ def _input_of(block: nn.Module, module: str, state: Tensor, call: Call) -> Tenso
 
     with _hooks(block, [module], stop), contextlib.suppress(_Reached):
         call_block(block, state, call)
-    return found[0]
+    return found[0] if found else None
 
 
 @contextlib.contextmanager
-def _hooks(
-    block: nn.Module,
-    modules: Sequence[str],
-    make: Callable[[str], Callable[[nn.Module, tuple[Tensor, ...]], None]],
-) -> Iterator[None]:
+def _hooks(block: nn.Module, modules: Sequence[str], make: Callable[[str], Hook]) -> Iterator[None]:
     names = list(dict.fromkeys(modules))
     handles = [block.get_submodule(n).register_forward_pre_hook(make(n)) for n in names]
     try:
