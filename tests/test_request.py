@@ -219,7 +219,7 @@ def test_tuning_looks_at_data_as_well():
 
 def test_the_damping_is_the_measures_own_unless_asked():
     assert request("svd-llm").damping == 1e-6
-    assert request("kfac-svd").damping == 1e-3
+    assert request("kfac-svd").damping == 0.05
     assert request("kfac-svd", damping=0).damping == 0
     assert request("kfac-svd", damping=0).record()["damping"] == 0
     assert "damping" not in request().record()

@@ -204,6 +204,8 @@ def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> Non
             modules,
             batches[: data.gradient_samples],
             fisher=FISHER in needs,
+            # FWSVD and TFWSVD take the data's own labels; K-FAC the model's.
+            labels="data" if FISHER in needs else "sampled",
             cache_dir=data.cache_dir,
             progress=progress,
         )

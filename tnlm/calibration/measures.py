@@ -117,7 +117,7 @@ _ALL = (
         "error of the output weighed by its effect on the loss (K-FAC)",
         frozenset({INPUTS, GRADIENTS}),
         _two_sided,
-        damping=1e-3,
+        damping=5e-2,
     ),
     Measure(
         "fisher-inputs",
