@@ -40,11 +40,8 @@ demo: install  ## Compress a real model, reload it and measure it (under 10 minu
 docs: .venv/.installed-docs  ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: install  ## Run every benchmark script
-	@set -e; for script in benchmarks/*.py; do \
-		[ -e "$$script" ] || { echo "no benchmark scripts yet"; break; }; \
-		echo "== $$script"; $(BIN)/python "$$script"; \
-	done
+bench: install  ## Measure decoding speed; benchmarks/quality.py --help says what quality needs
+	$(BIN)/python benchmarks/decode.py
 
 clean:  ## Remove .venv, builds and caches
 	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

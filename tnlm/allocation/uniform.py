@@ -148,7 +148,10 @@ def _budget(target: Target, limits: Limits, extra: int) -> Budget:
     if target.kind == "embedding":
         return Budget(params)  # a lookup costs little, and rows are priced by the report
     speed = min(limits.max_macs, keep) if limits.unit == "macs" else limits.max_macs
-    return Budget(params, speed * target.params)
+    rows, columns = target.shape
+    # A stack's network has the shared factor once, but every member applies it.
+    once = (rows + columns) / (rows + target.copies * columns)
+    return Budget(params, speed * target.params * once)
 
 
 def _why_dense(
