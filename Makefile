@@ -29,10 +29,10 @@ lint: install  ## Check style, format and types
 	$(BIN)/mypy --strict tnlm
 
 test: lint  ## Lint, then run every test and doctest, slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-fast: install  ## Run the tests and doctests that take no real model
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 demo: install  ## Compress a real model, reload it and measure it (under 10 minutes on 2 cores)
 	$(BIN)/python -m tnlm demo
