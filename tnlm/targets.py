@@ -151,7 +151,9 @@ def select(
 
 def _check_ignored(model: nn.Module, ignore: Selector, ends: _Ends) -> None:
     """Raise `TargetError` if ``ignore`` matches nothing: it is probably a slip."""
-    matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
+    matrices = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, Matrix)
+    ]
     if not any(_matches(name, module, ignore, ends) for name, module in matrices):
         endings = {name.rpartition(".")[2] for name, _ in matrices}
         hint = did_you_mean(str(ignore), endings)
@@ -162,14 +164,10 @@ def _uses(model: nn.Module) -> dict[int, list[str]]:
     """Return, for every weight, the modules that hold it."""
     uses: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None) if _is_matrix(module) else None
+        weight = getattr(module, "weight", None) if isinstance(module, Matrix) else None
         if weight is not None:
             uses.setdefault(id(weight), []).append(name)
     return uses
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, Matrix)
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ def _linear(name: str, module: Matrix) -> Iterator[Target]:
 def _nothing(
     model: nn.Module, targets: Selector, ignore: Selector | None, skipped: dict[str, str]
 ) -> TargetError:
-    endings = {n.rpartition(".")[2] for n, m in model.named_modules() if _is_matrix(m)}
+    endings = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Matrix)}
     hint = did_you_mean(targets if isinstance(targets, str) else "", endings)
     if isinstance(targets, str) and targets in endings:  # a pattern must match the whole name
         hint = f"; use [{targets!r}], a list of endings"
