@@ -73,7 +73,8 @@ def test_plan_changes_nothing_and_matches_compress(source, tmp_path):
     assert [row["spec"] for row in plan["layers"]] == [row["spec"] for row in report["layers"]]
 
 
-def test_tables_are_printed_without_json(source, tmp_path):
+def test_tables_are_printed_without_json(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 160)  # whatever COLUMNS was at import
     out = tmp_path / "out"
     for arguments, shown in (
         (("schemes",), "tensorgpt"),
@@ -81,9 +82,7 @@ def test_tables_are_printed_without_json(source, tmp_path):
         (("compress", source, out, "--scheme", "svd", "--no-gauge"), "saved to"),
         (("info", out), "low-rank"),
     ):
-        result = CliRunner().invoke(
-            cli.app, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "160"}
-        )
+        result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
         assert result.exit_code == 0
         assert shown in result.stdout
 
