@@ -8,5 +8,5 @@ SCHEME = Scheme(
     formats=("low-rank", "channels"),
     metric="two-sided",
     allocation="loss",
-    source="tnlm; its parts are K-FAC whitening, Lagrangian allocation and gauge-fixed storage",
+    source="tnlm: K-FAC whitening, MoDeGPT channels, Lagrangian allocation, gauge-fixed storage",
 )
