@@ -8,5 +8,5 @@ SCHEME = Scheme(
     formats=("low-rank", "channels"),
     metric="two-sided",
     allocation="loss",
-    source="tnlm: K-FAC whitening, MoDeGPT channels, Lagrangian allocation, gauge-fixed storage",
+    source="tnlm; K-FAC whitening, MoDeGPT channels, Lagrangian allocation, gauge-fixed storage",
 )
