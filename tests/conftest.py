@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import random
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +34,9 @@ from tnlm.schemes import schemes
 
 # Tiny matrices gain nothing from threads, and lose much when test runs share a machine.
 torch.set_num_threads(1)
+
+# The measurements of this machine are made once for all workers, and not kept.
+os.environ.setdefault("TNLM_HOME", str(Path(tempfile.gettempdir()) / "tnlm-tests"))
 
 settings.register_profile("tnlm", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("tnlm")

@@ -66,7 +66,7 @@ BROKEN = {
     "a list": "[]",
     "a number": "3",
     "no version": json.dumps({"layers": []}),
-    "a later version": changed(format_version=2),
+    "a later version": changed(format_version=99),
     "an unknown field": changed(colour="red"),
     "layers that are none": changed(layers=None),
     "a layer that is a number": changed(layers=[3]),
@@ -83,7 +83,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
 def test_what_is_no_plan_is_an_error(text):
-    with pytest.raises(OptionError, match=r"not a tnlm plan|not of format_version 1"):
+    with pytest.raises(OptionError, match=r"not a tnlm plan|not of format_version 2"):
         Plan.from_json(text)
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.errors import TnlmError
     from tnlm.evaluation import perplexity
+    from tnlm.layers.arranged import arrange
+    from tnlm.layers.rebuilt import keep_rebuilt
     from tnlm.planning import Plan
     from tnlm.reporting import Report
     from tnlm.saving import load, save
@@ -31,6 +33,8 @@ _HOMES = {
     "to_dense": "tnlm.api",
     "TnlmError": "tnlm.errors",
     "perplexity": "tnlm.evaluation",
+    "arrange": "tnlm.layers.arranged",
+    "keep_rebuilt": "tnlm.layers.rebuilt",
     "Plan": "tnlm.planning",
     "Report": "tnlm.reporting",
     "load": "tnlm.saving",
@@ -42,7 +46,9 @@ __all__ = [
     "Plan",
     "Report",
     "TnlmError",
+    "arrange",
     "compress",
+    "keep_rebuilt",
     "list_schemes",
     "load",
     "perplexity",

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tnlm.layers.arranged import filled
 from tnlm.layers.build import Entry
 from tnlm.network import Factors
 from tnlm.targets import Target
@@ -127,10 +128,10 @@ def sliced(
     for member in unit.producers:
         bias = member.bias(model)
         rows = None if bias is None else bias[kept]
-        module = _linear(member.weight(model)[kept], rows)
+        module = filled(member.weight(model)[kept], rows)
         found.append((member, _entry(member, module, "rows"), module))
     like, bias = unit.reader.weight(model), unit.reader.bias(model)
-    module = _linear(factors["rows"].T.to(like), None if bias is None else bias)
+    module = filled(factors["rows"].T.to(like), None if bias is None else bias)
     found.append((unit.reader, _entry(unit.reader, module, "columns"), module))
     return found
 
@@ -144,12 +145,3 @@ def _entry(member: Target, module: nn.Linear, cut: str) -> Entry:
         "cut": cut,
         "bias": module.bias is not None,
     }
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone().contiguous())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear

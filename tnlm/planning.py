@@ -12,7 +12,7 @@ from tnlm.errors import CheckpointError, OptionError
 from tnlm.network import Cost
 from tnlm.tables import change, table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Plan:
             data = json.loads(text)
             if data.pop("format_version") != FORMAT_VERSION:
                 raise OptionError(
-                    f"this plan is not of format_version {FORMAT_VERSION}; upgrade tnlm"
+                    f"this plan is not of format_version {FORMAT_VERSION}; make it with this tnlm"
                 )
             layers = tuple(_layer(**layer) for layer in data.pop("layers"))
             return cls(layers=layers, model=Cost(**data.pop("model")), **data)

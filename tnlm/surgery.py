@@ -18,6 +18,7 @@ from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
 from tnlm.decompositions.gauge import expand, fix
+from tnlm.layers.arranged import filled
 from tnlm.layers.build import Entry, build, network_of
 from tnlm.layers.contraction import chain
 from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
@@ -153,7 +154,7 @@ def fit_target(
     """
     if layer.format is None:
         entry = {"kind": "dense", "shape": list(target.shape), "bias": bias is not None}
-        return entry, _dense_part(weight, bias), 0.0
+        return entry, filled(weight, bias), 0.0
     structure = get_format(layer.format)
     entry = {
         "kind": target.kind,
@@ -184,14 +185,6 @@ def fit_target(
 
 def _cast(factors: Factors, like: Tensor) -> Factors:
     return {k: v.to(like.dtype) if v.is_floating_point() else v for k, v in factors.items()}
-
-
-def _dense_part(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.clone().contiguous())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.clone())
-    return linear
 
 
 def assemble(targets: Sequence[Target], modules: Mapping[str, nn.Module]) -> nn.Module:

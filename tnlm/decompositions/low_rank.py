@@ -23,7 +23,10 @@ RANKS = 192
 
 @dataclass(frozen=True)
 class LowRankSpec:
-    """The rank, and whether the bond is stored gauge-fixed: r(m+n-r) numbers, not r(m+n)."""
+    """The rank, and whether the bond is stored gauge-fixed: r(m+n-r) numbers, not r(m+n).
+
+    The identity stands on the shorter side, where a layer has fewer numbers to put in order.
+    """
 
     rank: int
     gauge: bool = True
@@ -61,7 +64,7 @@ class LowRank(Format[LowRankSpec]):
                 f"rank={spec.rank}; a {shape[0]}x{shape[1]} matrix allows 1 to {min(shape)}"
             )
         sizes = {"o": shape[0], "r": spec.rank, "i": shape[1]}
-        gauge = Gauge("left", "r") if spec.gauge else None
+        gauge = Gauge("left" if shape[0] < shape[1] else "right", "r") if spec.gauge else None
         return Network({"left": "or", "right": "ri"}, "o", "i", sizes, gauge)
 
     def fit(self, weight: Tensor, metric: Metric, spec: LowRankSpec) -> Factors:

@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tnlm.errors import CheckpointError, ModelError
+from tnlm.layers.arranged import arrange_made
 from tnlm.layers.build import Entry, build, check_entry, dense_module
 from tnlm.planning import FORMAT_VERSION
 
@@ -76,7 +77,7 @@ class TnlmQuantizer(HfQuantizer):
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint has format_version {version!r}; this tnlm reads {FORMAT_VERSION}: "
-                "upgrade tnlm"
+                "load it with the tnlm that wrote it, or compress again with this one"
             )
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
@@ -118,6 +119,7 @@ class TnlmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        arrange_made(model)  # files hold every weight by rows
         # .half() and .float() stay allowed.
         model.is_quantized = False  # type: ignore[assignment]
         return model

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
 from tnlm.errors import CheckpointError, TnlmError
+from tnlm.layers.arranged import linear
 from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.linear import FactorizedLinear
@@ -124,7 +125,7 @@ def build(
         return FusedLinear(parts)
     rows, columns = entry["shape"]
     if kind in ("dense", "sliced"):
-        return nn.Linear(columns, rows, bias=entry["bias"], device=device, dtype=dtype)
+        return linear(rows, columns, bias=entry["bias"], device=device, dtype=dtype)
     network = network_of(entry)
     if kind == "embedding":
         table = FactorizedEmbedding(network, device=device, dtype=dtype)

@@ -165,19 +165,32 @@ def _roles(network: Network, current: str, factor: str, done: Sequence[str]) -> 
 
 def _price(network: Network, factor: str, roles: _Roles) -> int:
     """Multiply-adds of a step: the identity block of a gauge passes through for free."""
-    rows, gauge = network.size(roles.kept), network.gauge
-    if gauge is not None and passes_through(network, factor, roles.batch, roles.contracted):
+    rows, width, gauge = network.size(roles.kept), network.size(roles.contracted), network.gauge
+    if gauge is not None and passes_out(network, factor, roles.batch, roles.contracted):
         rows -= network.sizes[gauge.bond]
-    return network.size(roles.rest + roles.batch + roles.contracted) * rows
+    elif gauge is not None and passes_in(network, factor, roles.batch, roles.kept):
+        width -= network.sizes[gauge.bond]
+    return network.size(roles.rest + roles.batch) * width * rows
 
 
-def passes_through(network: Network, factor: str, batch: str, contracted: str) -> bool:
-    """Tell whether a step can copy the rows of its identity block instead of multiplying."""
+def passes_out(network: Network, factor: str, batch: str, contracted: str) -> bool:
+    """Tell whether a step can copy what it contracts to the rows of its identity block."""
     gauge = network.gauge
     return (
         gauge is not None
         and gauge.factor == factor
         and contracted == gauge.bond
+        and network.size(batch) == 1
+    )
+
+
+def passes_in(network: Network, factor: str, batch: str, kept: str) -> bool:
+    """Tell whether a step can add the inputs at its identity block to its result as they are."""
+    gauge = network.gauge
+    return (
+        gauge is not None
+        and gauge.factor == factor
+        and kept == gauge.bond
         and network.size(batch) == 1
     )
 

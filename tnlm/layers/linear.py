@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tnlm.decompositions.gauge import ORDER, expand, with_identity
-from tnlm.layers.contraction import Step, chain, pairwise, passes_through
+from tnlm.layers.arranged import ArrangedLinear, arrange_made, linear
+from tnlm.layers.contraction import Step, chain, pairwise, passes_in, passes_out
+from tnlm.layers.pricing import crossing
+from tnlm.layers.rebuilt import RebuiltWeights
+from tnlm.machine import machine
 from tnlm.network import Factors, Network
 
 
@@ -20,10 +25,14 @@ class FactorizedLinear(nn.Module):
 
     Every factor is an ``nn.Linear`` child under its own name, laid out for its step of the chain,
     so that PEFT, quantizers and exporters meet ordinary linears. A factor with a matrix for every
-    block of the activation holds them stacked, and is applied by one batched product. A
-    gauge-fixed factor whose bond is contracted away passes the identity block through
-    (concatenate, reorder); one whose bond stays is small and is put together from its free rows at
-    each call.
+    block of the activation holds them stacked, and is applied by one batched product. The identity
+    block of a gauge-fixed factor costs no multiply-adds where it meets the bond alone: what it
+    contracts is copied to its rows, or the inputs at its columns are added to the result.
+    Elsewhere the factor is small and is put together from its free rows at each call.
+
+    Where it takes less time on this machine, the weight is rebuilt and multiplied at once. In
+    training, activations between the factors that would take more memory than a dense layer's are
+    computed again for the backward pass instead of being saved.
 
     Args:
         network: the tensor network of the ``(out, in)`` weight.
@@ -31,6 +40,10 @@ class FactorizedLinear(nn.Module):
         order: the factors in the order in which they meet the activation; least MACs if not given.
         device: where the (uninitialised) tensors are made.
         dtype: their dtype.
+
+    Attributes:
+        crossing: token count from which the weight is rebuilt; priced at the first call if None.
+        rebuilt: keeps rebuilt weights, if `tnlm.keep_rebuilt` has set it.
 
     Example:
         >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 6, "a": 2, "i": 5})
@@ -57,16 +70,24 @@ class FactorizedLinear(nn.Module):
         self.chain = chain(network, order)
         self.macs = self.chain.macs
         self.flat = self.chain.is_flat
-        self.crossing = self._crossing()
+        # Two or three plain products of no more multiply-adds are faster at any length.
+        plain = self.flat and self.macs <= self.out_features * self.in_features
+        self.crossing: float | None = math.inf if plain else None
+        self._plain = plain
+        self.rebuilt: RebuiltWeights | None = None
+        self._hoards = _saved_numbers(self.chain.steps) > sum(network.shape)
         self._gauged = network.gauge.factor if network.gauge else None
-        self._copies = any(
-            passes_through(network, s.factor, s.batch, s.contracted) for s in self.chain.steps
+        self._bond = network.sizes[network.gauge.bond] if network.gauge else 0
+        self._split = [self._bond, network.gauge_rows - self._bond]
+        self._passes_out = any(
+            passes_out(network, s.factor, s.batch, s.contracted) for s in self.chain.steps
+        )
+        self._passes_in = any(
+            passes_in(network, s.factor, s.batch, s.kept) for s in self.chain.steps
         )
         for step in self.chain.steps:
             rows, columns = self._stored_shape(step)
-            child = nn.Linear(1, 1, bias=False, device="meta", dtype=dtype)
-            child.in_features, child.out_features = columns, rows
-            child.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
+            child = linear(rows, columns, arranged=step.is_flat, device=device, dtype=dtype)
             setattr(self, step.factor, child)
         if network.gauge is not None:
             order_of_rows = torch.zeros(network.gauge_rows, dtype=torch.int64, device=device)
@@ -74,15 +95,11 @@ class FactorizedLinear(nn.Module):
         empty = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty)
 
-    def _crossing(self) -> float:
-        """Token count from which rebuilding the weight takes fewer multiply-adds."""
-        surplus = self.macs - self.out_features * self.in_features
-        return math.inf if surplus <= 0 else math.ceil(pairwise(self.network).macs / surplus)
-
     def _stored_shape(self, step: Step) -> tuple[int, int]:
         gauge, network = self.network.gauge, self.network
         if gauge is not None and gauge.factor == step.factor:
-            return network.gauge_rows - network.sizes[gauge.bond], network.sizes[gauge.bond]
+            bond, free = self._split
+            return (bond, free) if self._passes_in else (free, bond)
         return network.size(step.rows), network.size(step.contracted)
 
     @torch.no_grad()
@@ -94,12 +111,18 @@ class FactorizedLinear(nn.Module):
             if gauge is None or gauge.factor != step.factor:
                 modes = self.network.factors[step.factor]
                 tensor = tensor.permute([modes.index(mode) for mode in step.rows + step.contracted])
+            elif self._passes_in:
+                tensor = tensor.T
             weight = getattr(self, step.factor).weight
             weight.copy_(tensor.reshape(weight.shape))
         if gauge is not None:
-            getattr(self, gauge.factor + ORDER).copy_(factors[gauge.factor + ORDER])
+            order = factors[gauge.factor + ORDER]
+            # Inputs are put in order before the product, outputs after it.
+            order = order.argsort() if self._passes_in else order
+            getattr(self, gauge.factor + ORDER).copy_(order)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
+        arrange_made(self)
         return self
 
     def factors(self) -> Factors:
@@ -109,14 +132,15 @@ class FactorizedLinear(nn.Module):
         for step in self.chain.steps:
             weight = _weight(getattr(self, step.factor))
             if gauge is not None and gauge.factor == step.factor:
-                stored[step.factor] = weight
+                stored[step.factor] = weight.T if self._passes_in else weight
                 continue
             layout = step.rows + step.contracted
             sizes = [self.network.sizes[mode] for mode in layout]
             modes = self.network.factors[step.factor]
             stored[step.factor] = weight.reshape(sizes).permute([layout.index(m) for m in modes])
         if gauge is not None:
-            stored[gauge.factor + ORDER] = getattr(self, gauge.factor + ORDER)
+            order = getattr(self, gauge.factor + ORDER)
+            stored[gauge.factor + ORDER] = order.argsort() if self._passes_in else order
         return expand(self.network, stored)
 
     def to_dense(self) -> Tensor:
@@ -132,22 +156,54 @@ class FactorizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map to ``(..., in)``, giving ``(..., out)``."""
-        if self._rebuild_pays(x):
-            return F.linear(x, self.to_dense(), self.bias)
-        h = self._pass_on(x) if self.flat else self._reshape_and_pass_on(x)
+        if self.crossing != math.inf and self._rebuild_pays(x):
+            return F.linear(x, self._rebuilt_weight(), self.bias)
+        h = self._pass_on(x) if self.flat else self._pass_on_in_modes(x)
         return h if self.bias is None else h + self.bias
 
     def _rebuild_pays(self, x: Tensor) -> bool:
         # A compiled or exported graph keeps one path for every length.
-        if self.crossing == math.inf or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return False
+        if self.crossing is None:
+            self.crossing = self._price(x)
         return x.numel() >= self.crossing * self.in_features
+
+    def _price(self, x: Tensor) -> float:
+        if x.device.type not in ("cpu", "cuda"):
+            return math.inf
+        prices = machine(x.dtype, x.device.type)
+        kept = self.rebuilt is not None
+        return crossing(self.network, self.chain, prices, x.element_size(), kept=kept)
+
+    def keep_rebuilt(self, kept: RebuiltWeights | None) -> None:
+        """Keep rebuilt weights there from now on; priced anew, as they need not be rebuilt."""
+        self.rebuilt = kept
+        if not self._plain:
+            self.crossing = None
+
+    def _rebuilt_weight(self) -> Tensor:
+        if self.rebuilt is None or torch.is_grad_enabled():
+            return self.to_dense()
+        return self.rebuilt.weight(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if not self._plain:
+            self.crossing = None  # another dtype or device has other prices
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _pass_on(self, h: Tensor) -> Tensor:
         """Run the chain when every step is a plain product on the last axis."""
         for step in self.chain.steps:
             h = self._multiply(step, h)
         return h
+
+    def _pass_on_in_modes(self, x: Tensor) -> Tensor:
+        """Run the chain on the modes; in training, without saving what lies between the steps."""
+        if self._hoards and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            again: Tensor = checkpoint(self._reshape_and_pass_on, x, use_reentrant=False)
+            return again
+        return self._reshape_and_pass_on(x)
 
     def _reshape_and_pass_on(self, x: Tensor) -> Tensor:
         """Run the chain, moving the modes that each step contracts to the end."""
@@ -174,24 +230,27 @@ class FactorizedLinear(nn.Module):
             applied: Tensor = child(h)
             return applied
         order: Any = self._buffers[step.factor + ORDER]
-        if self._copies:
-            # gather, because index_select on the last axis is several times slower on the CPU.
-            rows = torch.cat((h, child(h)), dim=-1)
-            return rows.gather(-1, order.expand(rows.shape))
-        return F.linear(h, self._assembled(step, with_identity(_weight(child), order)))
+        if self._passes_in:
+            passed, rest = _reorder(h, order).split_with_sizes(self._split, dim=-1)
+            fed: Tensor = child(rest) + passed
+            return fed
+        if self._passes_out:
+            return _reorder(torch.cat((h, child(h)), dim=-1), order)
+        return F.linear(h, self._assembled(step))
 
     def _multiply_blocks(self, step: Step, h: Tensor) -> Tensor:
         """Multiply every block of ``(tokens, blocks, width)`` by its own matrix."""
-        rows = _weight(getattr(self, step.factor))
-        if step.factor == self._gauged:
-            order = getattr(self, step.factor + ORDER)
-            rows = self._assembled(step, with_identity(rows, order))
+        gauged = step.factor == self._gauged
+        rows = self._assembled(step) if gauged else _weight(getattr(self, step.factor))
         blocks = rows.reshape(step.blocks, -1, step.width)
         return torch.bmm(h.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
 
-    def _assembled(self, step: Step, rows: Tensor) -> Tensor:
-        """Lay the rows of a gauge-fixed factor, identity included, out for its step."""
+    def _assembled(self, step: Step) -> Tensor:
+        """Lay the gauge-fixed factor, identity included, out for its step."""
         bond = self.network.gauge.bond if self.network.gauge else ""
+        rows = with_identity(
+            _weight(getattr(self, step.factor)), getattr(self, step.factor + ORDER)
+        )
         others = self.network.factors[step.factor].replace(bond, "")
         full = rows.reshape(*(self.network.sizes[mode] for mode in others), rows.shape[-1])
         layout = [(others + bond).index(mode) for mode in step.rows + step.contracted]
@@ -205,9 +264,22 @@ class FactorizedLinear(nn.Module):
         )
 
 
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Return ``(..., n)`` with its last axis in the given order."""
+    if x.numel() == order.numel() and not torch.compiler.is_compiling():
+        return x.index_select(-1, order)
+    # On many rows index_select along the last axis is several times slower on the CPU.
+    return x.gather(-1, order.expand(x.shape))
+
+
+def _saved_numbers(steps: Sequence[Step]) -> int:
+    """Return how many numbers per token the backward pass of the steps needs."""
+    return sum(math.prod(step.rest) * step.blocks * step.width for step in steps)
+
+
 def _weight(child: nn.Linear) -> Tensor:
     """Return the weight that a child applies; an adapter may have been wrapped around it."""
-    if type(child) is nn.Linear:
+    if type(child) in (nn.Linear, ArrangedLinear):
         return child.weight
     like = child.weight
     eye = torch.eye(child.in_features, dtype=like.dtype, device=like.device)

@@ -1,0 +1,127 @@
+"""The speed benchmarks run on tiny cases; what they measure is not looked at."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tnlm.decompositions import get_format
+from tnlm.decompositions.gauge import fix
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def as_a_script(monkeypatch, tmp_path):
+    """Find sibling modules as a script does, and keep this machine's measurements apart."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("TNLM_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path) -> Callable[..., tuple[dict[str, Any], str]]:
+    """Run a benchmark with options; return its figures and its Markdown text."""
+
+    def run_it(name: str, *options: object) -> tuple[dict[str, Any], str]:
+        out = tmp_path / "out"
+        words = [name, *options, "--repeats", 1, "--out", out]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        figures = json.loads((out / f"{name}.json").read_text())
+        return figures, (out / f"{name}.md").read_text()
+
+    return run_it
+
+
+def test_layers_measures_every_format_beside_dense(run):
+    options = "--shapes 24x36 --keep-targets 0.5 --tokens 1 3 --dtypes float32 bfloat16"
+    figures, text = run("layers", *options.split())
+    rows = figures["layers"]
+    ours = [row for row in rows if row["by"] == "tnlm"]
+    assert len(ours) == 6 * 2 * 2  # formats, tokens, dtypes
+    assert len([row for row in rows if row["by"] == "dense"]) == len(ours)
+    for row in ours:
+        assert row["speed"] > 0
+        assert 0 < row["macs"] <= 1
+        assert row["keep"] is None or row["macs"] <= row["keep"]
+    assert {row["by"] for row in rows} >= {"PEFT LoKr", "linear_operator", "tltorch, rebuilt"}
+    assert "### 24x36, bfloat16" in text
+    saved = figures["saved_for_backward"]
+    assert 0 < saved["tnlm"] < saved["one einsum"]
+
+
+@pytest.mark.parametrize("missing", ["tltorch", "peft", "linear_operator"])
+def test_a_library_that_is_missing_is_said_to_be(run, monkeypatch, missing):
+    for module in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    options = "--shapes 8x8 --formats tucker kronecker-term --keep-targets 0.8 --tokens 1"
+    _, text = run("layers", *options.split(), "--dtypes", "float32")
+    label = "PEFT LoKr" if missing == "peft" else missing
+    lines = [line for line in text.splitlines() if label in line]
+    assert lines
+    assert all("not installed" in line for line in lines)
+
+
+def test_model_measures_a_real_and_a_random_model(run, tmp_path, tiny_llama):
+    tiny_llama(seed=0).save_pretrained(tmp_path / "tiny")
+    sizes = "--hidden 32 --intermediate 48 --layers 1 --prompt-tokens 8 --new-tokens 2"
+    options = [*sizes.split(), "--keep-targets", 0.6, "--dtypes", "float32", "bfloat16"]
+    figures, text = run("model", tmp_path / "tiny", *options)
+    rows = figures["models"]
+    assert len(rows) == 2 * 2 * 2  # models, dtypes, variants
+    for row in rows:
+        assert row["prefill_speed"] > 0
+        assert row["decode_speed"] > 0
+        assert (row["share_of_bytes"] < 1) == (row["variant"] != "dense")
+    full, half = (row["weight_bytes"] for row in rows[:3:2])
+    assert full == 2 * half
+    assert "| tiny | bfloat16 |" in text
+
+
+@pytest.mark.parametrize("name", ["timing", "random_layers", "other_libraries", "layers"])
+def test_examples_in_docstrings_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_random_factors_are_what_a_fit_would_store(gaussian):
+    random_layers = importlib.import_module("random_layers")
+    for name in ("low-rank", "kronecker"):
+        spec = random_layers.spec_within(name, (24, 16), 0.6)
+        network = get_format(name).network((24, 16), spec)
+        full = {factor: gaussian(*network.shape_of(factor)) for factor in network.factors}
+        fitted, drawn = fix(network, full), random_layers.random_factors(network)
+        assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in fitted.items()}
+        order = drawn[f"{network.gauge.factor}_order"]
+        assert order.dtype == torch.int64
+        assert order.sort().values.tolist() == list(range(network.gauge_rows))
+
+
+def test_turns_alternate_and_go_through_all_calls():
+    timing = importlib.import_module("timing")
+    made: list[str] = []
+    calls = {
+        "a": [lambda k=k: made.append(f"a{k}") for k in range(3)],
+        "b": [lambda: made.append("b")],
+    }
+    times = timing.take_turns(calls, repeats=2)
+    assert {name: len(spent) for name, spent in times.items()} == {"a": 2, "b": 2}
+    assert made == ["a0", "a2", "b", "b", *["a0", "a1", "a2", "b"] * 2]
+
+
+def test_saved_bytes_counts_activations_once_and_no_weights():
+    layers = importlib.import_module("layers")
+    layer = nn.Linear(6, 4, bias=False)
+    x = torch.randn(5, 6, requires_grad=True)
+    saved = layers.saved_bytes(lambda: layer(x) + layer(x), list(layer.parameters()))
+    assert saved == 4 * x.numel()
