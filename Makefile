@@ -40,8 +40,9 @@ demo: install  ## Compress a real model, reload it and measure it (under 10 minu
 docs: .venv/.installed-docs  ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: install  ## Measure decoding speed; benchmarks/quality.py --help says what quality needs
-	$(BIN)/python benchmarks/decode.py
+bench: install  ## Measure speed of layers and models; each benchmarks/*.py has a --help
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/model.py
 
 clean:  ## Remove .venv, builds and caches
 	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

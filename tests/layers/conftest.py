@@ -73,6 +73,12 @@ def _linear(network: Network) -> Pair:
     return Pair(layer, _dense(matrix, bias))
 
 
+def _rebuilt(network: Network) -> Pair:
+    pair = _linear(network)
+    pair.layer.crossing = 0
+    return pair
+
+
 def _dense(matrix: Tensor, bias: Tensor | None = None) -> nn.Linear:
     rows, columns = matrix.shape
     dense = nn.Linear(columns, rows, bias=bias is not None, dtype=torch.float64)
@@ -104,6 +110,7 @@ def _params(make: Callable[[Network], Pair], found: dict[str, Network], suffix: 
 
 
 LINEARS = _params(_linear, networks("linear"))
+REBUILT = _params(_rebuilt, networks("linear"), "-rebuilt")
 FUSED = _params(_fused, {"low-rank": networks("linear")["low-rank-gauge"]}, "-fused")
 HEADS = _params(_head, networks("embedding"), "-head")
 
@@ -122,6 +129,12 @@ def linear(request: pytest.FixtureRequest) -> Pair:
 @pytest.fixture(params=[*LINEARS, *FUSED, *HEADS])
 def pair(request: pytest.FixtureRequest) -> Pair:
     """Whatever maps activations: layers of every format, fused ones and heads."""
+    return _made(request)
+
+
+@pytest.fixture(params=[*LINEARS, *REBUILT, *FUSED, *HEADS])
+def either(request: pytest.FixtureRequest) -> Pair:
+    """The same, and layers that rebuild their weight."""
     return _made(request)
 
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tnlm.layers.linear import FactorizedLinear
-
 STRIDED = {
     "transposed batch": lambda x: x.transpose(0, 1),
     "every other token": lambda x: x[:, ::2],
@@ -20,15 +18,6 @@ STRIDED = {
     "one number for all": lambda x: x[:1, :1, :1].expand(2, 3, x.shape[-1]),
     "overlapping windows": lambda x: x.flatten().unfold(0, x.shape[-1], 3),
 }
-
-
-@pytest.fixture(params=[math.inf, 0], ids=["factors", "rebuilt"])
-def either(request, pair):
-    """Run every layer through its factors, and with its weight rebuilt."""
-    if request.param == 0 and not isinstance(pair.layer, FactorizedLinear):
-        pytest.skip("only a factorized linear layer rebuilds its weight")
-    pair.layer.crossing = request.param
-    return pair
 
 
 @pytest.mark.parametrize("stride", STRIDED.values(), ids=STRIDED)
