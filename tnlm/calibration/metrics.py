@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnlm.calibration.sides import Side
-from tnlm.decompositions.linalg import energies, nearest, spectrum
+from tnlm.decompositions.linalg import energies
 from tnlm.errors import CalibrationError
 
 ACCURATE = 1e-10
@@ -93,8 +93,6 @@ class Metric:
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """Return the squared singular values of M, largest first."""
-        if self.outputs is None and self.inputs is None:
-            return spectrum(weight.detach().double())
         if weight.shape[0] <= weight.shape[1]:
             return energies(self.output_gram(weight))
         return energies(self.input_gram(weight))
@@ -115,8 +113,6 @@ class Metric:
         With U the leading left singular vectors of M, it is ``G^(-1/2) U U.T G^(1/2) W``: no
         inverse of C is needed, so a singular C does no harm and full rank is exact.
         """
-        if self.outputs is None and self.inputs is None:
-            return nearest(weight, rank)
         if self.outputs is not None and weight.shape[0] > weight.shape[1]:
             tall = self._tall_low_rank(weight.detach().double(), rank)
             if tall is not None:

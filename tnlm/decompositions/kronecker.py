@@ -23,7 +23,7 @@ from tnlm.decompositions.base import (
     macs,
     matrix_shape,
 )
-from tnlm.decompositions.linalg import energies, least_error, rank_for, spectrum, truncated_svd
+from tnlm.decompositions.linalg import energies, rank_for, spectrum, tails, truncated_svd
 from tnlm.decompositions.rearrange import Split, divisor_pairs, rearrange, sample
 from tnlm.decompositions.whitening import (
     Decompose,
@@ -182,7 +182,9 @@ class Kronecker(Format[KroneckerSpec]):
 
     def _tail(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
         splits = spec.out_split, spec.in_split
-        return least_error(rearrange(_whitened(weight, metric, *splits), *splits), spec.terms)
+        tail = tails(spectrum(rearrange(_whitened(weight, metric, *splits), *splits)))
+        error: float = (float(tail[spec.terms]) / (float(tail[0]) or 1.0)) ** 0.5
+        return error
 
     def _closed_form_error(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
         network = self.network(matrix_shape(weight), spec)

@@ -159,7 +159,7 @@ class FactorizedLinear(nn.Module):
         if self.crossing != math.inf and self._rebuild_pays(x):
             return F.linear(x, self._rebuilt_weight(), self.bias)
         h = self._pass_on(x) if self.flat else self._pass_on_in_modes(x)
-        return h if self.bias is None else h + self.bias
+        return h if self.bias is None else h + self.bias.to(h.dtype)
 
     def _rebuild_pays(self, x: Tensor) -> bool:
         # A compiled or exported graph keeps one path for every length.
@@ -232,8 +232,8 @@ class FactorizedLinear(nn.Module):
         order: Any = self._buffers[step.factor + ORDER]
         if self._passes_in:
             passed, rest = _reorder(h, order).split_with_sizes(self._split, dim=-1)
-            fed: Tensor = child(rest) + passed
-            return fed
+            fed: Tensor = child(rest)
+            return fed + passed.to(fed.dtype)  # under autocast they differ
         if self._passes_out:
             return _reorder(torch.cat((h, child(h)), dim=-1), order)
         return F.linear(h, self._assembled(step))
