@@ -57,11 +57,12 @@ def save(
         The directory.
 
     Raises:
-        ModelError: if the model is not compressed.
+        ModelError: if the model is not compressed, or was quantized by another library since.
         CheckpointError: if the directory is not empty or cannot be written.
     """
     if not isinstance(getattr(model.config, "quantization_config", None), TnlmConfig):
         raise ModelError("the model is not compressed by tnlm; use model.save_pretrained")
+    _check_plain(model)
     target = Path(directory)
     check_writable(target, overwrite=overwrite)
     try:
@@ -81,6 +82,16 @@ def save(
             f"cannot write {target}: {error}; nothing was changed there"
         ) from error
     return target
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Raise `ModelError` if a parameter is more than its numbers, as torchao's quantized ones."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            raise ModelError(
+                f"{name} is a {type(parameter).__name__}, which config.json does not describe; "
+                "save the model first, and quantize it after loading"
+            )
 
 
 def _put(new: Path, target: Path, old: Path) -> None:

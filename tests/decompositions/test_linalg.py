@@ -129,7 +129,7 @@ def test_pivot_rows_keep_any_bound(m, part, bound, gaussian):
     check_pivots(torch.linalg.qr(gaussian(m, max(1, round(part * m))))[0], bound)
 
 
-@pytest.mark.parametrize("rank", [4, 12])
+@pytest.mark.parametrize("rank", [12, 16])
 def test_rows_are_swapped_where_elimination_alone_grows(rank):
     # Wilkinson's matrix: partial pivoting leaves a last row with coefficients of 2**(rank - 1).
     lower = torch.eye(rank) - torch.ones(rank, rank).tril(-1)

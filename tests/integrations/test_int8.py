@@ -34,6 +34,14 @@ def test_int8_is_a_quarter_of_the_bytes_and_generates(compressed):
     assert made.shape == (1, 16)
 
 
+def test_int8_models_are_not_saved(compressed, tmp_path):
+    model = compressed("llama", "svd")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(ModelError, match=r"q_proj.right is a Int8Tensor.*quantize it after"):
+        tnlm.save(model, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
 def stored(model):
     """Bytes of what stands in the linear layers."""
     total = 0
