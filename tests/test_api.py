@@ -203,9 +203,9 @@ def test_a_part_of_a_fused_module_may_stay_dense(make_model):
     tnlm.compress(model, "svd", tolerance=1e-3, targets=["h.0.attn.c_attn"])
     made = model.transformer.h[0].attn.c_attn
     assert [type(getattr(made, part)).__name__ for part in "qkv"] == [
-        "Linear",
+        "ArrangedLinear",
         "FactorizedLinear",
-        "Linear",
+        "ArrangedLinear",
     ]
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
     assert tnlm.report(model).parameters_after == count(model)

@@ -119,7 +119,7 @@ def test_producers_keep_rows_and_the_sliced_model_is_the_masked_one(kind, cut, m
         for producer in pair.producers:
             assert torch.equal(kept_rows(model, dense, producer.name), kept)
             module = model.get_submodule(producer.name)
-            assert type(module) is nn.Linear
+            assert isinstance(module, nn.Linear)
             if module.bias is not None:
                 assert torch.equal(module.bias, dense.get_submodule(producer.name).bias[kept])
         reader = dense.get_submodule(pair.reader.name)

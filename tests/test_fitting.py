@@ -89,7 +89,7 @@ def test_what_stays_dense_is_not_touched_unless_its_module_is_replaced(start):
     # All parts of the second block's module stay dense, so that it stays what it is.
     assert kinds == {f"{name(0)}.q": "dense", f"{name(0)}.k": "linear", f"{name(0)}.v": "linear"}
     part = shelf.take(f"{name(0)}.q")
-    assert type(part) is nn.Linear
+    assert isinstance(part, nn.Linear)
     target = select(model, [name(0)]).targets[0]
     assert torch.equal(part.weight, target.weight(model))
     assert torch.equal(part.bias, target.bias(model))

@@ -89,7 +89,7 @@ def _check_plain(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "__tensor_flatten__"):
             raise ModelError(
-                f"{name} is a {type(parameter).__name__}, which config.json does not describe; "
+                f"{name} is held as {type(parameter).__name__}, of which config.json says nothing; "
                 "save the model first, and quantize it after loading"
             )
 

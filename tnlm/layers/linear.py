@@ -279,7 +279,8 @@ def _saved_numbers(steps: Sequence[Step]) -> int:
 
 def _weight(child: nn.Linear) -> Tensor:
     """Return the weight that a child applies; an adapter may have been wrapped around it."""
-    if type(child) in (nn.Linear, ArrangedLinear):
+    plain = type(child) in (nn.Linear, ArrangedLinear)
+    if plain and not hasattr(child.weight, "__tensor_flatten__"):  # quantized: through its product
         return child.weight
     like = child.weight
     eye = torch.eye(child.in_features, dtype=like.dtype, device=like.device)
