@@ -82,10 +82,10 @@ def bias_was_added(model):
     return any(layer.bias for layer in tnlm.report(model).plan.layers)
 
 
-def step(model, ids=IDS):
+def step(model, ids=IDS, rate=0.05):
     """Take one optimizer step and return the loss before it and after."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.05)
+    optimizer = torch.optim.SGD(trained, lr=rate)
     before = model(ids, labels=ids).loss
     before.backward()
     optimizer.step()
@@ -468,7 +468,8 @@ def test_lora_trains_on_every_factor_and_merges(scheme, options, compressed):
     torch.manual_seed(0)
     lora = LoraConfig(r=2, target_modules=sorted(factors), init_lora_weights=False)
     adapted = get_peft_model(model, lora)
-    before, after = step(adapted)
+    # Random adapters make the loss steep: a step that is not short may overshoot.
+    before, after = step(adapted, rate=0.005)
     assert after < before
     for name, parameter in adapted.named_parameters():
         assert not parameter.requires_grad or parameter.grad.any(), name

@@ -95,8 +95,8 @@ def compress(
         >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
         ...                    num_hidden_layers=1, num_attention_heads=2)
         >>> model = compress(LlamaForCausalLM(tiny), "svd", keep_targets=0.5)
-        >>> model.model.layers[0].mlp.up_proj.right
-        Linear(in_features=16, out_features=6, bias=False)
+        >>> model.model.layers[0].mlp.up_proj.right  # 6 of its 16 columns are an identity block
+        ArrangedLinear(in_features=10, out_features=6, bias=False)
     """
     data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed, gradient_samples)
     if isinstance(scheme, Plan):
