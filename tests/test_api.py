@@ -469,7 +469,7 @@ def test_lora_trains_on_every_factor_and_merges(scheme, options, compressed):
     lora = LoraConfig(r=2, target_modules=sorted(factors), init_lora_weights=False)
     adapted = get_peft_model(model, lora)
     # Random adapters make the loss steep: a step that is not short may overshoot.
-    before, after = step(adapted, rate=0.005)
+    before, after = step(adapted, rate=0.0005)
     assert after < before
     for name, parameter in adapted.named_parameters():
         assert not parameter.requires_grad or parameter.grad.any(), name

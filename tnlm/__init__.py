@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tnlm.errors import TnlmError
     from tnlm.evaluation import perplexity
     from tnlm.layers.arranged import arrange
+    from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
     from tnlm.planning import Plan
     from tnlm.reporting import Report
@@ -35,6 +36,7 @@ _HOMES = {
     "perplexity": "tnlm.evaluation",
     "arrange": "tnlm.layers.arranged",
     "keep_rebuilt": "tnlm.layers.rebuilt",
+    "predict_speed": "tnlm.layers.prediction",
     "Plan": "tnlm.planning",
     "Report": "tnlm.reporting",
     "load": "tnlm.saving",
@@ -53,6 +55,7 @@ __all__ = [
     "load",
     "perplexity",
     "plan",
+    "predict_speed",
     "report",
     "save",
     "to_dense",

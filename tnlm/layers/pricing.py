@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tnlm.layers.contraction import Chain, pairwise
+from tnlm.layers.contraction import Chain, pairwise, passes_in, passes_out
 from tnlm.machine import Machine
 from tnlm.network import Network
 
@@ -56,9 +56,16 @@ def through(network: Network, plan: Chain, machine: Machine, itemsize: int, toke
     for step in plan.steps:
         if step.permute is not None:
             seconds += machine.reorder(tokens * numbers, itemsize)
-        rows = network.size(step.kept)
+        rows, width = network.size(step.kept), step.width
         met = tokens * math.prod(step.rest)
-        seconds += machine.product(met, rows, step.width, step.blocks, itemsize)
+        # The identity block is not multiplied; its numbers are put in order with the others.
+        if passes_out(network, step.factor, step.batch, step.contracted):
+            seconds += machine.reorder(met * rows, itemsize)
+            rows -= width
+        elif passes_in(network, step.factor, step.batch, step.kept):
+            seconds += machine.reorder(met * width, itemsize)
+            width -= rows
+        seconds += machine.product(met, rows, width, step.blocks, itemsize)
         numbers = math.prod(step.after)
     if plan.permute is not None:
         seconds += machine.reorder(tokens * numbers, itemsize)
