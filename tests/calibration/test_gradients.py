@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    BertForSequenceClassification,
     GPT2ForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
@@ -378,14 +379,44 @@ def test_weight_gradients_that_overflow_are_named(make):
 
 
 @pytest.mark.parametrize("batches", [BATCHES, RAGGED], ids=["walk", "padded"])
-@pytest.mark.parametrize("kind", ["no-head", "classifier"])
-def test_a_model_without_a_head_is_named(kind, batches, make):
+def test_a_model_without_a_head_is_named(batches, make):
     model = make("bert")
-    if kind == "classifier":
-        model = GPT2ForSequenceClassification(make("gpt2").config)
-        model.config.pad_token_id = 0
     with pytest.raises(CalibrationError, match=f"{type(model).__name__} has none; load it with it"):
         gather(model, batches)
+
+
+CLASSES = [{"input_ids": [3 + i, 20, 9 + 2 * i][: 2 + i % 2], "labels": i % 3} for i in range(6)]
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_classifier_is_asked_for_the_class_of_every_sequence(kind, batch_size, make):
+    config = make(kind).config
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(0)
+    classes = {"bert": BertForSequenceClassification, "gpt2": GPT2ForSequenceClassification}
+    model = classes[kind](config).eval()
+    name = "bert.encoder.layer.1.output.dense" if kind == "bert" else "transformer.h.1.mlp.c_proj"
+    batches = token_batches(CLASSES, batch_size=batch_size)
+    found = gather(model, batches, [name], fisher=True).tensor(name, "fisher")
+    squares = 0.0
+    for row in CLASSES:
+        model.zero_grad()
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
+        F.cross_entropy(logits, torch.tensor([row["labels"]])).backward()
+        gradient = model.get_submodule(name).weight.grad
+        squares += (gradient if kind == "bert" else gradient.T).square() / len(CLASSES)
+    assert_close(found, squares.double())
+
+
+def test_a_classifier_without_labels_or_with_others_says_so(make):
+    model = BertForSequenceClassification(make("bert").config).eval()
+    name = "bert.encoder.layer.1.output.dense"
+    assert gather(model, RAGGED, [name], labels="sampled").tensor(name, "gradient").any()
+    with pytest.raises(CalibrationError, match="needs the class of every sequence"):
+        gather(model, RAGGED, [name])
+    with pytest.raises(CalibrationError, match="a label is 2; the model has 2 classes"):
+        gather(model, token_batches(CLASSES), [name])
 
 
 def test_modules_never_reached_and_without_vectors_are_named(make):

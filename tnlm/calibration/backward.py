@@ -136,7 +136,7 @@ def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> lis
 
 def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
     """Whether the gradient of a few tokens at the first block is the same walked and whole."""
-    few = {key: value[:1, :SHORT] for key, value in batch.items()}
+    few = {key: value[:1] if key == "labels" else value[:1, :SHORT] for key, value in batch.items()}
     [task] = make_tasks(model, [few], "data")
     with torch.no_grad():
         calls = record(model, blocks, few)[0]

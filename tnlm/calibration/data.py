@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "count_tokens", "fingerprint", "read_text", "token_batches"]
 
 Batch = dict[str, Tensor]
-"""``input_ids`` and ``attention_mask``, int64, both ``(sequences, length)``."""
+"""``input_ids`` and ``attention_mask``, int64, both ``(sequences, length)``; for a classifier also
+``labels``, the class of every sequence, ``(sequences,)``."""
 
 _T = TypeVar("_T")
 _ALLOWED = (
@@ -31,10 +32,11 @@ _ALLOWED = (
 
 
 class _Row(NamedTuple):
-    """One sequence: its token ids and its mask, both ``(length,)``."""
+    """One sequence: its token ids and its mask, both ``(length,)``, and its class if it has one."""
 
     ids: Tensor
     mask: Tensor
+    label: int | None = None
 
 
 def token_batches(
@@ -50,7 +52,8 @@ def token_batches(
 
     Texts (strings, files, a ``text`` column) are joined by blank lines and tokenised once without
     special tokens; these ids, and 1-D ids, are cut into full windows without overlap. Sequences
-    (2-D ids, lists, DataLoaders, an ``input_ids`` column) stay rows, with their masks.
+    (2-D ids, lists, DataLoaders, an ``input_ids`` column) stay rows, with their masks and, where
+    ``labels`` holds one class for each sequence, with that.
 
     Args:
         calibration: texts, the path of a text or ``.jsonl`` file, ids, or a loader or dataset.
@@ -98,7 +101,7 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     """
     digest = hashlib.sha256()
     for batch in batches:
-        for name in ("input_ids", "attention_mask"):
+        for name in (key for key in ("input_ids", "attention_mask", "labels") if key in batch):
             tensor = batch[name].to("cpu", torch.int64).contiguous()
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.numpy().tobytes())
@@ -213,10 +216,11 @@ def _sequence_rows(item: Any, max_length: int) -> list[_Row]:
     Padding at both ends is dropped before a row is cut to ``max_length``, so that a row padded on
     the left keeps its tokens; a row without tokens is dropped.
     """
-    mask = None
+    mask, classes = None, None
     if isinstance(item, Mapping):
         if "input_ids" not in item:
             raise CalibrationError(f"a batch has the keys {list(item)}; it needs 'input_ids'")
+        classes = item.get("labels")
         item, mask = item["input_ids"], item.get("attention_mask")
     elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
         item = item[0]  # what a TensorDataset yields
@@ -229,13 +233,24 @@ def _sequence_rows(item: Any, max_length: int) -> list[_Row]:
             f"token ids of shape {tuple(ids.shape)} with a mask of shape {tuple(kept.shape)}; "
             "both must be (length,) or (sequences, length)"
         )
-    rows = zip(ids.reshape(-1, ids.shape[-1]), kept.reshape(-1, ids.shape[-1]), strict=True)
-    spans = [(row, keep, keep.nonzero().flatten().tolist()) for row, keep in rows]
-    return [
-        _Row(row[at[0] : at[-1] + 1][:max_length], keep[at[0] : at[-1] + 1][:max_length])
-        for row, keep, at in spans
-        if at
-    ]
+    rows = ids.reshape(-1, ids.shape[-1]), kept.reshape(-1, ids.shape[-1])
+    found = []
+    for row, keep, label in zip(*rows, _classes(classes, len(rows[0])), strict=True):
+        at = keep.nonzero().flatten().tolist()
+        if at:
+            span = slice(at[0], min(at[-1] + 1, at[0] + max_length))
+            found.append(_Row(row[span], keep[span], label))
+    return found
+
+
+def _classes(labels: Any, count: int) -> Sequence[int | None]:
+    """Return the class of every sequence; labels of tokens are not classes."""
+    if labels is None:
+        return [None] * count
+    classes = torch.as_tensor(labels)
+    if classes.dim() > 1 or classes.is_floating_point() or classes.numel() != count:
+        return [None] * count
+    return [int(label) for label in classes.flatten()]
 
 
 def _token_ids(value: Any) -> Tensor:
@@ -268,7 +283,9 @@ def _draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
 def _collate(rows: Sequence[_Row]) -> Batch:
     """Stack rows into one batch, padded on the right to the longest."""
     pad = torch.nn.utils.rnn.pad_sequence
-    return {
+    batch = {
         "input_ids": pad([row.ids for row in rows], batch_first=True),
         "attention_mask": pad([row.mask for row in rows], batch_first=True),
     }
+    labels = [row.label for row in rows if row.label is not None]
+    return batch | {"labels": torch.tensor(labels)} if len(labels) == len(rows) else batch

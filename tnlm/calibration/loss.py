@@ -28,7 +28,8 @@ class Task:
 
     Args:
         batch: the tokens.
-        labels: the data's own labels ``(sequences, length)``, ``IGNORED`` where none is predicted.
+        labels: the data's own labels ``(sequences, length)``, ``IGNORED`` where none is predicted;
+            for a classifier the classes ``(sequences,)``.
         draws: for each prediction a uniform number in [0, 1) that chooses a label from the model's
             distribution, in its place; None to take the labels.
     """
@@ -41,17 +42,27 @@ class Task:
         """Return the cross-entropy of a model's output, summed over predictions, in float32.
 
         Raises:
-            CalibrationError: if the output holds no logits over the vocabulary.
+            CalibrationError: if the output holds no logits over the vocabulary, or over classes,
+                or the data has a class that the model has not.
         """
         logits = getattr(output, "logits", None)
         words = model.config.get_text_config(decoder=True).vocab_size
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] < words:
+        least = 2 if self.labels.dim() == 1 else words
+        if (
+            not isinstance(logits, Tensor)
+            or logits.dim() != self.labels.dim() + 1
+            or logits.shape[-1] < least
+        ):
             raise CalibrationError(
-                f"gradients need a model with an output head over its vocabulary, but a "
-                f"{type(model).__name__} has none; load it with its head, or use a metric without "
-                "gradients"
+                f"gradients need a model with an output head over its vocabulary, or over classes, "
+                f"but a {type(model).__name__} has none; load it with its head, or use a metric "
+                "without gradients"
             )
-        flat, labels = logits.flatten(0, 1), self.labels.flatten().to(logits.device, copy=True)
+        if int(self.labels.max()) >= logits.shape[-1]:
+            raise CalibrationError(
+                f"a label is {int(self.labels.max())}; the model has {logits.shape[-1]} classes"
+            )
+        flat, labels = logits.flatten(0, -2), self.labels.flatten().to(logits.device, copy=True)
         if self.draws is not None:
             labels[labels != IGNORED] = sample(flat.detach(), labels != IGNORED, self.draws)
         return F.cross_entropy(flat.float(), labels, ignore_index=IGNORED, reduction="sum")
@@ -60,7 +71,9 @@ class Task:
 def make_tasks(
     model: PreTrainedModel, batches: Sequence[Batch], labels: str = "sampled", seed: int = 0
 ) -> list[Task]:
-    """Say what a model is to predict: next tokens, or for a masked language model all its tokens.
+    """Say what a model is to predict: next tokens, all tokens, or the class of a sequence.
+
+    A masked language model predicts all its tokens, a sequence classifier one class.
 
     Args:
         model: says by its class which of the two.
@@ -70,19 +83,30 @@ def make_tasks(
 
     Raises:
         OptionError: if ``labels`` is neither.
+        CalibrationError: if a classifier is to predict the data's labels, and there are none.
     """
     if labels not in LABELS:
         raise OptionError(f"labels={labels!r}{did_you_mean(str(labels), LABELS)}")
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
     causal = model.config.is_encoder_decoder or model.can_generate()
     generator = torch.Generator().manual_seed(seed)
     tasks = []
     for batch in batches:
-        wanted = _labels(batch, causal)
+        wanted = _classes(batch, labels) if classifies else _labels(batch, causal)
         count, draws = int((wanted != IGNORED).sum()), None
         if labels == "sampled":
             draws = torch.rand(count, generator=generator, dtype=torch.float64)
         tasks.append(Task(batch, wanted, draws))
     return tasks
+
+
+def _classes(batch: Batch, labels: str) -> Tensor:
+    if labels == "data" and "labels" not in batch:
+        raise CalibrationError(
+            "a classifier's Fisher information needs the class of every sequence; give calibration "
+            "data with 'labels'"
+        )
+    return batch.get("labels", torch.zeros(len(batch["input_ids"]), dtype=torch.int64))
 
 
 def _labels(batch: Batch, causal: bool) -> Tensor:

@@ -229,7 +229,7 @@ def _body(model: PreTrainedModel, modules: Sequence[str]) -> nn.Module:
 
 def run(model: PreTrainedModel, batch: Batch, body: nn.Module | None = None) -> Any:
     """Run a batch through a model, or a body within it, and return the output."""
-    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     caching = getattr(model.config, "use_cache", None) is not None
