@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tnlm.calibration.sides import Side
+from tnlm.decompositions.eigen import leading_eigenpairs, leading_eigenvectors
 from tnlm.decompositions.linalg import energies
 from tnlm.errors import CalibrationError
 
@@ -100,10 +101,9 @@ class Metric:
     def leading_outputs(self, weight: Tensor, rank: int) -> Tensor:
         """Return an orthonormal basis ``(out, rank)`` of the leading left singular vectors of M."""
         if weight.shape[0] <= weight.shape[1]:
-            outputs: Tensor = torch.linalg.eigh(self.output_gram(weight))[1]
-            return outputs.flip(-1)[:, :rank]
+            return leading_eigenvectors(self.output_gram(weight), rank)
         whitened = self.whiten(weight)
-        inputs = torch.linalg.eigh(whitened.T @ whitened)[1].flip(-1)[:, :rank]
+        inputs = leading_eigenvectors(whitened.T @ whitened, rank)
         basis: Tensor = torch.linalg.qr(whitened @ inputs)[0]
         return basis
 
@@ -128,8 +128,7 @@ class Metric:
         With V the right singular vectors of M and s its singular values, U = M V / s, so that
         ``G^(-1/2) U = W C^(1/2) V / s`` and ``U.T G^(1/2) W = (C^(1/2) V / s).T W.T G W``.
         """
-        values, vectors = torch.linalg.eigh(self.input_gram(weight))
-        values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+        values, vectors = leading_eigenpairs(self.input_gram(weight), rank)
         if not float(values[-1]) > ACCURATE * float(values[0]):
             return None
         mixing = vectors if self.inputs is None else self.inputs.scale(vectors.T).T

@@ -1,0 +1,112 @@
+"""Leading eigenvectors of a symmetric matrix, without computing the others."""
+
+from __future__ import annotations
+
+import math
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from tnlm.errors import ModelError, OptionError
+
+LARGE = 512
+"""Below this size all eigenvectors are found at once, in no more time."""
+MOST = 0.6
+"""Share of the eigenvectors above which all of them take no more time."""
+LOSS = 1e-4
+"""Relative excess of the discarded energy that single precision may cause."""
+_ROUNDING = 10 * float(torch.finfo(torch.float32).eps)
+
+
+def leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues of a symmetric matrix and their vectors, in float64.
+
+    LAPACK finds a part of the spectrum in about half the time of all of it; where most of it is
+    asked for, the matrix is small, or not in the processor's memory, all of it is computed.
+
+    Args:
+        gram: ``(n, n)``, symmetric, float64.
+        rank: how many, 1 to n.
+
+    Returns:
+        ``(rank,)``, largest first, and ``(n, rank)`` with orthonormal columns.
+
+    Raises:
+        OptionError: for a rank outside 1..n.
+        ModelError: if the matrix is not finite.
+
+    Example:
+        >>> values, vectors = leading_eigenpairs(torch.diag(torch.tensor([1.0, 3.0]).double()), 1)
+        >>> values.tolist(), vectors.abs().tolist()
+        ([3.0], [[0.0], [1.0]])
+    """
+    _check(gram, rank)
+    if not _is_partial(gram, rank):
+        values, vectors = torch.linalg.eigh(gram)
+        return values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    return _lapack(gram, rank)
+
+
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """Return an orthonormal basis ``(n, rank)``, float64, of the leading eigenvectors.
+
+    Large matrices are solved in single precision where that leaves out at most ``1 + LOSS`` times
+    the energy that must be left out, so that an error, its square root, grows by half of that. By
+    the backward stability of the solver it finds the eigenvectors of a matrix that differs by
+    ``10 eps |gram|_F`` at most, and the energy in a subspace of rank r of the two by at most
+    ``sqrt(2 r)`` times that. Where this is too much, as with a few directions that outweigh all
+    others, double precision is taken.
+
+    Args:
+        gram: ``(n, n)``, symmetric, positive semi-definite, float64.
+        rank: how many, 1 to n.
+
+    Raises:
+        OptionError: for a rank outside 1..n.
+        ModelError: if the matrix is not finite.
+
+    Example:
+        >>> leading_eigenvectors(torch.diag(torch.tensor([1.0, 3.0]).double()), 1).abs().tolist()
+        [[0.0], [1.0]]
+    """
+    _check(gram, rank)
+    if _is_partial(gram, rank):
+        energy = float(gram.trace())
+        scale = energy / len(gram) or 1.0  # into the range of single precision
+        values, vectors = _lapack((gram / scale).float(), rank)
+        tail = energy - scale * float(values.double().sum())
+        doubt = math.sqrt(2 * rank) * _ROUNDING * float(gram.norm())
+        if doubt <= LOSS * tail:
+            return _orthonormal(vectors.double())
+    return leading_eigenpairs(gram, rank)[1]
+
+
+def _check(gram: Tensor, rank: int) -> None:
+    if not 1 <= rank <= len(gram):
+        raise OptionError(f"rank={rank} of a {len(gram)}x{len(gram)} matrix; allowed: 1 and more")
+    if not bool(gram.isfinite().all()):
+        raise ModelError("a matrix to decompose is not finite")
+
+
+def _is_partial(gram: Tensor, rank: int) -> bool:
+    size = len(gram)
+    return gram.device.type == "cpu" and size >= LARGE and rank <= MOST * size
+
+
+def _lapack(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    size = len(gram)
+    values, vectors = scipy.linalg.eigh(
+        gram.numpy(), subset_by_index=[size - rank, size - 1], driver="evr", check_finite=False
+    )
+    if len(values) < rank:  # it may lose some where many are equal
+        whole, basis = torch.linalg.eigh(gram)
+        return whole.flip(0)[:rank], basis.flip(1)[:, :rank]
+    return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """Make columns that are so to single precision orthonormal to double (Cholesky QR)."""
+    root = torch.linalg.cholesky(basis.T @ basis)
+    found: Tensor = torch.linalg.solve_triangular(root.T, basis, upper=True, left=False)
+    return found
