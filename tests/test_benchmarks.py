@@ -73,6 +73,20 @@ def test_a_library_that_is_missing_is_said_to_be(run, monkeypatch, missing):
     assert all("not installed" in line for line in lines)
 
 
+def test_fit_measures_every_format_beside_its_rivals(run):
+    figures, text = run("fit", "--shapes", "24x36")
+    rows = figures["fits"]
+    assert {row["format"] for row in rows} == {"low-rank", "kronecker", "tensor-train", "tucker"}
+    for name in ("low-rank", "kronecker", "tensor-train", "tucker"):
+        ours, *others = [row for row in rows if row["format"] == name and "error" not in row]
+        assert ours["by"] == "tnlm"
+        assert others
+        for row in others:
+            assert row["ours_is_faster"] > 0
+            assert ours["relative_error"] <= row["relative_error"] * 1.001
+    assert "| 24x36 | kronecker | tensorly |" in text
+
+
 def test_model_measures_a_real_and_a_random_model(run, tmp_path, tiny_llama):
     tiny_llama(seed=0).save_pretrained(tmp_path / "tiny")
     sizes = "--hidden 32 --intermediate 48 --layers 1 --prompt-tokens 8 --new-tokens 2"
@@ -89,7 +103,7 @@ def test_model_measures_a_real_and_a_random_model(run, tmp_path, tiny_llama):
     assert "| tiny | bfloat16 |" in text
 
 
-@pytest.mark.parametrize("name", ["timing", "random_layers", "other_libraries", "layers"])
+@pytest.mark.parametrize("name", ["timing", "random_layers", "other_libraries", "layers", "fit"])
 def test_examples_in_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnlm.decompositions import eigen
-from tnlm.decompositions.eigen import LARGE, LOSS, leading_eigenpairs, leading_eigenvectors
+from tnlm.decompositions.eigen import (
+    LARGE,
+    LOSS,
+    leading_eigenpairs,
+    leading_eigenvectors,
+    leading_left,
+)
+from tnlm.decompositions.linalg import truncated_svd
 from tnlm.errors import ModelError, OptionError
 
 SPECTRA = {
@@ -50,6 +57,28 @@ def test_pairs_are_eigenpairs_in_double_precision(kind):
     scale = float(values[0])
     torch.testing.assert_close(found, values[:60], rtol=0, atol=1e-12 * scale)
     torch.testing.assert_close(matrix @ vectors, vectors * found, rtol=0, atol=1e-11 * scale)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("rank", [1, 100, LARGE // 2, LARGE])
+def test_left_vectors_leave_out_the_least_energy(kind, rank):
+    basis, _ = gram(kind, LARGE)
+    values = SPECTRA[kind](torch.arange(1, LARGE + 1, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(2)
+    other = torch.randn(LARGE + 40, LARGE, generator=generator, dtype=torch.float64)
+    left = torch.linalg.eigh(basis)[1].flip(1)
+    matrix = (left * values.sqrt()) @ torch.linalg.qr(other).Q.T
+    found, rest = leading_left(matrix, rank)
+    eye = torch.eye(rank, dtype=torch.float64)
+    torch.testing.assert_close(found.T @ found, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rest, found.T @ matrix)
+    least, total = float(values[rank:].sum()), float(values.sum())
+    error = float((matrix - found @ rest).square().sum())
+    assert error <= (1 + LOSS) * least + 1e-12 * total
+    svd = truncated_svd(matrix, rank)
+    assert svd.discarded <= (1 + LOSS) * least + 1e-12 * total
+    torch.testing.assert_close((svd.u * svd.s) @ svd.vh, found @ rest, rtol=0, atol=1e-6 * total)
+    torch.testing.assert_close(svd.u.T @ svd.u, eye, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30])

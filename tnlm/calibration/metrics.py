@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnlm.calibration.sides import Side
-from tnlm.decompositions.eigen import leading_eigenpairs, leading_eigenvectors
+from tnlm.decompositions.eigen import leading_eigenpairs, leading_eigenvectors, leading_left
 from tnlm.decompositions.linalg import energies
 from tnlm.errors import CalibrationError
 
@@ -117,6 +117,8 @@ class Metric:
             tall = self._tall_low_rank(weight.detach().double(), rank)
             if tall is not None:
                 return tall
+        if self.outputs is None and self.inputs is None and weight.shape[0] <= weight.shape[1]:
+            return leading_left(weight.detach().double(), rank)
         basis = self.leading_outputs(weight, rank)
         right = basis.T @ self.scale_outputs(weight)
         left = basis if self.outputs is None else self.outputs.unscale(basis.T).T

@@ -82,6 +82,45 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     return leading_eigenpairs(gram, rank)[1]
 
 
+def leading_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return leading left singular vectors U of a wide matrix, and ``U.T @ matrix``, in float64.
+
+    The energy left out is at most ``1 + LOSS`` times the least, as in :func:`leading_eigenvectors`.
+    Here the Gram matrix is of single precision, too: what that does to the energy in the subspace
+    found is measured in double precision, and as much is allowed for in the best one.
+
+    Args:
+        matrix: ``(m, n)``, float64, with m at most n for the least work.
+        rank: how many, 1 to m.
+
+    Returns:
+        ``(m, rank)`` with orthonormal columns, and ``(rank, n)``.
+
+    Raises:
+        OptionError: for a rank outside 1..m.
+        ModelError: if the matrix is not finite.
+
+    Example:
+        >>> basis, rest = leading_left(torch.tensor([[3.0, 4.0], [0.0, 0.0]]).double(), 1)
+        >>> (basis @ rest).tolist()
+        [[3.0, 4.0], [0.0, 0.0]]
+    """
+    size = float(matrix.norm())
+    if math.isfinite(size) and size > 0 and _is_partial(matrix, rank):
+        single = (matrix * (math.sqrt(len(matrix)) / size)).float()
+        gram = single @ single.T
+        values, vectors = _lapack(gram, rank)
+        basis = _orthonormal(vectors.double())
+        rest = basis.T @ matrix
+        energy = len(matrix) * float(rest.norm() / size) ** 2
+        tail = len(matrix) - energy
+        doubt = math.sqrt(2 * rank) * _ROUNDING * float(gram.norm())
+        if doubt + abs(float(values.double().sum()) - energy) <= LOSS * tail:
+            return basis, rest
+    basis = leading_eigenpairs(matrix @ matrix.T, rank)[1]
+    return basis, basis.T @ matrix
+
+
 def _check(gram: Tensor, rank: int) -> None:
     if not 1 <= rank <= len(gram):
         raise OptionError(f"rank={rank} of a {len(gram)}x{len(gram)} matrix; allowed: 1 and more")
@@ -89,9 +128,9 @@ def _check(gram: Tensor, rank: int) -> None:
         raise ModelError("a matrix to decompose is not finite")
 
 
-def _is_partial(gram: Tensor, rank: int) -> bool:
-    size = len(gram)
-    return gram.device.type == "cpu" and size >= LARGE and rank <= MOST * size
+def _is_partial(matrix: Tensor, rank: int) -> bool:
+    size = len(matrix)
+    return matrix.device.type == "cpu" and size >= LARGE and 1 <= rank <= MOST * size
 
 
 def _lapack(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

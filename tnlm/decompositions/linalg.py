@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tnlm.decompositions.eigen import leading_eigenpairs
+from tnlm.decompositions.eigen import leading_left
 from tnlm.errors import ModelError, OptionError
 
 EXACT_BELOW = 32
@@ -39,8 +39,9 @@ def truncated_svd(
             discarded energy is at most ``(tolerance * norm) ** 2``.
         method: ``"exact"`` (LAPACK), ``"gram"`` (eigenvectors of the smaller Gram matrix) or
             ``"auto"``. The Gram route is faster, most at a small rank; its product ``u * s @ vh``
-            is an exact projection of ``matrix``, but singular values below 1e-8 of the largest, and
-            the larger-side vectors that belong to them, are not accurate.
+            is an exact projection of ``matrix``, whose error is at most 1.00005 times the least
+            (see :func:`tnlm.decompositions.eigen.leading_left`), but singular values below 1e-8
+            of the largest, and the larger-side vectors that belong to them, are not accurate.
 
     Raises:
         OptionError: for a rank outside 1..min(m, n) or an unknown method.
@@ -75,8 +76,10 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] > matrix.shape[1]:
         u, s, vh = _gram_svd(matrix.T, rank)
         return vh.T, s, u.T
-    u = leading_eigenpairs(matrix @ matrix.T, rank)[1]
-    scaled = u.T @ matrix
+    u, scaled = leading_left(matrix, rank)
+    if rank < len(matrix):  # any basis of the subspace so far; its own singular vectors now
+        turn = torch.linalg.eigh(scaled @ scaled.T)[1].flip(-1)
+        u, scaled = u @ turn, turn.T @ scaled
     s = scaled.norm(dim=1)
     vh = scaled / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
     return u, s, vh
