@@ -18,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import tnlm
@@ -27,11 +29,11 @@ from tnlm.errors import (
     ModelError,
     OptionError,
     RankError,
-    TnlmError,
     TrainingError,
 )
 from tnlm.recovery import prune as module
 from tnlm.recovery.groups import matrix
+from tnlm.recovery.masks import Masks
 from tnlm.recovery.prune import prune
 from tnlm.surgery import Swap
 
@@ -264,6 +266,19 @@ def test_channels_without_effect_go_first(tiny_llama, batches):
     torch.testing.assert_close(model(**batches[0]).logits, dense, atol=1e-5, rtol=1e-5)
 
 
+def test_more_and_more_is_masked(tiny_llama, batches, monkeypatch):
+    found = []
+    real = Masks.shrink
+    monkeypatch.setattr(Masks, "shrink", lambda s, counts: found.append(counts) or real(s, counts))
+    timing = {"steps": 20, "every": 3, "warmup": 0.2, "cooldown": 0.15}
+    model = prune(tiny_llama(), batches, **QUICK | timing)
+    last = model.config.intermediate_size
+    steps = [3, 6, 9, 12, 15, 17, 18, 19, 20]
+    wanted = [last + (48 - last) * min(1, max(0, (17 - t) / 13)) ** 3 for t in steps]
+    assert [counts["channels"] for counts in found] == pytest.approx(wanted)
+    assert [counts["heads"] for counts in found][-4:] == [1, 1, 1, 1]
+
+
 def test_squared_is_another_measure(tiny_llama, batches, monkeypatch):
     found = []
     real = module.importances
@@ -379,6 +394,9 @@ def test_batches_that_say_nothing(tiny_llama, batches):
 def test_models_that_are_no_use(tiny_llama, tiny_bert, batches, compressed):
     with pytest.raises(ModelError, match="computes no loss"):
         prune(tiny_bert(), batches, **QUICK)
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+    with pytest.raises(ModelError, match="not a single stack of blocks"):
+        prune(T5ForConditionalGeneration(T5Config(**sizes, num_heads=2)), batches, **QUICK)
     with pytest.raises(ModelError, match="compressed already"):
         prune(compressed("llama", "svd", keep=0.9), batches, **QUICK)
     model = tiny_llama()
@@ -391,10 +409,3 @@ def test_without_peft(tiny_llama, batches, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"pip install 'tnlm\[train\]'"):
         prune(tiny_llama(), batches, **QUICK)
-
-
-def test_config_that_slicing_does_not_fit(tiny_llama, batches):
-    model = tiny_llama()
-    model.config.hidden_size = 64
-    with pytest.raises(TnlmError, match=r"use heads=False or channels=False|divide into heads"):
-        prune(model, batches, **QUICK)

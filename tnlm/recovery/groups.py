@@ -100,7 +100,7 @@ def find_groups(model: PreTrainedModel, names: Sequence[str], kind: str) -> list
 
     Args:
         model: with a single stack of blocks.
-        names: dotted names of the linear modules that may be cut.
+        names: dotted names of the linear modules in the blocks that may be cut.
         kind: ``"heads"`` or ``"channels"``.
 
     Raises:
@@ -136,8 +136,6 @@ def find_groups(model: PreTrainedModel, names: Sequence[str], kind: str) -> list
                 f"{block}: each block must have one set of {kind}, of the same number, as a config "
                 f"has one size for all; found {[g.count for g in groups]}; use {kind}=False"
             )
-    if not blocks:
-        raise ModelError(f"{type(model).__name__} is not a single stack of blocks")
     return [groups[0] for groups in inside]
 
 

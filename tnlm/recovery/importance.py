@@ -53,7 +53,7 @@ def _gradient(adapter: Adapter, step: float = 1.0) -> Tensor:
 
     It is what one step of size η on A and B takes from s B A, divided by η. As ∂B = s G Aᵀ and
     ∂A = s Bᵀ G, where G is the true gradient, ĝ = s² G for B = 0 and A with orthonormal columns.
-    The paper has η = 1, and no s.
+    The paper has η = 1, and no s; clipped gradients keep the last term small.
     """
     a, b = adapter.down.detach(), adapter.up.detach()
     da, db = adapter.down.grad, adapter.up.grad

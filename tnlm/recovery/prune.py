@@ -98,8 +98,8 @@ def prune(
             or peft is missing.
         BudgetError: if ``keep`` is out of range or cannot be reached.
         RankError: if a matrix is smaller than ``rank``.
-        ModelError: if the model is compressed, not finite, has no loss, or its config cannot hold
-            the sizes.
+        ModelError: if the model is compressed, not finite, not one stack of blocks, or computes no
+            loss, or if its config cannot hold the sizes.
         CalibrationError: if there are no batches, or they have no labels.
         TrainingError: if a loss or gradient is not finite.
 
@@ -196,7 +196,10 @@ def _linear(model: PreTrainedModel) -> list[str]:
     targets = select(model).targets
     check_weights(model, targets)
     names = list(dict.fromkeys(target.module for target in targets))
-    return split(names, find_blocks(model, names))[0]
+    blocks = find_blocks(model, names)
+    if not blocks:
+        raise ModelError(f"{type(model).__name__} is not a single stack of blocks")
+    return split(names, blocks)[0]
 
 
 @contextmanager

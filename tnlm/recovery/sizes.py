@@ -40,7 +40,7 @@ def settle(
         OptionError: if heads were given, but no smaller number of them is valid.
     """
     total = sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
-    excess = (1.0 - keep) * total
+    excess = total - math.floor(keep * total)
     kept: dict[str, int] = {}
     if HEADS in groups:
         valid = _valid_heads(model, groups[HEADS][0])
@@ -51,7 +51,7 @@ def settle(
         kept[HEADS] = min(valid, key=lambda n: (abs(n - keep * count), -n))
         excess -= each * (count - kept[HEADS])
     count, each = groups[CHANNELS][0].count, _each(model, groups[CHANNELS])
-    kept[CHANNELS] = count - max(0, math.ceil(excess / each))
+    kept[CHANNELS] = count - max(0, -(-excess // each))
     return kept if kept[CHANNELS] >= 1 else _refuse(keep, excess - each * (count - 1))
 
 
@@ -60,9 +60,9 @@ def _each(model: nn.Module, groups: Sequence[Groups]) -> int:
     return sum(block.params(model) for block in groups)
 
 
-def _refuse(keep: float, excess: float) -> NoReturn:
+def _refuse(keep: float, excess: int) -> NoReturn:
     raise BudgetError(
-        f"keep={keep}: with one group left in every block there are still {math.ceil(excess)} "
+        f"keep={keep}: with one group left in every block there are still {excess} "
         "numbers too many in the linear layers of the blocks; prune heads and channels both, or "
         "keep more"
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tnlm.errors import ModelError
+from tnlm.errors import ModelError, TrainingError
 from tnlm.recovery.groups import Cut, Groups
 from tnlm.recovery.sizes import resized
 from tnlm.surgery import Swap
@@ -72,19 +72,25 @@ def cut_groups(
         kept: the groups that stay.
         values: the config's new values.
         weights: makes the full ``(out, in)`` weight of a module, for each that is replaced.
+
+    Raises:
+        TrainingError: if a weight is not finite in the model's dtype.
     """
     cuts = {cut.module: (cut, index) for block, index in kept.items() for cut in block.cuts}
     with Swap(model) as swap:
         for name, make in weights.items():
             old, empty = model.get_submodule(name), template.get_submodule(name)
-            swap.replace(name, _fill(empty, old, make(), *cuts.get(name, (None, None))))
+            made = _fill(empty, old, make(), *cuts.get(name, (None, None)))
+            if not bool(made.weight.isfinite().all()):
+                raise TrainingError(f"{name}: its merged weight is not finite; nothing was changed")
+            swap.replace(name, made)
         for name, value in values.items():
             setattr(model.config, name, value)
     for block in kept:
         _copy_sizes(model.get_submodule(block.parent), template.get_submodule(block.parent))
 
 
-def _fill(made: Any, old: Any, weight: Tensor, cut: Cut | None, kept: Tensor | None) -> nn.Module:
+def _fill(made: Any, old: Any, weight: Tensor, cut: Cut | None, kept: Tensor | None) -> Any:
     """Give an empty module what stays of a weight, and of the old module's bias."""
     bias = old.bias
     if cut is not None and kept is not None:
@@ -98,7 +104,7 @@ def _fill(made: Any, old: Any, weight: Tensor, cut: Cut | None, kept: Tensor | N
     made.weight.requires_grad_(old.weight.requires_grad)
     made.bias = bias
     made.train(old.training)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _copy_sizes(model: nn.Module, template: nn.Module) -> None:
