@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tnlm.errors import TrainingError
+from tnlm.recovery.adapters import Adapter
+from tnlm.recovery.groups import find_groups, matrix
+from tnlm.recovery.importance import _gradient, importances
+
+IDS = torch.arange(64).reshape(2, 32) % 61 + 3
+
+
+def adapter_of(gaussian, rows=5, columns=7, rank=3, scale=2.0, seed=0):
+    weight, up, down, db, da = (
+        gaussian(*shape, seed=seed + i)
+        for i, shape in enumerate(
+            [(rows, columns), (rows, rank), (rank, columns), (rows, rank), (rank, columns)]
+        )
+    )
+    base = nn.Linear(columns, rows, bias=False)
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    made = Adapter(base, nn.Parameter(down), nn.Parameter(up), scale)
+    made.down.grad, made.up.grad = da, db
+    return made
+
+
+@given(seed=st.integers(0, 99), step=st.sampled_from([1.0, 0.1, 1e-3]))
+def test_gradient_is_what_a_step_takes_away(gaussian, seed, step):
+    adapter = adapter_of(gaussian, seed=seed)
+    a, b = adapter.down.detach(), adapter.up.detach()
+    taken = b @ a - (b - step * adapter.up.grad) @ (a - step * adapter.down.grad)
+    torch.testing.assert_close(_gradient(adapter, step), adapter.scale * taken / step)
+
+
+def test_gradient_without_a_step_is_the_chain_rule(gaussian):
+    """With step 0, and ∂A, ∂B of a loss with gradient G at W: s² (G AᵀA + B Bᵀ G)."""
+    adapter, target = adapter_of(gaussian), gaussian(5, 7, seed=9)
+    adapter.down.grad = adapter.up.grad = None
+    merged = adapter.base.weight + adapter.scale * adapter.up @ adapter.down
+    (merged * target).sum().backward()  # G is the target
+    a, b = adapter.down.detach(), adapter.up.detach()
+    wanted = adapter.scale**2 * (target @ a.T @ a + b @ b.T @ target)
+    torch.testing.assert_close(_gradient(adapter, 0.0), wanted)
+
+
+def true_gradients(model, names):
+    model(IDS, labels=IDS).loss.backward()
+    return {name: model.get_submodule(name).weight.grad for name in names}
+
+
+def expected(groups, model, gradients, power):
+    """Full-gradient Taylor importances, written out group by group."""
+    total = torch.zeros(groups.count, dtype=torch.float64)
+    for cut in groups.cuts:
+        weight = matrix(model.get_submodule(cut.module))
+        gradient = gradients[cut.module]
+        gradient = gradient if gradient.shape == weight.shape else gradient.T
+        slabs = (weight * gradient).double().abs().pow(power).split(cut.size, dim=cut.axis)
+        sums = torch.stack([slab.sum() for slab in slabs])
+        total += sums / sums.norm()
+    return total
+
+
+@pytest.mark.parametrize(("measure", "power"), [("taylor", 1), ("squared", 2)])
+@pytest.mark.parametrize(
+    ("kind", "of"), [("llama", "heads"), ("llama", "channels"), ("gpt2", "channels")]
+)
+def test_orthogonal_adapters_at_their_start_give_the_true_importances(
+    kind, of, measure, power, make_model, gaussian
+):
+    model = make_model(kind).double()
+    names = [n for n, m in model.named_modules() if hasattr(m, "weight") and m.weight.dim() == 2]
+    groups = find_groups(model, names, of)[1]
+    cuts = [cut.module for cut in groups.cuts]
+    gradients, adapters = true_gradients(model, cuts), {}
+    for i, name in enumerate(cuts):
+        base, gradient = model.get_submodule(name), gradients[name]
+        rows, columns = matrix(base).shape
+        gradient = gradient if gradient.shape == (rows, columns) else gradient.T
+        a = torch.linalg.qr(gaussian(columns, columns, seed=i)).Q
+        up = nn.Parameter(torch.zeros(rows, columns, dtype=torch.float64))
+        adapter = adapters[name] = Adapter(base, nn.Parameter(a), up, 0.5)
+        adapter.up.grad = adapter.scale * gradient @ a.T
+        adapter.down.grad = torch.zeros_like(a)  # s Bᵀ G
+        torch.testing.assert_close(_gradient(adapter), adapter.scale**2 * gradient)
+    torch.testing.assert_close(
+        importances(groups, adapters, measure), expected(groups, model, gradients, power)
+    )
+
+
+def test_gradients_that_are_missing_or_not_finite(tiny_llama, gaussian):
+    model = tiny_llama()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    groups = find_groups(model, names, "channels")[0]
+    adapters = {}
+    for cut in groups.cuts:
+        rows, columns = matrix(model.get_submodule(cut.module)).shape
+        adapters[cut.module] = adapter_of(gaussian, rows, columns)
+    reader = adapters[groups.consumer.module]
+    reader.up.grad[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match=r"down_proj: the gradients .* not finite"):
+        importances(groups, adapters)
+    reader.up.grad = None
+    with pytest.raises(TrainingError, match="no gradient"):
+        importances(groups, adapters)
+
+
+def test_matrices_without_gradients_add_nothing(tiny_llama, gaussian):
+    model = tiny_llama()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    groups = find_groups(model, names, "channels")[0]
+    adapters = {}
+    for cut in groups.cuts:
+        rows, columns = matrix(model.get_submodule(cut.module)).shape
+        adapters[cut.module] = made = adapter_of(gaussian, rows, columns)
+        made.up.grad.zero_()
+        made.down.grad.zero_()
+    assert torch.equal(importances(groups, adapters), torch.zeros(48, dtype=torch.float64))
+
+
+def test_merged_is_what_the_adapter_computes(gaussian):
+    adapter, x = adapter_of(gaussian), gaussian(4, 7, seed=5)
+    a, b = adapter.down.detach(), adapter.up.detach()
+    wanted = adapter.base(x) + adapter.scale * x @ a.T @ b.T
+    torch.testing.assert_close(x @ adapter.merged().T, wanted)
