@@ -32,21 +32,6 @@ def _svd(matrix: Tensor, n_eigenvecs: int | None = None, **_: Any) -> tuple[Tens
     return svd.u, svd.s, svd.vh
 
 
-def hosvd(tensor: Tensor, ranks: Sequence[int], modes: Sequence[int]) -> list[Tensor]:
-    """Return the HOSVD factors ``(size, rank)`` of some modes of a tensor.
-
-    Source: De Lathauwer, De Moor and Vandewalle, 2000.
-    """
-    from tensorly.decomposition import partial_tucker
-
-    with _torch_backend():
-        # No iteration: tensorly's HOOI ignores the SVD it is given, so the sweeps are ours.
-        (_, factors), _ = partial_tucker(
-            tensor, list(ranks), modes=list(modes), n_iter_max=0, init="svd", svd=_svd
-        )
-    return list(factors)
-
-
 def multi_mode_dot(tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[int]) -> Tensor:
     """Return the tensor with each mode multiplied by its factor, transposed: the core."""
     import tensorly.tenalg

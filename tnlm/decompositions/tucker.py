@@ -23,6 +23,7 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
+from tnlm.decompositions.eigen import leading_eigenvectors
 from tnlm.decompositions.linalg import rank_for, spectrum, truncated_svd
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
 from tnlm.decompositions.whitening import closed_form, grown, is_plain, mode_sides, whiten
@@ -165,7 +166,7 @@ def _nearest(tensor: Tensor, ranks: Sequence[int]) -> Factors:
     modes = _reduced(tuple(tensor.shape), ranks)
     if not modes:
         return {"core": tensor}
-    start = _tensorly.hosvd(tensor, [ranks[mode] for mode in modes], modes)
+    start = [_leading(tensor, mode, ranks[mode]) for mode in modes]  # HOSVD
     factors = _hooi(tensor, start, modes)
     core = _tensorly.multi_mode_dot(tensor, factors, modes)
     return {"core": core} | {f"mode{k}": u for k, u in zip(modes, factors, strict=True)}
@@ -186,7 +187,7 @@ def _hosvd_error(weight: Tensor, spec: TuckerSpec) -> float:
     tensor = as_tensor(weight, spec.out_split, spec.in_split)
     modes = _reduced(tuple(tensor.shape), spec.ranks)
     total = float(tensor.square().sum())
-    factors = _tensorly.hosvd(tensor, [spec.ranks[mode] for mode in modes], modes)
+    factors = [_leading(tensor, mode, spec.ranks[mode]) for mode in modes]
     core = _tensorly.multi_mode_dot(tensor, factors, modes)
     if total == 0.0:
         return 0.0
@@ -195,24 +196,41 @@ def _hosvd_error(weight: Tensor, spec: TuckerSpec) -> float:
 
 
 def _hooi(tensor: Tensor, factors: list[Tensor], modes: Sequence[int]) -> list[Tensor]:
-    """Replace each factor in turn by its best, the others fixed; the core's energy never falls."""
-    energy = 0.0
+    """Replace each factor in turn by its best, the others fixed; the core's energy never falls.
+
+    Half of the modes share what the other half contracts the tensor to.
+    """
+    numbers = list(range(len(modes)))
+    halves = [half for half in (numbers[: len(modes) // 2], numbers[len(modes) // 2 :]) if half]
+    part, energy = tensor, 0.0
     for _ in range(SWEEPS):
-        for index, mode in enumerate(modes):
-            others = [k for k in range(len(modes)) if k != index]
-            part = (
-                _tensorly.multi_mode_dot(
-                    tensor, [factors[k] for k in others], [modes[k] for k in others]
-                )
-                if others
-                else tensor
-            )
-            factors[index] = truncated_svd(_unfold(part, mode), factors[index].shape[1]).u
-        core = _tensorly.multi_mode_dot(tensor, factors, modes)
+        for half in halves:
+            shared = _contracted(tensor, factors, modes, [k for k in numbers if k not in half])
+            for index in half:
+                part = _contracted(shared, factors, modes, [k for k in half if k != index])
+                rank = factors[index].shape[1]
+                factors[index] = _leading(part, modes[index], rank)
+        core = _contracted(part, factors, modes, [numbers[-1]])
         grown, energy = float(core.square().sum()) - energy, float(core.square().sum())
         if grown <= STALL * energy:
             break
     return factors
+
+
+def _contracted(
+    tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[int], chosen: Sequence[int]
+) -> Tensor:
+    if not chosen:
+        return tensor
+    return _tensorly.multi_mode_dot(
+        tensor, [factors[k] for k in chosen], [modes[k] for k in chosen]
+    )
+
+
+def _leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
+    """Return leading left singular vectors of an unfolding, from its small Gram matrix."""
+    unfolded = _unfold(tensor, mode)
+    return leading_eigenvectors(unfolded @ unfolded.T, rank)
 
 
 def _unfold(tensor: Tensor, mode: int) -> Tensor:
