@@ -29,6 +29,8 @@ def compress(
     damping: float | None = None,
     refine: int = 0,
     share: int | None = None,
+    recover: str | None = None,
+    recover_tokens: int | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -36,6 +38,7 @@ def compress(
     unit: str = "params",
     blocks: int | None = None,
     calibration: Any = None,
+    training: Any = None,
     tokenizer: Any = None,
     num_samples: int = 64,
     max_length: int = 512,
@@ -66,6 +69,11 @@ def compress(
         refine: tokens of calibration data on which every block is tuned after fitting, to do what
             the dense block did; 0 for none. It changes norms, too.
         share: consecutive blocks whose matrices share their input factor, in low rank.
+        recover: how the compressed model is trained in the end: ``"none"``; ``"lora"``, by adapters
+            that are merged into the factors; ``"distill"``, all factors, to give the dense model's
+            logits; or ``"finetune"``, all factors, on the data itself. What tnlm did not replace
+            stays as it is.
+        recover_tokens: tokens of training data it sees (200,000 if not given).
         keep: fraction of the whole model's parameters that remains, tied ones counted once.
         keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
         tolerance: relative error allowed to every matrix, in the metric.
@@ -74,6 +82,7 @@ def compress(
         blocks: how many of the last blocks are cut, for ``allocation="last"``.
         calibration: a list of strings, a text or JSONL file, token ids, a DataLoader or a
             ``datasets.Dataset``; for schemes that look at data.
+        training: data for ``recover``, as ``calibration``, which it is drawn from if not given.
         tokenizer: turns texts into ids.
         num_samples: windows of calibration data used.
         max_length: tokens in a window.
@@ -98,10 +107,21 @@ def compress(
         >>> model.model.layers[0].mlp.up_proj.right  # 6 of its 16 columns are an identity block
         ArrangedLinear(in_features=10, out_features=6, bias=False)
     """
-    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed, gradient_samples)
+    data = Data(
+        calibration,
+        tokenizer,
+        num_samples,
+        max_length,
+        cache_dir,
+        seed,
+        gradient_samples,
+        training,
+    )
     if isinstance(scheme, Plan):
         asked = (targets, ignore, metric, allocation, cascade, damping, share, keep, keep_targets)
-        _only_plan(*asked, tolerance, refine, max_macs, unit, blocks, options)
+        _only_plan(
+            *asked, tolerance, recover, recover_tokens, refine, max_macs, unit, blocks, options
+        )
         decided, job = resume(model, scheme, data, progress)
     else:
         request = make_request(
@@ -112,6 +132,8 @@ def compress(
             damping=damping,
             refine=refine,
             share=share,
+            recover=recover,
+            recover_tokens=recover_tokens,
             keep=keep,
             keep_targets=keep_targets,
             tolerance=tolerance,
@@ -137,6 +159,8 @@ def plan(
     damping: float | None = None,
     refine: int = 0,
     share: int | None = None,
+    recover: str | None = None,
+    recover_tokens: int | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -144,6 +168,7 @@ def plan(
     unit: str = "params",
     blocks: int | None = None,
     calibration: Any = None,
+    training: Any = None,
     tokenizer: Any = None,
     num_samples: int = 64,
     max_length: int = 512,
@@ -177,6 +202,8 @@ def plan(
         damping=damping,
         refine=refine,
         share=share,
+        recover=recover,
+        recover_tokens=recover_tokens,
         keep=keep,
         keep_targets=keep_targets,
         tolerance=tolerance,
@@ -185,7 +212,16 @@ def plan(
         blocks=blocks,
         options=options,
     )
-    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed, gradient_samples)
+    data = Data(
+        calibration,
+        tokenizer,
+        num_samples,
+        max_length,
+        cache_dir,
+        seed,
+        gradient_samples,
+        training,
+    )
     job = prepare(model, request, targets, ignore, data, progress)
     return settle(model, job, predict=True, progress=progress)
 
@@ -221,6 +257,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _only_plan(*given: Any) -> None:
-    defaults: tuple[Any, ...] = (*[None] * 10, 0, 1.0, "params", None, {})
+    defaults: tuple[Any, ...] = (*[None] * 12, 0, 1.0, "params", None, {})
     if given != defaults:
         raise OptionError("a plan holds targets, budget and options already; give it alone")

@@ -37,6 +37,7 @@ class Data:
     cache_dir: str | Path | None
     seed: int
     gradient_samples: int = 16
+    training: Any = None
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Job:
         units: what is decided and fitted as one: the matrices, or stacks of them.
         pairs: feed-forward pairs among the matrices.
         batches: calibration data, empty if none is needed.
+        lessons: training data, empty if none is needed.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
         seconds: wall time by stage.
@@ -59,6 +61,7 @@ class Job:
     units: Sequence[Target] = ()
     pairs: Sequence[FeedForward] = ()
     batches: Sequence[Batch] = ()
+    lessons: Sequence[Batch] = ()
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -211,6 +214,14 @@ def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> Non
         )
     if job.request.cascade != "none" or job.request.refine:
         job.batches = batches
+    if job.request.recover != "none":
+        job.lessons = token_batches(
+            data.calibration if data.training is None else data.training,
+            data.tokenizer,
+            num_samples=max(1, -(-job.request.recover_tokens // data.max_length)),
+            max_length=data.max_length,
+            seed=data.seed,
+        )
     release()
 
 
@@ -228,6 +239,8 @@ def _check_data(request: Request, data: Data) -> None:
         )
     if not request.looks_at_data and data.cache_dir is not None:
         raise OptionError("cache_dir= keeps calibration statistics, but no calibration is used")
+    if request.recover == "none" and data.training is not None:
+        raise OptionError("training= has no effect without recover=; leave it out")
     samples = data.gradient_samples
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise OptionError(f"gradient_samples={samples!r}; allowed: a number >= 1")

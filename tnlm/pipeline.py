@@ -105,6 +105,8 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
         damping=decided.request.get("damping"),
         refine=decided.request.get("refine", 0),
         share=decided.request.get("share", 1),
+        recover=decided.request.get("recover", "none"),
+        recover_tokens=decided.request.get("recover_tokens"),
         options={},
     )
     wanted = {layer.name: layer.shape for layer in decided.layers}

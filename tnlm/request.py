@@ -21,6 +21,7 @@ from tnlm.rules import (
     check_damping,
     check_measure,
     check_options,
+    check_recover,
     check_refine,
     check_share,
     check_shared,
@@ -31,6 +32,8 @@ from tnlm.schemes import get_scheme
 from tnlm.schemes.base import Scheme
 
 SIZES = ("rank", "ranks", "terms", "width")
+RECOVER_TOKENS = 200_000
+"""Tokens that a recovery trains on, unless asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Request:
         damping: share of a second moment that is replaced by its mean diagonal.
         refine: tokens on which every block is tuned after fitting; 0 for none.
         share: consecutive blocks whose matrices share their input factor; 1 for none.
+        recover: how the whole model is trained afterwards; ``"none"`` for not at all.
+        recover_tokens: tokens that it is trained on.
         options: the format's options, defaults of the scheme included.
         keep: fraction of the whole model's parameters, or None.
         keep_targets: fraction of the targets' parameters, or None.
@@ -63,6 +68,8 @@ class Request:
     damping: float
     refine: int
     share: int
+    recover: str
+    recover_tokens: int
     options: Mapping[str, Any]
     keep: float | None
     keep_targets: float | None
@@ -82,7 +89,8 @@ class Request:
     @property
     def looks_at_data(self) -> bool:
         """Whether calibration data is needed."""
-        return bool(self.needs) or self.cascade != "none" or self.refine > 0
+        tunes = self.refine > 0 or self.recover != "none"
+        return bool(self.needs) or self.cascade != "none" or tunes
 
     def limits(self, model: Cost, targets: Cost) -> Limits:
         """Return what the matrices may cost.
@@ -131,6 +139,8 @@ class Request:
             "damping": self.damping if self.measure.needs else None,
             "refine": self.refine or None,
             "share": self.share if self.share > 1 else None,
+            "recover": self.recover if self.recover != "none" else None,
+            "recover_tokens": self.recover_tokens if self.recover != "none" else None,
             "unit": self.unit,
             "blocks": self.blocks,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
@@ -147,6 +157,8 @@ def make_request(
     damping: float | None = None,
     refine: int = 0,
     share: int | None = None,
+    recover: str | None = None,
+    recover_tokens: int | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
     tolerance: float | None = None,
@@ -186,6 +198,8 @@ def make_request(
     shared_blocks = named.share if share is None else share
     check_share(structures, measure, chain, shared_blocks)
     check_refine(refine)
+    after = named.recover if recover is None else recover
+    check_recover(after, recover_tokens)
     check_shared(shared, tolerance, unit, blocks)
     check_shared_formats(shared, structures)
     return Request(
@@ -197,6 +211,8 @@ def make_request(
         measure.damping if damping is None else damping,
         refine,
         shared_blocks,
+        after,
+        RECOVER_TOKENS if recover_tokens is None else recover_tokens,
         {**named.defaults, **given},
         keep,
         keep_targets,

@@ -14,6 +14,7 @@ from tnlm.errors import BudgetError, OptionError, did_you_mean
 BUDGETS = ("keep", "keep_targets", "tolerance")
 UNITS = ("params", "bytes", "macs")
 CASCADES = ("none", "sequential", "anchored")
+RECOVERIES = ("none", "lora", "distill", "finetune")
 
 
 def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
@@ -168,3 +169,15 @@ def check_refine(refine: int) -> None:
     """Raise `OptionError` unless a number of tokens is a whole number, or 0."""
     if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
         raise OptionError(f"refine={refine!r}; allowed: a number of tokens, 0 for none")
+
+
+def check_recover(recover: str, tokens: int | None) -> None:
+    """Raise `OptionError` unless the recovery is known, and its tokens are a whole number."""
+    if recover not in RECOVERIES:
+        raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), RECOVERIES)}")
+    if tokens is None:
+        return
+    if recover == "none":
+        raise OptionError("recover_tokens= has no effect without recover=; leave it out")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise OptionError(f"recover_tokens={tokens!r}; allowed: a number of tokens >= 1")

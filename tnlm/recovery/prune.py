@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.calibration.walk import find_blocks, run, split
+from tnlm.calibration.walk import find_blocks, split
 from tnlm.errors import (
     BudgetError,
     CalibrationError,
@@ -246,7 +246,8 @@ def _backward(
 ) -> None:
     """Take the gradients of a batch's loss, clipped."""
     with torch.enable_grad():
-        loss: Tensor | None = run(model, dict(batch)).loss
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
+        loss: Tensor | None = model(**inputs).loss
         if loss is None or not bool(loss.isfinite()):
             value = None if loss is None else float(loss.detach())
             raise TrainingError(f"the loss at step {step} is {value}; nothing was changed")

@@ -25,6 +25,7 @@ class Scheme:
         cascade: how far a fit knows what was fitted before it; see `tnlm.recovery.cascade`.
         targets: the matrices chosen when the user names none.
         share: consecutive blocks whose matrices share their input factor.
+        recover: how the whole model is trained afterwards; see `tnlm.recovery`.
         keep_targets: fraction of the targets kept when nothing says how large the result may be.
         defaults: values of the formats' options.
     """
@@ -38,6 +39,7 @@ class Scheme:
     cascade: str = "none"
     targets: Selector = ALL_LINEAR
     share: int = 1
+    recover: str = "none"
     keep_targets: float = 0.8
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -47,7 +49,8 @@ class Scheme:
         needed = get_measure(self.metric).needs
         if needed & {GRADIENTS, FISHER} or get_allocation(self.allocation).weighs_loss:
             return "data and gradients"
-        return "data" if needed or self.cascade != "none" else "nothing"
+        tunes = self.cascade != "none" or self.recover != "none"
+        return "data" if needed or tunes else "nothing"
 
     @property
     def needs_calibration(self) -> bool:
