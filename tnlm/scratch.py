@@ -162,8 +162,9 @@ def _skeleton(
                 copy.deepcopy(config), **({} if dtype is None else {"dtype": dtype})
             )
     except (ValueError, TypeError, AttributeError) as error:
+        cause = str(error).partition("\n")[0]  # a list of all other models follows
         raise ModelError(
-            f"{type(config).__name__} makes no {model_class.__name__}: {error}; pass model_class="
+            f"{type(config).__name__} makes no {model_class.__name__}: {cause}; pass model_class="
         ) from error
     return model
 
