@@ -183,13 +183,13 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_a_replaced_table_is_never_made():
-    config = copy.deepcopy(LLAMA)
+@pytest.mark.parametrize(("config", "model_class"), CASES, ids=["llama", "gpt2", "bert"])
+def test_a_replaced_table_is_never_made(config, model_class):
+    config = copy.deepcopy(config)
     config.vocab_size = 2**15
-    rows, width = config.vocab_size, config.hidden_size
-    assert rows * width > 2**20
+    assert config.vocab_size * config.hidden_size > 2**20
     with Largest() as watched:
-        tnlm.from_config(config, "svd", targets=["embed_tokens"], rank=4)
+        tnlm.from_config(config, "kngpt2", model_class=model_class)
     assert watched.numbers <= 2**20
 
 

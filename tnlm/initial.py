@@ -69,6 +69,16 @@ def _stand_in(module: nn.Module) -> nn.Module:
     return nn.Embedding(rows, module.embedding_dim, device="meta", dtype=module.weight.dtype)
 
 
+def allocate(model: PreTrainedModel, described: TnlmConfig, device: torch.device) -> None:
+    """Make the tensors of the factorized modules, and share those that are tied."""
+    for name in described.modules:
+        model.get_submodule(name).to_empty(device=device)
+    # Not model.tie_weights(), which asks a head with a bias for its weight: it would be rebuilt.
+    for name, source in model.all_tied_weights_keys.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, model.get_parameter_or_buffer(source))
+
+
 @torch.no_grad()
 def draw(
     model: PreTrainedModel,

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from tnlm.decompositions import get_format
 from tnlm.errors import ModelError, OptionError
 from tnlm.fitting import by_module
-from tnlm.initial import draw, initialize
+from tnlm.initial import allocate, draw, initialize
 from tnlm.integrations.huggingface import TnlmConfig, attach, place
 from tnlm.job import Job
 from tnlm.layers.build import Entry, network_of
@@ -103,10 +103,8 @@ def from_config(
     device = torch.get_default_device()
     stds = initialize(model, replaced, described, device, seed)
     place(model, described)
-    for name in described.modules:
-        model.get_submodule(name).to_empty(device=device)
     attach(model, described)
-    model.tie_weights(recompute_mapping=False)
+    allocate(model, described, device)
     if device.type != "meta":
         draw(model, replaced, described, stds, seed)
     done = Report(decided, {"build": time.perf_counter() - start})
