@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=150)
     asked = parser.parse_args()
+    torch.set_num_threads(1)  # tiny matrices gain nothing from more
 
     config = LlamaConfig(
         vocab_size=TOKENS,

@@ -89,12 +89,10 @@ def draw(
 ) -> None:
     """Draw the factors, and set biases to 0.
 
-    What stays dense in a fused module, beside factorized parts, is drawn whole.
-
     Args:
         model: with the factorized modules in their places.
         replaced: targets of the modules that were replaced.
-        described: says which modules those are.
+        described: says which modules those are, tied heads included.
         stds: the standard deviation of each target's matrix, by module.
         seed: draws the weights.
 
@@ -111,9 +109,6 @@ def draw(
                 f"{target.name} starts as zeros in this architecture, from which factors cannot "
                 "learn; name it in ignore="
             )
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(std * torch.randn(target.shape, generator=generator, device="cpu"))
-            continue
         factors = gaussian(module.network, std, generator)
         if getattr(module, "padding_idx", None) is not None:
             _clear(module.network, factors, module.padding_idx)

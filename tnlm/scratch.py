@@ -46,11 +46,12 @@ def from_config(
 ) -> PreTrainedModel:
     """Make a model whose chosen matrices are factorized, with random weights.
 
-    Nothing is fitted, and the matrices that are replaced are never made, but for one of each kind
-    at a time of which the architecture's own initialisation is learned: a product of factors has
-    that standard deviation, see :func:`tnlm.decompositions.gaussian.gaussian`. Biases are 0;
-    everything else is initialised as the architecture does. The result is like any compressed
-    model: :func:`tnlm.save`, :func:`tnlm.to_dense` and :func:`tnlm.report` take it.
+    Nothing is fitted, and the matrices that are replaced are not made, but for one linear layer of
+    each kind and some rows of an embedding, for a moment: they show how the architecture itself
+    initialises, and a product of factors has the same standard deviation, see
+    :func:`tnlm.decompositions.gaussian.gaussian`. Biases are 0; everything else is initialised as
+    the architecture does. The result is like any compressed model: :func:`tnlm.save`,
+    :func:`tnlm.to_dense` and :func:`tnlm.report` take it.
 
     Where a format offers several specs, there is no error to choose by: see
     :func:`tnlm.allocation.unseen.roomiest`. Factors are stored whole, as papers count them, unless
@@ -172,7 +173,7 @@ def _describe(model: PreTrainedModel, targets: Sequence[Target], decided: Plan) 
     layers = {layer.name: layer for layer in decided.layers}
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     for group in by_module(targets):
-        if all(layers[target.name].format is None for target in group):
+        if layers[group[0].name].format is None:  # and so are all parts, being of one shape
             continue
         first, old = group[0], model.get_submodule(group[0].module)
         entries = [entry_of(t, layers[t.name], biased=t.bias(model) is not None) for t in group]
