@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
+    T5ForConditionalGeneration,
 )
 
 import tnlm
@@ -97,6 +98,18 @@ def test_products_have_the_architectures_own_standard_deviation(scheme):
         assert found == pytest.approx(0.03 / depth, rel=0.05), name
         seen.add(name.rpartition(".")[2])
     assert seen
+
+
+def test_every_kind_of_matrix_has_its_own():
+    config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+    model = tnlm.from_config(config, "shapeshifter", model_class=T5ForConditionalGeneration)
+    dense, found = T5ForConditionalGeneration(config), set()
+    for name, module in factorized(model).items():
+        wanted = float(dense.get_submodule(name).weight.detach().std())
+        if module.to_dense().numel() > 1000:  # not the table of relative positions
+            assert float(module.to_dense().detach().std()) == pytest.approx(wanted, rel=0.1), name
+            found.add(round(wanted, 1))
+    assert len(found) > 1
 
 
 def test_what_is_not_replaced_is_as_the_architecture_makes_it():
