@@ -20,3 +20,12 @@ def test_first_compression(tmp_path, monkeypatch, capsys, tiny_llama, word_token
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()[:3]] == ["dense", "svd", "svd-llm"]
     assert "params" in printed
+
+
+def test_shapeshifter(monkeypatch, capsys):
+    script = EXAMPLES / "shapeshifter.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--width", "32", "--steps", "20"])
+    runpy.run_path(str(script), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    before, after, loaded = (float(line.split()[2]) for line in lines if line.startswith("loss"))
+    assert loaded == after < before

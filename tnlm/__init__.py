@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tnlm.reporting import Report
     from tnlm.saving import load, save
     from tnlm.schemes import list_schemes
+    from tnlm.scratch import from_config
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "load": "tnlm.saving",
     "save": "tnlm.saving",
     "list_schemes": "tnlm.schemes",
+    "from_config": "tnlm.scratch",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "TnlmError",
     "arrange",
     "compress",
+    "from_config",
     "keep_rebuilt",
     "list_schemes",
     "load",

@@ -130,6 +130,31 @@ class Shelf:
         self._directory.cleanup()
 
 
+def entry_of(target: Target, layer: LayerPlan, *, biased: bool) -> Entry:
+    """Return what a checkpoint says of one matrix that is replaced as planned.
+
+    Args:
+        target: the matrix.
+        layer: the decision.
+        biased: whether a bias stands beside it.
+    """
+    shape = list(target.shape)
+    if layer.format is None:
+        return {"kind": "dense", "shape": shape, "bias": biased}
+    entry = {
+        "kind": target.kind,
+        "shape": shape,
+        "bias": biased or layer.bias,
+        "format": layer.format,
+        "options": dict(layer.spec),
+    }
+    if layer.bias:
+        entry["bias_added"] = True
+    if target.kind == "linear":
+        entry["order"] = list(chain(network_of(entry)).order)
+    return entry
+
+
 def fit_target(
     target: Target,
     weight: Tensor,
@@ -152,22 +177,11 @@ def fit_target(
         The entry, the built module on the weight's device in its dtype, and the relative error of
         its float64 factors in the metric. A metric with a mean moves the mean error into the bias.
     """
+    entry = entry_of(target, layer, biased=bias is not None)
     if layer.format is None:
-        entry = {"kind": "dense", "shape": list(target.shape), "bias": bias is not None}
         return entry, filled(weight, bias), 0.0
     structure = get_format(layer.format)
-    entry = {
-        "kind": target.kind,
-        "shape": list(target.shape),
-        "bias": bias is not None or layer.bias,
-        "format": layer.format,
-        "options": dict(layer.spec),
-    }
-    if layer.bias:
-        entry["bias_added"] = True
     network = network_of(entry)
-    if target.kind == "linear":
-        entry["order"] = list(chain(network).order)
     # Built before fitting: long-lived tensors first, so that the heap stays compact.
     module = build(entry | {"padding_idx": None}, device=weight.device, dtype=weight.dtype)
     spec = from_dict(structure.spec, layer.spec)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tnlm.allocation.base import Allocation, Limits, Problem
 from tnlm.allocation.pricing import dense_cost, network_cost
+from tnlm.allocation.unseen import roomiest
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget, Format, from_dict, to_dict
@@ -34,7 +35,7 @@ def decide(
 
     Args:
         target: the matrix.
-        weight: its ``(out, in)`` values.
+        weight: its ``(out, in)`` values; without any (meta device), the roomiest spec is chosen.
         metric: how its error is measured.
         structure: the format that replaces it.
         limits: what it may cost.
@@ -51,7 +52,9 @@ def decide(
             note = _why_dense(target, weight, metric, structure, limits, extra)
             return stay_dense(target, weight, note)
         errors: Sequence[float | None] = [None]
-        if limits.tolerance is not None:
+        if weight.is_meta:  # no numbers yet, as nothing is trained
+            specs = [roomiest(target.shape, structure, specs)]
+        elif limits.tolerance is not None:
             specs = [min(specs, key=lambda spec: structure.network(target.shape, spec).params)]
         if predict or len(specs) > 1:
             errors = structure.errors(weight, metric, specs)

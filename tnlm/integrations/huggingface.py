@@ -94,26 +94,7 @@ class TnlmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        config = self.quantization_config
-        names = {name: _resolve(model, name) for name in config.modules}
-        found = {name: entry for name, entry in config.modules.items() if names[name] is not None}
-        for name, entry in found.items():
-            check_entry(name, entry, model.get_submodule(names[name] or ""))
-        for name, entry in found.items():
-            old: Any = model.get_submodule(names[name] or "").weight
-            made = build(entry, device=old.device, dtype=old.dtype)
-            model.set_submodule(names[name] or "", made)
-        tied = {
-            _rename(names, target): _rename(names, source)
-            for target, source in config.tied.items()
-            if _owners(config, target, source) <= found.keys()
-        }
-        _check_ties(model, tied)
-        retie(model, tied)
-        # Names of this class of model, so that saving it again writes what it holds. Heads that it
-        # lacks stay listed: a body saved alone may be loaded under its head again.
-        config.tied = {_rename(names, a): _rename(names, b) for a, b in config.tied.items()}
-        config.modules = {names[name] or name: entry for name, entry in config.modules.items()}
+        place(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(
@@ -148,6 +129,35 @@ class TnlmQuantizer(HfQuantizer):
         return True
 
     is_trainable = is_qat_trainable = is_compileable = property(lambda self: True)
+
+
+def place(model: PreTrainedModel, config: TnlmConfig) -> None:
+    """Put the modules that a config describes into a model, uninitialised.
+
+    Each is made on the device and in the dtype of the dense weight that it replaces.
+
+    Raises:
+        CheckpointError: if the config does not fit the model.
+    """
+    names = {name: _resolve(model, name) for name in config.modules}
+    found = {name: entry for name, entry in config.modules.items() if names[name] is not None}
+    for name, entry in found.items():
+        check_entry(name, entry, model.get_submodule(names[name] or ""))
+    for name, entry in found.items():
+        old: Any = model.get_submodule(names[name] or "").weight
+        made = build(entry, device=old.device, dtype=old.dtype)
+        model.set_submodule(names[name] or "", made)
+    tied = {
+        _rename(names, target): _rename(names, source)
+        for target, source in config.tied.items()
+        if _owners(config, target, source) <= found.keys()
+    }
+    _check_ties(model, tied)
+    retie(model, tied)
+    # Names of this class of model, so that saving it again writes what it holds. Heads that it
+    # lacks stay listed: a body saved alone may be loaded under its head again.
+    config.tied = {_rename(names, a): _rename(names, b) for a, b in config.tied.items()}
+    config.modules = {names[name] or name: entry for name, entry in config.modules.items()}
 
 
 def attach(model: PreTrainedModel, config: TnlmConfig) -> None:

@@ -68,6 +68,10 @@ class _Table(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense ``(vocabulary, width)`` table; rebuilt at every access."""
+        first = next(iter(self.factors().values()))
+        if any(factor.is_meta for factor in self.factors().values()):
+            # While a model is loaded, transformers asks a head with a bias for its shape.
+            return torch.empty(self.network.shape, dtype=first.dtype, device="meta")
         return self.to_dense()
 
     def extra_repr(self) -> str:
