@@ -41,9 +41,7 @@ def main() -> None:
     student = tnlm.compress(copy.deepcopy(teacher), "kngpt2")
     print("\n".join(tnlm.report(student).summary()))
     show("compressed", student)
-    tnlm.recovery.distill(
-        student, teacher, [learn], preset="ilkd", tokens=asked.tokens, tokenizer=tokenizer
-    )
+    tnlm.distill(student, teacher, [learn], preset="ilkd", tokens=asked.tokens, tokenizer=tokenizer)
     show("distilled", student)
     if asked.save:
         tnlm.save(student, asked.save, tokenizer=tokenizer)

@@ -13,12 +13,17 @@ import wrapt
 
 if TYPE_CHECKING:
     from tnlm.api import compress, plan, report, to_dense
+    from tnlm.calibration.labelled import labelled
     from tnlm.errors import TnlmError
     from tnlm.evaluation import perplexity
     from tnlm.layers.arranged import arrange
     from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
     from tnlm.planning import Plan
+    from tnlm.recovery.distill import distill
+    from tnlm.recovery.heal import heal
+    from tnlm.recovery.prune import prune
+    from tnlm.recovery.training import finetune
     from tnlm.reporting import Report
     from tnlm.saving import load, save
     from tnlm.schemes import list_schemes
@@ -29,6 +34,11 @@ __version__ = "0.1.0"
 # Where each public name lives. They are imported when first used, because transformers' modelling
 # code takes longer to import than torch.
 _HOMES = {
+    "labelled": "tnlm.calibration.labelled",
+    "distill": "tnlm.recovery.distill",
+    "finetune": "tnlm.recovery.training",
+    "heal": "tnlm.recovery.heal",
+    "prune": "tnlm.recovery.prune",
     "compress": "tnlm.api",
     "plan": "tnlm.api",
     "report": "tnlm.api",
@@ -52,13 +62,18 @@ __all__ = [
     "TnlmError",
     "arrange",
     "compress",
+    "distill",
+    "finetune",
     "from_config",
+    "heal",
     "keep_rebuilt",
+    "labelled",
     "list_schemes",
     "load",
     "perplexity",
     "plan",
     "predict_speed",
+    "prune",
     "report",
     "save",
     "to_dense",

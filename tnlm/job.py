@@ -51,6 +51,7 @@ class Job:
         pairs: feed-forward pairs among the matrices.
         batches: calibration data, empty if none is needed.
         lessons: training data, empty if none is needed.
+        tokenizer: the user's, if given.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
         seconds: wall time by stage.
@@ -62,6 +63,7 @@ class Job:
     pairs: Sequence[FeedForward] = ()
     batches: Sequence[Batch] = ()
     lessons: Sequence[Batch] = ()
+    tokenizer: Any = None
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -215,6 +217,7 @@ def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> Non
     if job.request.cascade != "none" or job.request.refine:
         job.batches = batches
     if job.request.recover != "none":
+        job.tokenizer = data.tokenizer
         job.lessons = token_batches(
             data.calibration if data.training is None else data.training,
             data.tokenizer,

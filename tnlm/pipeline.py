@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tnlm.integrations.huggingface import TnlmConfig, attach
 from tnlm.job import Data, Job, prepare
 from tnlm.memory import release, unmap
 from tnlm.planning import Plan, total
+from tnlm.recovery.after import recover
 from tnlm.recovery.cascade import cascade
 from tnlm.recovery.refine import refine
 from tnlm.reporting import Report, with_errors
@@ -137,6 +139,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     """Fit every matrix, then swap them all in; any failure leaves or restores the model."""
     start = time.perf_counter()
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
+    teacher = copy.deepcopy(model) if job.request.recover == "distill" else None
     with Shelf() as shelf:
         fitting = Fitting(model, job, decided, shelf)
         _fit_all(model, job, fitting, progress)
@@ -160,12 +163,30 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
             tie(model, fitting.ties)
             config.tied.update(fitting.ties)
             attach(model, config)
+            if job.request.recover != "none":
+                _recover(model, job, teacher, progress)
     spent = time.perf_counter() - start
-    job.seconds["fit"] = spent - job.seconds.get("refine", 0.0)
+    job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
     tokens = job.inputs.tokens if job.inputs else 0
     done = Report(with_errors(decided, fitting.errors), dict(job.seconds), tokens)
     model.tnlm_report = done  # type: ignore[assignment]
     return model
+
+
+def _recover(
+    model: PreTrainedModel, job: Job, teacher: PreTrainedModel | None, progress: bool
+) -> None:
+    start = time.perf_counter()
+    recover(
+        model,
+        job.request.recover,
+        job.lessons,
+        tokens=job.request.recover_tokens,
+        teacher=teacher,
+        tokenizer=job.tokenizer,
+        progress=progress,
+    )
+    job.seconds["recover"] = time.perf_counter() - start
 
 
 def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool) -> None:

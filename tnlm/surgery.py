@@ -49,6 +49,7 @@ class Swap:
         self._model = model
         self._replaced: list[tuple[str, nn.Module]] = []
         self._spilled: dict[nn.Parameter, Path] = {}
+        self._biases: list[tuple[nn.Parameter, Tensor]] = []
         owners = [owner for owner in (model, getattr(model, "config", None)) if owner is not None]
         self._attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
         self._directory = tempfile.TemporaryDirectory(prefix="tnlm-")
@@ -65,7 +66,10 @@ class Swap:
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module in the place of another, whose weight moves to a file."""
         self.spill(name)
-        self._replaced.append((name, self._model.get_submodule(name)))
+        old = self._model.get_submodule(name)
+        if old._parameters.get("bias") is not None:  # the new module may hold it, and train it
+            self._biases.append((old._parameters["bias"], old._parameters["bias"].detach().clone()))
+        self._replaced.append((name, old))
         self._model.set_submodule(name, module)
 
     def __enter__(self) -> Swap:
@@ -80,6 +84,8 @@ class Swap:
             for weight, path in self._spilled.items():
                 # A copy: the file is about to go.
                 weight.data = load_file(path)["weight"].clone().to(weight.data.device)
+            for bias, values in self._biases:
+                bias.data.copy_(values)
             for name, module in reversed(self._replaced):
                 self._model.set_submodule(name, module)
             for now, before in self._attributes:

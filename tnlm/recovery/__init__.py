@@ -1,1 +1,1 @@
-"""How the loss is won back: what a fit knows of earlier fits, and what is tuned afterwards."""
+"""How the loss is won back: what a fit knows of earlier fits, and what is trained afterwards."""

@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import ModelError, OptionError, did_you_mean
-from tnlm.feed_forward import pairs
+from tnlm.feed_forward import readers
 from tnlm.recovery import lessons
 from tnlm.recovery.examples import examples
 from tnlm.recovery.training import LEARNING_RATE, SteadyTrainer, enough, run, trainable
-from tnlm.targets import select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -237,7 +236,7 @@ def _classifies(model: PreTrainedModel) -> bool:
 
 
 def _feed_forward(teacher: PreTrainedModel) -> list[str]:
-    found = [pair.reader.module for pair in pairs(teacher, select(teacher).targets)]
+    found = readers(teacher)
     if not found:
         raise ModelError(f"no feed-forward layers are known in a {type(teacher).__name__}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from tnlm.recovery.training import SteadyTrainer, enough, run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+RANK = 16
+
 
 def heal(
     model: PreTrainedModel,
@@ -24,8 +27,8 @@ def heal(
     tokenizer: PreTrainedTokenizerBase | None = None,
     tokens: int = 200_000,
     epochs: float | None = None,
-    rank: int = 16,
-    alpha: int = 32,
+    rank: int | None = None,
+    alpha: int | None = None,
     learning_rate: float = 5e-4,
     batch_size: int = 8,
     max_length: int = 512,
@@ -45,8 +48,9 @@ def heal(
         tokenizer: needed for texts.
         tokens: tokens it is trained on.
         epochs: instead of ``tokens``, how often it sees all data.
-        rank: of the adapters; factors with no more rows or columns than that are left alone.
-        alpha: the scale s is alpha / rank.
+        rank: of the adapters; factors with no more rows or columns than that are left alone. If not
+            given 16, or half the shorter side of the largest factor where that is less.
+        alpha: the scale s is alpha / rank; twice the rank if not given.
         learning_rate: of AdamW, at its highest.
         batch_size: examples in a step.
         max_length: tokens of an example.
@@ -61,6 +65,8 @@ def heal(
 
     Source: LoRA, Hu et al. 2022, arXiv 2106.09685.
     """
+    rank = _fitting_rank(model) if rank is None else rank
+    alpha = 2 * rank if alpha is None else alpha
     names = factor_names(model, rank)
     check_adapters(model, names, rank, alpha)
     most = enough(tokens, epochs, max_length)
@@ -86,6 +92,17 @@ def heal(
             weight: Any = adapter.base.weight
             weight.copy_(adapter.merged())
     return model
+
+
+def _fitting_rank(model: PreTrainedModel) -> int:
+    sides = [min(_shape(model, name)) for name in factor_names(model, 1)]
+    return max(1, min(RANK, max(sides) // 2))
+
+
+def _shape(model: PreTrainedModel, name: str) -> Sequence[int]:
+    weight: Any = model.get_submodule(name).weight
+    shape: Sequence[int] = weight.shape
+    return shape
 
 
 def factor_names(model: PreTrainedModel, rank: int) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
@@ -64,7 +66,7 @@ class SteadyTrainer(Trainer):
         step = self.state.global_step
         if not bool(loss.detach().isfinite()):
             self._go_back()
-            values = ", ".join(f"{name} {float(value):g}" for name, value in found.items())
+            values = ", ".join(f"{k} {float(value.detach()):g}" for k, value in found.items())
             raise TrainingError(
                 f"the loss at step {step} is not finite ({values}); the weights are those of step "
                 f"{max(self._kept_at, 0)}; try a lower learning_rate"
@@ -183,6 +185,18 @@ def trainable(model: PreTrainedModel, train: str) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Give all generators their states back: a Trainer seeds them."""
+    plain, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numbers)  # noqa: NPY002
+
+
 def run(
     trainer: type[SteadyTrainer],
     model: PreTrainedModel,
@@ -211,6 +225,7 @@ def run(
     wanted = epochs * held if epochs is not None else tokens
     steps = max(1, math.ceil(wanted * len(found) / held / batch_size))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_own_randomness())
         folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="tnlm-"))
         settings: dict[str, Any] = {
             "max_steps": steps,
@@ -239,10 +254,6 @@ def run(
         )
         made.remove_callback(PrinterCallback)
         last = get_last_checkpoint(str(folder)) if output_dir and Path(folder).is_dir() else None
-        start = torch.random.get_rng_state()
-        try:
-            made.train(resume_from_checkpoint=last)
-        finally:
-            torch.random.set_rng_state(start)
+        made.train(resume_from_checkpoint=last)
     logger.info("trained %d steps: %s", steps, {k: v[-1] for k, v in made.logged.items() if v})
     return made
