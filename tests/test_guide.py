@@ -1,4 +1,4 @@
-"""Every block of code in the guide on deployment runs, in order, on a tiny model."""
+"""Every block of code in the guides on deployment and training runs, in order, on a tiny model."""
 
 from __future__ import annotations
 
@@ -8,19 +8,35 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "deploy.md"
+GUIDES = Path(__file__).parents[1] / "docs" / "guide"
 OPTIONAL = {"OnnxExporter": ("onnx", "onnxscript", "onnxruntime"), "torchao": ("torchao",)}
 
 
-@pytest.mark.filterwarnings("ignore:.*(LeafSpec|children_specs):FutureWarning")
-def test_every_block_runs(tmp_path, monkeypatch, tiny_llama):
-    tiny_llama(num_hidden_layers=1, eos_token_id=None).save_pretrained(tmp_path / "my-model")
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), flags=re.M | re.S)
-    assert len(blocks) == 8
+def run_blocks(name: str) -> int:
+    """Run the blocks whose packages are installed; return how many there are."""
+    text = (GUIDES / name).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     names: dict[str, object] = {}
     for block in blocks:
         needed = [package for word, found in OPTIONAL.items() if word in block for package in found]
         if all(importlib.util.find_spec(package) for package in needed):
-            exec(compile(block, str(GUIDE), "exec"), names)
+            exec(compile(block, name, "exec"), names)
+    return len(blocks)
+
+
+@pytest.mark.filterwarnings("ignore:.*(LeafSpec|children_specs):FutureWarning")
+def test_every_block_on_deployment_runs(tmp_path, monkeypatch, tiny_llama):
+    tiny_llama(num_hidden_layers=1, eos_token_id=None).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("deploy.md") == 8
     assert (tmp_path / "my-model-exported").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_every_block_on_training_runs(tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    (tmp_path / "text.txt").write_text(word_text(4096))
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("recover.md") == 7
+    assert (tmp_path / "my-model-pruned" / "config.json").is_file()
