@@ -214,12 +214,21 @@ def test_it_repeats(compressed):
     assert all(torch.equal(v, state[k]) for k, v in one.state_dict().items())
 
 
-def test_training_that_does_not_help_is_undone(compressed, caplog):
+def test_training_that_does_not_help_is_undone(compressed, caplog, monkeypatch):
+    model, losses = compressed("llama", "svd"), iter([1.0, 2.0])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    monkeypatch.setattr(lora_training, "_mean_loss", lambda *_: next(losses))
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        run(model, labelled(model, BATCHES))
+    assert "did not lower the loss (1.0000 -> 2.0000): undone" in caplog.text
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_training_that_diverges_stops_and_leaves_the_model(compressed):
     model = compressed("llama", "svd")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with caplog.at_level(logging.WARNING, "tnlm"):
-        run(model, labelled(model, BATCHES), learning_rate=1.0, tokens=256)
-    assert "did not lower the loss" in caplog.text
+    with pytest.raises(CalibrationError, match=r"the loss is nan on batch \d; lower learning_rate"):
+        run(model, labelled(model, BATCHES), learning_rate=1e4)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 

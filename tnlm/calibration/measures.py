@@ -91,8 +91,8 @@ def _lora_inputs(of: Gathered, damping: float) -> Metric:
 
 def _lora_both(of: Gathered, damping: float) -> Metric:
     outputs = Side(of("lora_outputs"), damping)
-    # Of sums over rows and columns: the scale once, not squared.
-    return Metric(outputs, Side(of("lora_inputs").double() / outputs.values.sum(), damping))
+    # The scale once, not squared.
+    return Metric(outputs, Side(of("lora_inputs").double() / outputs.mean, damping))
 
 
 _ALL = (
