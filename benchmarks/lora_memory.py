@@ -139,9 +139,8 @@ def as_text(found: dict[str, dict[str, float]], asked: argparse.Namespace) -> st
         "",
         "| what | MiB above the model | importance is, of that |",
         "|---|---|---|",
+        *(f"| {row} | {mib:.0f} | {size['importance'] / mib:.2f} |" for row, mib in size.items()),
     ]
-    for row in ROWS:
-        lines.append(f"| {row} | {size[row]:.0f} | {size['importance'] / size[row]:.2f} |")
     return "\n".join(lines)
 
 
