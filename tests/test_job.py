@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, MEASURES
+from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MEASURES
 from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, OptionError, TargetError
 from tnlm.feed_forward import FeedForward
@@ -16,6 +16,7 @@ from tnlm.targets import Selection, Target
 IDS = torch.arange(256) % 61 + 3
 DATA = Data(IDS, None, 4, 32, None, 0, 2)
 OUT, IN = 4, 3
+INPUTS_OF = ("moment", "mean", "magnitude")
 TARGET = Target("a.q", "a.q", "linear", (OUT, IN))
 
 
@@ -37,15 +38,18 @@ def job_of(metric, gaussian, *, silent=(), allocation="loss", **changes):
         "gradient": g.T @ g / 20,
         "fisher": 1e-4 * gaussian(OUT, IN, seed=2).square().float(),
     } | changes
+    found["lora_inputs"] = found["fisher"].double().sum(0)
+    found["lora_outputs"] = found["fisher"].double().sum(1)
     for name in silent:
         found[name] = torch.zeros_like(found[name])
     stores = []
-    for names in (("moment", "mean", "magnitude"), ("gradient", "fisher")):
+    for names in (INPUTS_OF, ("gradient", "fisher"), ("lora_inputs", "lora_outputs")):
         store = Statistics(tokens=20)
         store.put("a.q", ["a.q"], {name: found[name] for name in names})
         stores.append(store)
     asked = request(metric=metric, allocation=allocation)
-    return Job(asked, Selection([TARGET]), [TARGET], inputs=stores[0], gradients=stores[1]), found
+    given = dict(zip(("inputs", "gradients", "loras"), stores, strict=True))
+    return Job(asked, Selection([TARGET]), [TARGET], **given), found
 
 
 def effect(job, error):
@@ -60,6 +64,8 @@ def test_the_importance_of_every_measure_is_its_formula(gaussian):
         expected |= {"identity": g * c, "diagonal": g * c / float(found["magnitude"].mean())}
         expected |= dict.fromkeys(("input", "covariance", "centered"), g)
         expected["fisher-elements"] = float(found["fisher"].mean())
+        weight = float(found["lora_inputs"].mean())
+        expected |= {name: g * c / weight for name in MEASURES if name.startswith("lora")}
         assert job.importance(TARGET) == pytest.approx(expected[name]), name
 
 
@@ -112,6 +118,7 @@ def test_a_model_gives_every_measure_what_it_needs(name, tiny_llama):
     job = prepared(model, metric=name, allocation="loss", targets=["q_proj", "up_proj"])
     needs = job.request.needs
     assert (job.inputs is not None) == (INPUTS in needs)
+    assert (job.loras is not None) == (LORA in needs)
     assert (job.gradients is not None) == bool(needs & {GRADIENTS, FISHER})
     assert len(job.units) == 4
     for target in job.units:

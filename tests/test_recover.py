@@ -1,83 +1,18 @@
-"""Healing by adapters: merged exactly, nothing grows, and a failure leaves the model as it was."""
+"""Training as an option of compress: all or nothing, and only what tnlm made."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 import tnlm
-from tnlm.errors import ModelError, OptionError, RankError, TrainingError
-from tnlm.recovery import heal as module
-from tnlm.recovery.heal import factor_names, heal
+from tnlm.errors import OptionError, TrainingError
+from tnlm.recovery import heal as healing
 from tnlm.recovery.training import SteadyTrainer
 
 DATA = torch.arange(512) * 7 % 61 + 3
-FAST = {"max_length": 16, "batch_size": 4, "rank": 2, "alpha": 4, "progress": False}
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-
-
-def loss(model):
-    with torch.no_grad():
-        return model(DATA[None, :64], labels=DATA[None, :64]).loss.item()
-
-
-@pytest.mark.parametrize("kind", ["llama", "tied-llama", "gpt2"])
-@pytest.mark.parametrize("scheme", ["svd", "kron", "tt", "modegpt"])
-def test_the_loss_falls_and_nothing_grows(kind, scheme, compressed, tmp_path):
-    if (kind, scheme) == ("gpt2", "modegpt"):
-        pytest.skip("its channels are Conv1D layers of the same kind")
-    model = compressed(kind, scheme)
-    before, count = loss(model), model.num_parameters()
-    dense = {n: p.detach().clone() for n, p in model.named_parameters()}
-    assert heal(model, DATA, tokens=2048, learning_rate=2e-2, **FAST) is model
-    assert loss(model) < before - 0.02
-    assert model.num_parameters() == count
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, dense[n])}
-    assert changed == {f"{name}.weight" for name in factor_names(model, 2)}
-    tnlm.save(model, tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(DATA[None, :16]).logits, model(DATA[None, :16]).logits)
-
-
-def test_the_merge_is_what_the_adapters_did(compressed, monkeypatch):
-    model, seen = compressed("llama", "svd"), []
-    original = module.run
-
-    def run(trainer, adapted, *rest, **arguments):
-        original(trainer, adapted, *rest, **arguments)
-        with torch.no_grad():
-            seen.append(adapted.eval()(DATA[None, :16]).logits)
-
-    monkeypatch.setattr(module, "run", run)
-    heal(model, DATA, tokens=512, learning_rate=2e-2, **FAST)
-    torch.testing.assert_close(model(DATA[None, :16]).logits, seen[0], rtol=1e-4, atol=1e-5)
-
-
-def test_a_failure_leaves_the_model_as_it_was(compressed):
-    model = compressed("llama", "svd")
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(TrainingError, match="not finite"):
-        heal(model, DATA, tokens=4096, learning_rate=1e30, max_grad_norm=0.0, **FAST)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert not model.training
-
-
-def test_what_cannot_be_healed_says_so(compressed, make_model, monkeypatch):
-    with pytest.raises(ModelError, match="no factor of this model has more than rank=2"):
-        heal(make_model("llama"), DATA, **FAST)
-    with pytest.raises(RankError, match="rank=0"):
-        heal(compressed("llama", "svd"), DATA, **(FAST | {"rank": 0}))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(OptionError, match=r"pip install 'tnlm\[train\]'"):
-        heal(compressed("llama", "svd"), DATA, **FAST)
-
-
-# The same as an option of compress
 
 
 @pytest.mark.parametrize("recover", ["lora", "distill", "finetune"])
@@ -128,6 +63,12 @@ def test_a_recovery_that_fails_leaves_the_dense_model(kind, recover, make_model,
             raise TrainingError("as asked")
         return original(self, *given, **named)
 
+    def trained_and_broken(*given):
+        train(*given)
+        raise TrainingError("as asked")
+
+    train = healing.train
+    monkeypatch.setattr(healing, "train", trained_and_broken)
     monkeypatch.setattr(SteadyTrainer, "compute_loss", broken)
     arguments = {"calibration": DATA, "max_length": 32, "progress": False}
     with pytest.raises(TrainingError, match="as asked"):
@@ -159,3 +100,19 @@ def test_a_plan_remembers_the_recovery(make_model):
 def test_recoveries_that_make_no_sense_are_refused(wrong, message, make_model):
     with pytest.raises(OptionError, match=message):
         tnlm.compress(make_model("llama"), "svd-llm", calibration=DATA, max_length=32, **wrong)
+
+
+def test_a_classifier_is_compressed_by_its_classes_and_healed(make_model, word_tokenizer):
+    config = make_model("bert").config
+    config.num_labels = 3
+    rows = [{"text": f"word{i} word9 word{2 * i}", "label": i % 3} for i in range(24)]
+    data = tnlm.labelled(rows, word_tokenizer)
+    for scheme in ("fwsvd", "lora-svd"):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config).eval()
+        arguments = {"calibration": data, "keep_targets": 0.5, "progress": False}
+        for recover in ("lora", "finetune"):
+            torch.manual_seed(0)
+            model = BertForSequenceClassification(config).eval()
+            tnlm.compress(model, scheme, recover=recover, recover_tokens=256, **arguments)
+            assert tnlm.report(model).seconds["recover"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, token_batches
 from tnlm.calibration.gradients import collect_gradients
-from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS
+from tnlm.calibration.lora import lora_statistics
+from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA
 from tnlm.calibration.metrics import Metric
 from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
@@ -54,6 +56,7 @@ class Job:
         tokenizer: the user's, if given.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
+        loras: statistics of the gradients of a LoRA, if needed.
         seconds: wall time by stage.
     """
 
@@ -66,6 +69,7 @@ class Job:
     tokenizer: Any = None
     inputs: Statistics | None = None
     gradients: Statistics | None = None
+    loras: Statistics | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
 
@@ -127,6 +131,8 @@ class Job:
         """Return how the metric weighs a column on average."""
         if not self.request.measure.needs:
             return 1.0
+        if LORA in self.request.measure.needs:
+            return float(self._statistic(target, "lora_inputs").mean()) or math.inf
         if self.request.measure.name == "diagonal":  # magnitudes, not their squares
             return float(self._statistic(target, "magnitude").mean())
         return moment
@@ -149,14 +155,18 @@ class Job:
     def _statistic(self, target: Target, name: str) -> Tensor:
         if isinstance(target, Stack):
             return _together(name, [self._statistic(member, name) for member in target.members])
-        store = self.gradients if name in ("gradient", "fisher") else self.inputs
+        stores = {"gradient": self.gradients, "fisher": self.gradients}
+        stores |= {"lora_inputs": self.loras, "lora_outputs": self.loras}
+        store = stores.get(name, self.inputs)
         if store is None:
             raise CalibrationError(f"{name} of {target.name} was not gathered")
         tensor = store.tensor(target.module, name)
         rows = slice(target.part * target.shape[0], (target.part + 1) * target.shape[0])
         if name == "gradient":
             return tensor[rows, rows]
-        return tensor[rows] if name == "fisher" else tensor
+        if name == "lora_inputs" and target.parts:
+            return tensor[target.part]
+        return tensor[rows] if name in ("fisher", "lora_outputs") else tensor
 
 
 def _together(name: str, parts: Sequence[Tensor]) -> Tensor:
@@ -164,7 +174,9 @@ def _together(name: str, parts: Sequence[Tensor]) -> Tensor:
     if name == "gradient":
         blocks: Tensor = torch.block_diag(*parts)
         return blocks
-    return torch.cat(list(parts)) if name == "fisher" else torch.stack(list(parts)).mean(0)
+    if name in ("fisher", "lora_outputs"):
+        return torch.cat(list(parts))
+    return torch.stack(list(parts)).mean(0)
 
 
 def prepare(
@@ -211,6 +223,15 @@ def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> Non
             fisher=FISHER in needs,
             # FWSVD and TFWSVD take the data's own labels; K-FAC the model's.
             labels="data" if FISHER in needs else "sampled",
+            cache_dir=data.cache_dir,
+            progress=progress,
+        )
+    if LORA in needs:
+        job.loras = lora_statistics(
+            model,
+            {target.module: len(target.parts) or 1 for target in job.selection.targets},
+            batches[: data.gradient_samples],
+            kind="taylor" if job.request.measure.name == "lora-taylor" else "fisher",
             cache_dir=data.cache_dir,
             progress=progress,
         )

@@ -67,8 +67,9 @@ class Swap:
         """Put a module in the place of another, whose weight moves to a file."""
         self.spill(name)
         old = self._model.get_submodule(name)
-        if old._parameters.get("bias") is not None:  # the new module may hold it, and train it
-            self._biases.append((old._parameters["bias"], old._parameters["bias"].detach().clone()))
+        bias = old._parameters.get("bias")
+        if bias is not None:  # the new module may hold it, and train it
+            self._biases.append((bias, bias.detach().clone()))
         self._replaced.append((name, old))
         self._model.set_submodule(name, module)
 

@@ -10,6 +10,7 @@ from tnlm.calibration.measures import (
     GRADIENT_SHRINK,
     GRADIENTS,
     INPUTS,
+    LORA,
     MEASURES,
     get_measure,
 )
@@ -18,18 +19,22 @@ from tnlm.errors import OptionError
 
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
 NAMES |= {"gradient": GRADIENTS, "fisher": FISHER}
+NAMES |= {"lora_inputs": LORA, "lora_outputs": LORA}
 OUT, IN = 4, 5
 
 
 def statistics(gaussian, seed=0, shift=0.0):
     x = gaussian(30, IN, seed=seed) + shift
     g = gaussian(30, OUT, seed=seed + 1)
+    squared = gaussian(OUT, IN, seed=seed + 2).square() * 1e-3
     return {
         "moment": x.T @ x / 30,
         "mean": x.mean(0),
         "magnitude": x.abs().mean(0),
         "gradient": g.T @ g / 30,
-        "fisher": gaussian(OUT, IN, seed=seed + 2).square() * 1e-3,
+        "fisher": squared,
+        "lora_inputs": squared.sum(0),
+        "lora_outputs": squared.sum(1),
     }
 
 
@@ -76,6 +81,9 @@ def test_every_measure_is_its_formula(seed, shift, gaussian):
         "fisher-outputs": (F.mean(1)[:, None] * error.square()).sum(),
         "fisher-both": (torch.outer(F.mean(1), F.mean(0)) / F.mean() * error.square()).sum(),
         "fisher-elements": (F / F.mean() * error.square()).sum(),
+        "lora-fisher": (F.sum(0) * error.square()).sum(),
+        "lora-taylor": (F.sum(0) * error.square()).sum(),
+        "lora-both": (torch.outer(F.sum(1), F.sum(0)) / F.sum(1).mean() * error.square()).sum(),
     }
     assert set(expected) == set(MEASURES)
     for name, value in expected.items():

@@ -12,11 +12,13 @@ from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
 from tnlm.calibration.sides import Side
 from tnlm.errors import OptionError, did_you_mean
 
-INPUTS, GRADIENTS, FISHER = "inputs", "gradients", "fisher"
-"""Kinds of statistics: of the inputs, of output gradients, of weight gradients by example."""
+INPUTS, GRADIENTS, FISHER, LORA = "inputs", "gradients", "fisher", "lora"
+"""Kinds of statistics: of the inputs, of output gradients, of weight gradients by example, and of
+the same as a LoRA's gradients tell of them."""
 
 Gathered = Callable[[str], Tensor]
-"""Returns one statistic of a matrix by name: moment, mean, magnitude, gradient, fisher."""
+"""Returns one statistic of a matrix by name: moment, mean, magnitude, gradient, fisher,
+lora_inputs, lora_outputs."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,16 @@ def _fisher(rows: bool, columns: bool) -> Callable[[Gathered, float], Metric]:
     return build
 
 
+def _lora_inputs(of: Gathered, damping: float) -> Metric:
+    return Metric(inputs=Side(of("lora_inputs"), damping))
+
+
+def _lora_both(of: Gathered, damping: float) -> Metric:
+    outputs = Side(of("lora_outputs"), damping)
+    # The scale once, not squared.
+    return Metric(outputs, Side(of("lora_inputs").double() / outputs.mean, damping))
+
+
 _ALL = (
     Measure(
         "identity", "Frobenius norm of the weight's error", frozenset(), lambda of, d: Metric()
@@ -142,6 +154,24 @@ _ALL = (
         "every entry weighed by its Fisher information (TFWSVD)",
         frozenset({FISHER}),
         lambda of, d: Elementwise(of("fisher"), d),
+    ),
+    Measure(
+        "lora-fisher",
+        "columns weighed by their Fisher information, as a LoRA's gradients tell of it",
+        frozenset({LORA}),
+        _lora_inputs,
+    ),
+    Measure(
+        "lora-taylor",
+        "columns weighed by squared gradient times weight, as a LoRA's gradients tell of it",
+        frozenset({LORA}),
+        _lora_inputs,
+    ),
+    Measure(
+        "lora-both",
+        "rows and columns weighed by their Fisher information, as a LoRA's gradients tell of it",
+        frozenset({LORA}),
+        _lora_both,
     ),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, token_batches
 from tnlm.calibration.loss import IGNORED
-from tnlm.errors import CalibrationError
+from tnlm.errors import CalibrationError, OptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +83,43 @@ def _example(
     chosen[int(torch.randint(len(ids), (), generator=generator))] = True  # at least one
     labels = ids.masked_fill(~chosen, IGNORED)
     return {"input_ids": ids.masked_fill(chosen, mask), "labels": labels}
+
+
+def lesson_batches(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+    most: int = MANY,
+    seed: int = 0,
+) -> list[Batch]:
+    """Turn data into batches with labels, unless it is a list of these already.
+
+    Args:
+        model: see :func:`examples`.
+        data: likewise.
+        tokenizer: likewise.
+        batch_size: examples in a batch.
+        max_length: tokens of an example.
+        most: examples at most.
+        seed: draws them.
+
+    Raises:
+        OptionError: for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise OptionError(f"batch_size={batch_size}; allowed: a whole number >= 1")
+    if isinstance(data, list | tuple) and data and all(map(_is_batch, data)):
+        return list(data)
+    found = examples(model, data, tokenizer, max_length=max_length, most=most, seed=seed)
+    return [collate(found[i : i + batch_size]) for i in range(0, len(found), batch_size)]
+
+
+def _is_batch(item: Any) -> bool:
+    ids = item.get("input_ids") if isinstance(item, Mapping) else None
+    return isinstance(ids, Tensor) and ids.dim() == 2 and item.get("labels") is not None
 
 
 def collate(rows: Sequence[Example]) -> Batch:

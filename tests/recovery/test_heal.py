@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import BertForSequenceClassification
+
+import tnlm
+from tnlm.calibration.data import token_batches
+from tnlm.calibration.labels import labelled
+from tnlm.calibration.metrics import InputMoment, Metric
+from tnlm.errors import CalibrationError, ModelError, OptionError, RankError, TargetError
+from tnlm.layers.linear import FactorizedLinear
+from tnlm.recovery import lora_training
+from tnlm.recovery.heal import heal
+
+IDS = torch.arange(256) * 7 % 61 + 3
+BATCHES = token_batches(IDS, max_length=32, batch_size=2)
+UP = "model.layers.1.mlp.up_proj"
+FUSED = "transformer.h.0.attn.c_attn.q"
+SMALL = {"keep_targets": 0.4}
+run = functools.partial(heal, rank=2, tokens=1024, learning_rate=1e-2, progress=False)
+
+
+def loss_of(model):
+    with torch.no_grad():
+        return sum(float(model(**batch).loss) for batch in labelled(model, BATCHES))
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+
+
+def check_saved(model, tmp_path):
+    tnlm.save(model, tmp_path / "saved")
+    loaded = tnlm.load(tmp_path / "saved")
+    ids = IDS[:16][None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
+    report = tnlm.report(model)
+    assert report.parameters_after == count(model)
+    assert str(report)
+    assert report.to_json()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("scheme", ["svd", "kron", "tt", "tucker", "btt"])
+def test_on_factors_every_format_heals_without_growth(kind, scheme, compressed, tmp_path):
+    model = compressed(kind, scheme, **SMALL)
+    before, size = loss_of(model), count(model)
+    names = list(model.state_dict())
+    orders = {k: v.clone() for k, v in model.state_dict().items() if k.endswith("_order")}
+    free = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert run(model, labelled(model, BATCHES)) is model
+    assert loss_of(model) < before
+    assert count(model) == size
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in orders.items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == free
+    report = tnlm.report(model)
+    assert all(layer.error is None for layer in report.plan.layers if layer.format)
+    assert report.seconds["heal"] > 0
+    check_saved(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("gauge", [True, False])
+@pytest.mark.parametrize("merge", ["concatenate", "retruncate"])
+def test_on_layers_low_rank_takes_the_lora_in(kind, gauge, merge, compressed, tmp_path):
+    model = compressed(kind, "svd", gauge=gauge, rank=4)
+    before, size, params = loss_of(model), count(model), tnlm.report(model).parameters_after
+    run(model, labelled(model, BATCHES), on="layers", merge=merge)
+    grown = 6 if merge == "concatenate" else 4
+    for layer in layers(model).values():
+        assert layer.network.sizes["r"] == grown
+        assert (layer.network.gauge is not None) == gauge
+    for layer in tnlm.report(model).plan.layers:
+        assert layer.spec["rank"] == grown
+        extra = (layer.shape[0] + layer.shape[1]) * grown - gauge * grown**2
+        assert layer.after.params == extra
+    if merge == "concatenate":
+        assert loss_of(model) < before
+    else:
+        assert count(model) == size == params
+    check_saved(model, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", UP), ("gpt2", FUSED)])
+def test_concatenation_is_what_was_trained(kind, name, compressed, monkeypatch):
+    seen = {}
+
+    def trained(model, adapters, *_):
+        for adapter in adapters.values():
+            torch.manual_seed(0)
+            with torch.no_grad():
+                adapter.B.normal_()
+        seen["delta"] = adapters[name].lora().delta()
+        with torch.no_grad():
+            seen["logits"] = model(IDS[:16][None]).logits
+
+    monkeypatch.setattr("tnlm.recovery.heal.train", trained)
+    model = compressed(kind, "svd", rank=4)
+    before = model.get_submodule(name).to_dense().detach().double()
+    run(model, labelled(model, BATCHES), on="layers")
+    after = model.get_submodule(name).to_dense().detach().double()
+    torch.testing.assert_close(after, before + seen["delta"], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        logits = model(IDS[:16][None]).logits
+    torch.testing.assert_close(logits, seen["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_factors_are_what_was_trained(compressed, monkeypatch):
+    seen = {}
+
+    def trained(model, adapters, *_):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for adapter in adapters.values():
+                adapter.B.normal_(std=0.1)
+            seen["logits"] = model(IDS[:16][None]).logits
+
+    monkeypatch.setattr("tnlm.recovery.heal.train", trained)
+    for scheme in ("svd", "kron", "tt"):
+        model = compressed("llama", scheme)
+        run(model, labelled(model, BATCHES))
+        with torch.no_grad():
+            logits = model(IDS[:16][None]).logits
+        torch.testing.assert_close(logits, seen["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_cutting_back_is_best_in_the_metric_given(compressed):
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(1)) * torch.linspace(0, 2, 32)
+    metric = InputMoment(x.T @ x)
+    found = []
+    for given in (None, {UP: metric}):
+        model = compressed("llama", "svd", rank=4)
+        options = {"modules": [UP], "on": "layers", "metrics": given}
+        exact = run(copy.deepcopy(model), labelled(model, BATCHES), modules=[UP], on="layers")
+        run(model, labelled(model, BATCHES), merge="retruncate", **options)
+        weight = exact.get_submodule(UP).to_dense().detach()
+        error = weight - model.get_submodule(UP).to_dense().detach()
+        found.append((metric.norm(error), Metric().norm(error)))
+    assert found[1][0] < found[0][0]
+    assert found[0][1] < found[1][1]
+
+
+def test_it_may_start_from_the_residual(compressed, make_model, monkeypatch):
+    monkeypatch.setattr("tnlm.recovery.heal.train", lambda *_: None)
+    model, dense = compressed("llama", "svd", rank=4), make_model("llama")
+    originals = {name: dense.get_submodule(name).weight.detach() for name in layers(model)}
+    run(model, labelled(model, BATCHES), on="layers", start="residual", originals=originals)
+    direct = compressed("llama", "svd", rank=6)
+    for name, layer in layers(model).items():
+        other = direct.get_submodule(name).to_dense()
+        torch.testing.assert_close(layer.to_dense(), other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("on", ["factors", "layers"])
+def test_an_adapter_stays_and_is_charged(on, compressed):
+    model = compressed("llama", "svd", **SMALL)
+    before = loss_of(model)
+    run(model, labelled(model, BATCHES), on=on, merge="adapter", modules=[UP])
+    adapters = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert len(adapters) == {"factors": 2, "layers": 1}[on]
+    assert loss_of(model) < before
+    assert tnlm.report(model).parameters_after == count(model)
+    with pytest.raises(ModelError, match="adapters already"):
+        run(model, labelled(model, BATCHES))
+
+
+def test_shared_factors_stay_shared(compressed, tmp_path):
+    model = compressed("llama", "basis-sharing")
+    shared = model.model.layers[0].self_attn.q_proj.right.weight.detach().clone()
+    run(model, labelled(model, BATCHES))
+    one, two = (layer.self_attn.q_proj.right.weight for layer in model.model.layers)
+    assert one is two
+    assert torch.equal(one, shared)
+    check_saved(model, tmp_path)
+    with pytest.raises(OptionError, match="shares a factor"):
+        run(model, labelled(model, BATCHES), on="layers", merge="retruncate")
+
+
+def test_other_linears_and_classifiers(tiny_bert):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_bert().config).eval()
+    ids = IDS.reshape(8, 32)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["labels"] = torch.arange(8) % 2
+    tnlm.compress(model, "svd", progress=False, **SMALL)
+    before = float(model(**batch).loss.detach())
+    run(model, [batch], modules=["classifier", "bert.encoder.layer.0.output.dense"], tokens=4096)
+    assert float(model(**batch).loss.detach()) < before
+
+
+def test_half_precision_heals_in_float32(compressed):
+    model = compressed("llama", "svd", **SMALL).bfloat16()
+    before = loss_of(model)
+    run(model, labelled(model, BATCHES))
+    assert model.get_submodule(UP).left.weight.dtype == torch.bfloat16
+    assert loss_of(model) < before
+
+
+def test_it_repeats(compressed):
+    one, two = (run(m, labelled(m, BATCHES)) for m in (compressed("llama", "svd") for _ in "ab"))
+    state = two.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in one.state_dict().items())
+
+
+def test_training_that_does_not_help_is_undone(compressed, caplog, monkeypatch):
+    model, losses = compressed("llama", "svd"), iter([1.0, 2.0])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    monkeypatch.setattr(lora_training, "_mean_loss", lambda *_: next(losses))
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        run(model, labelled(model, BATCHES))
+    assert "did not lower the loss (1.0000 -> 2.0000): undone" in caplog.text
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_training_that_diverges_stops_and_leaves_the_model(compressed):
+    model = compressed("llama", "svd")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match=r"the loss is nan on batch \d; lower learning_rate"):
+        run(model, labelled(model, BATCHES), learning_rate=1e4)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_tokens_are_counted_without_padding():
+    batches = token_batches([[3, 4, 5], [6, 7]], batch_size=1)
+    assert sorted(lora_training.schedule_of(batches, 5, 0)) == [0, 1]
+    assert len(lora_training.schedule_of(batches, 6, 0)) == 3
+    empty = {"attention_mask": torch.zeros(1, 2)}
+    with pytest.raises(CalibrationError, match="batch 1 is nothing but padding"):
+        lora_training.schedule_of([*batches[:1], empty], 6, 0)
+
+
+def test_failures_leave_the_model(compressed, make_model, monkeypatch):
+    model = compressed("llama", "svd", rank=14)
+    data = labelled(model, BATCHES)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    config = model.config.quantization_config.to_dict()
+    silent = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in data]
+    for options, error, text in (
+        ({"on": "layer"}, OptionError, "on='layer'; did you mean 'layers'"),
+        ({"merge": "concatenate"}, OptionError, "merge='concatenate' with on='factors'"),
+        ({"start": "svd"}, OptionError, "start='svd'"),
+        ({"start": "residual"}, OptionError, "originals= goes with"),
+        ({"originals": {}}, OptionError, "originals= goes with"),
+        ({"start": "residual", "originals": {}}, OptionError, "needs on='layers'"),
+        ({"start": "residual", "originals": {}, "on": "layers"}, OptionError, "dense weight"),
+        ({"metrics": {UP: Metric()}}, OptionError, "metrics= has no effect"),
+        ({"rank": 0}, OptionError, "rank=0"),
+        ({"tokens": 0.5}, OptionError, "tokens=0.5"),
+        ({"alpha": -1}, OptionError, "alpha=-1"),
+        ({"learning_rate": 0}, OptionError, "learning_rate=0"),
+        ({"modules": ["nothing"]}, TargetError, "'nothing'"),
+        ({"modules": ["lm_head"], "on": "layers"}, OptionError, "needs low rank, and lm_head"),
+        ({"on": "layers", "rank": 3}, RankError, "rank 14 \\+ 3 makes a 16x32 matrix"),
+        ({"on": "layers", "rank": 17}, RankError, "rank=17"),
+        ({"batches": []}, CalibrationError, "no tokens"),
+        ({"batches": silent}, CalibrationError, "none that is predicted"),
+    ):
+        with pytest.raises(error, match=text):
+            run(model, options.pop("batches", data), **options)
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        assert model.config.quantization_config.to_dict() == config
+    with pytest.raises(TargetError, match="no factorized linear layer"):
+        run(make_model("llama"), data)
+    with pytest.raises(ModelError, match="not compressed"):
+        run(make_model("llama"), data, modules=[UP], on="layers")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tnlm.recovery.merging.attach", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, data, on="layers", merge="retruncate")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.config.quantization_config.to_dict() == config

@@ -1,0 +1,74 @@
+"""Batches with labels, one sequence at a time, and how many predictions their loss is of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tnlm.calibration.data import Batch
+from tnlm.calibration.loss import IGNORED, make_tasks
+from tnlm.errors import CalibrationError
+
+
+def check_labels(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise `CalibrationError` unless there are batches with labels, which the model takes."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise CalibrationError(f"a {type(model).__name__} has no loss; load it with its head")
+    if not batches:
+        raise CalibrationError("no batch was given")
+    for number, batch in enumerate(batches):
+        if batch.get("labels") is None:
+            raise CalibrationError(f"batch {number} has no labels, only {', '.join(batch)}")
+
+
+def examples(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield the sequences of a batch one by one, on the model's device."""
+    for row in range(len(batch["labels"])):
+        yield {key: value[row : row + 1].to(model.device) for key, value in batch.items()}
+
+
+def count_predictions(model: PreTrainedModel, labels: Tensor) -> int:
+    """Return how many predictions an example's mean loss is of."""
+    if labels.dim() != 2 or labels.is_floating_point():
+        return 1
+    shifted = model.can_generate() and not model.config.is_encoder_decoder
+    return int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
+
+
+def labelled(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Return batches with the labels that make a language model's loss that of their own tokens.
+
+    A classifier's batches have labels already.
+
+    Raises:
+        CalibrationError: if the model has no output head over its vocabulary.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1))
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> [batch] = labelled(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+        >>> batch["labels"]
+        tensor([[-100,    6,    7]])
+    """
+    if batches and all("labels" in batch for batch in batches):
+        return list(batches)
+    if model.get_output_embeddings() is None:
+        raise CalibrationError(
+            f"gradients need a model with an output head over its vocabulary, but a "
+            f"{type(model).__name__} has none; load it with its head, or use a metric without "
+            "gradients"
+        )
+    found = []
+    for task in make_tasks(model, batches, "data"):
+        batch, labels = dict(task.batch), task.labels
+        if model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = batch["input_ids"]
+        elif model.can_generate():  # its loss shifts labels itself
+            labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, :-1]], 1)
+        found.append({**batch, "labels": labels})
+    return found

@@ -1,0 +1,219 @@
+"""Importance of weights from a LoRA beside them: no gradient of a weight is ever held.
+
+See `tnlm.calibration.lora_sums` for the formulae and their source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from tnlm.adapters import Adapter, Lora, attached, size_of
+from tnlm.calibration.data import Batch, count_tokens
+from tnlm.calibration.labels import check_labels, count_predictions, examples, labelled
+from tnlm.calibration.lora_sums import Importance, Sums, check_kind, importance_sums, lora_gradient
+from tnlm.calibration.store import Statistics, open_store
+from tnlm.calibration.walk import eval_mode
+from tnlm.errors import CalibrationError, OptionError
+
+__all__ = ["collect_lora", "importance_sums", "lora_gradient", "lora_statistics"]
+
+
+def collect_lora(
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    kind: str = "fisher",
+    step: float = 0.0,
+    steps: int = 0,
+    learning_rate: float = 1e-4,
+    decay: float | None = None,
+    parts: Mapping[str, int] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Importance, dict[str, Lora]]:
+    """Return row and column sums of weights' importance, and the LoRA that they come from.
+
+    Examples are taken one by one: the importance is the mean over examples of a squared gradient
+    (or Taylor term), as the Fisher information is, not the square of a mean. An example's loss is
+    summed over its predictions. The model runs in eval mode, and is as before afterwards, also
+    after a failure. It may be in half precision or quantized: gradients reach the LoRA alone.
+
+    Args:
+        model: with a loss, i.e. a head that takes ``labels``.
+        modules: dotted names of linear layers.
+        batches: ``input_ids``, ``attention_mask`` and ``labels``, so that ``model(**batch).loss``
+            is the mean loss.
+        rank: of the LoRA.
+        alpha: its product is multiplied by ``alpha / rank``; the importance is freed from it.
+        kind: ``"fisher"`` or ``"taylor"``, see :func:`importance_sums`.
+        step: weight of the gradient's quadratic term, see :func:`lora_gradient`.
+        steps: steps of Adam in which the LoRA is trained meanwhile, one after each batch; batches
+            are used again where there are fewer. 0 leaves it at its start.
+        learning_rate: of Adam.
+        decay: weight of the past in a moving average over examples, in (0, 1); None for a plain
+            mean.
+        parts: how many matrices stand in a fused module, in equal blocks of rows, if not one.
+        seed: draws A.
+        progress: show a progress bar.
+
+    Returns:
+        By module name ``outputs`` ``(out,)`` and ``inputs`` ``(in,)``, float64 on the CPU, the
+        latter ``(parts, in)`` for a fused module; and A, B and scaling at the end.
+
+    Raises:
+        OptionError: for an option out of range, or if PEFT is not installed.
+        RankError: if a matrix is too small for the rank.
+        CalibrationError: if there is no batch, no label or no prediction, a module is never
+            reached, or a loss or gradient is not finite.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1))
+        >>> ids = torch.arange(8).reshape(1, 8)
+        >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        >>> name = "transformer.h.0.mlp.c_fc"
+        >>> found, loras = collect_lora(model, [name], [batch], rank=2, progress=False)
+        >>> found[name]["outputs"].shape, found[name]["inputs"].shape, loras[name].A.shape
+        (torch.Size([16]), torch.Size([4]), torch.Size([2, 4]))
+    """
+    check_kind(kind)
+    check_labels(model, batches)
+    _check_numbers(steps, learning_rate, decay)
+    _check_numbers_of_lora(rank, alpha)
+    sums = Sums(kind, step, decay, parts or {})
+    count = max(len(batches), steps)
+    with (
+        attached(model, dict.fromkeys(modules, rank), alpha / rank, seed) as adapters,
+        eval_mode(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        trainer = _Trainer(adapters, learning_rate)
+        rounds = tqdm(
+            islice(cycle(batches), count),
+            total=count,
+            desc="weighing by LoRA",
+            unit="batch",
+            disable=not progress,
+        )
+        for number, batch in enumerate(rounds):
+            for example in examples(model, batch):
+                predictions = count_predictions(model, example["labels"])
+                if predictions:
+                    _backward(model, example, predictions, f"batch {number}")
+                    sums.add(adapters, f"batch {number}")
+                    trainer.add(predictions)
+            if number < steps:
+                trainer.step()
+            trainer.clear()
+        return sums.means(adapters), {name: found.lora() for name, found in adapters.items()}
+
+
+class _Trainer:
+    """Adam on the adapters, on the mean loss of a batch whose examples come one by one."""
+
+    def __init__(self, adapters: Mapping[str, Adapter], learning_rate: float) -> None:
+        self._parameters = [p for found in adapters.values() for p in (found.A, found.B)]
+        self._adam = torch.optim.Adam(self._parameters, lr=learning_rate)
+        self._totals: dict[int, Tensor] = {}
+        self._predictions = 0
+
+    def add(self, predictions: int) -> None:
+        """Take over the gradients of an example."""
+        self._predictions += predictions
+        for index, parameter in enumerate(self._parameters):
+            if parameter.grad is not None:
+                total = self._totals.get(index)
+                self._totals[index] = parameter.grad if total is None else total + parameter.grad
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Take a step on what was added."""
+        for index, total in self._totals.items():
+            self._parameters[index].grad = total / self._predictions
+        self._adam.step()
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._adam.zero_grad()
+        self._totals.clear()
+        self._predictions = 0
+
+
+def _backward(
+    model: PreTrainedModel, example: Mapping[str, Tensor], predictions: int, where: str
+) -> None:
+    loss = model(**example).loss * predictions
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise CalibrationError(f"the loss is {value} on {where}; check the weights and dtype")
+    if loss.requires_grad:
+        loss.backward()
+
+
+def lora_statistics(
+    model: PreTrainedModel,
+    modules: Mapping[str, int],
+    batches: Sequence[Batch],
+    *,
+    kind: str = "fisher",
+    rank: int = 8,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """Gather a language model's importances, ``lora_outputs`` and ``lora_inputs``, into a store.
+
+    Args:
+        model: see :func:`collect_lora`.
+        modules: how many matrices stand in each module, by its name.
+        batches: token batches; the labels are their own tokens.
+        kind: ``"fisher"`` or ``"taylor"``.
+        rank: of the LoRA; less where a matrix is smaller.
+        cache_dir: keep the statistics there, and use them again.
+        progress: show a progress bar.
+    """
+    rank = min(rank, *(min(size_of(model.get_submodule(name))) for name in modules))
+    tokens = count_tokens(batches)
+    store = open_store(cache_dir, tokens, model, list(modules), batches, ("lora", kind, rank))
+    if store.complete:
+        return store
+    found, _ = collect_lora(
+        model,
+        list(modules),
+        labelled(model, batches),
+        rank=rank,
+        kind=kind,
+        parts=modules,
+        progress=progress,
+    )
+    for name, sums in found.items():
+        store.put(name, [name], {f"lora_{side}": total for side, total in sums.items()})
+    store.save_index()
+    return store
+
+
+def _check_numbers(steps: int, learning_rate: float, decay: float | None) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise OptionError(f"steps={steps!r}; allowed: a whole number, 0 for no training")
+    if not 0 < learning_rate < math.inf:
+        raise OptionError(f"learning_rate={learning_rate!r}; allowed: a number above 0")
+    if decay is not None and not 0 < decay < 1:
+        raise OptionError(f"decay={decay!r}; allowed: None, or a number between 0 and 1")
+
+
+def _check_numbers_of_lora(rank: int, alpha: float) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise OptionError(f"rank={rank!r}; allowed: a whole number >= 1")
+    if not 0 < alpha < math.inf:
+        raise OptionError(f"alpha={alpha!r}; allowed: a number above 0")

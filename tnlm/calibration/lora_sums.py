@@ -1,0 +1,201 @@
+"""Sums of the importance of a matrix's entries, from the gradients of a LoRA beside it.
+
+A LoRA's own gradients tell of the weight's, seen through two projections. With G the gradient of
+the weight W and s the LoRA's scaling, ``grad_B = s G A.T`` and ``grad_A = s B.T G``, so that
+
+    grad_B A + B grad_A = s (G A.T A + B B.T G),
+
+which is ``s G`` if B = 0 and A is square and orthogonal. Row and column sums of its square follow
+from matrices of the LoRA's size.
+
+Source: Moskovskiy, Pletenev, Zagoruyko and Panchenko, "Memory Efficient LM Compression using
+Fisher Information from Low-Rank Representations", NLDB 2025; the estimate of the gradient as in
+LoRAPrune (Zhang et al. 2023, arXiv 2305.18403).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.adapters import Adapter
+from tnlm.errors import CalibrationError, OptionError, did_you_mean
+
+KINDS = ("fisher", "taylor")
+"""Squared gradients, or squared gradients times weights."""
+
+BLOCK = 2**18
+"""Entries of a matrix that are worked out at once."""
+
+Importance = dict[str, dict[str, Tensor]]
+"""Module name to ``outputs`` and ``inputs``: sums over rows and over columns."""
+
+
+def lora_gradient(
+    A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, step: float = 0.0
+) -> Tensor:
+    """Return what a LoRA tells of its matrix's gradient, ``g_B A + B g_A - step g_B g_A``.
+
+    At ``step=1`` it is the change of the product in one step of descent,
+    ``B A - (B - g_B)(A - g_A)``; at 0, its first order.
+
+    Args:
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        grad_A: gradient of A.
+        grad_B: gradient of B.
+        step: weight of the quadratic term.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> lora_gradient(2 * one, 3 * one, one, one).item()
+        5.0
+        >>> lora_gradient(2 * one, 3 * one, one, one, step=1.0).item()  # 3 * 2 - (3 - 1) * (2 - 1)
+        4.0
+    """
+    return grad_B @ (A - step * grad_A) + B @ grad_A
+
+
+def importance_sums(
+    A: Tensor,
+    B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    weight: Tensor | None,
+    *,
+    scaling: float = 1.0,
+    step: float = 0.0,
+    kind: str = "fisher",
+) -> tuple[Tensor, Tensor]:
+    """Return row sums ``(out,)`` and column sums ``(in,)`` of an importance, float64.
+
+    With g the `lora_gradient`, the importance is ``g**2`` (``"fisher"``), whose sums take two
+    Gram matrices of size 2r; or ``(g * (W + scaling B A))**2`` (``"taylor"``), worked out in
+    blocks of rows. No ``(out, in)`` matrix is made.
+
+    Args:
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        grad_A: gradient of A.
+        grad_B: gradient of B.
+        weight: W, ``(out, in)``; None will do for ``"fisher"``.
+        scaling: what the LoRA's product is multiplied by.
+        step: weight of the gradient's quadratic term.
+        kind: ``"fisher"`` or ``"taylor"``.
+
+    Raises:
+        OptionError: for another kind, or ``"taylor"`` without a weight.
+
+    Example:
+        >>> A, B = torch.eye(2), torch.zeros(1, 2)
+        >>> rows, columns = importance_sums(A, B, A, torch.tensor([[3.0, 4.0]]), None)
+        >>> rows.tolist(), columns.tolist()
+        ([25.0], [9.0, 16.0])
+    """
+    check_kind(kind)
+    A, B, grad_A, grad_B = (t.detach().double() for t in (A, B, grad_A, grad_B))
+    left, right = torch.cat([grad_B, B], 1), torch.cat([A - step * grad_A, grad_A])
+    if kind == "fisher":  # of g = left @ right
+        rows = ((left @ (right @ right.T)) * left).sum(1)
+        columns = (right * ((left.T @ left) @ right)).sum(0)
+        return rows.clamp_min(0.0), columns.clamp_min(0.0)
+    if weight is None:
+        raise OptionError("kind='taylor' needs the weight")
+    rows, columns = A.new_empty(len(B)), A.new_zeros(A.shape[1])
+    for at in torch.arange(len(B), device=A.device).split(max(1, BLOCK // A.shape[1])):
+        merged = weight[at].detach().double() + scaling * (B[at] @ A)
+        squares = (left[at] @ right).mul_(merged).square_()
+        rows[at] = squares.sum(1)
+        columns += squares.sum(0)
+    return rows, columns
+
+
+class Sums:
+    """Sums of importances over examples, by module."""
+
+    def __init__(self, kind: str, step: float, decay: float | None, parts: Mapping[str, int]):
+        self._kind, self._step, self._decay, self._parts = kind, step, decay, parts
+        self._examples = 0
+        self._sums: Importance = {}
+
+    def add(self, adapters: Mapping[str, Adapter], where: str) -> None:
+        """Add one example's importances; what it did not reach counts as zero."""
+        self._examples += 1
+        if self._decay is not None:
+            for sums in self._sums.values():
+                for total in sums.values():
+                    total.mul_(self._decay)
+        share = 1.0 if self._decay is None else 1.0 - self._decay
+        for name, adapter in adapters.items():
+            if adapter.A.grad is None or adapter.B.grad is None:
+                continue
+            rows, columns = self._of(name, adapter)
+            if not bool(rows.isfinite().all() and columns.isfinite().all()):
+                raise CalibrationError(f"a gradient at {name} is not finite, on {where}")
+            if name not in self._sums:
+                zeros = {"outputs": torch.zeros_like(rows), "inputs": torch.zeros_like(columns)}
+                self._sums[name] = zeros
+            self._sums[name]["outputs"].add_(rows, alpha=share)
+            self._sums[name]["inputs"].add_(columns, alpha=share)
+
+    def _of(self, name: str, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        count = self._parts.get(name, 1)
+        weight = weight_of(adapter.base) if self._kind == "taylor" else None
+        height = len(adapter.B) // count
+        grad_A, grad_B = _gradient(adapter.A), _gradient(adapter.B)
+        found = []
+        for start in range(0, len(adapter.B), height):
+            rows = slice(start, start + height)
+            held = None if weight is None else weight[rows]
+            found.append(
+                importance_sums(
+                    adapter.A,
+                    adapter.B[rows],
+                    grad_A,
+                    grad_B[rows],
+                    held,
+                    scaling=adapter.scaling,
+                    step=self._step,
+                    kind=self._kind,
+                )
+            )
+        columns = torch.stack([part[1] for part in found])
+        return torch.cat([part[0] for part in found]), columns if count > 1 else columns[0]
+
+    def means(self, adapters: Mapping[str, Adapter]) -> Importance:
+        """Return means over examples, of gradients that are the weight's, not the LoRA's."""
+        if not self._examples:
+            raise CalibrationError("the batches have labels, but none that is predicted")
+        missing = [name for name in adapters if name not in self._sums]
+        if missing:
+            raise CalibrationError(f"{missing[0]} is never reached by the loss; ignore it")
+        decay = self._decay
+        weight = self._examples if decay is None else 1.0 - decay**self._examples
+        return {
+            name: {k: (v / (weight * adapters[name].scaling ** 2)).cpu() for k, v in sums.items()}
+            for name, sums in self._sums.items()
+        }
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def weight_of(module: Any) -> Tensor:
+    """Return the ``(out, in)`` weight of a layer, dequantized if need be."""
+    weight: Tensor = module.weight.detach()
+    if not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__"):
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(module).detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def check_kind(kind: str) -> None:
+    """Raise `OptionError` for an unknown kind of importance."""
+    if kind not in KINDS:
+        raise OptionError(f"kind={kind!r}{did_you_mean(str(kind), KINDS)}")

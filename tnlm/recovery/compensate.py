@@ -1,0 +1,99 @@
+"""What becomes of a LoRA beside a low-rank matrix ``left @ right``, and how one may start.
+
+The LoRA is kept as it is (r * (in + out) numbers more), concatenated to the factors, which is
+exact and of rank k + r, or merged and cut back to rank k, the best of that rank under a metric.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tnlm.adapters import Lora
+from tnlm.calibration.metrics import Metric
+from tnlm.errors import RankError
+
+
+def concatenate(left: Tensor, right: Tensor, lora: Lora) -> tuple[Tensor, Tensor]:
+    """Return ``[left, scaling B]`` and ``[right; A]``, whose product is exactly the sum.
+
+    Args:
+        left: ``(out, k)``.
+        right: ``(k, in)``.
+        lora: of rank r.
+
+    Returns:
+        ``(out, k + r)`` and ``(k + r, in)``, in the dtype of the factors.
+
+    Example:
+        >>> lora = Lora(torch.ones(1, 3), torch.ones(2, 1))
+        >>> left, right = concatenate(torch.eye(2), torch.zeros(2, 3), lora)
+        >>> left.shape, (left @ right).tolist()
+        (torch.Size([2, 3]), [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    """
+    up, down = (lora.scaling * lora.B.detach()).to(left), lora.A.detach().to(right)
+    return torch.cat([left, up], 1), torch.cat([right, down])
+
+
+def retruncate(
+    left: Tensor, right: Tensor, lora: Lora, metric: Metric, rank: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the best factors of a rank, under a metric, for the sum of a product and a LoRA.
+
+    Args:
+        left: ``(out, k)``.
+        right: ``(k, in)``.
+        lora: what is merged.
+        metric: separable; how the error is measured.
+        rank: of the result; k if not given.
+
+    Returns:
+        ``(out, rank)`` and ``(rank, in)``, float64.
+
+    Raises:
+        RankError: for a rank that the matrix cannot have.
+
+    Example:
+        >>> lora = Lora(torch.tensor([[0.0, 5.0]]), torch.tensor([[0.0], [1.0]]))
+        >>> left, right = torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]])
+        >>> left, right = retruncate(left, right, lora, Metric())
+        >>> (left @ right).abs().round().tolist()  # of 1 and 5, the larger is kept
+        [[0.0, 0.0], [0.0, 5.0]]
+    """
+    rank, most = left.shape[1] if rank is None else rank, min(len(left), right.shape[1])
+    if not 1 <= rank <= most:
+        raise RankError(f"rank={rank}; a {len(left)}x{right.shape[1]} matrix allows 1 to {most}")
+    return metric.low_rank(left.detach().double() @ right.detach().double() + lora.delta(), rank)
+
+
+def residual_start(weight: Tensor, fitted: Tensor, rank: int, scaling: float = 1.0) -> Lora:
+    """Return the LoRA nearest to what an approximation lacks: the truncated SVD of ``W - W_k``.
+
+    Both factors carry the square root of the singular values, as they are to be trained.
+
+    Args:
+        weight: W, ``(out, in)``.
+        fitted: W_k, its approximation.
+        rank: of the LoRA.
+        scaling: of the LoRA.
+
+    Returns:
+        The LoRA, float32 or more.
+
+    Raises:
+        RankError: for a rank that the matrix cannot have.
+
+    Example:
+        >>> W = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
+        >>> lora = residual_start(W, torch.diag(torch.tensor([4.0, 0.0, 0.0])), rank=1)
+        >>> lora.delta().diagonal().abs().round().tolist()
+        [0.0, 2.0, 0.0]
+    """
+    residual = weight.detach().double() - fitted.detach().double()
+    if not 1 <= rank <= min(residual.shape):
+        rows, columns = residual.shape
+        raise RankError(f"rank={rank}; a {rows}x{columns} matrix allows 1 to {min(rows, columns)}")
+    U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
+    root = (S[:rank] / scaling).sqrt()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return Lora((root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype), scaling)

@@ -1,0 +1,244 @@
+"""heal: LoRAs are trained in a compressed model, everything else frozen, and merged into it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.adapters import Lora, attach, attached, size_of
+from tnlm.adapters import check as check_ranks
+from tnlm.calibration.labels import check_labels
+from tnlm.calibration.metrics import Metric
+from tnlm.calibration.walk import eval_mode
+from tnlm.errors import CalibrationError, OptionError, TargetError, did_you_mean
+from tnlm.layers.linear import FactorizedLinear
+from tnlm.recovery.compensate import residual_start
+from tnlm.recovery.examples import lesson_batches
+from tnlm.recovery.lora_training import schedule_of, train
+from tnlm.recovery.merging import charge, check_merge, merge_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MERGES = {
+    "factors": ("factors", "adapter"),
+    "layers": ("concatenate", "retruncate", "adapter"),
+}
+"""What may be done with a trained LoRA, by where it stands; the default first."""
+
+STARTS = ("zero", "residual")
+
+
+def heal(
+    model: PreTrainedModel,
+    data: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 8,
+    max_length: int = 512,
+    modules: Sequence[str] | None = None,
+    on: str = "factors",
+    rank: int = 8,
+    alpha: float = 16.0,
+    learning_rate: float = 2e-4,
+    tokens: int = 2**18,
+    start: str = "zero",
+    merge: str | None = None,
+    originals: Mapping[str, Tensor] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Win back what compression lost: train LoRAs, all else frozen, and merge them, in place.
+
+    On the factors (the default, for every format) a LoRA changes each factor and merges into it:
+    ranks, parameters and identity blocks stay what they were. On the layers, which must be of low
+    rank, it stands beside the product, and ``merge`` says what becomes of it:
+
+    - ``"factors"``: added to the factor that it stands on;
+    - ``"concatenate"``: exact; the rank grows by the LoRA's;
+    - ``"retruncate"``: merged, and cut back to the rank that the layer had;
+    - ``"adapter"``: left in the model as PEFT's layers, frozen factors and all. Save it by
+      ``peft.get_peft_model_state_dict``; `tnlm.save` is for the model without it.
+
+    If training does not lower the loss, the LoRAs are merged as they were at the start. The model
+    runs in eval mode. If anything fails it is left as it was. ``tnlm.report(model)`` counts what
+    was added, and has no more errors of the matrices that changed.
+
+    Args:
+        model: compressed.
+        data: as for :func:`tnlm.recovery.training.finetune`; or batches of ``input_ids``,
+            ``attention_mask`` and ``labels``, so that ``model(**batch).loss`` is the mean loss.
+        tokenizer: needed for texts.
+        batch_size: examples in a step, where the data is not in batches.
+        max_length: tokens of an example, likewise.
+        modules: dotted names of the layers healed; all factorized linear ones if not given. A
+            layer that was not factorized counts as one factor.
+        on: ``"factors"`` or ``"layers"``. Factors that several layers share stay as they are.
+        rank: of each LoRA; a smaller factor gets the largest that it can have.
+        alpha: the LoRA's product is multiplied by ``alpha / rank``.
+        learning_rate: of AdamW, at its highest.
+        tokens: how many are trained on; batches are used again where there are fewer.
+        start: ``"zero"``, or ``"residual"`` for what the layer lacks of ``originals``.
+        merge: see above; ``"factors"`` or ``"concatenate"`` if not given.
+        originals: dense weights ``(out, in)`` by module name, for ``start="residual"``.
+        metrics: how errors are measured, by module name, for ``merge="retruncate"``; the Frobenius
+            norm where none is given.
+        seed: draws the LoRAs and the order of batches.
+        progress: show a progress bar.
+
+    Returns:
+        The same model.
+
+    Raises:
+        OptionError: for options out of range or that do not go together.
+        RankError: if a layer cannot have the rank, or would be larger than dense.
+        TargetError: if there is no layer to heal.
+        ModelError: if the model has adapters, or a factor to merge into is quantized.
+        CalibrationError: if there is no batch, label or prediction, or a loss is not finite.
+
+    Source: LoRA, Hu et al. 2021, arXiv 2106.09685; after SVD as in SVD-LLM, arXiv 2403.07378.
+
+    Example:
+        >>> import tnlm
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> model = tnlm.compress(LlamaForCausalLM(tiny), "svd", keep_targets=0.5)
+        >>> ids = torch.arange(16).reshape(2, 8)
+        >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        >>> model = heal(model, [batch], rank=2, tokens=64, progress=False)
+        >>> model.model.layers[0].mlp.up_proj.right
+        ArrangedLinear(in_features=10, out_features=6, bias=False)
+    """
+    began = time.perf_counter()
+    _check_numbers(rank, alpha, learning_rate, tokens)
+    most = max(1, math.ceil(tokens / max_length))
+    settings = {"batch_size": batch_size, "max_length": max_length, "most": most, "seed": seed}
+    batches = lesson_batches(model, data, tokenizer, **settings)
+    merge = _check(model, batches, on, start, merge, originals, metrics)
+    names = _names(model, modules)
+    ranks = _on_factors(model, names, rank) if on == "factors" else dict.fromkeys(names, rank)
+    check_ranks(model, ranks)
+    check_merge(model, ranks, merge)
+    starts = _starts(model, ranks, alpha / rank, originals) if originals is not None else {}
+    for name in set(metrics or {}) - set(names):
+        raise TargetError(f"metrics name {name!r}, which is not healed")
+    order = schedule_of(batches, tokens, seed)
+    with attached(model, ranks, alpha / rank, seed) as adapters, eval_mode(model):
+        for name, lora in starts.items():
+            adapters[name].fill(lora)
+        train(model, adapters, batches, order, learning_rate, progress)
+        loras = {name: adapter.lora() for name, adapter in adapters.items()}
+    for name, lora in loras.items():
+        if not bool(lora.A.isfinite().all() and lora.B.isfinite().all()):
+            raise CalibrationError(f"the LoRA at {name} is not finite; lower learning_rate")
+    if merge == "factors":
+        _add(model, loras)
+    elif merge == "adapter":
+        for name, adapter in attach(model, ranks, alpha / rank, seed).items():
+            adapter.fill(loras[name])
+    else:
+        merge_layers(model, loras, merge, metrics or {})
+    charge(model, names, loras if merge == "adapter" else {}, time.perf_counter() - began)
+    return model
+
+
+def _names(model: nn.Module, modules: Sequence[str] | None) -> list[str]:
+    if modules is not None:
+        return list(modules)
+    found = [name for name, m in model.named_modules() if isinstance(m, FactorizedLinear)]
+    if not found:
+        raise TargetError("the model has no factorized linear layer; name others in modules=")
+    return found
+
+
+def _on_factors(model: nn.Module, names: Sequence[str], rank: int) -> dict[str, int]:
+    """Return the rank of every factor's LoRA, by the factor's name."""
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    ranks = {}
+    for name in names:
+        layer, inner = modules.get(name), [name]
+        if isinstance(layer, FactorizedLinear):
+            inner = [f"{name}.{factor}" for factor in layer.chain.order]
+        for full in inner:
+            if full not in modules:
+                raise TargetError(f"the model has no module {full!r}")
+            own = owners[id(getattr(modules[full], "weight", None))] == 1
+            most = min(size_of(modules[full]))
+            if own and most > 0:
+                ranks[full] = min(rank, most)
+    if not ranks:
+        raise TargetError("every factor is shared by several layers; heal on='layers'")
+    return ranks
+
+
+def _starts(
+    model: nn.Module, ranks: Mapping[str, int], scaling: float, originals: Mapping[str, Tensor]
+) -> dict[str, Lora]:
+    found = {}
+    for name, rank in ranks.items():
+        layer: Any = model.get_submodule(name)
+        if name not in originals or originals[name].shape != size_of(layer):
+            raise OptionError(
+                f"start='residual' needs the dense weight {size_of(layer)} of {name} in originals"
+            )
+        fitted = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        original = originals[name].to(fitted.device)
+        found[name] = residual_start(original, fitted, rank, scaling)
+    return found
+
+
+@torch.no_grad()
+def _add(model: nn.Module, loras: Mapping[str, Lora]) -> None:
+    """Add every LoRA to the weight that it stood on."""
+    for name, lora in loras.items():
+        module: Any = model.get_submodule(name)
+        delta = lora.delta()
+        delta = delta.T if isinstance(module, Conv1D) else delta
+        module.weight.copy_(module.weight.double() + delta)
+
+
+def _check(
+    model: PreTrainedModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    on: str,
+    start: str,
+    merge: str | None,
+    originals: Mapping[str, Tensor] | None,
+    metrics: Mapping[str, Metric] | None,
+) -> str:
+    """Check choices against each other, and return the merge."""
+    check_labels(model, batches)
+    if on not in MERGES:
+        raise OptionError(f"on={on!r}{did_you_mean(str(on), MERGES)}")
+    merge = MERGES[on][0] if merge is None else merge
+    if merge not in MERGES[on]:
+        raise OptionError(f"merge={merge!r} with on={on!r}{did_you_mean(str(merge), MERGES[on])}")
+    if start not in STARTS:
+        raise OptionError(f"start={start!r}{did_you_mean(str(start), STARTS)}")
+    if (start == "residual") != (originals is not None):
+        raise OptionError(f"start={start!r}: originals= goes with start='residual', and only so")
+    if start == "residual" and on != "layers":
+        raise OptionError("start='residual' needs on='layers': a factor has no residual")
+    if metrics and merge != "retruncate":
+        raise OptionError(f"metrics= has no effect on merge={merge!r}; use merge='retruncate'")
+    return merge
+
+
+def _check_numbers(rank: int, alpha: float, learning_rate: float, tokens: int) -> None:
+    for name, number in (("rank", rank), ("tokens", tokens)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise OptionError(f"{name}={number!r}; allowed: a whole number >= 1")
+    for name, value in (("alpha", alpha), ("learning_rate", learning_rate)):
+        if not 0 < value < math.inf:
+            raise OptionError(f"{name}={value!r}; allowed: a number above 0")

@@ -1,0 +1,93 @@
+"""Trains adapters on a model's own loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from tnlm.adapters import Adapter
+from tnlm.calibration.labels import count_predictions
+from tnlm.errors import CalibrationError
+
+logger = logging.getLogger("tnlm")
+
+WARM_UP = 0.1
+"""Share of the steps over which the learning rate rises; it then falls along a cosine to 0."""
+
+SAMPLE = 8
+"""Batches on which the loss is measured before and after."""
+
+
+def schedule_of(batches: Sequence[Mapping[str, Tensor]], tokens: int, seed: int) -> list[int]:
+    """Return which batch each step takes, until enough tokens are seen."""
+    counts = [int(batch["attention_mask"].sum()) for batch in batches]
+    if not all(counts):
+        raise CalibrationError(f"batch {counts.index(0)} is nothing but padding")
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    seen = 0
+    while seen < tokens:
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            if seen < tokens:
+                order.append(index)
+                seen += counts[index]
+    return order
+
+
+def train(
+    model: PreTrainedModel,
+    adapters: Mapping[str, Adapter],
+    batches: Sequence[Mapping[str, Tensor]],
+    order: Sequence[int],
+    learning_rate: float,
+    progress: bool,
+) -> None:
+    """Train the adapters; keep the start if that does not help."""
+    parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
+    before = {name: adapter.lora() for name, adapter in adapters.items()}
+    first = _mean_loss(model, batches)
+    adam = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    rising = max(1, round(WARM_UP * len(order)))
+    schedule = get_cosine_schedule_with_warmup(adam, rising, len(order) + 1)
+    with torch.inference_mode(False), torch.enable_grad():
+        for index in tqdm(order, desc="healing", unit="step", disable=not progress):
+            loss = _loss(model, batches[index], index)
+            adam.zero_grad()
+            if loss is not None and loss.requires_grad:
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                adam.step()
+            schedule.step()
+    last = _mean_loss(model, batches)
+    logger.info("healed in %d steps: loss %.4f -> %.4f", len(order), first, last)
+    if not last < first:
+        logger.warning("healing did not lower the loss (%.4f -> %.4f): undone", first, last)
+        for name, adapter in adapters.items():
+            adapter.fill(before[name])
+
+
+def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> Tensor | None:
+    """Return the mean loss of a batch, None if it predicts nothing."""
+    here = {key: value.to(model.device) for key, value in batch.items()}
+    if not count_predictions(model, here["labels"]):
+        return None
+    loss: Tensor = model(**here).loss
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise CalibrationError(f"the loss is {value} on batch {index}; lower learning_rate")
+    return loss
+
+
+@torch.no_grad()
+def _mean_loss(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    some = range(0, len(batches), max(1, len(batches) // SAMPLE))
+    losses = [loss for i in some if (loss := _loss(model, batches[i], i)) is not None]
+    if not losses:
+        raise CalibrationError("the batches have labels, but none that is predicted")
+    return float(torch.stack(losses).mean())
