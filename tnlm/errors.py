@@ -42,6 +42,10 @@ class EvaluationError(TnlmError, ValueError):
     """A measurement that has no meaning: too little text, or a loss that is not finite."""
 
 
+class TrainingError(TnlmError, ValueError):
+    """Training data that cannot be used, or training whose loss is not finite."""
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return ``"; did you mean 'kron'? Allowed: ..."`` for an unknown ``word``.
 
