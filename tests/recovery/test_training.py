@@ -6,12 +6,19 @@ import random
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import tnlm.recovery
 from tnlm.errors import CheckpointError, ModelError, OptionError, TrainingError
 from tnlm.recovery.examples import batches, collate, training_set
-from tnlm.recovery.training import examples_for, finetune
+from tnlm.recovery.tasks import examples_for
+from tnlm.recovery.training import finetune
 
 # peft asks a model by the name that transformers is giving up.
 OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -138,7 +145,7 @@ def test_all_else_is_left_as_it_was(checkpointing, model_of, data_of):
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "kngpt2", "basis-sharing"])
 def test_an_interrupted_training_goes_on_to_the_same_result(scheme, model_of, data_of, tmp_path):
     start, given = model_of("gpt2", scheme), data_of("gpt2")  # with dropout
     given |= {"batch_size": 2, "learning_rate": 1e-2, "progress": False, "epochs": 2}
@@ -149,6 +156,8 @@ def test_an_interrupted_training_goes_on_to_the_same_result(scheme, model_of, da
     resumed = finetune(copy.deepcopy(start), **given, output_dir=tmp_path)
     assert same(state(whole), state(resumed))
     assert not same(state(start), state(resumed))
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-16")
+    assert same(state(whole), state(loaded))
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(model_of, data_of, tmp_path):
@@ -223,6 +232,10 @@ def test_logs_and_prints_nothing(model_of, data_of, caplog, capsys, tmp_path):
         ({"train": "factors"}, OptionError, "no parameter to train"),
         ({"max_length": 129}, OptionError, "128 positions"),
         ({"tokens": 0}, OptionError, "tokens=0"),
+        ({"epochs": 0}, OptionError, "epochs=0"),
+        ({"batch_size": 0}, OptionError, "batch_size=0"),
+        ({"learning_rate": float("nan")}, OptionError, "learning_rate=nan"),
+        ({"warmup": 1.5}, OptionError, "warmup=1.5"),
         ({"data": torch.tensor([[1, 64]])}, TrainingError, "example 0 holds the token id 64"),
         ({"data": []}, TrainingError, "no tokens"),
     ],
@@ -242,6 +255,16 @@ def test_classes_must_fit_the_model(model_of):
         )
     with pytest.raises(TrainingError, match="no row of the data has a column 'label'"):
         examples_for(model_of("classifier"), [[4, 5]], max_length=9)
+
+
+def test_a_causal_classifier_must_know_its_padding(tiny_gpt2, data_of):
+    model = GPT2ForSequenceClassification(tiny_gpt2(num_labels=3).config)
+    with pytest.raises(OptionError, match=r"set model.config.pad_token_id"):
+        finetune(model, **data_of("classifier"), progress=False)
+    model.config.pad_token_id = 0
+    before = loss_of(model, data_of("classifier"))
+    finetune(model, **data_of("classifier"), learning_rate=1e-2, progress=False)
+    assert loss_of(model, data_of("classifier")) < before
 
 
 def test_a_model_without_a_head_is_refused(make_model):

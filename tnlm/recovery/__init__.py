@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tnlm.recovery.distill import distill
+    from tnlm.recovery.distillation import distill
     from tnlm.recovery.training import finetune
 
 # Imported when first used, as the trainer takes longer to import than all the rest.
 _HOMES = {
-    "distill": "tnlm.recovery.distill",
+    "distill": "tnlm.recovery.distillation",
     "finetune": "tnlm.recovery.training",
 }
 

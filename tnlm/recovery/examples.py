@@ -139,7 +139,7 @@ def batches(dataset: Dataset[Example], batch_size: int, pad: int = 0) -> list[Ba
 def _rows(data: Any) -> Rows | None:
     """Return data that has columns as rows; None if it is plain text or ids."""
     if hasattr(data, "column_names") and not isinstance(data, Mapping):
-        return [data[i] for i in range(len(data))] if hasattr(data, "__len__") else None
+        return list(data) if hasattr(data, "__len__") else None
     if isinstance(data, str | Path) and str(data).endswith(".jsonl"):
         return _json_rows(Path(data))
     if isinstance(data, list | tuple) and any(isinstance(item, Mapping) for item in data):

@@ -18,11 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from tnlm.calibration.data import fingerprint
-from tnlm.errors import CheckpointError, ModelError, OptionError, TrainingError, did_you_mean
+from tnlm.errors import CheckpointError, OptionError, did_you_mean
 from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.recovery.examples import Examples, batches, collate, training_set
+from tnlm.recovery.examples import Examples, batches, collate
 from tnlm.recovery.guard import GuardedTrainer
+from tnlm.recovery.tasks import examples_for, padding_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,9 +62,10 @@ def finetune(
 ) -> PreTrainedModel:
     """Train a model in place, by its own loss, with ``transformers.Trainer``.
 
-    It is trained where it is, on the CPU or a GPU. Causal models learn to predict the next token,
-    masked ones 15 % hidden tokens, sequence classifiers the data's classes. Weights in float32
-    train best: half precision rounds small updates away (use ``bf16=True`` for speed instead).
+    It is trained on the CPU if it is there, and else on a GPU. Causal models learn to predict the
+    next token, masked ones 15 % hidden tokens, sequence classifiers the data's classes. Weights in
+    float32 train best: half precision rounds small updates away (``bf16=True`` is fast and does
+    not).
 
     Args:
         model: compressed or not; maybe with PEFT adapters.
@@ -114,6 +116,10 @@ def finetune(
         max_tokens=tokens,
         seed=seed,
     )
+    _check_positive(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
+    if not 0 <= warmup < 1:
+        raise OptionError(f"warmup={warmup!r}; allowed: a share of the steps, from 0 to below 1")
+    padding = padding_for(model, tokenizer, batch_size)
     options = {
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
@@ -131,7 +137,7 @@ def finetune(
             model=model,
             args=_training_arguments(model, folder, output_dir is not None, progress, options),
             train_dataset=examples,
-            data_collator=functools.partial(collate, pad=_padding(model, tokenizer)),
+            data_collator=functools.partial(collate, pad=padding),
             callbacks=list(callbacks),
         )
         checkpoint = None
@@ -142,74 +148,10 @@ def finetune(
     return model
 
 
-def examples_for(
-    model: PreTrainedModel,
-    data: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    max_length: int = 512,
-    label: str = "label",
-    **options: Any,
-) -> Examples:
-    """Turn data into what a model of this kind is trained on.
-
-    Raises:
-        ModelError: if its kind is not known.
-        TrainingError: if the data does not suit it.
-        OptionError: for sequences longer than the model has positions.
-    """
-    kind, config = model_kind(model), model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and max_length > most:
-        raise OptionError(
-            f"max_length={max_length}, but the model has {most} positions; use at most these"
-        )
-    classes, choices = kind == "classes", model.config.num_labels or 0
-    options |= {"max_length": max_length, "masked": kind == "masked"}
-    made = training_set(data, tokenizer, label=label if classes else None, **options)
-    if classes != made.classes:
-        raise TrainingError(
-            f"{type(model).__name__} learns classes, but no row of the data has a column "
-            f"{label!r}; give rows with text and classes, and name their columns: text=, label="
-        )
-    for index, item in enumerate(made.items):
-        if int(item["input_ids"].max()) >= config.vocab_size:
-            raise TrainingError(
-                f"example {index} holds the token id {int(item['input_ids'].max())}, but the "
-                f"model has {config.vocab_size} tokens; use the model's own tokenizer"
-            )
-        if classes and int(item["labels"]) >= choices:
-            raise TrainingError(
-                f"example {index} has the class {int(item['labels'])}, but the model has "
-                f"{choices}, from 0 on; load it with num_labels="
-            )
-    return made
-
-
-def model_kind(model: PreTrainedModel) -> str:
-    """Tell what a model learns: ``"causal"`` or ``"masked"`` text, or ``"classes"``.
-
-    Raises:
-        ModelError: if it is none of these.
-    """
-    base: Any = getattr(model, "get_base_model", lambda: model)()  # within adapters
-    name = type(base).__name__
-    if name.endswith("ForSequenceClassification"):
-        return "classes"
-    if name.endswith("ForMaskedLM"):
-        return "masked"
-    if base.config.is_encoder_decoder or not base.can_generate():
-        raise ModelError(
-            f"a {name} cannot be trained here; load it as a causal or masked language model, or "
-            "as a sequence classifier"
-        )
-    return "causal"
-
-
-def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return the id that pads: what the model takes for padding goes before the tokenizer's."""
-    known = (getattr(model.config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None))
-    return next((token for token in known if token is not None and token >= 0), 0)
+def _check_positive(**options: float) -> None:
+    for name, value in options.items():
+        if not 0 < value < float("inf"):
+            raise OptionError(f"{name}={value!r}; allowed: a finite number above 0")
 
 
 def _training_arguments(
@@ -237,9 +179,12 @@ def _training_arguments(
         if name not in allowed:
             raise OptionError(f"unknown argument {name!r}{did_you_mean(name, allowed)}")
     try:
-        return TrainingArguments(**(default | options))
+        made = TrainingArguments(**(default | options))
     except (ValueError, TypeError) as err:
         raise OptionError(f"TrainingArguments refuses the options: {err}") from err
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # otherwise copies of the model are trained, which no hook sees
+    return made
 
 
 def _choose(model: nn.Module, train: str | None) -> None:

@@ -8,10 +8,10 @@ from transformers import TrainerCallback, TrainingArguments
 
 import tnlm.recovery
 from tnlm.errors import OptionError, TrainingError
-from tnlm.recovery.distill import Distiller, distill, pair_layers
+from tnlm.recovery.distillation import Distiller, distill, pair_layers
 from tnlm.recovery.examples import batches, collate
 from tnlm.recovery.lessons import Weights
-from tnlm.recovery.training import examples_for
+from tnlm.recovery.tasks import examples_for
 
 KINDS = ["llama", "gpt2", "masked-bert", "classifier"]
 ALL = {"logits": 1.0, "hidden": 1.0, "attention": 1.0, "embedding": 1.0, "labels": 1.0}
@@ -34,6 +34,10 @@ def distiller(tmp_path):
         )
 
     return make
+
+
+def test_exposed():
+    assert tnlm.recovery.distill is distill
 
 
 def terms_of(trainer, batch):
