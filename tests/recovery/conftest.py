@@ -11,6 +11,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 import tnlm
+from tnlm.recovery.examples import batches
+from tnlm.recovery.tasks import examples_for
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +58,16 @@ def data_of(word_tokenizer):
         return {"data": ids, "tokenizer": tokenizer, "max_length": 16}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def loss_of():
+    """Return a model's own loss on data, as `data_of` gives it."""
+
+    def measure(model, given: dict[str, Any]) -> float:
+        examples = examples_for(model, **given)
+        (batch,) = batches(examples, len(examples))
+        with torch.no_grad():
+            return float(model.eval()(**batch).loss)
+
+    return measure

@@ -5,33 +5,20 @@ import random
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 import tnlm.recovery
 from tnlm.errors import CheckpointError, ModelError, OptionError, TrainingError
-from tnlm.recovery.examples import batches, collate, training_set
+from tnlm.layers.linear import FactorizedLinear
 from tnlm.recovery.tasks import examples_for
 from tnlm.recovery.training import finetune
 
-# peft asks a model by the name that transformers is giving up.
-OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
 KINDS = ["llama", "gpt2", "classifier"]
 SCHEMES = ["svd", "kron"]
-
-
-def loss_of(model, given):
-    examples = examples_for(model, **given)
-    (batch,) = batches(examples, len(examples))
-    with torch.no_grad():
-        return float(model.eval()(**batch).loss)
 
 
 def state(model):
@@ -54,12 +41,14 @@ class Stop(TrainerCallback):
 
 
 class Break(TrainerCallback):
-    """Spoils a parameter at a step."""
+    """Spoils a parameter at a step, and keeps all of the step before."""
 
     def __init__(self, step):
         self.step = step
 
     def on_step_end(self, args, state, control, model, **_):
+        if state.global_step == self.step - 1:
+            self.before = {name: value.clone() for name, value in model.state_dict().items()}
         if state.global_step == self.step:
             with torch.no_grad():
                 next(model.parameters()).fill_(float("nan"))
@@ -73,40 +62,11 @@ def test_exposed():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", [*KINDS, "masked-bert"])
-def test_training_lowers_the_loss(kind, scheme, model_of, data_of):
+def test_training_lowers_the_loss(kind, scheme, model_of, data_of, loss_of):
     model, given = model_of(kind, scheme), data_of(kind)
     before = loss_of(model, given)
     assert finetune(model, **given, epochs=3, learning_rate=1e-2, progress=False) is model
     assert loss_of(model, given) < 0.9 * before
-
-
-@OLD_NAME
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("adapters", [False, True])
-def test_a_plain_trainer_works(kind, scheme, adapters, model_of, data_of, tmp_path):
-    model, given = model_of(kind, scheme), data_of(kind)
-    if adapters:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-    before = loss_of(model, given)
-    arguments = TrainingArguments(
-        str(tmp_path), learning_rate=1e-2, report_to=[], disable_tqdm=True, use_cpu=True,
-        num_train_epochs=2, save_strategy="no", dataloader_pin_memory=False,
-        activation_checkpointing=True,
-    )  # fmt: skip
-    examples = training_set(given["data"], max_length=16)
-    Trainer(model, arguments, data_collator=collate, train_dataset=examples).train()
-    assert loss_of(model, given) < before
-
-
-@OLD_NAME
-def test_adapters_alone_are_trained(model_of, data_of):
-    model = get_peft_model(model_of("llama", "svd"), LoraConfig(target_modules=["left"]))
-    before = state(model)
-    finetune(model, **data_of("llama"), learning_rate=1e-2, progress=False)
-    changed = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
-    assert changed
-    assert all("lora_" in name for name in changed)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -114,15 +74,10 @@ def test_factors_alone_are_trained(scheme, model_of, data_of):
     model = model_of("gpt2", scheme)
     before = state(model)
     finetune(model, **data_of("gpt2"), train="factors", learning_rate=1e-2, progress=False)
-    changed = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
-    assert changed
-    assert all(
-        name.rpartition(".")[0]
-        .rpartition(".")[0]
-        .endswith(("c_attn", "c_proj", "c_fc", "q", "k", "v"))
-        for name in changed
-    ), changed
-    assert not any("wte" in name or "ln_" in name or name.endswith("bias") for name in changed)
+    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    inside = {f"{n}.{child}.weight" for n, m in layers.items() for child, _ in m.named_children()}
+    assert changed == inside
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -145,7 +100,7 @@ def test_all_else_is_left_as_it_was(checkpointing, model_of, data_of):
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, "kngpt2", "basis-sharing"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "basis-sharing"])
 def test_an_interrupted_training_goes_on_to_the_same_result(scheme, model_of, data_of, tmp_path):
     start, given = model_of("gpt2", scheme), data_of("gpt2")  # with dropout
     given |= {"batch_size": 2, "learning_rate": 1e-2, "progress": False, "epochs": 2}
@@ -182,15 +137,13 @@ def test_checkpoints_of_another_training_are_refused(model_of, data_of, tmp_path
     assert json.loads((tmp_path / "tnlm_training.json").read_text())["seed"] == 0
 
 
-def test_a_loss_that_is_lost_stops_and_restores(model_of, data_of):
+def test_a_loss_that_is_lost_stops_and_restores(model_of, data_of, loss_of):
     model, given = model_of("llama", "svd"), data_of("llama") | {"batch_size": 2}
-    good = finetune(copy.deepcopy(model), **given, progress=False)
-    assert loss_of(good, data_of("llama")) < 10
     flags = [p.requires_grad for p in model.parameters()]
     message = r"LlamaForCausalLM: the loss is nan at step 3 of 8; the parameters of step 2"
     with pytest.raises(TrainingError, match=message):
-        finetune(model, **given, progress=False, callbacks=[Break(3)])
-    assert all(bool(p.isfinite().all()) for p in model.parameters())
+        finetune(model, **given, progress=False, callbacks=[spoil := Break(3)])
+    assert same(state(model), spoil.before)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not model.training
 
@@ -207,7 +160,7 @@ def test_a_model_without_a_finite_loss_is_not_changed(model_of, data_of):
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(TrainingError, match=r"is nan at step 0 of .*nothing was changed"):
+    with pytest.raises(TrainingError, match=r"is nan at step 0 of .*no step was taken"):
         finetune(model, **data_of("llama"), progress=False)
     pairs = zip(before, model.parameters(), strict=True)
     assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
@@ -257,7 +210,7 @@ def test_classes_must_fit_the_model(model_of):
         examples_for(model_of("classifier"), [[4, 5]], max_length=9)
 
 
-def test_a_causal_classifier_must_know_its_padding(tiny_gpt2, data_of):
+def test_a_causal_classifier_must_know_its_padding(tiny_gpt2, data_of, loss_of):
     model = GPT2ForSequenceClassification(tiny_gpt2(num_labels=3).config)
     with pytest.raises(OptionError, match=r"set model.config.pad_token_id"):
         finetune(model, **data_of("classifier"), progress=False)

@@ -88,15 +88,14 @@ def training_set(
         >>> [(item["input_ids"].tolist(), item["labels"].tolist()) for item in examples]
         [([3, 4, 5], [-100, 4, 5]), ([6, 7, 8], [-100, 7, 8])]
     """
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-        raise OptionError(f"tokens={max_tokens!r}; allowed: an integer of at least 1, or None")
+    check_tokens(max_tokens)
     rows = _rows(data)
     if rows is not None and label is not None and any(label in row for row in rows):
         items = _classified(rows, tokenizer, max_length, text, label)
-        return Examples(_draw(items, max_tokens, seed), classes=True)
+        return Examples(draw(items, max_tokens, seed), classes=True)
     if rows is not None and not any("input_ids" in row for row in rows):
         data = [_field(row, index, text) for index, row in enumerate(rows)]
-    sequences = _draw(_sequences(data, tokenizer, max_length, seed), max_tokens, seed)
+    sequences = draw(_sequences(data, tokenizer, max_length, seed), max_tokens, seed)
     if masked:
         return Examples(_hide(sequences, tokenizer, seed), classes=False)
     return Examples([_next_tokens(item["input_ids"]) for item in sequences], classes=False)
@@ -134,6 +133,12 @@ def batches(dataset: Dataset[Example], batch_size: int, pad: int = 0) -> list[Ba
         raise OptionError(f"batch_size={batch_size!r}; allowed: an integer of at least 1")
     items = [dataset[index] for index in range(len(dataset))]  # type: ignore[arg-type]
     return [collate(items[i : i + batch_size], pad) for i in range(0, len(items), batch_size)]
+
+
+def check_tokens(most: int | None) -> None:
+    """Refuse a number of tokens that is no positive integer, unless it is None."""
+    if most is not None and (not isinstance(most, int) or most < 1):
+        raise OptionError(f"tokens={most!r}; allowed: an integer of at least 1, or None")
 
 
 def _rows(data: Any) -> Rows | None:
@@ -228,8 +233,13 @@ def _sequences(
     return [{"input_ids": b["input_ids"][0][b["attention_mask"][0].bool()]} for b in made]
 
 
-def _draw(items: Sequence[Example], most: int | None, seed: int) -> list[Example]:
-    """Draw examples of at most so many tokens, in their own order."""
+def draw(items: Sequence[Example], most: int | None, seed: int) -> list[Example]:
+    """Draw examples of at most so many tokens in all (but at least one), in their own order.
+
+    Example:
+        >>> len(draw(training_set([[5, 6]] * 4).items, most=5, seed=0))
+        2
+    """
     if most is None:
         return list(items)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()

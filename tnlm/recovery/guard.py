@@ -91,7 +91,7 @@ class GuardedTrainer(Trainer):
             f"the parameters of step {self._kept_at} are restored; try a lower learning_rate than "
             f"{self.args.learning_rate}"
             if self._kept
-            else "nothing was changed; the model itself gives no finite loss on this data"
+            else "no step was taken; the model itself gives no finite loss on this data"
         )
         raise TrainingError(
             f"training {type(self.model).__name__}: {why} at step {self.state.global_step} of "

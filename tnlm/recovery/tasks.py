@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError, OptionError, TrainingError
-from tnlm.recovery.examples import Examples, training_set
+from tnlm.recovery.examples import Examples, check_tokens, draw, training_set
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,42 +19,58 @@ def examples_for(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     max_length: int = 512,
+    text: str = "text",
     label: str = "label",
-    **options: Any,
+    max_tokens: int | None = None,
+    seed: int = 0,
 ) -> Examples:
-    """Turn data into what a model of this kind is trained on.
+    """Turn data into what a model of this kind is trained on, as ``training_set`` does.
 
     Raises:
         ModelError: if its kind is not known.
         TrainingError: if the data does not suit it.
         OptionError: for sequences longer than the model has positions.
     """
-    kind, config = model_kind(model), model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
+    kind, classes = model_kind(model), model_kind(model) == "classes"
+    check_tokens(max_tokens)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and max_length > most:
         raise OptionError(
             f"max_length={max_length}, but the model has {most} positions; use at most these"
         )
-    classes, choices = kind == "classes", model.config.num_labels or 0
-    options |= {"max_length": max_length, "masked": kind == "masked"}
-    made = training_set(data, tokenizer, label=label if classes else None, **options)
+    made = training_set(
+        data,
+        tokenizer,
+        max_length=max_length,
+        text=text,
+        label=label if classes else None,
+        masked=kind == "masked",
+        seed=seed,
+    )
     if classes != made.classes:
         raise TrainingError(
             f"{type(model).__name__} learns classes, but no row of the data has a column "
             f"{label!r}; give rows with text and classes, and name their columns: text=, label="
         )
-    for index, item in enumerate(made.items):
-        if int(item["input_ids"].max()) >= config.vocab_size:
+    _check(model, made)
+    return Examples(draw(made.items, max_tokens, seed), classes=classes)
+
+
+def _check(model: PreTrainedModel, examples: Examples) -> None:
+    """Refuse token ids and classes that the model does not have."""
+    words, choices = model.config.get_text_config().vocab_size, model.config.num_labels or 0
+    for index, item in enumerate(examples.items):
+        token = int(item["input_ids"].max())
+        if token >= words:
             raise TrainingError(
-                f"example {index} holds the token id {int(item['input_ids'].max())}, but the "
-                f"model has {config.vocab_size} tokens; use the model's own tokenizer"
+                f"example {index} holds the token id {token}, but the model has {words} tokens; "
+                "use the model's own tokenizer"
             )
-        if classes and int(item["labels"]) >= choices:
+        if examples.classes and int(item["labels"]) >= choices:
             raise TrainingError(
                 f"example {index} has the class {int(item['labels'])}, but the model has "
                 f"{choices}, from 0 on; load it with num_labels="
             )
-    return made
 
 
 def model_kind(model: PreTrainedModel) -> str:
