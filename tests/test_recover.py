@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification
 import tnlm
 from tnlm.errors import OptionError, TrainingError
 from tnlm.recovery import heal as healing
-from tnlm.recovery.training import SteadyTrainer
+from tnlm.recovery.guard import GuardedTrainer
 
 DATA = torch.arange(512) * 7 % 61 + 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -56,7 +56,7 @@ def test_training_data_of_its_own(make_model):
 def test_a_recovery_that_fails_leaves_the_dense_model(kind, recover, make_model, monkeypatch):
     model = make_model(kind)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    original = SteadyTrainer.compute_loss
+    original = GuardedTrainer.training_step
 
     def broken(self, *given, **named):
         if self.state.global_step == 2:
@@ -69,7 +69,7 @@ def test_a_recovery_that_fails_leaves_the_dense_model(kind, recover, make_model,
 
     train = healing.train
     monkeypatch.setattr(healing, "train", trained_and_broken)
-    monkeypatch.setattr(SteadyTrainer, "compute_loss", broken)
+    monkeypatch.setattr(GuardedTrainer, "training_step", broken)
     arguments = {"calibration": DATA, "max_length": 32, "progress": False}
     with pytest.raises(TrainingError, match="as asked"):
         tnlm.compress(model, "svd", recover=recover, recover_tokens=2048, **arguments)

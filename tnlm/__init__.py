@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
     from tnlm.planning import Plan
-    from tnlm.recovery.distill import distill
+    from tnlm.recovery.distillation import distill
     from tnlm.recovery.heal import heal
     from tnlm.recovery.prune import prune
     from tnlm.recovery.training import finetune
@@ -34,21 +34,21 @@ __version__ = "0.1.0"
 # Where each public name lives. They are imported when first used, because transformers' modelling
 # code takes longer to import than torch.
 _HOMES = {
-    "labelled": "tnlm.calibration.labelled",
-    "distill": "tnlm.recovery.distill",
-    "finetune": "tnlm.recovery.training",
-    "heal": "tnlm.recovery.heal",
-    "prune": "tnlm.recovery.prune",
     "compress": "tnlm.api",
     "plan": "tnlm.api",
     "report": "tnlm.api",
     "to_dense": "tnlm.api",
+    "labelled": "tnlm.calibration.labelled",
     "TnlmError": "tnlm.errors",
     "perplexity": "tnlm.evaluation",
     "arrange": "tnlm.layers.arranged",
     "keep_rebuilt": "tnlm.layers.rebuilt",
     "predict_speed": "tnlm.layers.prediction",
     "Plan": "tnlm.planning",
+    "distill": "tnlm.recovery.distillation",
+    "heal": "tnlm.recovery.heal",
+    "prune": "tnlm.recovery.prune",
+    "finetune": "tnlm.recovery.training",
     "Report": "tnlm.reporting",
     "load": "tnlm.saving",
     "save": "tnlm.saving",

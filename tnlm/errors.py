@@ -42,8 +42,8 @@ class EvaluationError(TnlmError, ValueError):
     """A measurement that has no meaning: too little text, or a loss that is not finite."""
 
 
-class TrainingError(TnlmError, RuntimeError):
-    """Training that cannot go on: a loss that is not finite, or nothing to train."""
+class TrainingError(TnlmError, ValueError):
+    """Training data that cannot be used, or training whose loss is not finite."""
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -264,7 +264,7 @@ def test_failures_leave_the_model(compressed, make_model, monkeypatch):
         ({"modules": ["lm_head"], "on": "layers"}, OptionError, "needs low rank, and lm_head"),
         ({"on": "layers", "rank": 3}, RankError, "rank 14 \\+ 3 makes a 16x32 matrix"),
         ({"on": "layers", "rank": 17}, RankError, "rank=17"),
-        ({"batches": []}, CalibrationError, "no tokens"),
+        ({"batches": []}, CalibrationError, "no batch"),
         ({"batches": silent}, CalibrationError, "none that is predicted"),
     ):
         with pytest.raises(error, match=text):

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
 
+LABEL = "labels"
+
 
 def recover(
     model: PreTrainedModel,
@@ -37,20 +39,32 @@ def recover(
         OptionError: for ``"lora"`` if peft is not installed.
         TrainingError: if the loss stops being finite.
     """
-    from tnlm.recovery.distill import distill
+    from tnlm.recovery.distillation import distill
     from tnlm.recovery.heal import heal
     from tnlm.recovery.training import finetune
 
+    rows = [_row(batch) for batch in data]
     common: dict[str, Any] = {
         "tokens": tokens,
         "tokenizer": tokenizer,
-        "max_length": max(batch["input_ids"].shape[1] for batch in data),
+        "max_length": max(len(row["input_ids"]) for row in rows),
+        "label": LABEL,
         "seed": seed,
         "progress": progress,
     }
     if kind == "lora":
-        heal(model, list(data), **common)
-    elif kind == "distill" and teacher is not None:
-        distill(model, teacher, list(data), train="factors", **common)
+        heal(model, rows, **common)
+        return
+    # Data that is short is used again.
+    again = max(1.0, tokens / sum(len(row["input_ids"]) for row in rows))
+    common |= {"train": "factors", "epochs": again}
+    if kind == "distill" and teacher is not None:
+        distill(model, teacher, rows, **common)
     else:
-        finetune(model, list(data), train="factors", **common)
+        finetune(model, rows, **common)
+
+
+def _row(batch: Batch) -> dict[str, Any]:
+    """Return a batch of one sequence as a row, with its class if it has one."""
+    row: dict[str, Any] = {"input_ids": batch["input_ids"][0][batch["attention_mask"][0].bool()]}
+    return row | ({LABEL: int(batch["labels"][0])} if "labels" in batch else {})

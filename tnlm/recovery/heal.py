@@ -21,9 +21,10 @@ from tnlm.calibration.walk import eval_mode
 from tnlm.errors import CalibrationError, OptionError, TargetError, did_you_mean
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.recovery.compensate import residual_start
-from tnlm.recovery.examples import lesson_batches
+from tnlm.recovery.examples import batches as in_batches
 from tnlm.recovery.lora_training import schedule_of, train
 from tnlm.recovery.merging import charge, check_merge, merge_layers
+from tnlm.recovery.tasks import examples_for, padding_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ def heal(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     max_length: int = 512,
+    text: str = "text",
+    label: str = "label",
     modules: Sequence[str] | None = None,
     on: str = "factors",
     rank: int = 8,
@@ -80,6 +83,8 @@ def heal(
         tokenizer: needed for texts.
         batch_size: examples in a step, where the data is not in batches.
         max_length: tokens of an example, likewise.
+        text: the rows' text column, likewise.
+        label: the rows' column of classes, for classifiers, likewise.
         modules: dotted names of the layers healed; all factorized linear ones if not given. A
             layer that was not factorized counts as one factor.
         on: ``"factors"`` or ``"layers"``. Factors that several layers share stay as they are.
@@ -121,9 +126,17 @@ def heal(
     """
     began = time.perf_counter()
     _check_numbers(rank, alpha, learning_rate, tokens)
-    most = max(1, math.ceil(tokens / max_length))
-    settings = {"batch_size": batch_size, "max_length": max_length, "most": most, "seed": seed}
-    batches = lesson_batches(model, data, tokenizer, **settings)
+    batches = _batches(
+        model,
+        data,
+        tokenizer,
+        batch_size,
+        max_length=max_length,
+        text=text,
+        label=label,
+        max_tokens=tokens,
+        seed=seed,
+    )
     merge = _check(model, batches, on, start, merge, originals, metrics)
     names = _names(model, modules)
     ranks = _on_factors(model, names, rank) if on == "factors" else dict.fromkeys(names, rank)
@@ -150,6 +163,25 @@ def heal(
         merge_layers(model, loras, merge, metrics or {})
     charge(model, names, loras if merge == "adapter" else {}, time.perf_counter() - began)
     return model
+
+
+def _batches(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch_size: int,
+    **options: Any,
+) -> list[dict[str, Tensor]]:
+    """Turn data into batches with labels, unless it is a list of these already."""
+    if isinstance(data, list | tuple) and all(map(_is_batch, data)):
+        return list(data)
+    padding = padding_for(model, tokenizer, batch_size)
+    return in_batches(examples_for(model, data, tokenizer, **options), batch_size, padding)
+
+
+def _is_batch(item: Any) -> bool:
+    ids = item.get("input_ids") if isinstance(item, Mapping) else None
+    return isinstance(ids, Tensor) and ids.dim() == 2
 
 
 def _names(model: nn.Module, modules: Sequence[str] | None) -> list[str]:

@@ -1,0 +1,276 @@
+"""What a model is trained on: texts, ids or labelled rows as examples, and examples as batches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from tnlm.calibration.data import Batch, token_batches
+from tnlm.calibration.loss import IGNORED
+from tnlm.errors import CalibrationError, OptionError, TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MASKED = 0.15
+"""Share of the tokens that a masked language model is to predict, as in BERT."""
+
+Example = dict[str, Tensor]
+"""``input_ids`` ``(length,)``, and ``labels``: one for each token, or one class ``()``."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Examples(Dataset[Example]):
+    """Training examples in memory.
+
+    Args:
+        items: the examples.
+        classes: whether each has one class; otherwise each token has a label.
+    """
+
+    def __init__(self, items: Sequence[Example], *, classes: bool) -> None:
+        """Hold the items; see the class for the arguments."""
+        self.items = items
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.items[index]
+
+
+def training_set(
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_length: int = 512,
+    text: str = "text",
+    label: str | None = "label",
+    masked: bool = False,
+    max_tokens: int | None = None,
+    seed: int = 0,
+) -> Examples:
+    """Turn data of any accepted kind into training examples.
+
+    Rows that have a ``label`` column are examples of classes: each text is tokenised by itself,
+    with special tokens, and cut to ``max_length``. Everything else is text or ids for a language
+    model, and becomes sequences as :func:`tnlm.calibration.data.token_batches` makes them.
+
+    Args:
+        data: what ``token_batches`` takes; or rows, as a list of dicts, a ``.jsonl`` file or a
+            ``datasets.Dataset``.
+        tokenizer: needed for text, and for ``masked``.
+        max_length: tokens of a window of text, and at most of a row.
+        text: name of the rows' text column; rows may hold ``input_ids`` instead.
+        label: name of the column of classes; None to read rows as text alone.
+        masked: hide 15 % of the tokens, which are to be predicted, instead of every next token.
+        max_tokens: draw at random sequences of no more tokens in all (but at least one); None for
+            all.
+        seed: chooses the sequences and the hidden tokens.
+
+    Raises:
+        TrainingError: for data that is empty or of no accepted kind, naming the item at fault.
+        OptionError: if ``max_tokens`` is no positive integer.
+
+    Example:
+        >>> examples = training_set(torch.arange(3, 9), max_length=3)
+        >>> [(item["input_ids"].tolist(), item["labels"].tolist()) for item in examples]
+        [([3, 4, 5], [-100, 4, 5]), ([6, 7, 8], [-100, 7, 8])]
+    """
+    check_tokens(max_tokens)
+    rows = _rows(data)
+    if rows is not None and label is not None and any(label in row for row in rows):
+        items = _classified(rows, tokenizer, max_length, text, label)
+        return Examples(draw(items, max_tokens, seed), classes=True)
+    if rows is not None and not any("input_ids" in row for row in rows):
+        data = [_field(row, index, text) for index, row in enumerate(rows)]
+    sequences = draw(_sequences(data, tokenizer, max_length, seed), max_tokens, seed)
+    if masked:
+        return Examples(_hide(sequences, tokenizer, seed), classes=False)
+    return Examples([_next_tokens(item["input_ids"]) for item in sequences], classes=False)
+
+
+def collate(items: Sequence[Example], pad: int = 0) -> Batch:
+    """Stack examples into a batch, padded on the right.
+
+    Args:
+        items: of one kind.
+        pad: id that fills ``input_ids``; ``labels`` are filled with -100.
+
+    Example:
+        >>> batch = collate(training_set([[5, 6, 7], [8, 9]]).items)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[5, 6, 7], [8, 9, 0]], [[-100, 6, 7], [-100, 9, -100]])
+    """
+    ids, labels = ([item[name] for item in items] for name in ("input_ids", "labels"))
+    classes = labels[0].dim() == 0
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": torch.stack(labels) if classes else pad_sequence(labels, True, IGNORED),
+    }
+
+
+def batches(dataset: Dataset[Example], batch_size: int, pad: int = 0) -> list[Batch]:
+    """Return all examples as batches, in their order.
+
+    Example:
+        >>> [len(batch["labels"]) for batch in batches(training_set([[5, 6]] * 3), batch_size=2)]
+        [2, 1]
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise OptionError(f"batch_size={batch_size!r}; allowed: an integer of at least 1")
+    items = [dataset[index] for index in range(len(dataset))]  # type: ignore[arg-type]
+    return [collate(items[i : i + batch_size], pad) for i in range(0, len(items), batch_size)]
+
+
+def check_tokens(most: int | None) -> None:
+    """Refuse a number of tokens that is no positive integer, unless it is None."""
+    if most is not None and (not isinstance(most, int) or most < 1):
+        raise OptionError(f"tokens={most!r}; allowed: an integer of at least 1, or None")
+
+
+def _rows(data: Any) -> Rows | None:
+    """Return data that has columns as rows; None if it is plain text or ids."""
+    if hasattr(data, "column_names") and not isinstance(data, Mapping):
+        return list(data) if hasattr(data, "__len__") else None
+    if isinstance(data, str | Path) and str(data).endswith(".jsonl"):
+        return _json_rows(Path(data))
+    if isinstance(data, list | tuple) and any(isinstance(item, Mapping) for item in data):
+        for index, item in enumerate(data):
+            if not isinstance(item, Mapping):
+                raise TrainingError(f"row {index} is a {type(item).__name__}; give dicts only")
+        return data
+    return None
+
+
+def _json_rows(path: Path) -> Rows:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as err:
+        raise TrainingError(f"{path}: not a readable UTF-8 file: {err}") from err
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as err:
+            raise TrainingError(f"{path}:{number}: not valid JSON: {err}") from err
+        if not isinstance(row, dict):
+            raise TrainingError(f"{path}:{number}: no JSON object; give one with named columns")
+        rows.append(row)
+    return rows
+
+
+def _column(row: Mapping[str, Any], index: int, name: str, argument: str) -> Any:
+    if name not in row:
+        raise TrainingError(
+            f"row {index} has no column {name!r}, only {', '.join(map(repr, row))}; "
+            f"name the right one: {argument}="
+        )
+    return row[name]
+
+
+def _field(row: Mapping[str, Any], index: int, text: str) -> str:
+    value = _column(row, index, text, "text")
+    if not isinstance(value, str):
+        raise TrainingError(f"row {index}: {text!r} is a {type(value).__name__}, not a string")
+    return value
+
+
+def _class(row: Mapping[str, Any], index: int, label: str) -> Tensor:
+    value = _column(row, index, label, "label")
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
+        raise TrainingError(f"row {index}: {label}={value!r}, but classes are integers from 0 on")
+    return torch.tensor(int(value))
+
+
+def _classified(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    text: str,
+    label: str,
+) -> list[Example]:
+    classes = [_class(row, index, label) for index, row in enumerate(rows)]
+    if all("input_ids" in row for row in rows):
+        ids = [row["input_ids"][:max_length] for row in rows]
+    elif tokenizer is None:
+        raise TrainingError("the training data is text, which needs the model's: tokenizer=")
+    else:
+        texts = [_field(row, index, text) for index, row in enumerate(rows)]
+        ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    for index, row in enumerate(ids):
+        if len(row) == 0:
+            raise TrainingError(f"row {index} has no tokens")
+    return [
+        {"input_ids": torch.as_tensor(row).long(), "labels": one}
+        for row, one in zip(ids, classes, strict=True)
+    ]
+
+
+def _sequences(
+    data: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, seed: int
+) -> list[Example]:
+    try:
+        made = token_batches(
+            data, tokenizer, num_samples=sys.maxsize, max_length=max_length, seed=seed
+        )
+    except CalibrationError as err:
+        raise TrainingError(f"training data: {err}") from err
+    return [{"input_ids": b["input_ids"][0][b["attention_mask"][0].bool()]} for b in made]
+
+
+def draw(items: Sequence[Example], most: int | None, seed: int) -> list[Example]:
+    """Draw examples of at most so many tokens in all (but at least one), in their own order.
+
+    Example:
+        >>> len(draw(training_set([[5, 6]] * 4).items, most=5, seed=0))
+        2
+    """
+    if most is None:
+        return list(items)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    ends = np.cumsum([len(items[index]["input_ids"]) for index in order])
+    kept = max(1, int((ends <= most).sum()))
+    return [items[index] for index in sorted(order[:kept])]
+
+
+def _next_tokens(ids: Tensor) -> Example:
+    labels = ids.clone()
+    labels[0] = IGNORED  # nothing comes before it
+    return {"input_ids": ids, "labels": labels}
+
+
+def _hide(
+    sequences: Sequence[Example], tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> list[Example]:
+    """Put the mask token in place of some tokens of every sequence, at least one."""
+    token = None if tokenizer is None else tokenizer.mask_token_id
+    if token is None:
+        raise TrainingError(
+            "a masked language model is trained with its tokenizer's mask token: give a "
+            "tokenizer= that has one"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for item in sequences:
+        ids = item["input_ids"].clone()
+        labels = torch.full_like(ids, IGNORED)
+        count = max(1, round(MASKED * len(ids)))
+        hidden = torch.randperm(len(ids), generator=generator)[:count]
+        labels[hidden], ids[hidden] = ids[hidden], token
+        items.append({"input_ids": ids, "labels": labels})
+    return items

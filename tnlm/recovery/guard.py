@@ -1,0 +1,121 @@
+"""A ``transformers.Trainer`` that stops at a loss without meaning, and does not print."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from tnlm.errors import TrainingError
+
+logger = logging.getLogger("tnlm")
+
+SNAPSHOTS = 20
+"""How often in a training the parameters are kept, to be restored if the loss is lost."""
+
+
+class GuardedTrainer(Trainer):
+    """Trains until the loss is not finite, which is an error after which the model still works.
+
+    What is restored are the parameters with which the loss was last seen finite, as kept every 5 %
+    of the steps; they take memory of the CPU as large as the parameters that are trained.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        """Take a Trainer's arguments; progress bars show steps alone, and logs go to logging."""
+        super().__init__(**arguments)
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_Bar)
+        self.add_callback(_Log)
+        self._kept: dict[str, Tensor] = {}
+        self._kept_at = 0
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What else must agree for a training to be resumed, as JSON holds it."""
+        return {}
+
+    def train(self, *args: Any, **arguments: Any) -> Any:
+        """Train as a Trainer does.
+
+        Raises:
+            TrainingError: if the loss, or a parameter in the end, is not finite.
+        """
+        self._kept = {}
+        result = super().train(*args, **arguments)
+        if not all(bool(parameter.isfinite().all()) for _, parameter in self._trained()):
+            self._stop("a parameter is not finite after the last update")
+        self._kept = {}
+        return result
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Take the gradients of a batch, if its loss is finite."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(loss.isfinite()):
+            self._stop(f"the loss is {float(loss)}")
+        step = self.state.global_step
+        if not self._kept or step >= self._kept_at + max(1, self.state.max_steps // SNAPSHOTS):
+            self._kept = {name: p.detach().to("cpu", copy=True) for name, p in self._trained()}
+            self._kept_at = step
+        return loss
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        model: Any = self.model  # typed as if it could be None
+        return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def _stop(self, why: str) -> None:
+        """Restore the parameters, and say at which step the loss was lost."""
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                if self._kept:
+                    parameter.copy_(self._kept[name])
+        advice = (
+            f"the parameters of step {self._kept_at} are restored; try a lower learning_rate than "
+            f"{self.args.learning_rate}"
+            if self._kept
+            else "no step was taken; the model itself gives no finite loss on this data"
+        )
+        raise TrainingError(
+            f"training {type(self.model).__name__}: {why} at step {self.state.global_step} of "
+            f"{self.state.max_steps}; {advice}"
+        )
+
+
+class _Log(TrainerCallback):
+    """Logs what a Trainer reports."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        shown = (f"{k} {v:.4g}" for k, v in (logs or {}).items() if isinstance(v, float | int))
+        logger.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(shown))
+
+
+class _Bar(ProgressCallback):
+    """Shows the steps, and prints nothing between."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        pass
