@@ -20,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft.tuners.lora  # noqa: F401  # or else its import would be counted
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel

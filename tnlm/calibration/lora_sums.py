@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.adapters import Adapter
@@ -131,9 +131,10 @@ class Sums:
                     total.mul_(self._decay)
         share = 1.0 if self._decay is None else 1.0 - self._decay
         for name, adapter in adapters.items():
-            if adapter.A.grad is None or adapter.B.grad is None:
+            grad_A, grad_B = adapter.A.grad, adapter.B.grad
+            if grad_A is None or grad_B is None:
                 continue
-            rows, columns = self._of(name, adapter)
+            rows, columns = self._of(name, adapter, grad_A, grad_B)
             if not bool(rows.isfinite().all() and columns.isfinite().all()):
                 raise CalibrationError(f"a gradient at {name} is not finite, on {where}")
             if name not in self._sums:
@@ -142,11 +143,12 @@ class Sums:
             self._sums[name]["outputs"].add_(rows, alpha=share)
             self._sums[name]["inputs"].add_(columns, alpha=share)
 
-    def _of(self, name: str, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    def _of(
+        self, name: str, adapter: Adapter, grad_A: Tensor, grad_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
         count = self._parts.get(name, 1)
         weight = weight_of(adapter.base) if self._kind == "taylor" else None
         height = len(adapter.B) // count
-        grad_A, grad_B = _gradient(adapter.A), _gradient(adapter.B)
         found = []
         for start in range(0, len(adapter.B), height):
             rows = slice(start, start + height)
@@ -179,10 +181,6 @@ class Sums:
             name: {k: (v / (weight * adapters[name].scaling ** 2)).cpu() for k, v in sums.items()}
             for name, sums in self._sums.items()
         }
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def weight_of(module: Any) -> Tensor:
