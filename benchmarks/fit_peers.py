@@ -35,13 +35,17 @@ def tensorly_fit(name: str, spec: Any, weight: Tensor) -> Fitted:
         from tensorly.decomposition import tensor_train_matrix, tucker
     except ImportError as missing:
         raise NotInstalled from missing
-    tensorly.set_backend("pytorch")
-    tensor = weight.reshape(spec.out_split + spec.in_split)
-    if name == "tucker":
-        found = tucker(tensor, list(spec.ranks), n_iter_max=10, tol=1e-6)
-        return lambda: tensorly.tucker_to_tensor(found).reshape(weight.shape)
-    cores = tensor_train_matrix(tensor, [1, *_ranks(spec), 1]).factors
-    return lambda: _rebuild(cores, weight)
+    before = tensorly.get_backend()
+    tensorly.set_backend("pytorch", local_threadsafe=True)
+    try:
+        tensor = weight.reshape(spec.out_split + spec.in_split)
+        if name == "tucker":
+            core, factors = tucker(tensor, list(spec.ranks), n_iter_max=10, tol=1e-6)
+            return lambda: _multiplied(core, factors).reshape(weight.shape)
+        cores = tensor_train_matrix(tensor, [1, *_ranks(spec), 1]).factors
+        return lambda: _rebuild(cores, weight)
+    finally:
+        tensorly.set_backend(before, local_threadsafe=True)
 
 
 def torchtt_fit(name: str, spec: Any, weight: Tensor) -> Fitted:
@@ -64,6 +68,13 @@ def tntorch_fit(name: str, spec: Any, weight: Tensor) -> Fitted:
         raise NotInstalled from missing
     found = tntorch.TTMatrix(weight, list(_ranks(spec)), list(spec.out_split), list(spec.in_split))
     return lambda: _rebuild([core.squeeze(0) for core in found.cores], weight)
+
+
+def _multiplied(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Return a core with every mode multiplied by its factor."""
+    for mode, factor in enumerate(factors):
+        core = torch.tensordot(core, factor, ([mode], [1])).movedim(-1, mode)
+    return core
 
 
 def _ranks(spec: Any) -> tuple[int, ...]:

@@ -59,7 +59,8 @@ def compress(
         ignore: matrices left alone, in the same words.
         metric: how errors are measured, instead of the scheme's own: ``"identity"``,
             ``"diagonal"``, ``"input"``, ``"centered"``, ``"two-sided"``, ``"fisher-inputs"``,
-            ``"fisher-outputs"``, ``"fisher-both"`` or ``"fisher-elements"``.
+            ``"fisher-outputs"``, ``"fisher-both"``, ``"fisher-elements"``, ``"lora-fisher"``,
+            ``"lora-taylor"`` or ``"lora-both"``.
         allocation: how the budget is shared out, instead of the scheme's own: ``"uniform"``,
             ``"loss"``, ``"energy"``, ``"last"`` or ``"truncation"``.
         cascade: ``"none"``; ``"sequential"``, every matrix fitted to the inputs that the

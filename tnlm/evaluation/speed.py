@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Mapping
@@ -59,12 +60,15 @@ def decode_rates(
 
 def _decode_seconds(model: PreTrainedModel, prompt: Tensor, steps: int) -> float:
     """Time ``steps`` greedy steps after the prompt ``(1, length)``."""
+    # transformers 5.24 renamed the argument, model by model.
+    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     output = model(input_ids=prompt.to(model.device), use_cache=True)
     _synchronize(model.device)
     start = time.perf_counter()
     for _ in range(steps):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        kept = {named: output.past_key_values}
+        output = model(input_ids=token, use_cache=True, **kept)
     _synchronize(model.device)
     return time.perf_counter() - start
 
