@@ -54,6 +54,7 @@ class Job:
         batches: calibration data, empty if none is needed.
         lessons: training data, empty if none is needed.
         tokenizer: the user's, if given.
+        seed: of what training draws.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
         loras: statistics of the gradients of a LoRA, if needed.
@@ -67,6 +68,7 @@ class Job:
     batches: Sequence[Batch] = ()
     lessons: Sequence[Batch] = ()
     tokenizer: Any = None
+    seed: int = 0
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     loras: Statistics | None = None
@@ -238,7 +240,7 @@ def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> Non
     if job.request.cascade != "none" or job.request.refine:
         job.batches = batches
     if job.request.recover != "none":
-        job.tokenizer = data.tokenizer
+        job.tokenizer, job.seed = data.tokenizer, data.seed
         job.lessons = token_batches(
             data.calibration if data.training is None else data.training,
             data.tokenizer,

@@ -184,6 +184,7 @@ def _recover(
         tokens=job.request.recover_tokens,
         teacher=teacher,
         tokenizer=job.tokenizer,
+        seed=job.seed,
         progress=progress,
     )
     job.seconds["recover"] = time.perf_counter() - start
