@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnlm.allocation.pricing import model_cost
-from tnlm.errors import TargetError
+from tnlm.errors import OptionError, TargetError, did_you_mean
 from tnlm.network import Cost
 from tnlm.scratch import skeleton
 from tnlm.targets import ALL_LINEAR, Selector, Target, check_model, select
@@ -91,3 +91,36 @@ def _short_names(layers: Mapping[int, Mapping[str, Target]]) -> dict[str, str]:
     return {
         path: end if ends.count(end) == 1 else path for path, end in zip(paths, ends, strict=True)
     }
+
+
+def choices(
+    tensors: Sequence[str] | Mapping[str, Sequence[str]] | None, names: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Return the matrices of every choice that a space offers within a layer.
+
+    Args:
+        tensors: names, a mapping from names to what is chosen together, or None for every matrix.
+        names: the matrices that there are.
+
+    Raises:
+        OptionError: for an unknown matrix, one that stands in two choices, or an empty choice.
+
+    Example:
+        >>> choices({"attention": ["q", "k"]}, ["q", "k", "up"])
+        {'attention': ('q', 'k')}
+    """
+    if tensors is None:
+        tensors = names
+    if isinstance(tensors, str):
+        raise OptionError(f"tensors={tensors!r}; allowed: a list of names, or a mapping to lists")
+    groups = tensors if isinstance(tensors, Mapping) else {name: [name] for name in tensors}
+    found = {name: tuple(members) for name, members in groups.items()}
+    members = [member for group in found.values() for member in group]
+    for member in members:
+        if member not in names:
+            raise OptionError(f"unknown tensor {member!r}{did_you_mean(member, names)}")
+        if members.count(member) > 1:
+            raise OptionError(f"tensor {member!r} stands in several choices of tensors=")
+    if not all(found.values()) or not found:
+        raise OptionError(f"tensors={tensors!r}; every choice needs a matrix at least")
+    return found

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.errors import EvaluationError
@@ -34,8 +35,8 @@ def measure(model: PreTrainedModel, metric: Measure, name: str = "value") -> dic
 
 def _finite(name: str, value: Any) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise EvaluationError(
             f"the metric gave {value!r} for {name!r}; allowed: a number, or a mapping to numbers"
         ) from error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tnlm.api import compress
+from tnlm.allocation.uniform import stay_dense
+from tnlm.api import compress, plan
 from tnlm.design.configuration import DENSE, Configuration
 from tnlm.design.forms import (
     SCHEMES,
@@ -18,11 +20,11 @@ from tnlm.design.forms import (
     shrinks,
     stored,
 )
-from tnlm.design.matrices import matrices
+from tnlm.design.matrices import choices, matrices
 from tnlm.design.rules import LayerSets, Rule
 from tnlm.errors import OptionError, RankError, TargetError, did_you_mean
 from tnlm.network import Cost
-from tnlm.targets import ALL_LINEAR, Selector, Target
+from tnlm.targets import ALL_LINEAR, Selector, Target, select
 
 COUNTS = ("stored", "published")
 
@@ -80,7 +82,7 @@ class DesignSpace:
         self._matrices, self._itemsize = found.layers, found.itemsize
         self.dense = found.cost
         self.depth = max(found.layers) + 1
-        self.tensors = _choices(tensors, found.names)
+        self.tensors = choices(tensors, found.names)
         self.ranks, self.formats, self.rules = tuple(ranks), tuple(formats), tuple(rules)
         self.layers = tuple(found.layers) if layers is None else tuple(sorted(set(layers)))
         for layer in self.layers:
@@ -88,7 +90,7 @@ class DesignSpace:
                 raise OptionError(f"layer {layer}; the model has {_span(tuple(found.layers))}")
         self.sets = LayerSets.under(self.rules, self.layers, self.depth)
         self.whole = any(rule.kind == "all-tensors" for rule in self.rules)
-        self._check_choices()
+        self._checkchoices()
 
     def count(self, *, distinct: bool = False) -> int:
         """Return how many configurations there are.
@@ -241,7 +243,17 @@ class DesignSpace:
             raise TargetError(f"the configuration decomposes no matrix: {configuration}")
         options = options_of(configuration.format, configuration.rank)
         scheme = SCHEMES[configuration.format]
-        return compress(model, scheme, targets=names, progress=progress, **options)
+        found = {target.name: target for target in select(model, names).targets}
+        if found.keys() <= set(names):
+            return compress(model, scheme, targets=names, progress=progress, **options)
+        # A fused module is replaced whole: a plan says which of its parts stay dense.
+        decided = plan(model, scheme, targets=names, progress=progress, **options)
+        layers = [
+            layer if layer.name in names else stay_dense(target, target.weight(model), "not chosen")
+            for layer in decided.layers
+            for target in [found[layer.name]]
+        ]
+        return compress(model, replace(decided, layers=tuple(layers)), progress=progress)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the space and the shapes it stands on as plain JSON values."""
@@ -256,7 +268,7 @@ class DesignSpace:
             "parameters": self.dense.params,
         }
 
-    def _check_choices(self) -> None:
+    def _checkchoices(self) -> None:
         if not (self.layers and self.ranks and self.formats):
             raise OptionError(
                 f"layers={self.layers}, ranks={self.ranks}, formats={self.formats}; "
@@ -269,27 +281,6 @@ class DesignSpace:
                     raise RankError(f"rank={rank!r}; allowed: whole numbers of at least 1")
                 if not self.targets(self.all_tensors(self.layers, rank, form)):
                     raise RankError(f"rank={rank} in format {form!r} makes no matrix smaller")
-
-
-def _choices(
-    tensors: Sequence[str] | Mapping[str, Sequence[str]] | None, names: Sequence[str]
-) -> dict[str, tuple[str, ...]]:
-    """Return the matrices of every choice; no matrix may stand in two."""
-    if tensors is None:
-        tensors = names
-    if isinstance(tensors, str):
-        raise OptionError(f"tensors={tensors!r}; allowed: a list of names, or a mapping to lists")
-    groups = tensors if isinstance(tensors, Mapping) else {name: [name] for name in tensors}
-    found = {name: tuple(members) for name, members in groups.items()}
-    members = [member for group in found.values() for member in group]
-    for member in members:
-        if member not in names:
-            raise OptionError(f"unknown tensor {member!r}{did_you_mean(member, names)}")
-        if members.count(member) > 1:
-            raise OptionError(f"tensor {member!r} stands in several choices of tensors=")
-    if not all(found.values()) or not found:
-        raise OptionError(f"tensors={tensors!r}; every choice needs a matrix at least")
-    return found
 
 
 def _span(layers: tuple[int, ...]) -> str:
