@@ -10,8 +10,17 @@ import torch
 
 from tnlm.design.configuration import DENSE, Configuration
 from tnlm.design.schedules import spaced
+from tnlm.design.series import (
+    by_count,
+    by_distance,
+    by_layer,
+    by_matrix,
+    by_rank,
+    by_tensor,
+    published,
+)
 from tnlm.design.space import DesignSpace
-from tnlm.design.sweep import by_layer, by_matrix, by_rank, by_tensor, sweep
+from tnlm.design.sweep import sweep
 from tnlm.errors import CheckpointError, EvaluationError, OptionError
 
 
@@ -75,6 +84,10 @@ def test_sets_of_configurations(space, model):
     assert {c.layers for c in tensors} == {(0, 1, 2, 3)}
     assert len(set(by_matrix(space))) == 28
     ranks = DesignSpace(model, ranks=(1, 2, 5))
+    apart = by_distance(space, [3, 1], start=0, count=2)
+    assert [c.layers for c in apart] == [(0, 3), (0, 1)]
+    assert [c.layers for c in by_count(space, [1, 2, 4])] == [(2,), (1, 3), (0, 1, 2, 3)]
+    assert [c.layers for c in published(space)][::9] == [(0, 3), (0, 1, 2, 3)]
     assert [c.rank for c in by_rank(ranks, spaced(0, 2, 2, depth=4))] == [1, 2, 5]
 
 

@@ -25,6 +25,13 @@ def measure(model: PreTrainedModel, metric: Measure, name: str = "value") -> dic
 
     Raises:
         EvaluationError: if it gives no numbers, or one that is not finite.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> measure(LlamaForCausalLM(tiny), lambda model: model.num_parameters(), "size")
+        {'size': 1176.0}
     """
     found = metric(model)
     values = dict(found) if isinstance(found, Mapping) else {name: found}

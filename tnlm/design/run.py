@@ -21,6 +21,7 @@ SAME = 4
 """An objective that is the same at so many configurations does not depend on them."""
 SPREAD = 1_000_003
 """Keeps the seeds of one search apart from those of another."""
+RANDOM = "random"
 CONFIGURATION, ERROR = "configuration", "error"
 
 
@@ -49,11 +50,16 @@ class Run:
     def seen(self) -> dict[str, list[float] | str]:
         """Return the values of every configuration, or why it failed, by its key."""
         return {
-            Configuration.from_dict(trial.user_attrs[CONFIGURATION]).key: trial.user_attrs[ERROR]
+            _configuration(trial).key: trial.user_attrs[ERROR]
             if ERROR in trial.user_attrs
             else list(trial.values or ())
             for trial in self._recorded()
         }
+
+    def _repeated(self) -> bool:
+        """Whether the last configuration had been there before."""
+        keys = [_configuration(trial).key for trial in self._recorded()]
+        return bool(keys) and keys[-1] in keys[:-1]
 
     def pending(self, wanted: Sequence[Configuration]) -> Configuration | None:
         """Return the first of some configurations that nobody measured, or seems to measure."""
@@ -79,6 +85,8 @@ class Run:
         if wanted is not None:
             self._study.enqueue_trial(_parameters(self._space, wanted))
         seen = self.seen()
+        if self._repeated():  # the sampler runs dry: something new for it to start from
+            sampler = RANDOM
         # A sampler for each trial: no state is lost with a process, and no two draw alike.
         number = len(self._recorded()) + len(self._running())
         self._study.sampler = _sampler(sampler, (seed * SPREAD + number) % 2**32)
@@ -142,7 +150,7 @@ class Run:
         points: dict[str, Point] = {}
         failed: dict[str, str] = {}
         for trial in self._recorded():
-            made = Configuration.from_dict(trial.user_attrs[CONFIGURATION])
+            made = _configuration(trial)
             if ERROR in trial.user_attrs:
                 failed[str(made)] = trial.user_attrs[ERROR]
                 continue
@@ -153,11 +161,17 @@ class Run:
 
 def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     """Return a sampler with a seed of its own for each trial, so that a stop changes nothing."""
-    from optuna.samplers import NSGAIISampler, TPESampler
+    from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
 
+    if name == RANDOM:
+        return RandomSampler(seed=seed)
     if name == "nsga2":
         return NSGAIISampler(population_size=POPULATION, seed=seed)
     return TPESampler(seed=seed)
+
+
+def _configuration(trial: optuna.trial.FrozenTrial) -> Configuration:
+    return Configuration.from_dict(trial.user_attrs[CONFIGURATION])
 
 
 def _draw(space: DesignSpace, trial: optuna.Trial) -> Configuration:

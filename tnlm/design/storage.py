@@ -29,6 +29,10 @@ def open_study(
     Raises:
         OptionError: if optuna is not installed.
         CheckpointError: if the file cannot be written, is no journal, or is about something else.
+
+    Example:
+        >>> open_study(None, [False, True], {"rank": 1}).user_attrs
+        {'about': {'rank': 1}}
     """
     try:
         import optuna

@@ -1,11 +1,11 @@
-"""Sweeps: a model measured under one configuration after another, and the sets of them to try."""
+"""sweep: a model measured under one configuration after another."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def sweep(
         model: any Hugging Face model, not compressed.
         space: its design space. Configurations may break its rules, but not lack in its model.
         metric: takes the model; returns a number, or a mapping from names to numbers.
-        configurations: what to measure, for example :func:`by_layer`.
+        configurations: what to measure, for example :func:`tnlm.design.series.by_layer`.
         journal: a JSONL file to which every finished trial is added; those that it has already
             are not measured again. The metric is not in it: name the file after it.
         progress: show a progress bar.
@@ -130,6 +130,7 @@ def sweep(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from tnlm.design.series import by_layer
         >>> tiny = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
         ...                    num_hidden_layers=2, num_attention_heads=2)
         >>> model = LlamaForCausalLM(tiny)
@@ -150,7 +151,7 @@ def sweep(
     for configuration in tqdm([DENSE, *wanted], desc="sweep", disable=not progress):
         if configuration.key in done:
             continue
-        row = done[configuration.key] = attempt(trials, configuration, metric)
+        row = done[configuration.key] = _attempt(trials, configuration, metric)
         if configuration.is_dense and row["error"]:
             raise EvaluationError(f"the dense model cannot be measured: {row['error']}")
         _check_names(row, done[DENSE.key], configuration)
@@ -160,7 +161,7 @@ def sweep(
     return Sweep(found[0], tuple(found[1:]))
 
 
-def attempt(trials: Trials, configuration: Configuration, metric: Measure) -> Row:
+def _attempt(trials: Trials, configuration: Configuration, metric: Measure) -> Row:
     """Measure one configuration; return its values, or why it failed."""
     try:
         with trials.applied(configuration) as model:
@@ -186,33 +187,6 @@ def _trial(space: DesignSpace, configuration: Configuration, row: Row) -> Trial:
         row["values"],
         row["error"],
     )
-
-
-def by_layer(space: DesignSpace, rank: int | None = None) -> Iterator[Configuration]:
-    """Yield every layer by itself, with all its matrices: how sensitive is each layer?"""
-    for layer in space.layers:
-        yield space.all_tensors([layer], rank)
-
-
-def by_tensor(
-    space: DesignSpace, layers: Sequence[int] | None = None, rank: int | None = None
-) -> Iterator[Configuration]:
-    """Yield every matrix by itself, in all layers or those given: how sensitive is each?"""
-    whole = space.all_tensors(space.layers if layers is None else layers, rank)
-    for name in space.tensors:
-        yield Configuration(whole.layers, (name,), whole.rank, whole.format)
-
-
-def by_matrix(space: DesignSpace, rank: int | None = None) -> Iterator[Configuration]:
-    """Yield every matrix of every layer by itself."""
-    for layer in space.layers:
-        yield from by_tensor(space, [layer], rank)
-
-
-def by_rank(space: DesignSpace, layers: Sequence[int]) -> Iterator[Configuration]:
-    """Yield some layers, with all their matrices, at every rank of the space."""
-    for rank in space.ranks:
-        yield space.all_tensors(layers, rank)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
