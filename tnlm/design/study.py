@@ -40,9 +40,8 @@ def search(
 
     Every process that calls this with the same arguments and the same ``storage`` takes part in the
     search, and a process that was killed is replaced by calling it again: finished trials are in
-    the journal. What is in the journal is not measured again; after a
-    configuration that had been there, the next is drawn at random. The dense model always is
-    measured.
+    the journal. What is there already is not measured again, but counts as a trial, and the next
+    configuration is drawn at random. The dense model is always measured.
 
     An objective that fails with a :class:`tnlm.TnlmError`, or gives what is not finite, makes a
     failed trial, which is recorded with the reason; the search goes on.
