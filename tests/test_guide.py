@@ -40,3 +40,15 @@ def test_every_block_on_training_runs(tmp_path, monkeypatch, tiny_llama, word_to
     monkeypatch.chdir(tmp_path)
     assert run_blocks("recover.md") == 7
     assert (tmp_path / "my-model-pruned" / "config.json").is_file()
+
+
+def test_every_block_on_design_spaces_runs(
+    tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text
+):
+    tiny_llama(num_hidden_layers=4).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    (tmp_path / "text.txt").write_text(word_text(256))
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("design_space.md") == 6
+    assert (tmp_path / "layers.csv").is_file()
+    assert (tmp_path / "front.json").is_file()

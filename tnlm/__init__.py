@@ -14,6 +14,11 @@ import wrapt
 if TYPE_CHECKING:
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
+    from tnlm.design.configuration import Configuration
+    from tnlm.design.rules import Rule
+    from tnlm.design.space import DesignSpace
+    from tnlm.design.study import search
+    from tnlm.design.sweep import sweep
     from tnlm.errors import TnlmError
     from tnlm.evaluation import perplexity
     from tnlm.layers.arranged import arrange
@@ -39,6 +44,11 @@ _HOMES = {
     "report": "tnlm.api",
     "to_dense": "tnlm.api",
     "labelled": "tnlm.calibration.labelled",
+    "Configuration": "tnlm.design.configuration",
+    "Rule": "tnlm.design.rules",
+    "DesignSpace": "tnlm.design.space",
+    "search": "tnlm.design.study",
+    "sweep": "tnlm.design.sweep",
     "TnlmError": "tnlm.errors",
     "perplexity": "tnlm.evaluation",
     "arrange": "tnlm.layers.arranged",
@@ -57,8 +67,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Configuration",
+    "DesignSpace",
     "Plan",
     "Report",
+    "Rule",
     "TnlmError",
     "arrange",
     "compress",
@@ -76,6 +89,8 @@ __all__ = [
     "prune",
     "report",
     "save",
+    "search",
+    "sweep",
     "to_dense",
 ]
 

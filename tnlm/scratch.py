@@ -94,7 +94,7 @@ def from_config(
     """
     start = time.perf_counter()
     request = _request(scheme, keep, keep_targets, max_macs, options)
-    model = _skeleton(config, model_class, dtype)
+    model = skeleton(config, model_class, dtype)
     selection = select(model, request.scheme.targets if targets is None else targets, ignore)
     decided = settle(
         model, Job(request, selection, selection.targets), predict=False, progress=False
@@ -139,7 +139,7 @@ def _request(
     )
 
 
-def _skeleton(
+def skeleton(
     config: PreTrainedConfig, model_class: Any, dtype: torch.dtype | str | None
 ) -> PreTrainedModel:
     """Return the dense model without any data."""

@@ -1,0 +1,95 @@
+"""A journal: one JSON line a finished trial, so that a run which is killed loses none."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tnlm.errors import CheckpointError
+
+FORMAT_VERSION = 1
+Row = dict[str, Any]
+
+
+class Journal:
+    """A file of finished trials, each under a key; opened for more, or made.
+
+    Args:
+        path: the file; its folder is made. One process writes at a time.
+        about: what the trials are of, plain JSON values; a file about anything else is refused.
+
+    Attributes:
+        rows: the finished trials, by key.
+
+    Raises:
+        CheckpointError: if the file cannot be written, or is about something else; before any work.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "trials.jsonl"
+        >>> Journal(path, {"rank": 1}).add("a", {"loss": 2.0})
+        >>> Journal(path, {"rank": 1}).rows
+        {'a': {'loss': 2.0}}
+    """
+
+    def __init__(self, path: str | Path, about: Mapping[str, Any]) -> None:
+        """Open the file and read what is there."""
+        self._path = Path(path)
+        self.rows: dict[str, Row] = {}
+        header = {"format_version": FORMAT_VERSION, "about": json.loads(json.dumps(about))}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab+") as file:
+                file.seek(0)
+                content = file.read()
+                whole = content[: content.rfind(b"\n") + 1]
+                if len(whole) < len(content):  # a process was killed as it wrote its last line
+                    file.truncate(len(whole))
+        except OSError as error:
+            raise CheckpointError(f"the journal {path} cannot be written: {error}") from error
+        if whole:
+            self._read(whole, header)
+        else:
+            self._write(header)
+
+    def add(self, key: str, row: Row) -> None:
+        """Write a finished trial; it is on the disk when this returns.
+
+        Raises:
+            CheckpointError: if the file cannot be written any more.
+        """
+        self._write({"key": key, "row": row})
+        self.rows[key] = row
+
+    def _read(self, content: bytes, header: Mapping[str, Any]) -> None:
+        try:
+            first, *lines = [json.loads(line) for line in content.splitlines()]
+            self.rows = {line["key"]: line["row"] for line in lines}
+            differs = _difference(first, header)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self._path} is not a journal of trials: {error!r}") from error
+        if differs:
+            raise CheckpointError(
+                f"{self._path} is the journal of other trials: {differs} differs; "
+                "give another file, or the same model and space"
+            )
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        try:
+            with self._path.open("ab") as file:
+                file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"{self._path} cannot be written: {error}") from error
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return the first thing that two headers say differently, or an empty text."""
+    if found["format_version"] != wanted["format_version"]:
+        return "format_version"
+    old, new = found["about"], wanted["about"]
+    return next((name for name in {**old, **new} if old.get(name) != new.get(name)), "")
