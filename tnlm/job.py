@@ -4,42 +4,46 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import Batch, token_batches
-from tnlm.calibration.gradients import collect_gradients
-from tnlm.calibration.lora import lora_statistics
-from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA
+from tnlm.calibration.data import Batch
+from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
 from tnlm.calibration.metrics import Metric
-from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, OptionError, TargetError
 from tnlm.feed_forward import FeedForward, pairs
-from tnlm.memory import release
+from tnlm.gathering import Data, check_data, gather
 from tnlm.request import Request
 from tnlm.stacks import Stack, stack
 from tnlm.targets import Selection, Selector, Target, check_model, check_weights, select
 
+__all__ = ["Data", "Job", "Supplied", "prepare", "prepare_with"]
+
+Recover = Callable[[PreTrainedModel, Mapping[str, Tensor]], object]
+"""Trains a compressed model, given the dense weights of its layers by name."""
+
 
 @dataclass(frozen=True)
-class Data:
-    """Calibration data and how it is cut."""
+class Supplied:
+    """What takes the place of data, where a caller has trained already.
 
-    calibration: Any
-    tokenizer: Any
-    num_samples: int
-    max_length: int
-    cache_dir: str | Path | None
-    seed: int
-    gradient_samples: int = 16
-    training: Any = None
+    Attributes:
+        source: a copy of the model, whose weights are fitted in place of the model's own.
+        movement: the statistic ``movement`` of its targets.
+        recover: trains the compressed model in the end.
+        seconds: that it took, by stage.
+    """
+
+    source: PreTrainedModel
+    movement: Statistics
+    recover: Recover | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,6 +61,9 @@ class Job:
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
         loras: statistics of the gradients of a LoRA, if needed.
+        movement: where weights moved while they were pruned, if needed.
+        source: a trained copy of the model, whose weights are fitted in place of the model's own.
+        recover: trains the compressed model in the end, in place of the named recovery.
         seconds: wall time by stage.
     """
 
@@ -70,6 +77,9 @@ class Job:
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     loras: Statistics | None = None
+    movement: Statistics | None = None
+    source: PreTrainedModel | None = None
+    recover: Recover | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
 
@@ -78,6 +88,10 @@ class Job:
         """What may take the place of several matrices: pairs, if channels may be dropped."""
         drops = any("channels" in structure.kinds for structure in self.request.structures)
         return self.pairs if drops else ()
+
+    def weights_of(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the model whose weights are fitted: the one given, or its trained copy."""
+        return model if self.source is None else self.source
 
     def metric(self, target: Target, newer: Mapping[str, Tensor] | None = None) -> Metric:
         """Return how the error of a target is measured.
@@ -131,8 +145,9 @@ class Job:
         """Return how the metric weighs a column on average."""
         if not self.request.measure.needs:
             return 1.0
-        if LORA in self.request.measure.needs:
-            return float(self._statistic(target, "lora_inputs").mean()) or math.inf
+        for kind, name in ((LORA, "lora_inputs"), (MOVEMENT, "movement")):
+            if kind in self.request.measure.needs:
+                return float(self._statistic(target, name).mean()) or math.inf
         if self.request.measure.name == "diagonal":  # magnitudes, not their squares
             return float(self._statistic(target, "magnitude").mean())
         return moment
@@ -157,6 +172,7 @@ class Job:
             return _together(name, [self._statistic(member, name) for member in target.members])
         stores = {"gradient": self.gradients, "fisher": self.gradients}
         stores |= {"lora_inputs": self.loras, "lora_outputs": self.loras}
+        stores |= {"movement": self.movement}
         store = stores.get(name, self.inputs)
         if store is None:
             raise CalibrationError(f"{name} of {target.name} was not gathered")
@@ -164,7 +180,7 @@ class Job:
         rows = slice(target.part * target.shape[0], (target.part + 1) * target.shape[0])
         if name == "gradient":
             return tensor[rows, rows]
-        if name == "lora_inputs" and target.parts:
+        if name in ("lora_inputs", "movement") and target.parts:
             return tensor[target.part]
         return tensor[rows] if name in ("fisher", "lora_outputs") else tensor
 
@@ -189,85 +205,49 @@ def prepare(
 ) -> Job:
     """Check the model, choose targets, and gather the statistics that the request needs."""
     check_model(model)
-    _check_data(request, data)
-    selection = select(model, request.scheme.targets if targets is None else targets, ignore)
-    _check_kinds(request, selection)
-    check_weights(model, selection.targets)
+    check_data(request, data)
+    job = _chosen(model, request, targets, ignore)
     start = time.perf_counter()
-    units = stack(selection.targets, request.share)
-    job = Job(request, selection, units, pairs(model, selection.targets))
     if request.looks_at_data:
-        _gather(model, job, data, progress)
-    job.seconds["calibrate"] = time.perf_counter() - start
+        gather(model, job, data, progress)
+    job.seconds["calibrate"] = time.perf_counter() - start - job.seconds.get("prune", 0.0)
     return job
 
 
-def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None:
-    batches = token_batches(
-        data.calibration,
-        data.tokenizer,
-        num_samples=data.num_samples,
-        max_length=data.max_length,
-        seed=data.seed,
-    )
-    release()
-    needs = job.request.needs
-    modules = list(dict.fromkeys(target.module for target in job.selection.targets))
-    if INPUTS in needs:
-        job.inputs = collect(model, modules, batches, cache_dir=data.cache_dir, progress=progress)
-    if needs & {GRADIENTS, FISHER}:
-        job.gradients = collect_gradients(
-            model,
-            modules,
-            batches[: data.gradient_samples],
-            fisher=FISHER in needs,
-            # FWSVD and TFWSVD take the data's own labels; K-FAC the model's.
-            labels="data" if FISHER in needs else "sampled",
-            cache_dir=data.cache_dir,
-            progress=progress,
-        )
-    if LORA in needs:
-        job.loras = lora_statistics(
-            model,
-            {target.module: len(target.parts) or 1 for target in job.selection.targets},
-            batches[: data.gradient_samples],
-            kind="taylor" if job.request.measure.name == "lora-taylor" else "fisher",
-            cache_dir=data.cache_dir,
-            progress=progress,
-        )
-    if job.request.cascade != "none" or job.request.refine:
-        job.batches = batches
-    if job.request.recover != "none":
-        job.tokenizer = data.tokenizer
-        job.lessons = token_batches(
-            data.calibration if data.training is None else data.training,
-            data.tokenizer,
-            num_samples=max(1, -(-job.request.recover_tokens // data.max_length)),
-            max_length=data.max_length,
-            seed=data.seed,
-        )
-    release()
+def prepare_with(
+    model: PreTrainedModel,
+    request: Request,
+    targets: Selector | None,
+    ignore: Selector | None,
+    supplied: Supplied,
+) -> Job:
+    """Check the model and choose targets, as `prepare` does; what else is needed is given.
 
-
-def _check_data(request: Request, data: Data) -> None:
-    scheme, metric = request.scheme.name, request.measure.name
-    if request.looks_at_data and data.calibration is None:
-        raise CalibrationError(
-            f"scheme {scheme!r} with metric={metric!r} looks at data; pass "
-            "calibration= (texts, a file, token ids) and tokenizer="
-        )
-    if not request.looks_at_data and data.calibration is not None:
+    Raises:
+        OptionError: if the request needs more than is given.
+    """
+    check_model(model)
+    if request.needs != {MOVEMENT} or request.cascade != "none" or request.refine:
         raise OptionError(
-            f"calibration= has no effect on scheme {scheme!r} with metric='identity'; "
-            "leave it out, or choose a scheme or metric that looks at data: svd-llm, metric='input'"
+            f"metric={request.measure.name!r} with allocation={request.allocation.name!r}, "
+            f"cascade={request.cascade!r} and refine={request.refine} looks at calibration data, "
+            "and there is none: allowed is what needs the movement of weights alone"
         )
-    if not request.looks_at_data and data.cache_dir is not None:
-        raise OptionError("cache_dir= keeps calibration statistics, but no calibration is used")
-    if request.recover == "none" and data.training is not None:
-        raise OptionError("training= has no effect without recover=; leave it out")
-    samples = data.gradient_samples
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise OptionError(f"gradient_samples={samples!r}; allowed: a number >= 1")
+    job = _chosen(model, request, targets, ignore)
+    job.source, job.movement = supplied.source, supplied.movement
+    job.recover = supplied.recover
+    job.seconds.update(supplied.seconds)
+    return job
+
+
+def _chosen(
+    model: PreTrainedModel, request: Request, targets: Selector | None, ignore: Selector | None
+) -> Job:
+    selection = select(model, request.scheme.targets if targets is None else targets, ignore)
+    _check_kinds(request, selection)
+    check_weights(model, selection.targets)
+    units = stack(selection.targets, request.share)
+    return Job(request, selection, units, pairs(model, selection.targets))
 
 
 def _check_kinds(request: Request, selection: Selection) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,17 +19,17 @@ from tnlm.allocation.uniform import reprice
 from tnlm.errors import BudgetError, TargetError
 from tnlm.fitting import Fitting, by_module
 from tnlm.integrations.huggingface import TnlmConfig, attach
-from tnlm.job import Data, Job, prepare
+from tnlm.job import Data, Job, Supplied, prepare, prepare_with
 from tnlm.memory import release, unmap
 from tnlm.planning import Plan, total
 from tnlm.recovery.after import recover
 from tnlm.recovery.cascade import cascade
 from tnlm.recovery.refine import refine
 from tnlm.reporting import Report, with_errors
-from tnlm.request import make_request
+from tnlm.request import Request, make_request
 from tnlm.stacks import tie
 from tnlm.surgery import Shelf, Swap, install, replace_norm
-from tnlm.targets import members_of
+from tnlm.targets import Selector, members_of
 
 logger = logging.getLogger("tnlm")
 
@@ -39,7 +42,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     part = total(dense_cost(t, t.weight(model).element_size()) for t in chosen)
     limits = request.limits(cost, part)
     problem = Problem(
-        model,
+        job.weights_of(model),
         chosen,
         request.structures,
         job.metric,
@@ -131,8 +134,35 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
             )
     job.seconds["plan"] = 0.0
     layers = {layer.name: layer for layer in decided.layers}
-    priced = tuple(reprice(t, t.weight(model), layers[t.name]) for t in chosen)
+    read = job.weights_of(model)
+    priced = tuple(reprice(t, t.weight(read), layers[t.name]) for t in chosen)
     return replace(decided, layers=priced, model=model_cost(model)), job
+
+
+def compress_with(
+    model: PreTrainedModel,
+    request: Request,
+    supplied: Supplied,
+    *,
+    targets: Selector | None = None,
+    ignore: Selector | None = None,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Compress a model as `tnlm.compress` does, from weights and statistics that are given.
+
+    Args:
+        model: changed in place, or left as it was.
+        request: whose metric needs the movement of weights alone.
+        supplied: see `tnlm.job.Supplied`.
+        targets: the matrices chosen; the scheme has a default.
+        ignore: matrices left alone.
+        progress: show progress bars.
+
+    Raises:
+        TnlmError: one of its children, before the model is changed.
+    """
+    job = prepare_with(model, request, targets, ignore, supplied)
+    return carry_out(model, job, settle(model, job, predict=False, progress=progress), progress)
 
 
 def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -> PreTrainedModel:
@@ -140,19 +170,23 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     start = time.perf_counter()
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     teacher = copy.deepcopy(model) if job.request.recover == "distill" else None
+    read = job.weights_of(model)
     with Shelf() as shelf:
-        fitting = Fitting(model, job, decided, shelf)
-        _fit_all(model, job, fitting, progress)
+        fitting = Fitting(read, job, decided, shelf)
+        _fit_all(read, job, fitting, progress)
         if job.request.refine:
-            _refine_all(model, job, fitting, progress)
+            _refine_all(read, job, fitting, progress)
         entries = fitting.entries
         job.forget()
+        dense = _dense_weights(read, job, fitting)
         with Swap(model) as swap:
             for target in job.selection.targets:
                 if target.name in entries:
                     swap.spill(target.module)
             unmap(model)
             release()
+            if read is not model:
+                _take_over(model, read, swap)
             for group in by_module(job.selection.targets):
                 if group[0].name in entries:
                     modules, tied = install(model, swap, group, entries, shelf)
@@ -164,28 +198,62 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
             config.tied.update(fitting.ties)
             attach(model, config)
             if job.request.recover != "none":
-                _recover(model, job, teacher, progress)
+                _recover(model, job, teacher, dense, progress)
     spent = time.perf_counter() - start
     job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
-    tokens = job.inputs.tokens if job.inputs else 0
+    tokens = next((store.tokens for store in (job.inputs, job.movement) if store), 0)
     done = Report(with_errors(decided, fitting.errors), dict(job.seconds), tokens)
     model.tnlm_report = done  # type: ignore[assignment]
     return model
 
 
+def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[str, Tensor]:
+    """Return the weights that factorized layers stand for, if the layers are trained with them."""
+    if job.request.recover != "mixed-rank":
+        return {}
+    weights = {
+        target.name: target.weight(read)
+        for target in job.selection.targets
+        if target.kind == "linear" and "format" in fitting.entries.get(target.name, {})
+    }
+    # The model's own are about to go.
+    return weights if job.source else {name: weight.clone() for name, weight in weights.items()}
+
+
+def _take_over(model: PreTrainedModel, source: PreTrainedModel, swap: Swap) -> None:
+    """Put what was trained beside the targets into the model."""
+    for (_, own), (_, trained) in zip(
+        model.named_parameters(), source.named_parameters(), strict=True
+    ):
+        replaced = own.shape != trained.shape  # it is on the disk already
+        # What may be trained further is kept even if nothing has changed yet.
+        if not replaced and (own.requires_grad or not torch.equal(own, trained)):
+            swap.overwrite(own, trained.detach())
+
+
 def _recover(
-    model: PreTrainedModel, job: Job, teacher: PreTrainedModel | None, progress: bool
+    model: PreTrainedModel,
+    job: Job,
+    teacher: PreTrainedModel | None,
+    dense: Mapping[str, Tensor],
+    progress: bool,
 ) -> None:
     start = time.perf_counter()
-    recover(
-        model,
-        job.request.recover,
-        job.lessons,
-        tokens=job.request.recover_tokens,
-        teacher=teacher,
-        tokenizer=job.tokenizer,
-        progress=progress,
-    )
+    if job.recover is not None:
+        job.recover(model, dense)
+    else:
+        recover(
+            model,
+            job.request.recover,
+            job.lessons,
+            tokens=job.request.recover_tokens,
+            teacher=teacher,
+            dense=dense,
+            # All that was trained before the fit is restored if this fails, and may be trained on.
+            train="factors" if job.source is None else "all",
+            tokenizer=job.tokenizer,
+            progress=progress,
+        )
     job.seconds["recover"] = time.perf_counter() - start
 
 

@@ -12,6 +12,7 @@ from tnlm.calibration.measures import (
     INPUTS,
     LORA,
     MEASURES,
+    MOVEMENT,
     get_measure,
 )
 from tnlm.calibration.metrics import Metric
@@ -19,7 +20,7 @@ from tnlm.errors import OptionError
 
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
 NAMES |= {"gradient": GRADIENTS, "fisher": FISHER}
-NAMES |= {"lora_inputs": LORA, "lora_outputs": LORA}
+NAMES |= {"lora_inputs": LORA, "lora_outputs": LORA, "movement": MOVEMENT}
 OUT, IN = 4, 5
 
 
@@ -35,6 +36,7 @@ def statistics(gaussian, seed=0, shift=0.0):
         "fisher": squared,
         "lora_inputs": squared.sum(0),
         "lora_outputs": squared.sum(1),
+        "movement": gaussian(IN, seed=seed + 3).square() + 0.1,
     }
 
 
@@ -84,6 +86,7 @@ def test_every_measure_is_its_formula(seed, shift, gaussian):
         "lora-fisher": (F.sum(0) * error.square()).sum(),
         "lora-taylor": (F.sum(0) * error.square()).sum(),
         "lora-both": (torch.outer(F.sum(1), F.sum(0)) / F.sum(1).mean() * error.square()).sum(),
+        "movement": (found["movement"] * error.square()).sum(),
     }
     assert set(expected) == set(MEASURES)
     for name, value in expected.items():

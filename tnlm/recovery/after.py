@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
-
-LABEL = "labels"
+from tnlm.recovery.tasks import LABEL, row_of, steps_for, training_batches
 
 
 def recover(
@@ -19,6 +19,8 @@ def recover(
     *,
     tokens: int,
     teacher: PreTrainedModel | None = None,
+    dense: Mapping[str, Tensor] | None = None,
+    train: str = "factors",
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
@@ -27,10 +29,12 @@ def recover(
 
     Args:
         model: compressed.
-        kind: ``"lora"``, ``"distill"`` or ``"finetune"``.
+        kind: ``"lora"``, ``"distill"``, ``"finetune"`` or ``"mixed-rank"``.
         data: training sequences.
         tokens: tokens it is trained on.
         teacher: the dense model, for ``"distill"``.
+        dense: weights that were fitted, by the name of the layer, for ``"mixed-rank"``.
+        train: what ``"mixed-rank"`` trains.
         tokenizer: for masked language models.
         seed: of the order of the data.
         progress: show a progress bar.
@@ -43,7 +47,16 @@ def recover(
     from tnlm.recovery.heal import heal
     from tnlm.recovery.training import finetune
 
-    rows = [_row(batch) for batch in data]
+    if kind == "mixed-rank":
+        from tnlm.recovery.mixed_rank import mixed_rank_finetune
+
+        batches = training_batches(model, data, tokenizer, seed=seed)
+        steps = steps_for(batches, tokens)
+        mixed_rank_finetune(
+            model, dense or {}, batches, steps=steps, train=train, seed=seed, progress=progress
+        )
+        return
+    rows = [row_of(batch) for batch in data]
     common: dict[str, Any] = {
         "tokens": tokens,
         "tokenizer": tokenizer,
@@ -62,9 +75,3 @@ def recover(
         distill(model, teacher, rows, **common)
     else:
         finetune(model, rows, **common)
-
-
-def _row(batch: Batch) -> dict[str, Any]:
-    """Return a batch of one sequence as a row, with its class if it has one."""
-    row: dict[str, Any] = {"input_ids": batch["input_ids"][0][batch["attention_mask"][0].bool()]}
-    return row | ({LABEL: int(batch["labels"][0])} if "labels" in batch else {})
