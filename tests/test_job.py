@@ -44,13 +44,13 @@ def job_of(metric, gaussian, *, silent=(), allocation="loss", **changes):
     for name in silent:
         found[name] = torch.zeros_like(found[name])
     stores = []
-    loras = ("lora_inputs", "lora_outputs")
-    for names in (INPUTS_OF, ("gradient", "fisher"), loras, ("movement",)):
+    for names in (INPUTS_OF, ("gradient", "fisher"), ("lora_inputs", "lora_outputs")):
         store = Statistics(tokens=20)
         store.put("a.q", ["a.q"], {name: found[name] for name in names})
         stores.append(store)
     asked = request(metric=metric, allocation=allocation)
-    given = dict(zip(("inputs", "gradients", "loras", "movement"), stores, strict=True))
+    given = dict(zip(("inputs", "gradients", "loras"), stores, strict=True))
+    given["movement"] = {TARGET.name: found["movement"]}
     return Job(asked, Selection([TARGET]), [TARGET], **given), found
 
 
@@ -123,7 +123,7 @@ def test_a_model_gives_every_measure_what_it_needs(name, tiny_llama):
     needs = job.request.needs
     assert (job.inputs is not None) == (INPUTS in needs)
     assert (job.loras is not None) == (LORA in needs)
-    assert (job.movement is not None) == (job.source is not None) == (MOVEMENT in needs)
+    assert bool(job.movement) == (job.source is not None) == (MOVEMENT in needs)
     assert (job.gradients is not None) == bool(needs & {GRADIENTS, FISHER})
     assert len(job.units) == 4
     for target in job.units:

@@ -1,8 +1,7 @@
-"""What a job learns from data: statistics, and a trained copy of the model where that is asked."""
+"""What a job learns from data: statistics, and a pruned copy of the model where that is asked."""
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from tnlm.calibration.data import Batch, token_batches
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.lora import lora_statistics
 from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
+from tnlm.calibration.movement import column_weights
 from tnlm.calibration.statistics import collect
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.memory import release
-from tnlm.recovery.movement import movement_prune, movement_statistics
-from tnlm.recovery.tasks import steps_for, training_batches
+from tnlm.recovery.after import as_lessons
 from tnlm.request import Request
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ class Data:
 def check_data(request: Request, data: Data) -> None:
     """Raise a `TnlmError` unless data is given where it is needed, and only there."""
     scheme, metric = request.scheme.name, request.measure.name
-    if request.looks_at_data and data.calibration is None:
+    given = data.calibration is not None or (data.training is not None and not request.measures)
+    if request.looks_at_data and not given:
         raise CalibrationError(
             f"scheme {scheme!r} with metric={metric!r} looks at data; pass "
             "calibration= (texts, a file, token ids) and tokenizer="
@@ -67,19 +67,21 @@ def check_data(request: Request, data: Data) -> None:
 
 def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None:
     """Gather the statistics that a job needs, and the data that its later steps do."""
-    batches = token_batches(
-        data.calibration,
-        data.tokenizer,
-        num_samples=data.num_samples,
-        max_length=data.max_length,
-        seed=data.seed,
-    )
+    batches: list[Batch] = []
+    if data.calibration is not None:
+        batches = token_batches(
+            data.calibration,
+            data.tokenizer,
+            num_samples=data.num_samples,
+            max_length=data.max_length,
+            seed=data.seed,
+        )
     release()
     if job.request.trains:
         job.tokenizer, job.lessons = data.tokenizer, _lessons(job, data)
     needs = job.request.needs
     if MOVEMENT in needs:
-        _prune(model, job, data.seed, progress)
+        _prune(model, job, data, progress)
         model = job.weights_of(model)
     modules = list(dict.fromkeys(target.module for target in job.selection.targets))
     if INPUTS in needs:
@@ -120,14 +122,24 @@ def _lessons(job: Job, data: Data) -> list[Batch]:
     )
 
 
-def _prune(model: PreTrainedModel, job: Job, seed: int, progress: bool) -> None:
+def _prune(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None:
     """Train and prune a copy of the model, which is then what is fitted."""
+    # The trainer takes longer to import than all the rest.
+    from tnlm.recovery.movement import movement_prune
+
     start = time.perf_counter()
-    batches = training_batches(model, job.lessons, job.tokenizer, seed=seed)
-    steps = steps_for(batches, job.request.recover_tokens)
-    targets = job.selection.targets
-    modules = list(dict.fromkeys(target.module for target in targets))
-    job.source = copy.deepcopy(model)
-    found = movement_prune(job.source, modules, batches, steps=steps, seed=seed, progress=progress)
-    job.movement = movement_statistics(found, targets, batches)
+    lessons = as_lessons(job.lessons, job.request.recover_tokens)
+    found = movement_prune(
+        model,
+        lessons.pop("data"),
+        job.selection.targets,
+        tokenizer=data.tokenizer,
+        seed=data.seed,
+        progress=progress,
+        **lessons,
+    )
+    job.source = found.model
+    job.movement = {
+        name: column_weights(scores, found.masks[name]) for name, scores in found.scores.items()
+    }
     job.seconds["prune"] = time.perf_counter() - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,34 +16,14 @@ from tnlm.calibration.data import Batch
 from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
 from tnlm.calibration.metrics import Metric
 from tnlm.calibration.store import Statistics
-from tnlm.errors import CalibrationError, OptionError, TargetError
+from tnlm.errors import CalibrationError, TargetError
 from tnlm.feed_forward import FeedForward, pairs
 from tnlm.gathering import Data, check_data, gather
 from tnlm.request import Request
 from tnlm.stacks import Stack, stack
 from tnlm.targets import Selection, Selector, Target, check_model, check_weights, select
 
-__all__ = ["Data", "Job", "Supplied", "prepare", "prepare_with"]
-
-Recover = Callable[[PreTrainedModel, Mapping[str, Tensor]], object]
-"""Trains a compressed model, given the dense weights of its layers by name."""
-
-
-@dataclass(frozen=True)
-class Supplied:
-    """What takes the place of data, where a caller has trained already.
-
-    Attributes:
-        source: a copy of the model, whose weights are fitted in place of the model's own.
-        movement: the statistic ``movement`` of its targets.
-        recover: trains the compressed model in the end.
-        seconds: that it took, by stage.
-    """
-
-    source: PreTrainedModel
-    movement: Statistics
-    recover: Recover | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+__all__ = ["Data", "Job", "prepare"]
 
 
 @dataclass
@@ -61,9 +41,8 @@ class Job:
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
         loras: statistics of the gradients of a LoRA, if needed.
-        movement: where weights moved while they were pruned, if needed.
-        source: a trained copy of the model, whose weights are fitted in place of the model's own.
-        recover: trains the compressed model in the end, in place of the named recovery.
+        movement: weights of columns by the target's name, if the model is pruned.
+        source: the pruned copy, whose weights are fitted in place of the model's own.
         seconds: wall time by stage.
     """
 
@@ -77,9 +56,8 @@ class Job:
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     loras: Statistics | None = None
-    movement: Statistics | None = None
+    movement: Mapping[str, Tensor] = field(default_factory=dict)
     source: PreTrainedModel | None = None
-    recover: Recover | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
 
@@ -90,7 +68,7 @@ class Job:
         return self.pairs if drops else ()
 
     def weights_of(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return the model whose weights are fitted: the one given, or its trained copy."""
+        """Return the model whose weights are fitted: the one given, or its pruned copy."""
         return model if self.source is None else self.source
 
     def metric(self, target: Target, newer: Mapping[str, Tensor] | None = None) -> Metric:
@@ -170,9 +148,10 @@ class Job:
     def _statistic(self, target: Target, name: str) -> Tensor:
         if isinstance(target, Stack):
             return _together(name, [self._statistic(member, name) for member in target.members])
+        if name == "movement" and target.name in self.movement:
+            return self.movement[target.name]
         stores = {"gradient": self.gradients, "fisher": self.gradients}
         stores |= {"lora_inputs": self.loras, "lora_outputs": self.loras}
-        stores |= {"movement": self.movement}
         store = stores.get(name, self.inputs)
         if store is None:
             raise CalibrationError(f"{name} of {target.name} was not gathered")
@@ -180,7 +159,7 @@ class Job:
         rows = slice(target.part * target.shape[0], (target.part + 1) * target.shape[0])
         if name == "gradient":
             return tensor[rows, rows]
-        if name in ("lora_inputs", "movement") and target.parts:
+        if name == "lora_inputs" and target.parts:
             return tensor[target.part]
         return tensor[rows] if name in ("fisher", "lora_outputs") else tensor
 
@@ -206,48 +185,16 @@ def prepare(
     """Check the model, choose targets, and gather the statistics that the request needs."""
     check_model(model)
     check_data(request, data)
-    job = _chosen(model, request, targets, ignore)
+    selection = select(model, request.scheme.targets if targets is None else targets, ignore)
+    _check_kinds(request, selection)
+    check_weights(model, selection.targets)
     start = time.perf_counter()
+    units = stack(selection.targets, request.share)
+    job = Job(request, selection, units, pairs(model, selection.targets))
     if request.looks_at_data:
         gather(model, job, data, progress)
     job.seconds["calibrate"] = time.perf_counter() - start - job.seconds.get("prune", 0.0)
     return job
-
-
-def prepare_with(
-    model: PreTrainedModel,
-    request: Request,
-    targets: Selector | None,
-    ignore: Selector | None,
-    supplied: Supplied,
-) -> Job:
-    """Check the model and choose targets, as `prepare` does; what else is needed is given.
-
-    Raises:
-        OptionError: if the request needs more than is given.
-    """
-    check_model(model)
-    if request.needs != {MOVEMENT} or request.cascade != "none" or request.refine:
-        raise OptionError(
-            f"metric={request.measure.name!r} with allocation={request.allocation.name!r}, "
-            f"cascade={request.cascade!r} and refine={request.refine} looks at calibration data, "
-            "and there is none: allowed is what needs the movement of weights alone"
-        )
-    job = _chosen(model, request, targets, ignore)
-    job.source, job.movement = supplied.source, supplied.movement
-    job.recover = supplied.recover
-    job.seconds.update(supplied.seconds)
-    return job
-
-
-def _chosen(
-    model: PreTrainedModel, request: Request, targets: Selector | None, ignore: Selector | None
-) -> Job:
-    selection = select(model, request.scheme.targets if targets is None else targets, ignore)
-    _check_kinds(request, selection)
-    check_weights(model, selection.targets)
-    units = stack(selection.targets, request.share)
-    return Job(request, selection, units, pairs(model, selection.targets))
 
 
 def _check_kinds(request: Request, selection: Selection) -> None:

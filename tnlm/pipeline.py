@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -19,17 +18,17 @@ from tnlm.allocation.uniform import reprice
 from tnlm.errors import BudgetError, TargetError
 from tnlm.fitting import Fitting, by_module
 from tnlm.integrations.huggingface import TnlmConfig, attach
-from tnlm.job import Data, Job, Supplied, prepare, prepare_with
+from tnlm.job import Data, Job, prepare
 from tnlm.memory import release, unmap
 from tnlm.planning import Plan, total
 from tnlm.recovery.after import recover
 from tnlm.recovery.cascade import cascade
 from tnlm.recovery.refine import refine
 from tnlm.reporting import Report, with_errors
-from tnlm.request import Request, make_request
+from tnlm.request import make_request
 from tnlm.stacks import tie
 from tnlm.surgery import Shelf, Swap, install, replace_norm
-from tnlm.targets import Selector, members_of
+from tnlm.targets import members_of
 
 logger = logging.getLogger("tnlm")
 
@@ -139,32 +138,6 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
     return replace(decided, layers=priced, model=model_cost(model)), job
 
 
-def compress_with(
-    model: PreTrainedModel,
-    request: Request,
-    supplied: Supplied,
-    *,
-    targets: Selector | None = None,
-    ignore: Selector | None = None,
-    progress: bool = True,
-) -> PreTrainedModel:
-    """Compress a model as `tnlm.compress` does, from weights and statistics that are given.
-
-    Args:
-        model: changed in place, or left as it was.
-        request: whose metric needs the movement of weights alone.
-        supplied: see `tnlm.job.Supplied`.
-        targets: the matrices chosen; the scheme has a default.
-        ignore: matrices left alone.
-        progress: show progress bars.
-
-    Raises:
-        TnlmError: one of its children, before the model is changed.
-    """
-    job = prepare_with(model, request, targets, ignore, supplied)
-    return carry_out(model, job, settle(model, job, predict=False, progress=progress), progress)
-
-
 def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -> PreTrainedModel:
     """Fit every matrix, then swap them all in; any failure leaves or restores the model."""
     start = time.perf_counter()
@@ -185,8 +158,6 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
                     swap.spill(target.module)
             unmap(model)
             release()
-            if read is not model:
-                _take_over(model, read, swap)
             for group in by_module(job.selection.targets):
                 if group[0].name in entries:
                     modules, tied = install(model, swap, group, entries, shelf)
@@ -201,7 +172,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
                 _recover(model, job, teacher, dense, progress)
     spent = time.perf_counter() - start
     job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
-    tokens = next((store.tokens for store in (job.inputs, job.movement) if store), 0)
+    tokens = job.inputs.tokens if job.inputs else 0
     done = Report(with_errors(decided, fitting.errors), dict(job.seconds), tokens)
     model.tnlm_report = done  # type: ignore[assignment]
     return model
@@ -220,17 +191,6 @@ def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[st
     return weights if job.source else {name: weight.clone() for name, weight in weights.items()}
 
 
-def _take_over(model: PreTrainedModel, source: PreTrainedModel, swap: Swap) -> None:
-    """Put what was trained beside the targets into the model."""
-    for (_, own), (_, trained) in zip(
-        model.named_parameters(), source.named_parameters(), strict=True
-    ):
-        replaced = own.shape != trained.shape  # it is on the disk already
-        # What may be trained further is kept even if nothing has changed yet.
-        if not replaced and (own.requires_grad or not torch.equal(own, trained)):
-            swap.overwrite(own, trained.detach())
-
-
 def _recover(
     model: PreTrainedModel,
     job: Job,
@@ -239,21 +199,16 @@ def _recover(
     progress: bool,
 ) -> None:
     start = time.perf_counter()
-    if job.recover is not None:
-        job.recover(model, dense)
-    else:
-        recover(
-            model,
-            job.request.recover,
-            job.lessons,
-            tokens=job.request.recover_tokens,
-            teacher=teacher,
-            dense=dense,
-            # All that was trained before the fit is restored if this fails, and may be trained on.
-            train="factors" if job.source is None else "all",
-            tokenizer=job.tokenizer,
-            progress=progress,
-        )
+    recover(
+        model,
+        job.request.recover,
+        job.lessons,
+        tokens=job.request.recover_tokens,
+        teacher=teacher,
+        dense=dense,
+        tokenizer=job.tokenizer,
+        progress=progress,
+    )
     job.seconds["recover"] = time.perf_counter() - start
 
 

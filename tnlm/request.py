@@ -93,9 +93,13 @@ class Request:
 
     @property
     def looks_at_data(self) -> bool:
-        """Whether calibration data is needed."""
-        tunes = self.refine > 0 or self.recover != "none"
-        return bool(self.needs) or self.cascade != "none" or tunes
+        """Whether data is needed."""
+        return self.measures or self.trains
+
+    @property
+    def measures(self) -> bool:
+        """Whether calibration data is needed for more than training."""
+        return bool(self.needs - {MOVEMENT}) or self.cascade != "none" or self.refine > 0
 
     def limits(self, model: Cost, targets: Cost) -> Limits:
         """Return what the matrices may cost.

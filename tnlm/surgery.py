@@ -50,7 +50,6 @@ class Swap:
         self._replaced: list[tuple[str, nn.Module]] = []
         self._spilled: dict[nn.Parameter, Path] = {}
         self._biases: list[tuple[nn.Parameter, Tensor]] = []
-        self._overwritten: list[tuple[nn.Parameter, Path]] = []
         owners = [owner for owner in (model, getattr(model, "config", None)) if owner is not None]
         self._attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
         self._directory = tempfile.TemporaryDirectory(prefix="tnlm-")
@@ -63,14 +62,6 @@ class Swap:
             save_file({"weight": weight.detach().contiguous()}, path)
             self._spilled[weight] = path
             weight.data = weight.data.new_empty(0)
-
-    def overwrite(self, parameter: nn.Parameter, values: Tensor) -> None:
-        """Put other numbers into a parameter, whose own wait in a file."""
-        path = Path(self._directory.name) / f"values-{len(self._overwritten)}.safetensors"
-        save_file({"values": parameter.detach().contiguous()}, path)
-        self._overwritten.append((parameter, path))
-        with torch.no_grad():
-            parameter.copy_(values)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module in the place of another, whose weight moves to a file."""
@@ -96,8 +87,6 @@ class Swap:
                 weight.data = load_file(path)["weight"].clone().to(weight.data.device)
             for bias, values in self._biases:
                 bias.data.copy_(values)
-            for parameter, path in self._overwritten:
-                parameter.data.copy_(load_file(path)["values"])
             for name, module in reversed(self._replaced):
                 self._model.set_submodule(name, module)
             for now, before in self._attributes:

@@ -81,7 +81,7 @@ def token_batches(
     return [_collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
 
-def count_tokens(batches: Iterable[Mapping[str, Tensor]]) -> int:
+def count_tokens(batches: Iterable[Batch]) -> int:
     """Count the tokens that are not masked.
 
     Example:

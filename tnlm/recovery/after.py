@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
-from tnlm.recovery.tasks import LABEL, row_of, steps_for, training_batches
+
+LABEL = "labels"
 
 
 def recover(
@@ -20,7 +21,6 @@ def recover(
     tokens: int,
     teacher: PreTrainedModel | None = None,
     dense: Mapping[str, Tensor] | None = None,
-    train: str = "factors",
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
@@ -34,7 +34,6 @@ def recover(
         tokens: tokens it is trained on.
         teacher: the dense model, for ``"distill"``.
         dense: weights that were fitted, by the name of the layer, for ``"mixed-rank"``.
-        train: what ``"mixed-rank"`` trains.
         tokenizer: for masked language models.
         seed: of the order of the data.
         progress: show a progress bar.
@@ -45,33 +44,44 @@ def recover(
     """
     from tnlm.recovery.distillation import distill
     from tnlm.recovery.heal import heal
+    from tnlm.recovery.mixed_rank import mixed_rank
     from tnlm.recovery.training import finetune
 
-    if kind == "mixed-rank":
-        from tnlm.recovery.mixed_rank import mixed_rank_finetune
-
-        batches = training_batches(model, data, tokenizer, seed=seed)
-        steps = steps_for(batches, tokens)
-        mixed_rank_finetune(
-            model, dense or {}, batches, steps=steps, train=train, seed=seed, progress=progress
-        )
-        return
-    rows = [row_of(batch) for batch in data]
-    common: dict[str, Any] = {
-        "tokens": tokens,
-        "tokenizer": tokenizer,
-        "max_length": max(len(row["input_ids"]) for row in rows),
-        "label": LABEL,
-        "seed": seed,
-        "progress": progress,
-    }
+    lessons = as_lessons(data, tokens)
+    rows = lessons.pop("data")
+    common = lessons | {"tokenizer": tokenizer, "seed": seed, "progress": progress}
     if kind == "lora":
+        del common["epochs"]  # data that is short is used again
         heal(model, rows, **common)
-        return
-    # Data that is short is used again.
-    again = max(1.0, tokens / sum(len(row["input_ids"]) for row in rows))
-    common |= {"train": "factors", "epochs": again}
-    if kind == "distill" and teacher is not None:
-        distill(model, teacher, rows, **common)
+    elif kind == "mixed-rank":
+        mixed_rank(model, dense or {}, rows, **common)
+    elif kind == "distill" and teacher is not None:
+        distill(model, teacher, rows, train="factors", **common)
     else:
-        finetune(model, rows, **common)
+        finetune(model, rows, train="factors", **common)
+
+
+def as_lessons(data: Sequence[Batch], tokens: int) -> dict[str, Any]:
+    """Return sequences, and how they are read, as `tnlm.recovery.training.finetune` takes them.
+
+    Example:
+        >>> import torch
+        >>> batch = {"input_ids": torch.arange(4)[None], "attention_mask": torch.ones(1, 4)}
+        >>> as_lessons([batch], tokens=6)["epochs"]  # data that is short is used again
+        1.5
+    """
+    rows = [_row(batch) for batch in data]
+    lengths = [len(row["input_ids"]) for row in rows]
+    return {
+        "data": rows,
+        "tokens": tokens,
+        "epochs": max(1.0, tokens / sum(lengths)),
+        "max_length": max(lengths),
+        "label": LABEL,
+    }
+
+
+def _row(batch: Batch) -> dict[str, Any]:
+    """Return a batch of one sequence as a row, with its class if it has one."""
+    row: dict[str, Any] = {"input_ids": batch["input_ids"][0][batch["attention_mask"][0].bool()]}
+    return row | ({LABEL: int(batch["labels"][0])} if "labels" in batch else {})

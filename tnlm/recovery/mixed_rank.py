@@ -6,26 +6,75 @@ are tnlm's own.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel
 
-from tnlm.errors import OptionError, TargetError, did_you_mean
+from tnlm.errors import OptionError, TargetError
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.lessons import logit_loss
-from tnlm.recovery.loop import Batches, backward, check_course, clip, guarded, in_turn, usable
-from tnlm.recovery.schedule import linear
+from tnlm.recovery.training import finetune
 
-TRAIN = ("all", "factors")
-WARM_UP = 0.1
-"""Share of the steps over which the learning rate rises; it then falls along a cosine to 0."""
+
+def mixed_rank(
+    model: PreTrainedModel,
+    dense: Mapping[str, Tensor],
+    data: Any,
+    *,
+    start: float = 0.5,
+    consistency: float = 1.0,
+    **options: Any,
+) -> PreTrainedModel:
+    """Train the factors of a model in place, with layers that are dense now and then.
+
+    Every layer is a `MixedRank` while it is trained, with a probability p that falls along a line
+    from ``start`` to 0, where the training ends. Each batch takes two passes with draws of their
+    own. The loss is the mean of the model's own two losses, plus ``consistency`` times
+    KL(first || second) of the predictions (as both passes are drawn alike, the other direction is
+    the same in expectation). The dense weights are not trained, and gone in the end.
+
+    Args:
+        model: compressed.
+        dense: weights ``(out, in)`` by the name of a factorized linear layer.
+        data: see :func:`tnlm.recovery.training.finetune`.
+        start: p at the first step.
+        consistency: weight of the divergence between the passes; at 0 there is one pass.
+        **options: as ``finetune`` takes them, but for ``train`` and ``output_dir``.
+
+    Returns:
+        The model.
+
+    Raises:
+        OptionError: for an option out of range, or a weight of another shape.
+        TargetError: if there is no weight, or a name is of no factorized linear layer.
+        TrainingError: as ``finetune`` raises it.
+
+    Example:
+        >>> import tnlm
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+        >>> name = "transformer.h.0.mlp.c_fc"
+        >>> dense = {name: model.get_submodule(name).weight.detach().T.clone()}
+        >>> model = tnlm.compress(model, "svd", targets=["c_fc"], keep_targets=0.5)
+        >>> model = mixed_rank(model, dense, torch.arange(64) % 9, max_length=16, progress=False)
+        >>> type(model.get_submodule(name)).__name__
+        'FactorizedLinear'
+    """
+    _check_probability("start", start)
+    if not 0 <= consistency < float("inf"):
+        raise OptionError(f"consistency={consistency!r}; allowed: a finite weight of at least 0")
+    if "output_dir" in options:
+        raise OptionError("output_dir= has no effect: this training is not resumed; leave it out")
+    with mixed(model, dense) as layers:
+        make = partial(MixedRankTrainer, layers=layers, start=start, consistency=consistency)
+        return finetune(model, data, train="factors", trainer=make, **options)
 
 
 class MixedRank(nn.Module):
@@ -37,9 +86,8 @@ class MixedRank(nn.Module):
 
     Args:
         factorized: any factorized linear layer.
-        dense: W, ``(out, in)``; moved to the factors' dtype and device, and copied if trained.
+        dense: W, ``(out, in)``, which is not trained.
         probability: p.
-        trained: whether W requires gradients.
 
     Raises:
         OptionError: if W has another shape, or p is no probability.
@@ -56,25 +104,20 @@ class MixedRank(nn.Module):
         True
     """
 
+    dense: Tensor
+
     def __init__(
-        self,
-        factorized: FactorizedLinear,
-        dense: Tensor,
-        probability: float = 0.0,
-        *,
-        trained: bool = False,
+        self, factorized: FactorizedLinear, dense: Tensor, probability: float = 0.0
     ) -> None:
         """Hold both; see the class for the arguments."""
         super().__init__()
-        if dense.shape != (factorized.out_features, factorized.in_features):
-            raise OptionError(
-                f"a dense weight {tuple(dense.shape)} for a layer of shape "
-                f"{(factorized.out_features, factorized.in_features)}"
-            )
-        check_probability("probability", probability)
-        like = next(factorized.parameters())
+        shape = (factorized.out_features, factorized.in_features)
+        if dense.shape != shape:
+            raise OptionError(f"a dense weight {tuple(dense.shape)} for a layer of shape {shape}")
+        _check_probability("probability", probability)
         self.factorized = factorized
-        self.dense = nn.Parameter(dense.detach().to(like, copy=trained), requires_grad=trained)
+        like = next(factorized.parameters())
+        self.register_buffer("dense", dense.detach().to(like), persistent=False)
         self.probability = probability
         self.train(factorized.training)
 
@@ -86,182 +129,80 @@ class MixedRank(nn.Module):
         return factorized
 
 
-def mixed_rank_finetune(
-    model: PreTrainedModel,
-    dense_weights: Mapping[str, Tensor],
-    batches: Batches,
-    *,
-    steps: int | None = None,
-    learning_rate: float = 5e-5,
-    start: float = 0.5,
-    consistency: float = 1.0,
-    train: str = "all",
-    train_dense: bool = False,
-    seed: int = 0,
-    progress: bool = True,
-) -> PreTrainedModel:
-    """Train a compressed model in place, with layers that are their dense weights now and then.
-
-    Every layer is a `MixedRank` while it is trained, with a probability p that falls along a line
-    to 0 at the last step. Each batch takes two passes with draws of their own. The loss is the mean
-    of the model's own two losses, plus ``consistency`` times KL(first || second) of the predictions
-    (as both passes are drawn alike, the other direction is the same in expectation). In the end the
-    dense weights are gone, and the model is exactly the factorized one.
-
-    If anything fails its weights are what they were.
-
-    Args:
-        model: compressed; trained in train mode, so that dropout too tells the passes apart.
-        dense_weights: ``(out, in)`` by the name of a factorized linear layer.
-        batches: ``input_ids``, ``attention_mask`` and ``labels``; drawn at random, and again where
-            they are short.
-        steps: one batch each; None for two passes over the batches.
-        learning_rate: of AdamW, at its highest.
-        start: p at the first step.
-        consistency: weight of the divergence between the passes; at 0 there is one pass.
-        train: ``"all"``, the factors and all other parameters that require gradients, or the
-            ``"factors"`` alone.
-        train_dense: whether the dense weights are trained, too.
-        seed: of all that is drawn.
-        progress: show a progress bar.
-
-    Returns:
-        The model.
-
-    Raises:
-        OptionError: for an option out of range, or a weight of another shape.
-        TargetError: if there is no weight, or a name is of no factorized linear layer.
-        CalibrationError: if there are no batches, labels or predictions.
-        TrainingError: if a loss, gradient or weight is not finite.
-
-    Example:
-        >>> import tnlm
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
-        ...                    num_hidden_layers=1, num_attention_heads=2)
-        >>> model = LlamaForCausalLM(tiny)
-        >>> name = "model.layers.0.mlp.up_proj"
-        >>> dense = {name: model.get_submodule(name).weight.detach().clone()}
-        >>> model = tnlm.compress(model, "svd", keep_targets=0.5)
-        >>> ids = torch.arange(16).reshape(2, 8)
-        >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        >>> model = mixed_rank_finetune(model, dense, [batch], steps=4, progress=False)
-        >>> type(model.get_submodule(name)).__name__
-        'FactorizedLinear'
-    """
-    check_course(steps, 1, learning_rate)
-    check_probability("start", start)
-    if not 0 <= consistency < math.inf:
-        raise OptionError(f"consistency={consistency!r}; allowed: a finite weight of at least 0")
-    if train not in TRAIN:
-        raise OptionError(f"train={train!r}{did_you_mean(str(train), TRAIN)}")
-    found = usable(model, batches)
-    steps = 2 * len(batches) if steps is None else steps
-    factors = {id(p) for p in _factors(model, dense_weights)}
-    trained = [
-        p for p in model.parameters() if id(p) in factors or (train == "all" and p.requires_grad)
-    ]
-    with (
-        guarded(model, trained, seed),
-        mixed(model, dense_weights, train_dense) as layers,
-    ):
-        learned = [*trained, *(layer.dense for layer in layers if train_dense)]
-        adam = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0)
-        rates = get_cosine_schedule_with_warmup(adam, max(1, round(WARM_UP * steps)), steps + 1)
-        rounds = enumerate(in_turn(model, found, steps))
-        for step, batch in tqdm(
-            rounds, total=steps, desc="fine-tuning", unit="step", disable=not progress
-        ):
-            for layer in layers:
-                layer.probability = linear(step, steps - 1, start=start)
-            adam.zero_grad()
-            backward(_loss(model, batch, consistency), step, steps)
-            clip(learned, step, steps)
-            adam.step()
-            rates.step()
-    return model
-
-
 @contextmanager
-def mixed(
-    model: PreTrainedModel, dense_weights: Mapping[str, Tensor], trained: bool = False
-) -> Iterator[list[MixedRank]]:
+def mixed(model: PreTrainedModel, dense: Mapping[str, Tensor]) -> Iterator[list[MixedRank]]:
     """Wrap layers as `MixedRank` while a block of code runs, at p = 0, and unwrap them after.
 
     Args:
         model: changed in place.
-        dense_weights: ``(out, in)`` by the name of a factorized linear layer.
-        trained: whether the dense weights require gradients.
+        dense: weights ``(out, in)`` by the name of a factorized linear layer.
 
     Raises:
         TargetError: if there is no weight, or a name is of no factorized linear layer.
         OptionError: if a weight has another shape.
     """
-    layers = _layers(model, dense_weights)
-    wrapped = {
-        name: MixedRank(layer, dense_weights[name], trained=trained)
-        for name, layer in layers.items()
-    }
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {name: modules.get(name) for name in dense}
+    if not layers:
+        raise TargetError("there is no factorized linear layer to train with its dense weight")
+    wrapped = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, FactorizedLinear):
+            kind = "no module" if layer is None else f"a {type(layer).__name__}"
+            raise TargetError(f"{kind} at {name!r}; name factorized linear layers")
+        wrapped[name] = MixedRank(layer, dense[name])
     try:
         for name, wrapper in wrapped.items():
             model.set_submodule(name, wrapper)
         yield list(wrapped.values())
     finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
+        for name, wrapper in wrapped.items():
+            model.set_submodule(name, wrapper.factorized)
 
 
-def consistency_loss(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return KL(first || second) of two passes' predictions, averaged over positions.
-
-    Gradients flow into both.
+class MixedRankTrainer(GuardedTrainer):
+    """Trains a model by two passes of every batch, with draws of their own.
 
     Args:
-        first: logits ``(..., choices)``.
-        second: logits of the same shape.
-        mask: ``(...)``, 0 where a position is padding; None to count all.
-
-    Example:
-        >>> x = torch.tensor([[0.0, 1.0]])
-        >>> float(consistency_loss(x, x)), round(float(consistency_loss(x, -x)), 3)
-        (0.0, 0.462)
+        layers: of the model.
+        start: their probability at the first step.
+        consistency: weight of the divergence between the passes.
+        **arguments: to ``transformers.Trainer``.
     """
-    return logit_loss(second, first, mask, temperature=1.0)
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[MixedRank],
+        start: float,
+        consistency: float,
+        **arguments: Any,
+    ) -> None:
+        """Hold the course; see the class for the arguments."""
+        super().__init__(**arguments)
+        self._layers, self._start, self._consistency = layers, start, consistency
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the mean loss of the passes on a batch, and the divergence between them."""
+        for layer in self._layers:
+            layer.probability = self._start * (1 - self.state.global_step / self.state.max_steps)
+        outputs: list[Any] = [model(**inputs) for _ in range(2 if self._consistency else 1)]
+        loss: Tensor = torch.stack([output.loss for output in outputs]).mean()
+        if self._consistency:
+            first, second = (output.logits for output in outputs)
+            mask = inputs.get("attention_mask") if first.dim() == 3 else None
+            loss = loss + self._consistency * logit_loss(second, first, mask, temperature=1.0)
+        return (loss, outputs[0]) if return_outputs else loss
 
 
-def check_probability(name: str, value: float) -> None:
-    """Raise `OptionError` unless a value is a probability."""
+def _check_probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise OptionError(f"{name}={value!r}; allowed: a probability, from 0 to 1")
-
-
-def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor], consistency: float) -> Tensor:
-    outputs: list[Any] = [model(**batch) for _ in range(2 if consistency else 1)]
-    loss: Tensor = torch.stack([output.loss for output in outputs]).mean()
-    if not consistency:
-        return loss
-    first, second = (output.logits for output in outputs)
-    mask = batch.get("attention_mask") if first.dim() == 3 else None
-    return loss + consistency * consistency_loss(first, second, mask)
-
-
-def _layers(
-    model: PreTrainedModel, dense_weights: Mapping[str, Tensor]
-) -> dict[str, FactorizedLinear]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = {}
-    for name in dense_weights:
-        layer = modules.get(name)
-        if not isinstance(layer, FactorizedLinear):
-            kind = "no module" if layer is None else f"a {type(layer).__name__}"
-            raise TargetError(f"{kind} at {name!r}; name factorized linear layers")
-        found[name] = layer
-    if not found:
-        raise TargetError("there is no factorized linear layer to train with its dense weight")
-    return found
-
-
-def _factors(model: PreTrainedModel, dense_weights: Mapping[str, Tensor]) -> Iterator[nn.Parameter]:
-    for layer in _layers(model, dense_weights).values():
-        for child in layer.children():
-            yield from child.parameters()

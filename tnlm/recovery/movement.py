@@ -6,294 +6,240 @@ Source: LPAF, Ren and Zhu 2023 (arXiv 2306.14152), after movement pruning, Sanh 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import count_tokens
-from tnlm.calibration.store import Statistics
-from tnlm.errors import BudgetError, OptionError, TargetError, did_you_mean
-from tnlm.recovery.entries import Entries
-from tnlm.recovery.loop import Batches, backward, check_course, clip, guarded, in_turn, usable
+from tnlm.errors import BudgetError, OptionError, TargetError, TrainingError
+from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.schedule import cubic
-from tnlm.targets import Selector, Target, check_model, check_weights, select
-
-logger = logging.getLogger("tnlm")
-
-SCOPES = ("matrix", "global")
-FLOOR = 1e-6
-"""Smallest weight of a column, relative to the mean."""
+from tnlm.recovery.training import finetune
+from tnlm.targets import Target
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning decided, by module name; a fused module's matrices lie one below the other.
+    """A model after movement pruning, and what decided it.
 
     Attributes:
-        scores: ``(out, in)``, float32: what is larger stays.
-        masks: ``(out, in)``, True where an entry stays.
+        model: the pruned copy.
+        scores: ``(out, in)`` by the target's name: what is larger stays.
+        masks: ``(out, in)`` by the target's name, True where an entry stays.
     """
 
-    scores: Mapping[str, Tensor]
-    masks: Mapping[str, Tensor]
-
-    @property
-    def kept(self) -> float:
-        """The share of all entries that stays."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        return sum(int(mask.sum()) for mask in self.masks.values()) / total
+    model: PreTrainedModel
+    scores: dict[str, Tensor]
+    masks: dict[str, Tensor]
 
 
 def movement_prune(
     model: PreTrainedModel,
-    modules: Selector,
-    batches: Batches,
+    data: Any,
+    targets: Sequence[Target],
     *,
-    steps: int | None = None,
-    learning_rate: float = 5e-5,
     keep: float = 0.5,
     warmup: float = 0.1,
     cooldown: float = 0.1,
-    scope: str = "matrix",
-    write: bool = True,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Any,
 ) -> Pruned:
-    """Fine-tune a model in place, and prune the entries whose weights training moves to zero.
+    """Fine-tune a copy of a model, and prune the entries whose weights training moves to zero.
 
     Over the steps each entry gathers a score, S = −Σ (∂L/∂W) W with the gradient of that step. The
-    model is run on W·M, where the mask M keeps the highest scores, fewer and fewer of them along a
-    cubic. The gradient at W·M is taken for that of W (straight through), so that what is masked
-    still learns, and may come back. The optimizer is AdamW, without decay.
+    model is run on W·M, where the mask M keeps the highest scores of every matrix, fewer and fewer
+    of them along a cubic. The gradient at W·M is taken for that of W (straight through), so that
+    what is masked still learns, and may come back. A matrix without gradients stays whole.
 
-    The model's weights ARE trained: those of the modules, and all others that require gradients. If
-    anything fails they are restored.
+    The weights of the targets alone are trained; LPAF trains all others with them.
 
     Args:
-        model: trained in place, in train mode.
-        modules: linear modules that are pruned, as for :func:`tnlm.targets.select`.
-        batches: ``input_ids``, ``attention_mask`` and ``labels``; drawn at random, and again where
-            they are short.
-        steps: one batch each; None for two passes over the batches.
-        learning_rate: of AdamW, constant.
-        keep: share of the entries that stays in the end.
+        model: left as it is; most often fine-tuned on the task already.
+        data: see :func:`tnlm.recovery.training.finetune`.
+        targets: linear matrices, as :func:`tnlm.targets.select` finds them.
+        keep: share of a matrix's entries that stays.
         warmup: share of the steps before the first entries go.
         cooldown: share of the steps after the last went.
-        scope: ``"matrix"``, the same share of every matrix, or ``"global"``, of all together.
-        write: set masked weights to zero in the end; otherwise they are left as trained.
-        seed: of the order of batches, and of dropout.
-        progress: show a progress bar.
+        **options: as ``finetune`` takes them, but for ``output_dir``: a checkpoint has no scores.
 
     Returns:
-        The scores and the masks.
+        The pruned copy, whose masked weights are zero, with the scores and the masks.
 
     Raises:
-        OptionError: for an option out of range.
         BudgetError: for ``keep`` out of range.
-        TargetError: if nothing matches, or a module is not linear.
-        ModelError: if the model is compressed, or not finite.
-        CalibrationError: if there are no batches, labels or predictions.
-        TrainingError: if a loss, gradient or weight is not finite.
+        OptionError: for another option out of range.
+        TargetError: if a target is not linear.
+        TrainingError: as ``finetune`` raises it, or if a score is not finite.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from tnlm.targets import select
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2))
-        >>> ids = torch.arange(16).reshape(2, 8)
-        >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        >>> found = movement_prune(model, ["c_fc"], [batch], keep=0.25, steps=4, progress=False)
-        >>> found.masks["transformer.h.0.mlp.c_fc"].shape, found.kept
-        (torch.Size([32, 8]), 0.25)
+        >>> targets = select(model, ["c_fc"]).targets
+        >>> found = movement_prune(model, torch.arange(64) % 16, targets, keep=0.25,
+        ...                        max_length=8, batch_size=2, progress=False)
+        >>> int(found.masks["transformer.h.0.mlp.c_fc"].sum())  # of 32 x 8
+        64
     """
-    course = _Course(steps, learning_rate, keep, warmup, cooldown, scope, write, seed, progress)
-    return _prune(model, modules, batches, course, moving=True)
-
-
-def magnitude_prune(
-    model: PreTrainedModel,
-    modules: Selector,
-    batches: Batches = (),
-    *,
-    steps: int | None = None,
-    learning_rate: float = 5e-5,
-    keep: float = 0.5,
-    warmup: float = 0.1,
-    cooldown: float = 0.1,
-    scope: str = "matrix",
-    write: bool = True,
-    seed: int = 0,
-    progress: bool = True,
-) -> Pruned:
-    """Prune the smallest weights instead, all else being as in :func:`movement_prune`.
-
-    Without batches, or with ``steps=0``, nothing is trained.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2))
-        >>> magnitude_prune(model, ["c_fc"], keep=0.25).kept
-        0.25
-    """
-    steps = 0 if not batches and steps is None else steps
-    course = _Course(steps, learning_rate, keep, warmup, cooldown, scope, write, seed, progress)
-    return _prune(model, modules, batches, course, moving=False)
-
-
-@dataclass(frozen=True)
-class _Course:
-    """How a model is pruned; see `movement_prune`."""
-
-    steps: int | None
-    learning_rate: float
-    keep: float
-    warmup: float
-    cooldown: float
-    scope: str
-    write: bool
-    seed: int
-    progress: bool
-
-    def check(self, least: int) -> None:
-        check_course(self.steps, least, self.learning_rate)
-        if not 0 < self.keep <= 1:
-            raise BudgetError(f"keep={self.keep!r}; allowed: a share above 0, at most 1")
-        if not (self.warmup >= 0 <= self.cooldown and self.warmup + self.cooldown <= 1):
-            raise OptionError(
-                f"warmup={self.warmup!r}, cooldown={self.cooldown!r}; allowed: shares of the steps"
-            )
-        if self.scope not in SCOPES:
-            raise OptionError(f"scope={self.scope!r}{did_you_mean(str(self.scope), SCOPES)}")
-
-    def shares(self, steps: int) -> Callable[[int], float]:
-        """Return the share of entries that is left at each step."""
-        warmup = round(self.warmup * steps)
-        cooldown = min(round(self.cooldown * steps), steps - warmup)
-        return lambda step: cubic(step, steps, end=self.keep, warmup=warmup, cooldown=cooldown)
-
-
-def _prune(
-    model: PreTrainedModel, modules: Selector, batches: Batches, course: _Course, *, moving: bool
-) -> Pruned:
-    course.check(least=1 if moving else 0)
-    check_model(model)
-    targets = select(model, modules).targets
+    if not 0 < keep <= 1:
+        raise BudgetError(f"keep={keep!r}; allowed: a share above 0, at most 1")
+    if not (warmup >= 0 <= cooldown and warmup + cooldown <= 1):
+        raise OptionError(f"warmup={warmup!r}, cooldown={cooldown!r}; allowed: shares of the steps")
+    if "output_dir" in options:
+        raise OptionError("output_dir= has no effect: pruning cannot be resumed; leave it out")
     for target in targets:
         if target.kind != "linear":
-            raise TargetError(f"{target.name} is an {target.kind}; name linear modules alone")
-    check_weights(model, targets)
-    steps = 2 * len(batches) if course.steps is None else course.steps
-    found = usable(model, batches) if steps or moving else ()
-    entries = Entries(model, targets, moving, course.scope)
-    own = {id(weight) for weight in entries.weights}
-    trained = [p for p in model.parameters() if p.requires_grad or id(p) in own]
-    with guarded(model, trained, course.seed):
-        if steps:
-            _train(model, found, trained, entries, course, steps)
-        if moving:
-            _warn_of_silence(entries)
-        if not moving:
-            entries.see()
-        entries.keep(course.keep)
-        if course.write:
-            entries.write()
-    return Pruned(entries.scores, entries.masks)
+            raise TargetError(f"{target.name} is an {target.kind}; name linear matrices alone")
+    pruned = copy.deepcopy(model)
+    entries = Entries(pruned, targets)
+    make = partial(MovementTrainer, entries=entries, keep=keep, warmup=warmup, cooldown=cooldown)
+    finetune(pruned, data, trainer=make, **options)
+    entries.keep(keep)
+    entries.write(model)
+    return Pruned(pruned, entries.scores, entries.masks)
 
 
-def _train(
-    model: PreTrainedModel,
-    batches: Batches,
-    trained: Sequence[nn.Parameter],
-    entries: Entries,
-    course: _Course,
-    steps: int,
-) -> None:
-    adam = torch.optim.AdamW(trained, lr=course.learning_rate, weight_decay=0.0)
-    share = course.shares(steps)
-    rounds = enumerate(in_turn(model, batches, steps))
-    for step, batch in tqdm(
-        rounds, total=steps, desc="pruning", unit="step", disable=not course.progress
-    ):
-        if step and share(step) < 1:  # before the first step nothing is known of any entry
-            entries.keep(share(step))
-        adam.zero_grad()
-        with entries.masked():
-            backward(model(**batch).loss, step, steps)
-        entries.see()
-        clip(trained, step, steps)
-        adam.step()
-
-
-def _warn_of_silence(entries: Entries) -> None:
-    silent = [name for name, scores in entries.scores.items() if not bool(scores.any())]
-    if silent:
-        logger.warning(
-            "the loss does not depend on %d of %d modules, first on %s: what is pruned there is "
-            "arbitrary",
-            len(silent),
-            len(entries.modules),
-            silent[0],
-        )
-
-
-def row_weights(scores: Tensor, mask: Tensor, floor: float = FLOOR) -> Tensor:
-    """Return how much the error of each column of a pruned matrix counts, ``(in,)`` in float64.
-
-    A column, which is one input (a row, where papers write xW), counts the sum of its kept entries'
-    scores. Scores have signs, and the paper does not say what becomes of them: here an entry counts
-    0 if it is masked, or if its score is negative, as the loss then falls when it shrinks. The sums
-    are scaled to mean 1, and raised to ``floor``, so that no column is free.
-
-    Args:
-        scores: ``(out, in)``.
-        mask: ``(out, in)``, True where an entry is kept.
-        floor: smallest weight, relative to the mean. Where no score is positive all columns count
-            the same.
-
-    Raises:
-        OptionError: if the shapes differ, a score is not finite, or the floor is no fraction.
+class Masked(nn.Module):
+    """A weight of which entries are masked; its gradient is that of the whole (straight through).
 
     Example:
-        >>> scores = torch.tensor([[3.0, -1.0, 0.5], [-1.0, 2.0, 0.5]])
-        >>> row_weights(scores, scores > 0.6)
-        tensor([1.8000e+00, 1.2000e+00, 1.0000e-06], dtype=torch.float64)
+        >>> masked, weight = Masked(torch.ones(2)), torch.tensor([3.0, 5.0], requires_grad=True)
+        >>> masked.mask[0] = False
+        >>> masked(weight).sum().backward()
+        >>> masked(weight).tolist(), weight.grad.tolist()
+        ([0.0, 5.0], [1.0, 1.0])
     """
-    if scores.shape != mask.shape:
-        raise OptionError(f"scores {tuple(scores.shape)} and a mask {tuple(mask.shape)} differ")
-    if not bool(scores.isfinite().all()):
-        raise OptionError("scores must be finite")
-    if not 0 <= floor < 1:
-        raise OptionError(f"floor={floor!r}; allowed: a fraction in [0, 1)")
-    sums = scores.double().clamp_min(0.0).masked_fill(~mask.bool(), 0.0).sum(0)
-    mean = float(sums.mean())
-    return (sums / mean).clamp_min(floor) if mean > 0 else torch.ones_like(sums)
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        """Mask nothing yet."""
+        super().__init__()
+        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the masked weight."""
+        return weight - (weight * ~self.mask).detach()
 
 
-def movement_statistics(
-    pruned: Pruned, targets: Sequence[Target], batches: Batches = ()
-) -> Statistics:
-    """Return the weights of columns as a statistic ``movement``, for a metric of that name.
+class Entries:
+    """The entries of matrices, with their scores, and masks that the model runs under.
 
     Args:
-        pruned: what `movement_prune` found of these targets.
-        targets: matrices; those of a fused module have weights of their own, ``(parts, in)``.
-        batches: what was trained on, to be counted.
+        model: changed in place: the weights of the targets alone require gradients.
+        targets: linear matrices.
     """
-    store = Statistics(tokens=count_tokens(batches))
-    for target in targets:
-        if target.part:  # a fused module is taken as a whole
-            continue
-        count = len(target.parts) or 1
-        pairs = zip(
-            pruned.scores[target.module].chunk(count),
-            pruned.masks[target.module].chunk(count),
-            strict=True,
-        )
-        weights = torch.stack([row_weights(*pair).cpu() for pair in pairs])
-        store.put(
-            target.module, [target.module], {"movement": weights if target.parts else weights[0]}
-        )
-    return store
+
+    def __init__(self, model: PreTrainedModel, targets: Sequence[Target]) -> None:
+        """Start with no scores, and nothing masked."""
+        self._model, self._targets = model, targets
+        self._masked: dict[str, Masked] = {}
+        self._weights: dict[str, nn.Parameter] = {}
+        model.requires_grad_(False)
+        for name in dict.fromkeys(target.module for target in targets):
+            module: Any = model.get_submodule(name)
+            self._weights[name] = module.weight.requires_grad_(True)
+            self._masked[name] = Masked(module.weight)
+            register_parametrization(module, "weight", self._masked[name])
+        self.scores = {
+            target.name: torch.zeros(target.shape, device=self._weights[target.module].device)
+            for target in targets
+        }
+        self.masks = {name: torch.ones_like(s, dtype=torch.bool) for name, s in self.scores.items()}
+
+    @torch.no_grad()
+    def see(self) -> None:
+        """Take in the gradients of a step, −(∂L/∂W) W."""
+        for target in self._targets:
+            weight = self._weights[target.module]
+            if weight.grad is not None:
+                gradient = self._part(target, weight.grad).float()
+                self.scores[target.name] -= gradient * self._part(target, weight).float()
+
+    def keep(self, share: float) -> None:
+        """Mask all but a share of every matrix, those with the highest scores.
+
+        Raises:
+            TrainingError: if a score is not finite.
+        """
+        for target in self._targets:
+            scores = self.scores[target.name]
+            if not bool(scores.isfinite().all()):
+                raise TrainingError(
+                    f"a score of {target.name} is not finite; try a lower learning_rate"
+                )
+            self.masks[target.name] = highest(scores, share)
+            self._part(target, self._masked[target.module].mask).copy_(self.masks[target.name])
+
+    def write(self, like: PreTrainedModel) -> None:
+        """Set masked weights to zero, and require the gradients that another model does."""
+        for name in self._masked:
+            remove_parametrizations(self._model.get_submodule(name), "weight")
+        for own, other in zip(self._model.parameters(), like.parameters(), strict=True):
+            own.requires_grad_(other.requires_grad)
+
+    def _part(self, target: Target, stored: Tensor) -> Tensor:
+        return target.part_of(self._model.get_submodule(target.module), stored)
+
+
+class MovementTrainer(GuardedTrainer):
+    """Trains a model while its entries gather scores, and fewer and fewer of them are left.
+
+    Args:
+        entries: of the model.
+        keep: share of them that stays in the end.
+        warmup: share of the steps before the first go.
+        cooldown: share of the steps after the last went.
+        **arguments: to ``transformers.Trainer``.
+    """
+
+    def __init__(
+        self, *, entries: Entries, keep: float, warmup: float, cooldown: float, **arguments: Any
+    ) -> None:
+        """Hold the course; see the class for the arguments."""
+        super().__init__(**arguments)
+        self._entries, self._keep = entries, keep
+        self._warmup, self._cooldown = warmup, cooldown
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Mask what has the lowest scores so far, and take the gradients of a batch."""
+        step = self.state.global_step
+        if step:  # before the first nothing is known of any entry
+            self._entries.keep(self._share(step))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._entries.see()
+        return loss
+
+    def _share(self, step: int) -> float:
+        steps = self.state.max_steps
+        warmup = round(self._warmup * steps)
+        cooldown = min(round(self._cooldown * steps), steps - warmup)
+        return cubic(step, steps, end=self._keep, warmup=warmup, cooldown=cooldown)
+
+
+def highest(scores: Tensor, share: float) -> Tensor:
+    """Return a mask of a share of the entries, at least one, with the highest scores.
+
+    Where all scores are the same, as without any gradient, it is of all entries.
+
+    Example:
+        >>> highest(torch.tensor([[3.0, -1.0], [2.0, 0.0]]), 0.5)
+        tensor([[ True, False],
+                [ True, False]])
+    """
+    flat = scores.flatten()
+    if bool((flat == flat[0]).all()):
+        return torch.ones_like(scores, dtype=torch.bool)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[flat.topk(max(1, round(share * len(flat))), sorted=False).indices] = True
+    return mask.view_as(scores)

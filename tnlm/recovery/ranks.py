@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from tnlm.errors import OptionError
-from tnlm.targets import ALL_LINEAR, Selector, select
 
 
 def effective_rank(matrix: Tensor) -> float:
@@ -34,16 +32,3 @@ def effective_rank(matrix: Tensor) -> float:
     if total == 0:
         return 0.0
     return float(torch.special.entr(values / total).sum().exp())
-
-
-def effective_ranks(model: PreTrainedModel, modules: Selector = ALL_LINEAR) -> dict[str, float]:
-    """Return the effective rank of every matrix of an ordinary model, by its target's name.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2))
-        >>> list(effective_ranks(model, ["c_fc"]))
-        ['transformer.h.0.mlp.c_fc']
-    """
-    found: nn.Module = model
-    return {t.name: effective_rank(t.weight(found)) for t in select(model, modules).targets}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from tnlm.errors import OptionError
 
 
@@ -24,8 +22,7 @@ def cubic(
         cooldown: steps at the end value.
 
     Raises:
-        OptionError: if a count is negative, warm-up and cool-down are longer than the training, or
-            a value is not finite.
+        OptionError: if a count is negative, or warm-up and cool-down are longer than the training.
 
     Source: Zhu and Gupta 2017 (arXiv 1710.01878); as in movement pruning, LPAF and LoRAPrune.
 
@@ -39,25 +36,8 @@ def cubic(
             f"step {step} of steps={steps} with warmup={warmup} and cooldown={cooldown}: none may "
             "be negative, and warm-up and cool-down together take at most all steps"
         )
-    if not (math.isfinite(start) and math.isfinite(end)):
-        raise OptionError(f"start={start!r}, end={end!r}; allowed: finite numbers")
     if step >= last:
         return end
     if step < warmup:
         return start
     return end + (start - end) * ((last - step) / (last - warmup)) ** 3
-
-
-def linear(step: int, steps: int, *, start: float, end: float = 0.0) -> float:
-    """Return the value at a step of a straight line from ``start`` at 0 to ``end`` at ``steps``.
-
-    Raises:
-        OptionError: if the step is not between the two.
-
-    Example:
-        >>> [linear(step, 4, start=1.0) for step in range(5)]
-        [1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    if not 0 <= step <= steps:
-        raise OptionError(f"step {step} of steps={steps}; allowed: 0 to {steps}")
-    return start + (end - start) * (step / steps) if steps else end

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import Batch, count_tokens
 from tnlm.errors import ModelError, OptionError, TrainingError
-from tnlm.recovery.examples import Examples, batches, check_tokens, draw, training_set
+from tnlm.recovery.examples import Examples, check_tokens, draw, training_set
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LABEL = "labels"
-"""Column of the classes, in rows that were token batches."""
 
 
 def examples_for(
@@ -59,58 +54,6 @@ def examples_for(
         )
     _check(model, made)
     return Examples(draw(made.items, max_tokens, seed), classes=classes)
-
-
-def training_batches(
-    model: PreTrainedModel,
-    sequences: Sequence[Batch],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> list[Batch]:
-    """Turn token batches of one sequence into batches with the labels that a model learns from.
-
-    Args:
-        model: a causal or masked language model, or a classifier.
-        sequences: as ``token_batches`` makes them, for a classifier with ``labels``.
-        tokenizer: needed for masked language models.
-        batch_size: sequences in a batch.
-        seed: chooses the tokens that a masked language model is to predict.
-
-    Raises:
-        ModelError: if the kind of model is not known.
-        TrainingError: if the data does not suit it.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from tnlm.calibration.data import token_batches
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1))
-        >>> [batch] = training_batches(model, token_batches([[5, 6, 7], [8, 9]]))
-        >>> batch["labels"].tolist()
-        [[-100, 6, 7], [-100, 9, -100]]
-    """
-    rows = [row_of(batch) for batch in sequences]
-    longest = max((len(row["input_ids"]) for row in rows), default=1)
-    made = examples_for(model, rows, tokenizer, max_length=longest, label=LABEL, seed=seed)
-    return batches(made, batch_size, padding_for(model, tokenizer, batch_size))
-
-
-def row_of(batch: Batch) -> dict[str, Any]:
-    """Return a batch of one sequence as a row, with its class if it has one."""
-    row: dict[str, Any] = {"input_ids": batch["input_ids"][0][batch["attention_mask"][0].bool()]}
-    return row | ({LABEL: int(batch["labels"][0])} if "labels" in batch else {})
-
-
-def steps_for(batches: Sequence[Batch], tokens: int) -> int:
-    """Return how many batches hold so many tokens, on average; at least one.
-
-    Example:
-        >>> import torch
-        >>> steps_for([{"attention_mask": torch.ones(2, 8)}], tokens=100)
-        7
-    """
-    return max(1, -(-tokens * len(batches) // count_tokens(batches)))
 
 
 def _check(model: PreTrainedModel, examples: Examples) -> None:
