@@ -68,6 +68,7 @@ def test_the_importance_of_every_measure_is_its_formula(gaussian):
         expected["fisher-elements"] = float(found["fisher"].mean())
         weight = float(found["lora_inputs"].mean())
         expected |= {name: g * c / weight for name in MEASURES if name.startswith("lora")}
+        expected["pruned"] = g * c
         expected["movement"] = g * c / float(found["movement"].mean())
         assert job.importance(TARGET) == pytest.approx(expected[name]), name
 
@@ -118,7 +119,7 @@ def test_without_gradients_all_count_the_same(gaussian):
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_model_gives_every_measure_what_it_needs(name, tiny_llama):
     model = tiny_llama()
-    few = {"recover_tokens": 256} if name == "movement" else {}
+    few = {"recover_tokens": 256} if name in ("movement", "pruned") else {}
     job = prepared(model, metric=name, allocation="loss", targets=["q_proj", "up_proj"], **few)
     needs = job.request.needs
     assert (job.inputs is not None) == (INPUTS in needs)

@@ -121,7 +121,7 @@ class Job:
 
     def _scale(self, target: Target, moment: float) -> float:
         """Return how the metric weighs a column on average."""
-        if not self.request.measure.needs:
+        if not self.request.measure.needs or self.request.measure.name == "pruned":
             return 1.0
         for kind, name in ((LORA, "lora_inputs"), (MOVEMENT, "movement")):
             if kind in self.request.measure.needs:

@@ -180,6 +180,12 @@ _ALL = (
         frozenset({MOVEMENT}),
         lambda of, d: Metric(inputs=Side(of("movement"), d)),
     ),
+    Measure(
+        "pruned",
+        "Frobenius norm of the error of pruned matrices (LPAF without weights)",
+        frozenset({MOVEMENT}),
+        lambda of, d: Metric(),
+    ),
 )
 
 MEASURES: Mapping[str, Measure] = {measure.name: measure for measure in _ALL}

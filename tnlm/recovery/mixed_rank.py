@@ -200,6 +200,8 @@ class MixedRankTrainer(GuardedTrainer):
             first, second = (output.logits for output in outputs)
             mask = inputs.get("attention_mask") if first.dim() == 3 else None
             loss = loss + self._consistency * logit_loss(second, first, mask, temperature=1.0)
+        if not loss.requires_grad:  # every layer was its dense weight: nothing is learned
+            loss.requires_grad_()
         return (loss, outputs[0]) if return_outputs else loss
 
 
