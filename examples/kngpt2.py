@@ -3,9 +3,10 @@
     python examples/kngpt2.py MODEL TEXT
 
 Every second block and the embedding become single Kronecker products, half as large; then the
-compressed model is trained on its teacher's hidden states, attention and logits (intermediate-layer
-distillation; Edalati et al. 2022, arXiv 2110.08152). MODEL is a directory or a hub id of a
-GPT-2-like model; TEXT a file whose first 90 % trains and whose rest measures.
+compressed model learns its teacher's embeddings, attention maps and feed-forward outputs beside
+the labels (intermediate-layer distillation; Edalati et al. 2022, arXiv 2110.08152). MODEL is a
+directory or a hub id of a GPT-2-like model; TEXT a file whose first 90 % trains and whose rest
+measures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import copy
 from pathlib import Path
 
 import tnlm
-import tnlm.recovery
 from tnlm.integrations.models import load_model
 
 

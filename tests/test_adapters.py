@@ -51,6 +51,19 @@ def test_a_model_comes_back_as_it_was(kind, fails, make_model):
 
 
 @pytest.mark.parametrize("kind", MODULES)
+def test_the_merged_weight_does_what_the_module_and_its_lora_do(kind, make_model):
+    model = make_model(kind)
+    module = model.get_submodule(MODULES[kind][0])
+    x = torch.randn(3, size_of(module)[1], generator=torch.Generator().manual_seed(1))
+    with attached(model, {MODULES[kind][0]: 3}, scaling=0.5) as adapters, torch.no_grad():
+        adapter = adapters[MODULES[kind][0]]
+        adapter.B.normal_(generator=torch.Generator().manual_seed(2))
+        wanted = model.get_submodule(MODULES[kind][0])(x)
+    bias = 0 if module.bias is None else module.bias
+    torch.testing.assert_close(x @ adapter.merged().T + bias, wanted)
+
+
+@pytest.mark.parametrize("kind", MODULES)
 def test_the_start_changes_nothing_and_the_lora_is_its_product(kind, make_model):
     model = make_model(kind)
     module = model.get_submodule(MODULES[kind][0])

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 import tnlm
 from tnlm.errors import OptionError, TrainingError
+from tnlm.layers.made import made_layers
 from tnlm.recovery import heal as healing
 from tnlm.recovery.guard import GuardedTrainer
 
@@ -37,6 +38,32 @@ def test_one_call_compresses_and_heals(kind, recover, make_model, tmp_path):
     tnlm.save(model, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(DATA[None, :16]).logits, model(DATA[None, :16]).logits)
+
+
+@pytest.mark.parametrize("recover", ["lora", "finetune"])
+def test_the_seed_draws_what_training_draws(recover, make_model):
+    def trained(seed):
+        arguments = {"calibration": DATA, "max_length": 32, "progress": False, "seed": seed}
+        model = make_model("llama")
+        tnlm.compress(model, "svd", recover=recover, recover_tokens=1024, **arguments)
+        return model.get_parameter("model.layers.0.mlp.up_proj.left.weight").detach()
+
+    assert torch.equal(trained(1), trained(1))
+    assert not torch.equal(trained(1), trained(2))
+
+
+@pytest.mark.parametrize("recover", ["lora", "finetune"])
+def test_narrowed_feed_forwards_are_trained(recover, make_model):
+    arguments = {"calibration": DATA, "max_length": 32, "progress": False}
+    model, plain = make_model("llama"), make_model("llama")
+    tnlm.compress(plain, "modegpt", keep_targets=0.5, **arguments)
+    tnlm.compress(
+        model, "modegpt", keep_targets=0.5, recover=recover, recover_tokens=1024, **arguments
+    )
+    narrowed = [made for made in made_layers(plain) if made.entry["kind"] == "sliced"]
+    assert narrowed
+    for made in narrowed:
+        assert not torch.equal(made.module.weight, model.get_submodule(made.name).weight), made.name
 
 
 def test_training_data_of_its_own(make_model):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tnlm.errors import ModelError, OptionError, RankError, TargetError
 from tnlm.layers.build import shape_of
@@ -73,9 +74,26 @@ class Adapter:
             self.A.copy_(lora.A)
             self.B.copy_(lora.B)
 
+    def merged(self) -> Tensor:
+        """Return the weight ``(out, in)`` with the LoRA added, in the LoRA's dtype."""
+        A, B = self.A.detach(), self.B.detach()
+        return torch.addmm(matrix(self.base).to(B.dtype), B, A, alpha=self.scaling)
+
     def lora(self) -> Lora:
         """Return copies of A and B as they are."""
         return Lora(self.A.detach().clone(), self.B.detach().clone(), self.scaling)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """Return the weight of a linear map as ``(out, in)``, a view unless it is factorized.
+
+    Example:
+        >>> matrix(Conv1D(5, 3)).shape
+        torch.Size([5, 3])
+    """
+    weight: Any = module.weight
+    held: Tensor = weight.detach()
+    return held.T if isinstance(module, Conv1D) else held
 
 
 def size_of(module: nn.Module) -> tuple[int, int]:

@@ -99,25 +99,6 @@ def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
     return found
 
 
-def readers(model: nn.Module) -> list[str]:
-    """Return the names of the modules that give feed-forward outputs, compressed or not.
-
-    Example:
-        >>> layer = nn.ModuleDict({"c_fc": nn.Linear(4, 8), "c_proj": nn.Linear(8, 4)})
-        >>> readers(nn.ModuleDict({"mlp": layer}))
-        ['mlp.c_proj']
-    """
-    names = dict(model.named_modules())
-    found = []
-    for name in names:
-        parent, _, ending = name.rpartition(".")
-        for producers, consumer in PAIRS:
-            wanted = [f"{parent}.{part}" for part in (*producers, consumer)]
-            if ending == producers[0] and all(other in names for other in wanted):
-                found.append(wanted[-1])
-    return found
-
-
 def _in_between(parent: nn.Module, members: Sequence[Target]) -> bool:
     """Tell whether something else has as many channels, as the norm in BitNet's layer."""
     own = {member.module.rpartition(".")[2] for member in members}

@@ -78,7 +78,7 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
         )
     release()
     if job.request.trains:
-        job.tokenizer, job.lessons = data.tokenizer, _lessons(job, data)
+        job.tokenizer, job.seed, job.lessons = data.tokenizer, data.seed, _lessons(job, data)
     needs = job.request.needs
     if MOVEMENT in needs:
         _prune(model, job, data, progress)

@@ -38,6 +38,7 @@ class Job:
         batches: calibration data, empty if none is needed.
         lessons: training data, empty if none is needed.
         tokenizer: the user's, if given.
+        seed: of what training draws.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
         loras: statistics of the gradients of a LoRA, if needed.
@@ -53,6 +54,7 @@ class Job:
     batches: Sequence[Batch] = ()
     lessons: Sequence[Batch] = ()
     tokenizer: Any = None
+    seed: int = 0
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     loras: Statistics | None = None

@@ -207,6 +207,7 @@ def _recover(
         teacher=teacher,
         dense=dense,
         tokenizer=job.tokenizer,
+        seed=job.seed,
         progress=progress,
     )
     job.seconds["recover"] = time.perf_counter() - start

@@ -33,9 +33,9 @@ def test_columns_can_have_other_names_and_texts_are_cut(word_tokenizer):
     ("data", "message"),
     [
         ([], "holds no rows"),
-        ([ROWS[0], {"text": "word1"}], r"row 1 has \['text'\]; it needs the columns"),
-        (["word1"], "row 0 has str"),
-        ([{"text": "word1", "label": "good"}], "row 0: label='good'; allowed: whole numbers"),
+        ([ROWS[0], {"text": "word1"}], "row 1 has no column 'label', only 'text'"),
+        (["word1"], "row 0 is a str; give dicts"),
+        ([{"text": "word1", "label": "good"}], "row 0: label='good', but classes are integers"),
         ([{"text": "word1", "label": -1}], "row 0: label=-1"),
         ([{"text": 3, "label": 1}], "row 0: 'text' is a int, not a string"),
         ("no such file.jsonl", "no such file.jsonl: not a readable"),

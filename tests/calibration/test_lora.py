@@ -11,7 +11,7 @@ from transformers import BertForSequenceClassification, T5Config, T5ForCondition
 import tnlm
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.gradients import collect_gradients
-from tnlm.calibration.labels import labelled
+from tnlm.calibration.labels import with_labels
 from tnlm.calibration.lora import collect_lora, importance_sums, lora_gradient, lora_statistics
 from tnlm.errors import CalibrationError, OptionError, RankError
 
@@ -132,14 +132,14 @@ def test_at_full_rank_a_model_gives_its_own_fisher(kind, name, make_model):
     fisher = collect_gradients(
         model, [name], BATCHES, fisher=True, labels="data", progress=False
     ).tensor(name, "fisher")
-    found, _ = collect(model, [name], labelled(model, BATCHES), rank=32, alpha=7.0)
+    found, _ = collect(model, [name], with_labels(model, BATCHES), rank=32, alpha=7.0)
     torch.testing.assert_close(found[name]["outputs"].float(), fisher.sum(1), rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(found[name]["inputs"].float(), fisher.sum(0), rtol=1e-3, atol=1e-9)
 
 
 def test_a_fused_module_has_columns_of_its_parts(make_model):
     model = make_model("gpt2")
-    data = labelled(model, BATCHES)
+    data = with_labels(model, BATCHES)
     together, _ = collect(model, [FUSED], data)
     apart, _ = collect(model, [FUSED], data, parts={FUSED: 3})
     assert apart[FUSED]["inputs"].shape == (3, 32)
@@ -188,24 +188,24 @@ def test_sequences_are_classified(tiny_bert):
 
 def test_labels_follow_the_model(make_model):
     batch = token_batches([[5, 6, 7, 8], [9, 10]], batch_size=2)[0]
-    [causal] = labelled(make_model("llama"), [batch])
+    [causal] = with_labels(make_model("llama"), [batch])
     assert causal["labels"].tolist() == [[-100, 6, 7, 8], [-100, 10, -100, -100]]
-    [masked] = labelled(make_model("masked-bert"), [batch])
+    [masked] = with_labels(make_model("masked-bert"), [batch])
     assert masked["labels"].tolist() == [[5, 6, 7, 8], [9, 10, -100, -100]]
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, decoder_start_token_id=0, **sizes))
-    [both] = labelled(t5, [batch])
+    [both] = with_labels(t5, [batch])
     assert both["labels"].tolist() == [[6, 7, 8, -100], [10, -100, -100, -100]]
     name = "decoder.block.0.layer.0.SelfAttention.q"
     found, _ = collect(t5, [name], [both], rank=2)
     assert found[name]["inputs"].max() > 0
     with pytest.raises(CalibrationError, match="BertModel has none"):
-        labelled(make_model("bert"), [batch])
+        with_labels(make_model("bert"), [batch])
 
 
 def test_training_moves_the_lora_and_what_it_sees(make_model):
     model = make_model("llama")
-    data = labelled(model, BATCHES)
+    data = with_labels(model, BATCHES)
     still, start = collect(model, [UP], data)
     moved, trained = collect(model, [UP], data, steps=12, learning_rate=1e-2)
     assert not start[UP].B.any()
@@ -219,7 +219,7 @@ def test_training_moves_the_lora_and_what_it_sees(make_model):
 
 def test_a_moving_average_forgets(make_model):
     model = make_model("llama")
-    data = labelled(model, BATCHES[:2])
+    data = with_labels(model, BATCHES[:2])
     each = [collect(model, [UP], [batch])[0][UP]["inputs"] for batch in data]
     found, _ = collect(model, [UP], data, decay=0.25)
     torch.testing.assert_close(found[UP]["inputs"], 0.2 * each[0] + 0.8 * each[1])
@@ -229,7 +229,7 @@ def test_a_moving_average_forgets(make_model):
 
 def test_half_precision_is_no_obstacle(make_model):
     model = make_model("llama").bfloat16()
-    found, loras = collect(model, [UP], labelled(model, BATCHES[:2]), kind="taylor")
+    found, loras = collect(model, [UP], with_labels(model, BATCHES[:2]), kind="taylor")
     assert found[UP]["inputs"].dtype == torch.float64
     assert found[UP]["inputs"].max() > 0
     assert loras[UP].A.dtype == torch.float32
@@ -237,7 +237,7 @@ def test_half_precision_is_no_obstacle(make_model):
 
 def test_what_goes_wrong_is_said_and_the_model_stays(make_model):
     model = make_model("llama")
-    data = labelled(model, BATCHES[:2])
+    data = with_labels(model, BATCHES[:2])
     state, kinds = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
     unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in data]
     silent = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in data]
@@ -264,7 +264,7 @@ def test_what_goes_wrong_is_said_and_the_model_stays(make_model):
 
 def test_a_loss_or_gradient_that_is_not_finite_stops(make_model):
     model = make_model("llama")
-    data = labelled(model, BATCHES[:2])
+    data = with_labels(model, BATCHES[:2])
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(CalibrationError, match="the loss is nan on batch 0"):
@@ -284,7 +284,7 @@ def test_a_module_out_of_the_loss_s_reach_is_named(make_model):
     model = make_model("llama")
     model.unused = torch.nn.Linear(16, 16)
     with pytest.raises(CalibrationError, match="unused is never reached"):
-        collect(model, ["unused", UP], labelled(model, BATCHES[:1]))
+        collect(model, ["unused", UP], with_labels(model, BATCHES[:1]))
 
 
 # In compress

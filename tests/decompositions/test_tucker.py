@@ -12,7 +12,7 @@ from tensorly.decomposition import tucker as tensorly_tucker
 
 from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
 from tnlm.calibration.sides import Side
-from tnlm.decompositions import tucker
+from tnlm.decompositions import hooi
 from tnlm.decompositions.base import Budget, as_tensor
 from tnlm.decompositions.linalg import truncated_svd
 from tnlm.decompositions.tucker import FORMAT, TuckerSpec
@@ -66,9 +66,9 @@ def test_every_sweep_of_hooi_lowers_the_error(split, parts, seed, gaussian):
     spec = TuckerSpec(out, inp, realisable(out + inp, parts))
     errors = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tucker, "STALL", -1.0)  # never stop early
+        patch.setattr(hooi, "STALL", -1.0)  # never stop early
         for sweeps in range(5):
-            patch.setattr(tucker, "SWEEPS", sweeps)
+            patch.setattr(hooi, "SWEEPS", sweeps)
             errors.append(error_of(weight, spec))
     assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(errors))
 
@@ -80,7 +80,7 @@ def test_hooi_improves_on_the_hosvd(gaussian):
 
 
 def test_hooi_ends_where_tensorlys_does(gaussian, monkeypatch):
-    monkeypatch.setattr(tucker, "SWEEPS", 100)
+    monkeypatch.setattr(hooi, "SWEEPS", 100)
     weight, spec = gaussian(12, 10), TuckerSpec((3, 4), (10,), (2, 3, 4))
     tensor = as_tensor(weight, (3, 4), (10,)).numpy()
     core, factors = tensorly_tucker(tensor, list(spec.ranks), n_iter_max=200, tol=1e-12)

@@ -11,10 +11,18 @@ from transformers import BertForSequenceClassification
 
 import tnlm
 from tnlm.calibration.data import token_batches
-from tnlm.calibration.labels import labelled
+from tnlm.calibration.labels import with_labels
 from tnlm.calibration.metrics import InputMoment, Metric
-from tnlm.errors import CalibrationError, ModelError, OptionError, RankError, TargetError
+from tnlm.errors import (
+    CalibrationError,
+    ModelError,
+    OptionError,
+    RankError,
+    TargetError,
+    TrainingError,
+)
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.made import made_layers
 from tnlm.recovery import lora_training
 from tnlm.recovery.heal import heal
 
@@ -28,7 +36,7 @@ run = functools.partial(heal, rank=2, tokens=1024, learning_rate=1e-2, progress=
 
 def loss_of(model):
     with torch.no_grad():
-        return sum(float(model(**batch).loss) for batch in labelled(model, BATCHES))
+        return sum(float(model(**batch).loss) for batch in with_labels(model, BATCHES))
 
 
 def count(model):
@@ -59,7 +67,7 @@ def test_on_factors_every_format_heals_without_growth(kind, scheme, compressed, 
     names = list(model.state_dict())
     orders = {k: v.clone() for k, v in model.state_dict().items() if k.endswith("_order")}
     free = {name: p.requires_grad for name, p in model.named_parameters()}
-    assert run(model, labelled(model, BATCHES)) is model
+    assert run(model, with_labels(model, BATCHES)) is model
     assert loss_of(model) < before
     assert count(model) == size
     assert list(model.state_dict()) == names
@@ -72,12 +80,26 @@ def test_on_factors_every_format_heals_without_growth(kind, scheme, compressed, 
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_narrowed_feed_forwards_heal_too(kind, compressed, tmp_path):
+    model = compressed(kind, "modegpt", calibration=IDS, **SMALL)
+    narrowed = [made.name for made in made_layers(model) if made.entry["kind"] == "sliced"]
+    weights = {name: model.get_submodule(name).weight.clone() for name in narrowed}
+    before, size = loss_of(model), count(model)
+    run(model, with_labels(model, BATCHES), on="factors")
+    assert loss_of(model) < before
+    assert count(model) == size
+    assert narrowed
+    assert all(not torch.equal(model.get_submodule(n).weight, w) for n, w in weights.items())
+    check_saved(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("gauge", [True, False])
 @pytest.mark.parametrize("merge", ["concatenate", "retruncate"])
 def test_on_layers_low_rank_takes_the_lora_in(kind, gauge, merge, compressed, tmp_path):
     model = compressed(kind, "svd", gauge=gauge, rank=4)
     before, size, params = loss_of(model), count(model), tnlm.report(model).parameters_after
-    run(model, labelled(model, BATCHES), on="layers", merge=merge)
+    run(model, with_labels(model, BATCHES), on="layers", merge=merge)
     grown = 6 if merge == "concatenate" else 4
     for layer in layers(model).values():
         assert layer.network.sizes["r"] == grown
@@ -109,7 +131,7 @@ def test_concatenation_is_what_was_trained(kind, name, compressed, monkeypatch):
     monkeypatch.setattr("tnlm.recovery.heal.train", trained)
     model = compressed(kind, "svd", rank=4)
     before = model.get_submodule(name).to_dense().detach().double()
-    run(model, labelled(model, BATCHES), on="layers")
+    run(model, with_labels(model, BATCHES), on="layers")
     after = model.get_submodule(name).to_dense().detach().double()
     torch.testing.assert_close(after, before + seen["delta"], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
@@ -130,7 +152,7 @@ def test_factors_are_what_was_trained(compressed, monkeypatch):
     monkeypatch.setattr("tnlm.recovery.heal.train", trained)
     for scheme in ("svd", "kron", "tt"):
         model = compressed("llama", scheme)
-        run(model, labelled(model, BATCHES))
+        run(model, with_labels(model, BATCHES))
         with torch.no_grad():
             logits = model(IDS[:16][None]).logits
         torch.testing.assert_close(logits, seen["logits"], rtol=1e-4, atol=1e-4)
@@ -143,8 +165,8 @@ def test_cutting_back_is_best_in_the_metric_given(compressed):
     for given in (None, {UP: metric}):
         model = compressed("llama", "svd", rank=4)
         options = {"modules": [UP], "on": "layers", "metrics": given}
-        exact = run(copy.deepcopy(model), labelled(model, BATCHES), modules=[UP], on="layers")
-        run(model, labelled(model, BATCHES), merge="retruncate", **options)
+        exact = run(copy.deepcopy(model), with_labels(model, BATCHES), modules=[UP], on="layers")
+        run(model, with_labels(model, BATCHES), merge="retruncate", **options)
         weight = exact.get_submodule(UP).to_dense().detach()
         error = weight - model.get_submodule(UP).to_dense().detach()
         found.append((metric.norm(error), Metric().norm(error)))
@@ -156,7 +178,7 @@ def test_it_may_start_from_the_residual(compressed, make_model, monkeypatch):
     monkeypatch.setattr("tnlm.recovery.heal.train", lambda *_: None)
     model, dense = compressed("llama", "svd", rank=4), make_model("llama")
     originals = {name: dense.get_submodule(name).weight.detach() for name in layers(model)}
-    run(model, labelled(model, BATCHES), on="layers", start="residual", originals=originals)
+    run(model, with_labels(model, BATCHES), on="layers", start="residual", originals=originals)
     direct = compressed("llama", "svd", rank=6)
     for name, layer in layers(model).items():
         other = direct.get_submodule(name).to_dense()
@@ -167,25 +189,25 @@ def test_it_may_start_from_the_residual(compressed, make_model, monkeypatch):
 def test_an_adapter_stays_and_is_charged(on, compressed):
     model = compressed("llama", "svd", **SMALL)
     before = loss_of(model)
-    run(model, labelled(model, BATCHES), on=on, merge="adapter", modules=[UP])
+    run(model, with_labels(model, BATCHES), on=on, merge="adapter", modules=[UP])
     adapters = [m for m in model.modules() if isinstance(m, LoraLayer)]
     assert len(adapters) == {"factors": 2, "layers": 1}[on]
     assert loss_of(model) < before
     assert tnlm.report(model).parameters_after == count(model)
     with pytest.raises(ModelError, match="adapters already"):
-        run(model, labelled(model, BATCHES))
+        run(model, with_labels(model, BATCHES))
 
 
 def test_shared_factors_stay_shared(compressed, tmp_path):
     model = compressed("llama", "basis-sharing")
     shared = model.model.layers[0].self_attn.q_proj.right.weight.detach().clone()
-    run(model, labelled(model, BATCHES))
+    run(model, with_labels(model, BATCHES))
     one, two = (layer.self_attn.q_proj.right.weight for layer in model.model.layers)
     assert one is two
     assert torch.equal(one, shared)
     check_saved(model, tmp_path)
     with pytest.raises(OptionError, match="shares a factor"):
-        run(model, labelled(model, BATCHES), on="layers", merge="retruncate")
+        run(model, with_labels(model, BATCHES), on="layers", merge="retruncate")
 
 
 def test_other_linears_and_classifiers(tiny_bert):
@@ -203,13 +225,13 @@ def test_other_linears_and_classifiers(tiny_bert):
 def test_half_precision_heals_in_float32(compressed):
     model = compressed("llama", "svd", **SMALL).bfloat16()
     before = loss_of(model)
-    run(model, labelled(model, BATCHES))
+    run(model, with_labels(model, BATCHES))
     assert model.get_submodule(UP).left.weight.dtype == torch.bfloat16
     assert loss_of(model) < before
 
 
 def test_it_repeats(compressed):
-    one, two = (run(m, labelled(m, BATCHES)) for m in (compressed("llama", "svd") for _ in "ab"))
+    one, two = (run(m, with_labels(m, BATCHES)) for m in (compressed("llama", "svd") for _ in "ab"))
     state = two.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in one.state_dict().items())
 
@@ -219,7 +241,7 @@ def test_training_that_does_not_help_is_undone(compressed, caplog, monkeypatch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     monkeypatch.setattr(lora_training, "_mean_loss", lambda *_: next(losses))
     with caplog.at_level(logging.WARNING, "tnlm"):
-        run(model, labelled(model, BATCHES))
+        run(model, with_labels(model, BATCHES))
     assert "did not lower the loss (1.0000 -> 2.0000): undone" in caplog.text
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -227,8 +249,8 @@ def test_training_that_does_not_help_is_undone(compressed, caplog, monkeypatch):
 def test_training_that_diverges_stops_and_leaves_the_model(compressed):
     model = compressed("llama", "svd")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CalibrationError, match=r"the loss is nan on batch \d; lower learning_rate"):
-        run(model, labelled(model, BATCHES), learning_rate=1e4)
+    with pytest.raises(TrainingError, match=r"the loss is nan on batch \d; lower learning_rate"):
+        run(model, with_labels(model, BATCHES), learning_rate=1e4)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -243,7 +265,7 @@ def test_tokens_are_counted_without_padding():
 
 def test_failures_leave_the_model(compressed, make_model, monkeypatch):
     model = compressed("llama", "svd", rank=14)
-    data = labelled(model, BATCHES)
+    data = with_labels(model, BATCHES)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     config = model.config.quantization_config.to_dict()
     silent = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in data]
@@ -271,7 +293,7 @@ def test_failures_leave_the_model(compressed, make_model, monkeypatch):
             run(model, options.pop("batches", data), **options)
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
         assert model.config.quantization_config.to_dict() == config
-    with pytest.raises(TargetError, match="no factorized linear layer"):
+    with pytest.raises(TargetError, match="no compressed linear layer"):
         run(make_model("llama"), data)
     with pytest.raises(ModelError, match="not compressed"):
         run(make_model("llama"), data, modules=[UP], on="layers")

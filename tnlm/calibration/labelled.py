@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tnlm.calibration.rows import check_rows, class_at, read_rows, text_at
 from tnlm.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -44,37 +43,10 @@ def labelled(
         Traceback (most recent call last):
         tnlm.errors.CalibrationError: labelled data holds no rows
     """
-    rows = list(_read(data) if isinstance(data, str | Path) else data)
+    rows = check_rows(list(read_rows(data) if isinstance(data, str | Path) else data))
     if not rows:
         raise CalibrationError("labelled data holds no rows")
-    found = []
-    for number, row in enumerate(rows):
-        words, value = _fields(row, text, label, f"row {number}")
-        ids = tokenizer(words, truncation=True, max_length=max_length)["input_ids"]
-        found.append({"input_ids": ids, "labels": value})
-    return found
-
-
-def _read(path: str | Path) -> Iterable[Any]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: not a readable .jsonl file: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CalibrationError(f"{path}:{number}: not valid JSON: {error}") from error
-
-
-def _fields(row: Any, text: str, label: str, where: str) -> tuple[str, int]:
-    if not isinstance(row, Mapping) or text not in row or label not in row:
-        has = list(row) if isinstance(row, Mapping) else type(row).__name__
-        raise CalibrationError(f"{where} has {has}; it needs the columns {text!r} and {label!r}")
-    words, value = row[text], row[label]
-    if not isinstance(words, str):
-        raise CalibrationError(f"{where}: {text!r} is a {type(words).__name__}, not a string")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise CalibrationError(f"{where}: {label}={value!r}; allowed: whole numbers from 0")
-    return words, value
+    classes = [class_at(row, index, label) for index, row in enumerate(rows)]
+    texts = [text_at(row, index, text) for index, row in enumerate(rows)]
+    ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return [{"input_ids": i, "labels": c} for i, c in zip(ids, classes, strict=True)]

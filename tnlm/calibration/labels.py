@@ -39,7 +39,7 @@ def count_predictions(model: PreTrainedModel, labels: Tensor) -> int:
     return int(((labels[:, 1:] if shifted else labels) != IGNORED).sum())
 
 
-def labelled(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """Return batches with the labels that make a language model's loss that of their own tokens.
 
     A classifier's batches have labels already.
@@ -51,7 +51,8 @@ def labelled(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[str,
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1))
         >>> ids = torch.tensor([[5, 6, 7]])
-        >>> [batch] = labelled(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+        >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        >>> [batch] = with_labels(model, [batch])
         >>> batch["labels"]
         tensor([[-100,    6,    7]])
     """

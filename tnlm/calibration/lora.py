@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tnlm.adapters import Adapter, Lora, attached, size_of
 from tnlm.calibration.data import Batch, count_tokens
-from tnlm.calibration.labels import check_labels, count_predictions, examples, labelled
+from tnlm.calibration.labels import check_labels, count_predictions, examples, with_labels
 from tnlm.calibration.lora_sums import Importance, Sums, check_kind, importance_sums, lora_gradient
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import eval_mode
@@ -191,7 +191,7 @@ def lora_statistics(
     found, _ = collect_lora(
         model,
         list(modules),
-        labelled(model, batches),
+        with_labels(model, batches),
         rank=rank,
         kind=kind,
         parts=modules,

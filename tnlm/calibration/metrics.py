@@ -117,8 +117,8 @@ class Metric:
             tall = self._tall_low_rank(weight.detach().double(), rank)
             if tall is not None:
                 return tall
-        if self.outputs is None and self.inputs is None and weight.shape[0] <= weight.shape[1]:
-            return leading_left(weight.detach().double(), rank)
+        if self.outputs is None and self.inputs is None:
+            return _plain_low_rank(weight.detach().double(), rank)
         basis = self.leading_outputs(weight, rank)
         right = basis.T @ self.scale_outputs(weight)
         left = basis if self.outputs is None else self.outputs.unscale(basis.T).T
@@ -142,6 +142,14 @@ class Metric:
     def start(self) -> Metric:
         """Return a separable metric near to this one, to start a fit from: itself."""
         return self
+
+
+def _plain_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of least Frobenius error, from the Gram matrix of the shorter side."""
+    if weight.shape[0] <= weight.shape[1]:
+        return leading_left(weight, rank)
+    basis, rest = leading_left(weight.T, rank)
+    return rest.T, basis.T
 
 
 class InputMoment(Metric):

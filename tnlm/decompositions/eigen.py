@@ -22,8 +22,8 @@ _ROUNDING = 10 * float(torch.finfo(torch.float32).eps)
 def leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues of a symmetric matrix and their vectors, in float64.
 
-    LAPACK finds a part of the spectrum in about half the time of all of it; where most of it is
-    asked for, the matrix is small, or not in the processor's memory, all of it is computed.
+    LAPACK finds a part of the spectrum in less time than all of it; where most of it is asked for,
+    the matrix is small, or not in the processor's memory, all of it is computed.
 
     Args:
         gram: ``(n, n)``, symmetric, float64.

@@ -23,7 +23,7 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
-from tnlm.decompositions.eigen import leading_eigenvectors
+from tnlm.decompositions.hooi import hooi, hosvd, unfold
 from tnlm.decompositions.linalg import rank_for, spectrum, truncated_svd
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
 from tnlm.decompositions.whitening import closed_form, grown, is_plain, mode_sides, whiten
@@ -32,8 +32,6 @@ from tnlm.network import Factors, Network
 
 Split = tuple[int, ...]
 OPEN, BOND = "abcdefgh", "pqrstuvw"
-SWEEPS, STALL = 10, 1e-6
-"""HOOI stops after so many sweeps, or when the core's energy grows by less than this share."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Tucker(Format[TuckerSpec]):
         found = []
         for out, inp in _splits(matrix_shape(weight), options):
             tensor = whiten(as_tensor(weight, out, inp), mode_sides(metric, out, inp))
-            spectra = [spectrum(_unfold(tensor, mode)) for mode in range(tensor.dim())]
+            spectra = [spectrum(unfold(tensor, mode)) for mode in range(tensor.dim())]
 
             def spec_at(
                 bound: float,
@@ -166,9 +164,7 @@ def _nearest(tensor: Tensor, ranks: Sequence[int]) -> Factors:
     modes = _reduced(tuple(tensor.shape), ranks)
     if not modes:
         return {"core": tensor}
-    start = [_leading(tensor, mode, ranks[mode]) for mode in modes]  # HOSVD
-    factors = _hooi(tensor, start, modes)
-    core = _tensorly.multi_mode_dot(tensor, factors, modes)
+    factors, core = hooi(tensor, hosvd(tensor, [ranks[mode] for mode in modes], modes), modes)
     return {"core": core} | {f"mode{k}": u for k, u in zip(modes, factors, strict=True)}
 
 
@@ -187,54 +183,12 @@ def _hosvd_error(weight: Tensor, spec: TuckerSpec) -> float:
     tensor = as_tensor(weight, spec.out_split, spec.in_split)
     modes = _reduced(tuple(tensor.shape), spec.ranks)
     total = float(tensor.square().sum())
-    factors = [_leading(tensor, mode, spec.ranks[mode]) for mode in modes]
+    factors = hosvd(tensor, [spec.ranks[mode] for mode in modes], modes)
     core = _tensorly.multi_mode_dot(tensor, factors, modes)
     if total == 0.0:
         return 0.0
     error: float = max(1.0 - float(core.square().sum()) / total, 0.0) ** 0.5
     return error
-
-
-def _hooi(tensor: Tensor, factors: list[Tensor], modes: Sequence[int]) -> list[Tensor]:
-    """Replace each factor in turn by its best, the others fixed; the core's energy never falls.
-
-    Half of the modes share what the other half contracts the tensor to.
-    """
-    numbers = list(range(len(modes)))
-    halves = [half for half in (numbers[: len(modes) // 2], numbers[len(modes) // 2 :]) if half]
-    part, energy = tensor, 0.0
-    for _ in range(SWEEPS):
-        for half in halves:
-            shared = _contracted(tensor, factors, modes, [k for k in numbers if k not in half])
-            for index in half:
-                part = _contracted(shared, factors, modes, [k for k in half if k != index])
-                rank = factors[index].shape[1]
-                factors[index] = _leading(part, modes[index], rank)
-        core = _contracted(part, factors, modes, [numbers[-1]])
-        grown, energy = float(core.square().sum()) - energy, float(core.square().sum())
-        if grown <= STALL * energy:
-            break
-    return factors
-
-
-def _contracted(
-    tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[int], chosen: Sequence[int]
-) -> Tensor:
-    if not chosen:
-        return tensor
-    return _tensorly.multi_mode_dot(
-        tensor, [factors[k] for k in chosen], [modes[k] for k in chosen]
-    )
-
-
-def _leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
-    """Return leading left singular vectors of an unfolding, from its small Gram matrix."""
-    unfolded = _unfold(tensor, mode)
-    return leading_eigenvectors(unfolded @ unfolded.T, rank)
-
-
-def _unfold(tensor: Tensor, mode: int) -> Tensor:
-    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 
 def _reduced(dims: Sequence[int], ranks: Sequence[int]) -> list[int]:

@@ -68,10 +68,10 @@ class _Table(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense ``(vocabulary, width)`` table; rebuilt at every access."""
-        first = next(iter(self.factors().values()))
-        if any(factor.is_meta for factor in self.factors().values()):
+        factors = list(self.factors().values())
+        if any(factor.is_meta for factor in factors):
             # While a model is loaded, transformers asks a head with a bias for its shape.
-            return torch.empty(self.network.shape, dtype=first.dtype, device="meta")
+            return torch.empty(self.network.shape, dtype=factors[0].dtype, device="meta")
         return self.to_dense()
 
     def extra_repr(self) -> str:

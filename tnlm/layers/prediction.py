@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from tnlm.errors import ModelError, OptionError
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.made import Made, made_layers
 from tnlm.layers.pricing import crossing, rebuilding, through
 from tnlm.machine import Machine, machine
-
-_Layer = tuple[nn.Module, tuple[int, int]]
 
 
 def predict_speed(model: nn.Module, tokens: Sequence[int] = (1, 16, 512)) -> dict[int, float]:
@@ -46,29 +45,22 @@ def predict_speed(model: nn.Module, tokens: Sequence[int] = (1, 16, 512)) -> dic
     """
     if not tokens or min(tokens) < 1:
         raise OptionError(f"tokens={list(tokens)}; allowed: counts of at least 1")
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    entries: Mapping[str, Any] = getattr(config, "modules", {})
-    layers = [pair for name, e in entries.items() for pair in _layers(model.get_submodule(name), e)]
+    layers = [made for made in made_layers(model) if made.linear]
     if not layers:
         raise ModelError("tnlm replaced no linear layer of this model; compress or load one first")
-    parameter = next(layers[0][0].parameters())
+    parameter = next(layers[0].module.parameters())
     prices = machine(parameter.dtype, parameter.device.type)
     size = parameter.element_size()
     found = {}
     for count in tokens:
-        dense = [prices.product(count, rows, columns, 1, size) for _, (rows, columns) in layers]
-        found[count] = sum(dense) / sum(_seconds(made, prices, size, count) for made, _ in layers)
+        dense = [prices.product(count, *_dense_shape(made), 1, size) for made in layers]
+        found[count] = sum(dense) / sum(_seconds(m.module, prices, size, count) for m in layers)
     return found
 
 
-def _layers(module: nn.Module, entry: Mapping[str, Any]) -> Iterator[_Layer]:
-    """Yield the linear layers of an entry, each with the shape of the dense one."""
-    if entry["kind"] == "fused":
-        for part in entry["parts"]:
-            yield from _layers(module.get_submodule(part["name"]), part)
-    elif entry["kind"] in ("linear", "dense", "sliced"):
-        rows, columns = entry.get("full", entry["shape"])
-        yield module, (rows, columns)
+def _dense_shape(made: Made) -> tuple[int, int]:
+    rows, columns = made.entry.get("full", made.entry["shape"])
+    return rows, columns
 
 
 def _seconds(layer: Any, prices: Machine, size: int, tokens: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset
 
 from tnlm.calibration.data import Batch, token_batches
 from tnlm.calibration.loss import IGNORED
+from tnlm.calibration.rows import Rows, check_rows, class_at, read_rows, text_at
 from tnlm.errors import CalibrationError, OptionError, TrainingError
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ MASKED = 0.15
 
 Example = dict[str, Tensor]
 """``input_ids`` ``(length,)``, and ``labels``: one for each token, or one class ``()``."""
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 class Examples(Dataset[Example]):
@@ -89,13 +87,16 @@ def training_set(
         [([3, 4, 5], [-100, 4, 5]), ([6, 7, 8], [-100, 7, 8])]
     """
     check_tokens(max_tokens)
-    rows = _rows(data)
-    if rows is not None and label is not None and any(label in row for row in rows):
-        items = _classified(rows, tokenizer, max_length, text, label)
-        return Examples(draw(items, max_tokens, seed), classes=True)
-    if rows is not None and not any("input_ids" in row for row in rows):
-        data = [_field(row, index, text) for index, row in enumerate(rows)]
-    sequences = draw(_sequences(data, tokenizer, max_length, seed), max_tokens, seed)
+    try:
+        rows = _rows(data)
+        if rows is not None and label is not None and any(label in row for row in rows):
+            items = _classified(rows, tokenizer, max_length, text, label)
+            return Examples(draw(items, max_tokens, seed), classes=True)
+        if rows is not None and not any("input_ids" in row for row in rows):
+            data = [text_at(row, index, text) for index, row in enumerate(rows)]
+        sequences = draw(_sequences(data, tokenizer, max_length, seed), max_tokens, seed)
+    except CalibrationError as err:
+        raise TrainingError(f"training data: {err}") from err
     if masked:
         return Examples(_hide(sequences, tokenizer, seed), classes=False)
     return Examples([_next_tokens(item["input_ids"]) for item in sequences], classes=False)
@@ -146,55 +147,10 @@ def _rows(data: Any) -> Rows | None:
     if hasattr(data, "column_names") and not isinstance(data, Mapping):
         return list(data) if hasattr(data, "__len__") else None
     if isinstance(data, str | Path) and str(data).endswith(".jsonl"):
-        return _json_rows(Path(data))
+        return read_rows(data)
     if isinstance(data, list | tuple) and any(isinstance(item, Mapping) for item in data):
-        for index, item in enumerate(data):
-            if not isinstance(item, Mapping):
-                raise TrainingError(f"row {index} is a {type(item).__name__}; give dicts only")
-        return data
+        return check_rows(data)
     return None
-
-
-def _json_rows(path: Path) -> Rows:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as err:
-        raise TrainingError(f"{path}: not a readable UTF-8 file: {err}") from err
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as err:
-            raise TrainingError(f"{path}:{number}: not valid JSON: {err}") from err
-        if not isinstance(row, dict):
-            raise TrainingError(f"{path}:{number}: no JSON object; give one with named columns")
-        rows.append(row)
-    return rows
-
-
-def _column(row: Mapping[str, Any], index: int, name: str, argument: str) -> Any:
-    if name not in row:
-        raise TrainingError(
-            f"row {index} has no column {name!r}, only {', '.join(map(repr, row))}; "
-            f"name the right one: {argument}="
-        )
-    return row[name]
-
-
-def _field(row: Mapping[str, Any], index: int, text: str) -> str:
-    value = _column(row, index, text, "text")
-    if not isinstance(value, str):
-        raise TrainingError(f"row {index}: {text!r} is a {type(value).__name__}, not a string")
-    return value
-
-
-def _class(row: Mapping[str, Any], index: int, label: str) -> Tensor:
-    value = _column(row, index, label, "label")
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-        raise TrainingError(f"row {index}: {label}={value!r}, but classes are integers from 0 on")
-    return torch.tensor(int(value))
 
 
 def _classified(
@@ -204,13 +160,13 @@ def _classified(
     text: str,
     label: str,
 ) -> list[Example]:
-    classes = [_class(row, index, label) for index, row in enumerate(rows)]
+    classes = [torch.tensor(class_at(row, index, label)) for index, row in enumerate(rows)]
     if all("input_ids" in row for row in rows):
         ids = [row["input_ids"][:max_length] for row in rows]
     elif tokenizer is None:
         raise TrainingError("the training data is text, which needs the model's: tokenizer=")
     else:
-        texts = [_field(row, index, text) for index, row in enumerate(rows)]
+        texts = [text_at(row, index, text) for index, row in enumerate(rows)]
         ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     for index, row in enumerate(ids):
         if len(row) == 0:
@@ -224,12 +180,7 @@ def _classified(
 def _sequences(
     data: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, seed: int
 ) -> list[Example]:
-    try:
-        made = token_batches(
-            data, tokenizer, num_samples=sys.maxsize, max_length=max_length, seed=seed
-        )
-    except CalibrationError as err:
-        raise TrainingError(f"training data: {err}") from err
+    made = token_batches(data, tokenizer, num_samples=sys.maxsize, max_length=max_length, seed=seed)
     return [{"input_ids": b["input_ids"][0][b["attention_mask"][0].bool()]} for b in made]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from tnlm.adapters import matrix
 from tnlm.calibration.walk import find_blocks
 from tnlm.errors import ModelError, OptionError
 from tnlm.feed_forward import PAIRS
@@ -78,12 +78,6 @@ class Groups:
             rows_too = cut.axis == 0 and module.bias is not None
             numbers += module.weight.numel() // self.count + rows_too * cut.size
         return numbers
-
-
-def matrix(module: Any) -> Tensor:
-    """Return a linear module's weight as ``(out, in)``, a view of its tensor."""
-    weight: Tensor = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def head_width(model: PreTrainedModel) -> int:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from tnlm.adapters import Lora, attach, attached, size_of
+from tnlm.adapters import Lora, attach, attached, matrix, size_of
 from tnlm.adapters import check as check_ranks
 from tnlm.calibration.labels import check_labels
 from tnlm.calibration.metrics import Metric
 from tnlm.calibration.walk import eval_mode
-from tnlm.errors import CalibrationError, OptionError, TargetError, did_you_mean
+from tnlm.errors import OptionError, TargetError, TrainingError, did_you_mean
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.made import made_layers
 from tnlm.recovery.compensate import residual_start
 from tnlm.recovery.examples import batches as in_batches
 from tnlm.recovery.lora_training import schedule_of, train
@@ -85,8 +85,8 @@ def heal(
         max_length: tokens of an example, likewise.
         text: the rows' text column, likewise.
         label: the rows' column of classes, for classifiers, likewise.
-        modules: dotted names of the layers healed; all factorized linear ones if not given. A
-            layer that was not factorized counts as one factor.
+        modules: dotted names of the layers healed; all compressed linear ones if not given. A
+            layer that is dense or was narrowed counts as one factor.
         on: ``"factors"`` or ``"layers"``. Factors that several layers share stay as they are.
         rank: of each LoRA; a smaller factor gets the largest that it can have.
         alpha: the LoRA's product is multiplied by ``alpha / rank``.
@@ -108,7 +108,8 @@ def heal(
         RankError: if a layer cannot have the rank, or would be larger than dense.
         TargetError: if there is no layer to heal.
         ModelError: if the model has adapters, or a factor to merge into is quantized.
-        CalibrationError: if there is no batch, label or prediction, or a loss is not finite.
+        CalibrationError: if there is no batch, label or prediction.
+        TrainingError: if a loss is not finite.
 
     Source: LoRA, Hu et al. 2021, arXiv 2106.09685; after SVD as in SVD-LLM, arXiv 2403.07378.
 
@@ -153,7 +154,7 @@ def heal(
         loras = {name: adapter.lora() for name, adapter in adapters.items()}
     for name, lora in loras.items():
         if not bool(lora.A.isfinite().all() and lora.B.isfinite().all()):
-            raise CalibrationError(f"the LoRA at {name} is not finite; lower learning_rate")
+            raise TrainingError(f"the LoRA at {name} is not finite; lower learning_rate")
     if merge == "factors":
         _add(model, loras)
     elif merge == "adapter":
@@ -187,9 +188,9 @@ def _is_batch(item: Any) -> bool:
 def _names(model: nn.Module, modules: Sequence[str] | None) -> list[str]:
     if modules is not None:
         return list(modules)
-    found = [name for name, m in model.named_modules() if isinstance(m, FactorizedLinear)]
+    found = [made.name for made in made_layers(model) if made.linear and made.approximated]
     if not found:
-        raise TargetError("the model has no factorized linear layer; name others in modules=")
+        raise TargetError("the model has no compressed linear layer; name others in modules=")
     return found
 
 
@@ -224,7 +225,7 @@ def _starts(
             raise OptionError(
                 f"start='residual' needs the dense weight {size_of(layer)} of {name} in originals"
             )
-        fitted = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        fitted = matrix(layer)
         original = originals[name].to(fitted.device)
         found[name] = residual_start(original, fitted, rank, scaling)
     return found
@@ -234,10 +235,8 @@ def _starts(
 def _add(model: nn.Module, loras: Mapping[str, Lora]) -> None:
     """Add every LoRA to the weight that it stood on."""
     for name, lora in loras.items():
-        module: Any = model.get_submodule(name)
-        delta = lora.delta()
-        delta = delta.T if isinstance(module, Conv1D) else delta
-        module.weight.copy_(module.weight.double() + delta)
+        weight = matrix(model.get_submodule(name))
+        weight.copy_(weight.double() + lora.delta())
 
 
 def _check(

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tnlm.adapters import Adapter
+from tnlm.calibration.lora_sums import lora_gradient
 from tnlm.errors import TrainingError
-from tnlm.recovery.adapters import Adapter
 from tnlm.recovery.groups import Groups
 
 KINDS = ("taylor", "squared")
@@ -48,15 +49,13 @@ def importances(groups: Groups, adapters: Mapping[str, Adapter], kind: str = "ta
     return total
 
 
-def _gradient(adapter: Adapter, step: float = 1.0) -> Tensor:
-    """Return ĝ = s (∂B A + B ∂A − η ∂B ∂A), the estimate of the gradient of the merged weight.
+def _gradient(adapter: Adapter) -> Tensor:
+    """Return ĝ, the estimate of the gradient of the merged weight.
 
-    It is what one step of size η on A and B takes from s B A, divided by η. As ∂B = s G Aᵀ and
-    ∂A = s Bᵀ G, where G is the true gradient, ĝ = s² G for B = 0 and A with orthonormal columns.
-    The paper has η = 1, and no s; clipped gradients keep the last term small.
+    It is what one step of size 1 on A and B takes from s B A. As ∂B = s G Aᵀ and ∂A = s Bᵀ G, where
+    G is the true gradient, ĝ = s² G for B = 0 and A square and orthogonal. The paper has no s.
     """
-    a, b = adapter.down.detach(), adapter.up.detach()
-    da, db = adapter.down.grad, adapter.up.grad
-    if da is None or db is None:
+    if adapter.A.grad is None or adapter.B.grad is None:
         raise TrainingError("an adapter has no gradient: the loss does not depend on its matrix")
-    return adapter.scale * (db @ (a - step * da) + b @ da)
+    a, b = adapter.A.detach(), adapter.B.detach()
+    return adapter.scaling * lora_gradient(a, b, adapter.A.grad, adapter.B.grad, step=1.0)

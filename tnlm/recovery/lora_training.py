@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from tnlm.adapters import Adapter
 from tnlm.calibration.labels import count_predictions
-from tnlm.errors import CalibrationError
+from tnlm.errors import CalibrationError, TrainingError
 
 logger = logging.getLogger("tnlm")
 
@@ -80,7 +80,7 @@ def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> Te
     loss: Tensor = model(**here).loss
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise CalibrationError(f"the loss is {value} on batch {index}; lower learning_rate")
+        raise TrainingError(f"the loss is {value} on batch {index}; lower learning_rate")
     return loss
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tnlm.adapters import Adapter, attached
+from tnlm.adapters import check as check_ranks
 from tnlm.calibration.walk import find_blocks, split
 from tnlm.errors import (
     BudgetError,
@@ -29,7 +31,6 @@ from tnlm.errors import (
     TrainingError,
     did_you_mean,
 )
-from tnlm.recovery.adapters import Adapter, adapted, check_adapters
 from tnlm.recovery.groups import CHANNELS, HEADS, find_groups
 from tnlm.recovery.importance import KINDS, importances
 from tnlm.recovery.masks import Masks
@@ -124,9 +125,10 @@ def prune(
         seed=seed,
         progress=progress,
     )
-    _check(batches, keep, decay, course)
+    _check(batches, keep, decay, alpha, course)
     modules = _linear(model)
-    check_adapters(model, modules, rank, alpha)
+    ranks = dict.fromkeys(modules, rank)
+    check_ranks(model, ranks)
     asked = [name for name, wanted in ((HEADS, heads), (CHANNELS, channels)) if wanted]
     if not asked:
         raise OptionError("heads=False and channels=False leave nothing to prune; ask for one")
@@ -141,7 +143,7 @@ def prune(
     logger.info("pruning every block, from and to, by kind: %s", sizes)
     with (
         _seeded(model, seed),
-        adapted(model, modules, rank, alpha) as adapters,
+        attached(model, ranks, alpha / rank, seed) as adapters,
         masks.applied(model),
     ):
         _train(model, batches, adapters, masks, sizes, course)
@@ -165,7 +167,11 @@ class _Course:
 
 
 def _check(
-    batches: Sequence[Mapping[str, Tensor]], keep: float, decay: float, course: _Course
+    batches: Sequence[Mapping[str, Tensor]],
+    keep: float,
+    decay: float,
+    alpha: float,
+    course: _Course,
 ) -> None:
     if not batches or any("labels" not in batch for batch in batches):
         raise CalibrationError(
@@ -178,6 +184,8 @@ def _check(
         raise OptionError(f"kind={course.kind!r}{did_you_mean(str(course.kind), KINDS)}")
     if not 0 <= decay < 1:
         raise OptionError(f"decay={decay}: at least 0 and less than 1 is wanted")
+    if not 0 < alpha < math.inf:
+        raise OptionError(f"alpha={alpha}: a positive number is wanted")
     if not 0 < course.learning_rate < math.inf:
         raise OptionError(f"learning_rate={course.learning_rate}: a positive number is wanted")
     if course.steps < 1 or course.every < 1:
@@ -204,11 +212,16 @@ def _linear(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Seed torch while a block of code runs, and give its generators their states back after."""
+    """Seed torch in a block that trains; then its generators and the modules are as they were."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _train(
@@ -220,7 +233,7 @@ def _train(
     course: _Course,
 ) -> None:
     """Train the adapters and mask groups, from the first to the second of each kind's sizes."""
-    parameters = [p for adapter in adapters.values() for p in (adapter.down, adapter.up)]
+    parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
     adam = torch.optim.AdamW(parameters, lr=course.learning_rate, weight_decay=0.0)
     warmup = round(course.warmup * course.steps)
     cooldown = min(round(course.cooldown * course.steps), course.steps - warmup)

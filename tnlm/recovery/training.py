@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from tnlm.calibration.data import fingerprint
 from tnlm.errors import CheckpointError, OptionError, did_you_mean
-from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
-from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.made import made_layers
 from tnlm.recovery.examples import Examples, batches, collate
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.tasks import examples_for, padding_for
@@ -202,19 +201,17 @@ def _choose(model: nn.Module, train: str | None) -> None:
 
 
 def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in model.modules():
-        if isinstance(module, FactorizedLinear):
-            for child in module.children():
-                yield from child.parameters()
-        elif isinstance(module, FactorizedEmbedding | FactorizedHead):
-            yield from module.parameters()
+    """Yield what tnlm fitted: factors, and the weights of narrowed layers; no bias of a layer."""
+    for made in made_layers(model):
+        if made.approximated:
+            for name, parameter in made.module.named_parameters():
+                if name.rpartition(".")[2] != "bias":
+                    yield parameter
 
 
 def _name(examples: Examples) -> str:
     """Name the examples by their contents."""
-    parts = batches(examples, batch_size=1)
-    labels = [{**part, "input_ids": part["labels"]} for part in parts]
-    return fingerprint([*parts, *labels])
+    return fingerprint(batches(examples, batch_size=1))
 
 
 def _open(folder: Path, settings: dict[str, Any], resume: bool) -> str | None:

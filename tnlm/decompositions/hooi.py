@@ -1,0 +1,84 @@
+"""HOSVD and HOOI: orthonormal factors of some modes of a tensor, from small Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tnlm.decompositions import _tensorly
+from tnlm.decompositions.eigen import leading_eigenvectors
+
+SWEEPS, STALL = 10, 1e-6
+"""HOOI stops after so many sweeps, or when the core's energy grows by less than this share."""
+
+
+def hosvd(tensor: Tensor, ranks: Sequence[int], modes: Sequence[int]) -> list[Tensor]:
+    """Return the leading left singular vectors ``(size, rank)`` of the unfolding of each mode.
+
+    Args:
+        tensor: float64.
+        ranks: one for each of the modes.
+        modes: axes of the tensor.
+
+    Source: De Lathauwer, De Moor and Vandewalle, 2000.
+
+    Example:
+        >>> import torch
+        >>> [factor.shape[1] for factor in hosvd(torch.randn(3, 4, 5).double(), [2, 3], [0, 2])]
+        [2, 3]
+    """
+    return [_leading(tensor, mode, rank) for mode, rank in zip(modes, ranks, strict=True)]
+
+
+def hooi(
+    tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """Replace each factor in turn by its best, the others fixed; the core's energy never falls.
+
+    Half of the modes share what the other half contracts the tensor to.
+
+    Args:
+        tensor: float64.
+        factors: orthonormal, one for each of the modes.
+        modes: axes of the tensor, at least one.
+
+    Returns:
+        The factors and the core.
+
+    Source: De Lathauwer, De Moor and Vandewalle, "On the best rank-(R1, ..., RN) approximation",
+    2000.
+    """
+    found, numbers = list(factors), list(range(len(modes)))
+    halves = [half for half in (numbers[: len(modes) // 2], numbers[len(modes) // 2 :]) if half]
+    part, core, energy = tensor, None, 0.0
+    for _ in range(SWEEPS):
+        for half in halves:
+            shared = _contracted(tensor, found, modes, [k for k in numbers if k not in half])
+            for index in half:
+                part = _contracted(shared, found, modes, [k for k in half if k != index])
+                found[index] = _leading(part, modes[index], found[index].shape[1])
+        core = _contracted(part, found, modes, [numbers[-1]])
+        before, energy = energy, float(core.square().sum())
+        if energy - before <= STALL * energy:
+            break
+    return found, _contracted(tensor, found, modes, numbers) if core is None else core
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:
+    """Return the unfolding ``(size, all others)`` of a mode."""
+    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+
+
+def _contracted(
+    tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[int], chosen: Sequence[int]
+) -> Tensor:
+    if not chosen:
+        return tensor
+    matrices = [factors[k] for k in chosen]
+    return _tensorly.multi_mode_dot(tensor, matrices, [modes[k] for k in chosen])
+
+
+def _leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
+    unfolded = unfold(tensor, mode)
+    return leading_eigenvectors(unfolded @ unfolded.T, rank)
