@@ -187,8 +187,9 @@ def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[st
         for target in job.selection.targets
         if target.kind == "linear" and "format" in fitting.entries.get(target.name, {})
     }
-    # The model's own are about to go.
-    return weights if job.source else {name: weight.clone() for name, weight in weights.items()}
+    if job.source is not None:
+        return weights
+    return {name: weight.clone() for name, weight in weights.items()}  # the model's own go
 
 
 def _recover(
