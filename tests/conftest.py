@@ -43,6 +43,8 @@ settings.load_profile("tnlm")
 
 WORDS = [f"word{i}" for i in range(61)]
 VOCAB_SIZE = len(WORDS) + 3
+TRAINED = {"recover_tokens": 256}
+"""Few tokens, for schemes that train."""
 NEED_DATA = [name for name, scheme in schemes().items() if scheme.needs_calibration]
 
 
@@ -140,6 +142,8 @@ def compressed(make_model) -> Callable[..., PreTrainedModel]:
     def fit(kind: str, scheme: str, **arguments: Any) -> PreTrainedModel:
         if scheme in NEED_DATA:
             arguments |= {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
+        if schemes()[scheme].recover != "none":
+            arguments = TRAINED | arguments
         return tnlm.compress(make_model(kind), scheme, **arguments)
 
     return lambda *args, **arguments: copy.deepcopy(fit(*args, **arguments))

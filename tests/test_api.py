@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnlm
+from tests.conftest import TRAINED
 from tnlm.allocation import get_allocation
 from tnlm.errors import (
     BudgetError,
@@ -51,7 +52,8 @@ every_pair = pairs("tied-llama", "masked-bert", "gpt2", "llama")
 
 
 def data_for(scheme):
-    return DATA if schemes()[scheme].needs_calibration else {}
+    few = TRAINED if schemes()[scheme].recover != "none" else {}
+    return DATA | few if schemes()[scheme].needs_calibration else {}
 
 
 def logits(model, ids=IDS):
@@ -516,7 +518,8 @@ def test_a_plan_from_json_gives_the_same_model(scheme, compressed, make_model):
     plan = tnlm.plan(make_model("gpt2"), scheme, **data_for(scheme))
     again = tnlm.Plan.from_json(plan.to_json())
     assert again == plan
-    model = tnlm.compress(make_model("gpt2"), again, **data_for(scheme))
+    data = DATA if schemes()[scheme].needs_calibration else {}
+    model = tnlm.compress(make_model("gpt2"), again, **data)
     assert torch.equal(logits(model), logits(compressed("gpt2", scheme)))
     assert (
         tnlm.report(model).to_dict().keys()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MEASURES
+from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MEASURES, MOVEMENT
 from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, OptionError, TargetError
 from tnlm.feed_forward import FeedForward
@@ -40,6 +40,7 @@ def job_of(metric, gaussian, *, silent=(), allocation="loss", **changes):
     } | changes
     found["lora_inputs"] = found["fisher"].double().sum(0)
     found["lora_outputs"] = found["fisher"].double().sum(1)
+    found["movement"] = found["lora_inputs"].clone()
     for name in silent:
         found[name] = torch.zeros_like(found[name])
     stores = []
@@ -49,6 +50,7 @@ def job_of(metric, gaussian, *, silent=(), allocation="loss", **changes):
         stores.append(store)
     asked = request(metric=metric, allocation=allocation)
     given = dict(zip(("inputs", "gradients", "loras"), stores, strict=True))
+    given["movement"] = {TARGET.name: found["movement"]}
     return Job(asked, Selection([TARGET]), [TARGET], **given), found
 
 
@@ -66,6 +68,8 @@ def test_the_importance_of_every_measure_is_its_formula(gaussian):
         expected["fisher-elements"] = float(found["fisher"].mean())
         weight = float(found["lora_inputs"].mean())
         expected |= {name: g * c / weight for name in MEASURES if name.startswith("lora")}
+        expected["pruned"] = g * c
+        expected["movement"] = g * c / float(found["movement"].mean())
         assert job.importance(TARGET) == pytest.approx(expected[name]), name
 
 
@@ -115,10 +119,12 @@ def test_without_gradients_all_count_the_same(gaussian):
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_model_gives_every_measure_what_it_needs(name, tiny_llama):
     model = tiny_llama()
-    job = prepared(model, metric=name, allocation="loss", targets=["q_proj", "up_proj"])
+    few = {"recover_tokens": 256} if name in ("movement", "pruned") else {}
+    job = prepared(model, metric=name, allocation="loss", targets=["q_proj", "up_proj"], **few)
     needs = job.request.needs
     assert (job.inputs is not None) == (INPUTS in needs)
     assert (job.loras is not None) == (LORA in needs)
+    assert bool(job.movement) == (job.source is not None) == (MOVEMENT in needs)
     assert (job.gradients is not None) == bool(needs & {GRADIENTS, FISHER})
     assert len(job.units) == 4
     for target in job.units:

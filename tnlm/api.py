@@ -60,7 +60,8 @@ def compress(
         metric: how errors are measured, instead of the scheme's own: ``"identity"``,
             ``"diagonal"``, ``"input"``, ``"centered"``, ``"two-sided"``, ``"fisher-inputs"``,
             ``"fisher-outputs"``, ``"fisher-both"``, ``"fisher-elements"``, ``"lora-fisher"``,
-            ``"lora-taylor"`` or ``"lora-both"``.
+            ``"lora-taylor"``, ``"lora-both"``, ``"movement"`` or ``"pruned"``. The last two train
+            and prune a copy of the model first, whose weights are then fitted.
         allocation: how the budget is shared out, instead of the scheme's own: ``"uniform"``,
             ``"loss"``, ``"energy"``, ``"last"`` or ``"truncation"``.
         cascade: ``"none"``; ``"sequential"``, every matrix fitted to the inputs that the
@@ -72,9 +73,10 @@ def compress(
         share: consecutive blocks whose matrices share their input factor, in low rank.
         recover: how the compressed model is trained in the end: ``"none"``; ``"lora"``, by adapters
             that are merged into the factors; ``"distill"``, all factors, to give the dense model's
-            logits; or ``"finetune"``, all factors, on the data itself. What tnlm did not replace
-            stays as it is.
-        recover_tokens: tokens of training data it sees (200,000 if not given).
+            logits; ``"finetune"``, all factors, on the data itself; or ``"mixed-rank"``, the same
+            with layers that are their dense weights now and then. What tnlm did not replace stays
+            as it is.
+        recover_tokens: tokens of training data it sees, and pruning (200,000 if not given).
         keep: fraction of the whole model's parameters that remains, tied ones counted once.
         keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
         tolerance: relative error allowed to every matrix, in the metric.
@@ -83,7 +85,8 @@ def compress(
         blocks: how many of the last blocks are cut, for ``allocation="last"``.
         calibration: a list of strings, a text or JSONL file, token ids, a DataLoader or a
             ``datasets.Dataset``; for schemes that look at data.
-        training: data for ``recover``, as ``calibration``, which it is drawn from if not given.
+        training: data for ``recover`` and pruning, as ``calibration``, which it is drawn from if
+            not given.
         tokenizer: turns texts into ids.
         num_samples: windows of calibration data used.
         max_length: tokens in a window.

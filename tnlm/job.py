@@ -6,40 +6,24 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import Batch, token_batches
-from tnlm.calibration.gradients import collect_gradients
-from tnlm.calibration.lora import lora_statistics
-from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA
+from tnlm.calibration.data import Batch
+from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
 from tnlm.calibration.metrics import Metric
-from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
-from tnlm.errors import CalibrationError, OptionError, TargetError
+from tnlm.errors import CalibrationError, TargetError
 from tnlm.feed_forward import FeedForward, pairs
-from tnlm.memory import release
+from tnlm.gathering import Data, check_data, gather
 from tnlm.request import Request
 from tnlm.stacks import Stack, stack
 from tnlm.targets import Selection, Selector, Target, check_model, check_weights, select
 
-
-@dataclass(frozen=True)
-class Data:
-    """Calibration data and how it is cut."""
-
-    calibration: Any
-    tokenizer: Any
-    num_samples: int
-    max_length: int
-    cache_dir: str | Path | None
-    seed: int
-    gradient_samples: int = 16
-    training: Any = None
+__all__ = ["Data", "Job", "prepare"]
 
 
 @dataclass
@@ -58,6 +42,8 @@ class Job:
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
         loras: statistics of the gradients of a LoRA, if needed.
+        movement: weights of columns by the target's name, if the model is pruned.
+        source: the pruned copy, whose weights are fitted in place of the model's own.
         seconds: wall time by stage.
     """
 
@@ -72,6 +58,8 @@ class Job:
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     loras: Statistics | None = None
+    movement: Mapping[str, Tensor] = field(default_factory=dict)
+    source: PreTrainedModel | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
 
@@ -80,6 +68,10 @@ class Job:
         """What may take the place of several matrices: pairs, if channels may be dropped."""
         drops = any("channels" in structure.kinds for structure in self.request.structures)
         return self.pairs if drops else ()
+
+    def weights_of(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the model whose weights are fitted: the one given, or its pruned copy."""
+        return model if self.source is None else self.source
 
     def metric(self, target: Target, newer: Mapping[str, Tensor] | None = None) -> Metric:
         """Return how the error of a target is measured.
@@ -131,10 +123,11 @@ class Job:
 
     def _scale(self, target: Target, moment: float) -> float:
         """Return how the metric weighs a column on average."""
-        if not self.request.measure.needs:
+        if not self.request.measure.needs or self.request.measure.name == "pruned":
             return 1.0
-        if LORA in self.request.measure.needs:
-            return float(self._statistic(target, "lora_inputs").mean()) or math.inf
+        for kind, name in ((LORA, "lora_inputs"), (MOVEMENT, "movement")):
+            if kind in self.request.measure.needs:
+                return float(self._statistic(target, name).mean()) or math.inf
         if self.request.measure.name == "diagonal":  # magnitudes, not their squares
             return float(self._statistic(target, "magnitude").mean())
         return moment
@@ -157,6 +150,8 @@ class Job:
     def _statistic(self, target: Target, name: str) -> Tensor:
         if isinstance(target, Stack):
             return _together(name, [self._statistic(member, name) for member in target.members])
+        if name == "movement" and target.name in self.movement:
+            return self.movement[target.name]
         stores = {"gradient": self.gradients, "fisher": self.gradients}
         stores |= {"lora_inputs": self.loras, "lora_outputs": self.loras}
         store = stores.get(name, self.inputs)
@@ -191,7 +186,7 @@ def prepare(
 ) -> Job:
     """Check the model, choose targets, and gather the statistics that the request needs."""
     check_model(model)
-    _check_data(request, data)
+    check_data(request, data)
     selection = select(model, request.scheme.targets if targets is None else targets, ignore)
     _check_kinds(request, selection)
     check_weights(model, selection.targets)
@@ -199,77 +194,9 @@ def prepare(
     units = stack(selection.targets, request.share)
     job = Job(request, selection, units, pairs(model, selection.targets))
     if request.looks_at_data:
-        _gather(model, job, data, progress)
-    job.seconds["calibrate"] = time.perf_counter() - start
+        gather(model, job, data, progress)
+    job.seconds["calibrate"] = time.perf_counter() - start - job.seconds.get("prune", 0.0)
     return job
-
-
-def _gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None:
-    batches = token_batches(
-        data.calibration,
-        data.tokenizer,
-        num_samples=data.num_samples,
-        max_length=data.max_length,
-        seed=data.seed,
-    )
-    release()
-    needs = job.request.needs
-    modules = list(dict.fromkeys(target.module for target in job.selection.targets))
-    if INPUTS in needs:
-        job.inputs = collect(model, modules, batches, cache_dir=data.cache_dir, progress=progress)
-    if needs & {GRADIENTS, FISHER}:
-        job.gradients = collect_gradients(
-            model,
-            modules,
-            batches[: data.gradient_samples],
-            fisher=FISHER in needs,
-            # FWSVD and TFWSVD take the data's own labels; K-FAC the model's.
-            labels="data" if FISHER in needs else "sampled",
-            cache_dir=data.cache_dir,
-            progress=progress,
-        )
-    if LORA in needs:
-        job.loras = lora_statistics(
-            model,
-            {target.module: len(target.parts) or 1 for target in job.selection.targets},
-            batches[: data.gradient_samples],
-            kind="taylor" if job.request.measure.name == "lora-taylor" else "fisher",
-            cache_dir=data.cache_dir,
-            progress=progress,
-        )
-    if job.request.cascade != "none" or job.request.refine:
-        job.batches = batches
-    if job.request.recover != "none":
-        job.tokenizer, job.seed = data.tokenizer, data.seed
-        job.lessons = token_batches(
-            data.calibration if data.training is None else data.training,
-            data.tokenizer,
-            num_samples=max(1, -(-job.request.recover_tokens // data.max_length)),
-            max_length=data.max_length,
-            seed=data.seed,
-        )
-    release()
-
-
-def _check_data(request: Request, data: Data) -> None:
-    scheme, metric = request.scheme.name, request.measure.name
-    if request.looks_at_data and data.calibration is None:
-        raise CalibrationError(
-            f"scheme {scheme!r} with metric={metric!r} looks at data; pass "
-            "calibration= (texts, a file, token ids) and tokenizer="
-        )
-    if not request.looks_at_data and data.calibration is not None:
-        raise OptionError(
-            f"calibration= has no effect on scheme {scheme!r} with metric='identity'; "
-            "leave it out, or choose a scheme or metric that looks at data: svd-llm, metric='input'"
-        )
-    if not request.looks_at_data and data.cache_dir is not None:
-        raise OptionError("cache_dir= keeps calibration statistics, but no calibration is used")
-    if request.recover == "none" and data.training is not None:
-        raise OptionError("training= has no effect without recover=; leave it out")
-    samples = data.gradient_samples
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise OptionError(f"gradient_samples={samples!r}; allowed: a number >= 1")
 
 
 def _check_kinds(request: Request, selection: Selection) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -39,7 +41,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     part = total(dense_cost(t, t.weight(model).element_size()) for t in chosen)
     limits = request.limits(cost, part)
     problem = Problem(
-        model,
+        job.weights_of(model),
         chosen,
         request.structures,
         job.metric,
@@ -131,7 +133,8 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
             )
     job.seconds["plan"] = 0.0
     layers = {layer.name: layer for layer in decided.layers}
-    priced = tuple(reprice(t, t.weight(model), layers[t.name]) for t in chosen)
+    read = job.weights_of(model)
+    priced = tuple(reprice(t, t.weight(read), layers[t.name]) for t in chosen)
     return replace(decided, layers=priced, model=model_cost(model)), job
 
 
@@ -140,13 +143,15 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     start = time.perf_counter()
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     teacher = copy.deepcopy(model) if job.request.recover == "distill" else None
+    read = job.weights_of(model)
     with Shelf() as shelf:
-        fitting = Fitting(model, job, decided, shelf)
-        _fit_all(model, job, fitting, progress)
+        fitting = Fitting(read, job, decided, shelf)
+        _fit_all(read, job, fitting, progress)
         if job.request.refine:
-            _refine_all(model, job, fitting, progress)
+            _refine_all(read, job, fitting, progress)
         entries = fitting.entries
         job.forget()
+        dense = _dense_weights(read, job, fitting)
         with Swap(model) as swap:
             for target in job.selection.targets:
                 if target.name in entries:
@@ -164,7 +169,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
             config.tied.update(fitting.ties)
             attach(model, config)
             if job.request.recover != "none":
-                _recover(model, job, teacher, progress)
+                _recover(model, job, teacher, dense, progress)
     spent = time.perf_counter() - start
     job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
     tokens = job.inputs.tokens if job.inputs else 0
@@ -173,8 +178,26 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     return model
 
 
+def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[str, Tensor]:
+    """Return the weights that factorized layers stand for, if the layers are trained with them."""
+    if job.request.recover != "mixed-rank":
+        return {}
+    weights = {
+        target.name: target.weight(read)
+        for target in job.selection.targets
+        if target.kind == "linear" and "format" in fitting.entries.get(target.name, {})
+    }
+    if job.source is not None:
+        return weights
+    return {name: weight.clone() for name, weight in weights.items()}  # the model's own go
+
+
 def _recover(
-    model: PreTrainedModel, job: Job, teacher: PreTrainedModel | None, progress: bool
+    model: PreTrainedModel,
+    job: Job,
+    teacher: PreTrainedModel | None,
+    dense: Mapping[str, Tensor],
+    progress: bool,
 ) -> None:
     start = time.perf_counter()
     recover(
@@ -183,6 +206,7 @@ def _recover(
         job.lessons,
         tokens=job.request.recover_tokens,
         teacher=teacher,
+        dense=dense,
         tokenizer=job.tokenizer,
         seed=job.seed,
         progress=progress,

@@ -9,7 +9,7 @@ from typing import Any
 
 from tnlm.allocation import get_allocation
 from tnlm.allocation.base import Allocation, Limits
-from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, Measure, get_measure
+from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, MOVEMENT, Measure, get_measure
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
 from tnlm.errors import BudgetError
@@ -50,7 +50,7 @@ class Request:
         refine: tokens on which every block is tuned after fitting; 0 for none.
         share: consecutive blocks whose matrices share their input factor; 1 for none.
         recover: how the whole model is trained afterwards; ``"none"`` for not at all.
-        recover_tokens: tokens that it is trained on.
+        recover_tokens: tokens that it is trained on, and that a metric is which prunes.
         options: the format's options, defaults of the scheme included.
         keep: fraction of the whole model's parameters, or None.
         keep_targets: fraction of the targets' parameters, or None.
@@ -87,10 +87,19 @@ class Request:
         return needed
 
     @property
+    def trains(self) -> bool:
+        """Whether anything is trained on ``recover_tokens`` tokens."""
+        return self.recover != "none" or MOVEMENT in self.measure.needs
+
+    @property
     def looks_at_data(self) -> bool:
-        """Whether calibration data is needed."""
-        tunes = self.refine > 0 or self.recover != "none"
-        return bool(self.needs) or self.cascade != "none" or tunes
+        """Whether data is needed."""
+        return self.measures or self.trains
+
+    @property
+    def measures(self) -> bool:
+        """Whether calibration data is needed for more than training."""
+        return bool(self.needs - {MOVEMENT}) or self.cascade != "none" or self.refine > 0
 
     def limits(self, model: Cost, targets: Cost) -> Limits:
         """Return what the matrices may cost.
@@ -140,7 +149,7 @@ class Request:
             "refine": self.refine or None,
             "share": self.share if self.share > 1 else None,
             "recover": self.recover if self.recover != "none" else None,
-            "recover_tokens": self.recover_tokens if self.recover != "none" else None,
+            "recover_tokens": self.recover_tokens if self.trains else None,
             "unit": self.unit,
             "blocks": self.blocks,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
@@ -199,7 +208,7 @@ def make_request(
     check_share(structures, measure, chain, shared_blocks)
     check_refine(refine)
     after = named.recover if recover is None else recover
-    check_recover(after, recover_tokens)
+    check_recover(measure, after, recover_tokens)
     check_shared(shared, tolerance, unit, blocks)
     check_shared_formats(shared, structures)
     return Request(

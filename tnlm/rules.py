@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnlm.allocation.base import Allocation
-from tnlm.calibration.measures import INPUTS, MEASURES, Measure
+from tnlm.calibration.measures import INPUTS, MEASURES, MOVEMENT, Measure
 from tnlm.decompositions.base import Format, from_dict
 from tnlm.errors import BudgetError, OptionError, did_you_mean
 
 BUDGETS = ("keep", "keep_targets", "tolerance")
 UNITS = ("params", "bytes", "macs")
 CASCADES = ("none", "sequential", "anchored")
-RECOVERIES = ("none", "lora", "distill", "finetune")
+RECOVERIES = ("none", "lora", "distill", "finetune", "mixed-rank")
 
 
 def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
@@ -171,13 +171,13 @@ def check_refine(refine: int) -> None:
         raise OptionError(f"refine={refine!r}; allowed: a number of tokens, 0 for none")
 
 
-def check_recover(recover: str, tokens: int | None) -> None:
+def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
     """Raise `OptionError` unless the recovery is known, and its tokens are a whole number."""
     if recover not in RECOVERIES:
         raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), RECOVERIES)}")
     if tokens is None:
         return
-    if recover == "none":
+    if recover == "none" and MOVEMENT not in measure.needs:
         raise OptionError("recover_tokens= has no effect without recover=; leave it out")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise OptionError(f"recover_tokens={tokens!r}; allowed: a number of tokens >= 1")

@@ -70,10 +70,12 @@ class Target:
 
     def view(self, module: Any) -> Tensor:
         """Return the ``(out, in)`` weight in a module like the target's, a view of its tensor."""
-        weight: Tensor = module.weight.detach()
-        if isinstance(module, Conv1D):  # GPT-2 stores (in, out)
-            weight = weight.T
-        return weight[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
+        return self.part_of(module, module.weight.detach())
+
+    def part_of(self, module: nn.Module, stored: Tensor) -> Tensor:
+        """Return the target's ``(out, in)`` part of a tensor laid out like the module's weight."""
+        turned = stored.T if isinstance(module, Conv1D) else stored  # GPT-2 stores (in, out)
+        return turned[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
 
     def bias(self, model: nn.Module) -> Tensor | None:
         """Return the bias that belongs to the matrix, if any."""

@@ -12,6 +12,7 @@ from tnlm.calibration.measures import (
     INPUTS,
     LORA,
     MEASURES,
+    MOVEMENT,
     get_measure,
 )
 from tnlm.calibration.metrics import Metric
@@ -19,7 +20,7 @@ from tnlm.errors import OptionError
 
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
 NAMES |= {"gradient": GRADIENTS, "fisher": FISHER}
-NAMES |= {"lora_inputs": LORA, "lora_outputs": LORA}
+NAMES |= {"lora_inputs": LORA, "lora_outputs": LORA, "movement": MOVEMENT}
 OUT, IN = 4, 5
 
 
@@ -35,6 +36,7 @@ def statistics(gaussian, seed=0, shift=0.0):
         "fisher": squared,
         "lora_inputs": squared.sum(0),
         "lora_outputs": squared.sum(1),
+        "movement": gaussian(IN, seed=seed + 3).square() + 0.1,
     }
 
 
@@ -52,7 +54,8 @@ def test_a_measure_reads_only_what_it_says_it_needs(name, gaussian):
 
     before = {key: value.clone() for key, value in found.items()}
     metric = MEASURES[name].build(of, 1e-6)
-    assert read == MEASURES[name].needs
+    # What the last one needs is pruned weights, not a statistic.
+    assert read == (frozenset() if name == "pruned" else MEASURES[name].needs)
     assert all(torch.equal(found[key], before[key]) for key in found)  # statistics are shared
     assert metric.separable != MEASURES[name].is_elementwise
     assert (metric.mean is not None) == MEASURES[name].adds_bias
@@ -84,6 +87,8 @@ def test_every_measure_is_its_formula(seed, shift, gaussian):
         "lora-fisher": (F.sum(0) * error.square()).sum(),
         "lora-taylor": (F.sum(0) * error.square()).sum(),
         "lora-both": (torch.outer(F.sum(1), F.sum(0)) / F.sum(1).mean() * error.square()).sum(),
+        "pruned": error.square().sum(),
+        "movement": (found["movement"] * error.square()).sum(),
     }
     assert set(expected) == set(MEASURES)
     for name, value in expected.items():

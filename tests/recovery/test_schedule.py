@@ -30,6 +30,14 @@ def test_held_then_falling_then_held(lengths, start, share):
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(slower))
 
 
+@given(steps=st.integers(50, 400), warmup=st.floats(0, 0.4), cooldown=st.floats(0, 0.4))
+def test_no_jump_anywhere(steps, warmup, cooldown):
+    held, last = round(warmup * steps), round(cooldown * steps)
+    values = [cubic(t, steps, end=0.2, warmup=held, cooldown=last) for t in range(steps + 1)]
+    steepest = 3 * 0.8 / (steps - held - last)
+    assert all(a - b <= steepest + 1e-12 for a, b in itertools.pairwise(values))
+
+
 def test_flat_where_it_ends():
     before, at = (cubic(t, 1000, end=0.5, cooldown=100) for t in (899, 900))
     assert before - at < 1e-8

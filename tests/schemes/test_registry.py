@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import tnlm
+from tests.conftest import TRAINED
 from tnlm import cli
 from tnlm.allocation import allocations
 from tnlm.calibration.measures import MEASURES
@@ -23,7 +24,7 @@ DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
 PUBLISHED = {
     "nothing": "albert btt kngpt2 kron shapeshifter svd tensorgpt tt tucker",
     "data": "aa-svd afm asvd basis-sharing modegpt rom sfsd svd-llm svd-llm-v2",
-    "data and gradients": "fwsvd kfac-svd tfwsvd",
+    "data and gradients": "fwsvd kfac-svd lpaf tfwsvd",
 }
 every_scheme = pytest.mark.parametrize("name", sorted(schemes()))
 
@@ -34,6 +35,7 @@ def count(model):
 
 def run(model, name, **arguments):
     data = {} if schemes()[name].needs == "nothing" else DATA
+    data = data | (TRAINED if schemes()[name].recover != "none" else {})
     return tnlm.compress(model, name, progress=False, **(data | arguments))
 
 

@@ -13,12 +13,13 @@ from tnlm.calibration.sides import Side
 from tnlm.errors import OptionError, did_you_mean
 
 INPUTS, GRADIENTS, FISHER, LORA = "inputs", "gradients", "fisher", "lora"
-"""Kinds of statistics: of the inputs, of output gradients, of weight gradients by example, and of
-the same as a LoRA's gradients tell of them."""
+MOVEMENT = "movement"
+"""Kinds of statistics: of the inputs, of output gradients, of weight gradients by example, of the
+same as a LoRA's gradients tell of them, and of where weights move while they are pruned."""
 
 Gathered = Callable[[str], Tensor]
 """Returns one statistic of a matrix by name: moment, mean, magnitude, gradient, fisher,
-lora_inputs, lora_outputs."""
+lora_inputs, lora_outputs, movement."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,18 @@ _ALL = (
         "rows and columns weighed by their Fisher information, as a LoRA's gradients tell of it",
         frozenset({LORA}),
         _lora_both,
+    ),
+    Measure(
+        "movement",
+        "columns weighed by where training moves their weights, of pruned matrices (LPAF)",
+        frozenset({MOVEMENT}),
+        lambda of, d: Metric(inputs=Side(of("movement"), d)),
+    ),
+    Measure(
+        "pruned",
+        "Frobenius norm of the error of pruned matrices (LPAF without weights)",
+        frozenset({MOVEMENT}),
+        lambda of, d: Metric(),
     ),
 )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
@@ -19,6 +20,7 @@ def recover(
     *,
     tokens: int,
     teacher: PreTrainedModel | None = None,
+    dense: Mapping[str, Tensor] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
@@ -27,10 +29,11 @@ def recover(
 
     Args:
         model: compressed.
-        kind: ``"lora"``, ``"distill"`` or ``"finetune"``.
+        kind: ``"lora"``, ``"distill"``, ``"finetune"`` or ``"mixed-rank"``.
         data: training sequences.
         tokens: tokens it is trained on.
         teacher: the dense model, for ``"distill"``.
+        dense: weights that were fitted, by the name of the layer, for ``"mixed-rank"``.
         tokenizer: for masked language models.
         seed: of the order of the data.
         progress: show a progress bar.
@@ -41,27 +44,41 @@ def recover(
     """
     from tnlm.recovery.distillation import distill
     from tnlm.recovery.heal import heal
+    from tnlm.recovery.mixed_rank import mixed_rank
     from tnlm.recovery.training import finetune
 
-    rows = [_row(batch) for batch in data]
-    common: dict[str, Any] = {
-        "tokens": tokens,
-        "tokenizer": tokenizer,
-        "max_length": max(len(row["input_ids"]) for row in rows),
-        "label": LABEL,
-        "seed": seed,
-        "progress": progress,
-    }
+    lessons = as_lessons(data, tokens)
+    rows = lessons.pop("data")
+    common = lessons | {"tokenizer": tokenizer, "seed": seed, "progress": progress}
     if kind == "lora":
+        del common["epochs"]  # data that is short is used again
         heal(model, rows, **common)
-        return
-    # Data that is short is used again.
-    again = max(1.0, tokens / sum(len(row["input_ids"]) for row in rows))
-    common |= {"train": "factors", "epochs": again}
-    if kind == "distill" and teacher is not None:
-        distill(model, teacher, rows, **common)
+    elif kind == "mixed-rank":
+        mixed_rank(model, dense or {}, rows, **common)
+    elif kind == "distill" and teacher is not None:
+        distill(model, teacher, rows, train="factors", **common)
     else:
-        finetune(model, rows, **common)
+        finetune(model, rows, train="factors", **common)
+
+
+def as_lessons(data: Sequence[Batch], tokens: int) -> dict[str, Any]:
+    """Return sequences, and how they are read, as `tnlm.recovery.training.finetune` takes them.
+
+    Example:
+        >>> import torch
+        >>> batch = {"input_ids": torch.arange(4)[None], "attention_mask": torch.ones(1, 4)}
+        >>> as_lessons([batch], tokens=6)["epochs"]  # data that is short is used again
+        1.5
+    """
+    rows = [_row(batch) for batch in data]
+    lengths = [len(row["input_ids"]) for row in rows]
+    return {
+        "data": rows,
+        "tokens": tokens,
+        "epochs": max(1.0, tokens / sum(lengths)),
+        "max_length": max(lengths),
+        "label": LABEL,
+    }
 
 
 def _row(batch: Batch) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def cubic(
     Raises:
         OptionError: if a count is negative, or warm-up and cool-down are longer than the training.
 
-    Source: Zhu and Gupta 2017 (arXiv 1710.01878); as in movement pruning and LoRAPrune.
+    Source: Zhu and Gupta 2017 (arXiv 1710.01878); as in movement pruning, LPAF and LoRAPrune.
 
     Example:
         >>> [cubic(step, 6, end=0.0, warmup=1, cooldown=1) for step in (0, 1, 3, 5, 6)]

@@ -205,7 +205,7 @@ def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
     for made in made_layers(model):
         if made.approximated:
             for name, parameter in made.module.named_parameters():
-                if name != "bias":
+                if name.rpartition(".")[2] != "bias":
                     yield parameter
 
 

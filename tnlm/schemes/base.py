@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tnlm.allocation import get_allocation
-from tnlm.calibration.measures import FISHER, GRADIENTS, LORA, get_measure
+from tnlm.calibration.measures import FISHER, GRADIENTS, LORA, MOVEMENT, get_measure
 from tnlm.targets import ALL_LINEAR, Selector
 
 
@@ -47,7 +47,8 @@ class Scheme:
     def needs(self) -> str:
         """What the scheme looks at besides the weights: nothing, data, or data and gradients."""
         needed = get_measure(self.metric).needs
-        if needed & {GRADIENTS, FISHER, LORA} or get_allocation(self.allocation).weighs_loss:
+        weighs_loss = get_allocation(self.allocation).weighs_loss
+        if needed & {GRADIENTS, FISHER, LORA, MOVEMENT} or weighs_loss:
             return "data and gradients"
         tunes = self.cascade != "none" or self.recover != "none"
         return "data" if needed or tunes else "nothing"

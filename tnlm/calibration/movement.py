@@ -1,0 +1,43 @@
+"""How much a column's error counts, by where training moves its weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tnlm.errors import OptionError
+
+FLOOR = 1e-6
+"""Smallest weight of a column, relative to the mean."""
+
+
+def column_weights(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return how much the error of each column of a pruned matrix counts, ``(in,)`` in float64.
+
+    A column, which is one input (a row, where papers write xW), counts the sum of its kept entries'
+    scores. Scores have signs, and the paper does not say what becomes of them: here an entry counts
+    0 if it is masked, or if its score is negative, as the loss then falls when it shrinks. The sums
+    are scaled to mean 1, and raised to a floor, so that no column is free.
+
+    Args:
+        scores: ``(out, in)``.
+        mask: ``(out, in)``, True where an entry is kept. Where no kept score is positive all
+            columns count the same.
+
+    Raises:
+        OptionError: if the shapes differ, or a score is not finite.
+
+    Source: LPAF, Ren and Zhu 2023, arXiv 2306.14152.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[3.0, -1.0, 0.5], [-1.0, 2.0, 0.5]])
+        >>> column_weights(scores, scores > 0.6)
+        tensor([1.8000e+00, 1.2000e+00, 1.0000e-06], dtype=torch.float64)
+    """
+    if scores.shape != mask.shape:
+        raise OptionError(f"scores {tuple(scores.shape)} and a mask {tuple(mask.shape)} differ")
+    if not bool(scores.isfinite().all()):
+        raise OptionError("scores must be finite")
+    sums = scores.double().clamp_min(0.0).masked_fill(~mask, 0.0).sum(0)
+    mean = float(sums.mean())
+    return (sums / mean).clamp_min(FLOOR) if mean > 0 else sums + 1.0
