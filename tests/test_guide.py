@@ -1,4 +1,4 @@
-"""Every block of code in the guides on deployment and training runs, in order, on a tiny model."""
+"""Every block of code in the guides named here runs, in order, on a tiny model."""
 
 from __future__ import annotations
 
@@ -40,3 +40,14 @@ def test_every_block_on_training_runs(tmp_path, monkeypatch, tiny_llama, word_to
     monkeypatch.chdir(tmp_path)
     assert run_blocks("recover.md") == 7
     assert (tmp_path / "my-model-pruned" / "config.json").is_file()
+
+
+def test_every_block_on_intrinsic_dimension_runs(
+    tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text
+):
+    small = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
+    tiny_llama(**small).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    (tmp_path / "text.txt").write_text(word_text(256))
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("intrinsic.md") == 2

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from tnlm.analysis.intrinsic import intrinsic_dimension
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
     from tnlm.errors import TnlmError
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 # Where each public name lives. They are imported when first used, because transformers' modelling
 # code takes longer to import than torch.
 _HOMES = {
+    "intrinsic_dimension": "tnlm.analysis.intrinsic",
     "compress": "tnlm.api",
     "plan": "tnlm.api",
     "report": "tnlm.api",
@@ -66,6 +68,7 @@ __all__ = [
     "finetune",
     "from_config",
     "heal",
+    "intrinsic_dimension",
     "keep_rebuilt",
     "labelled",
     "list_schemes",
