@@ -51,3 +51,13 @@ def test_every_block_on_intrinsic_dimension_runs(
     (tmp_path / "text.txt").write_text(word_text(256))
     monkeypatch.chdir(tmp_path)
     assert run_blocks("intrinsic.md") == 2
+
+
+def test_every_block_on_search_runs(tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    for seed, name in enumerate(("calibration", "search", "report")):
+        (tmp_path / f"{name}.txt").write_text(word_text(256, seed=seed))
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("search.md") == 3
+    assert (tmp_path / "run" / "search.jsonl").is_file()

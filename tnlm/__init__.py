@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tnlm.saving import load, save
     from tnlm.schemes import list_schemes
     from tnlm.scratch import from_config
+    from tnlm.search.surgical import surgical_search
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ _HOMES = {
     "save": "tnlm.saving",
     "list_schemes": "tnlm.schemes",
     "from_config": "tnlm.scratch",
+    "surgical_search": "tnlm.search.surgical",
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "prune",
     "report",
     "save",
+    "surgical_search",
     "to_dense",
 ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, token_batches
@@ -22,6 +22,7 @@ from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, OptionError, TargetError
 from tnlm.feed_forward import FeedForward, pairs
+from tnlm.layers.build import Entry
 from tnlm.memory import release
 from tnlm.request import Request
 from tnlm.stacks import Stack, stack
@@ -58,6 +59,7 @@ class Job:
         gradients: statistics of gradients, if needed.
         loras: statistics of the gradients of a LoRA, if needed.
         seconds: wall time by stage.
+        ready: what `tnlm.surgery.fit_target` gave for matrices that were fitted already, by name.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class Job:
     gradients: Statistics | None = None
     loras: Statistics | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    ready: dict[str, tuple[Entry, nn.Module, float]] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
 
     @property
