@@ -97,6 +97,18 @@ def test_a_searched_model_saves_and_loads(kind, scheme, small, tmp_path):
     assert f"trials:  {len(found.trials)}" in str(found)
 
 
+def test_the_plan_can_be_carried_out_again(small):
+    model, again = small(), small()
+    data = {"calibration": IDS, "num_samples": 8}
+    found = find(model, "perplexity", scheme="sfsd", growth=1.05, **WINDOWS, **data)
+    plan = tnlm.Plan.from_json(found.plan.to_json())
+    tnlm.compress(again, plan, max_length=32, progress=False, **data)
+    assert ranks_in(again) == ranks_in(model)
+    with torch.no_grad():
+        logits = [one(IDS[None, :16]).logits for one in (model, again)]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
 def test_the_perplexities_are_those_of_the_models(small):
     def perplexity(model, ids):
         with torch.no_grad():

@@ -149,9 +149,9 @@ def surgical_search(
         >>> found.plan.model_after.params < found.plan.model.params
         True
     """
-    journal = Journal(output_dir)
     request = request_of(scheme)
     check_options(metric, order, candidates, delta, growth, keep)
+    journal = Journal(output_dir)
     judge, splits = splits_of(model, metric, search, report, delta, growth, tokenizer, max_length)
     names = check_disjoint(*splits)
     data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed)
