@@ -1,4 +1,4 @@
-"""Every block of code in the guides on deployment and training runs, in order, on a tiny model."""
+"""Every block of code in the guides named here runs, in order, on a tiny model."""
 
 from __future__ import annotations
 
@@ -52,3 +52,24 @@ def test_every_block_on_design_spaces_runs(
     assert run_blocks("design_space.md") == 6
     assert (tmp_path / "layers.csv").is_file()
     assert (tmp_path / "front.json").is_file()
+
+
+def test_every_block_on_intrinsic_dimension_runs(
+    tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text
+):
+    small = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
+    tiny_llama(**small).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    (tmp_path / "text.txt").write_text(word_text(256))
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("intrinsic.md") == 2
+
+
+def test_every_block_on_search_runs(tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    for seed, name in enumerate(("calibration", "search", "report")):
+        (tmp_path / f"{name}.txt").write_text(word_text(256, seed=seed))
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("search.md") == 3
+    assert (tmp_path / "run" / "search.jsonl").is_file()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from tnlm.analysis.intrinsic import intrinsic_dimension
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
     from tnlm.design.configuration import Configuration
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
     from tnlm.saving import load, save
     from tnlm.schemes import list_schemes
     from tnlm.scratch import from_config
+    from tnlm.surgical.surgical import surgical_search
 
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first used, because transformers' modelling
 # code takes longer to import than torch.
 _HOMES = {
+    "intrinsic_dimension": "tnlm.analysis.intrinsic",
     "compress": "tnlm.api",
     "plan": "tnlm.api",
     "report": "tnlm.api",
@@ -64,6 +67,7 @@ _HOMES = {
     "save": "tnlm.saving",
     "list_schemes": "tnlm.schemes",
     "from_config": "tnlm.scratch",
+    "surgical_search": "tnlm.surgical.surgical",
 }
 
 __all__ = [
@@ -79,6 +83,7 @@ __all__ = [
     "finetune",
     "from_config",
     "heal",
+    "intrinsic_dimension",
     "keep_rebuilt",
     "labelled",
     "list_schemes",
@@ -90,6 +95,7 @@ __all__ = [
     "report",
     "save",
     "search",
+    "surgical_search",
     "sweep",
     "to_dense",
 ]

@@ -83,7 +83,9 @@ class Fitting:
         if moved is not None:
             weight, output = moved.weight.to(dense), moved.output
         metric = self._job.metric(target, moved.statistics if moved else None)
-        entry, module, error = fit_target(target, weight, bias, metric, layer, output)
+        entry, module, error = self._job.ready.get(target.name) or fit_target(
+            target, weight, bias, metric, layer, output
+        )
         fitted = None if moved is None else _dense(module)
         self.errors[layer.name] = error
         self._put(target, entry, module)

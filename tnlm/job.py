@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
@@ -19,6 +19,7 @@ from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, TargetError
 from tnlm.feed_forward import FeedForward, pairs
 from tnlm.gathering import Data, check_data, gather
+from tnlm.layers.build import Entry
 from tnlm.request import Request
 from tnlm.stacks import Stack, stack
 from tnlm.targets import Selection, Selector, Target, check_model, check_weights, select
@@ -45,6 +46,7 @@ class Job:
         movement: weights of columns by the target's name, if the model is pruned.
         source: the pruned copy, whose weights are fitted in place of the model's own.
         seconds: wall time by stage.
+        ready: what `tnlm.surgery.fit_target` gave for matrices that were fitted already, by name.
     """
 
     request: Request
@@ -61,6 +63,7 @@ class Job:
     movement: Mapping[str, Tensor] = field(default_factory=dict)
     source: PreTrainedModel | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    ready: dict[str, tuple[Entry, nn.Module, float]] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
 
     @property

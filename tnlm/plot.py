@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tnlm.errors import OptionError
+from tnlm.planning import Plan
+from tnlm.reporting import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from tnlm.planning import Plan
-    from tnlm.reporting import Report
 
 COLORS = ("#3b6fb6", "#d1742f", "#3f8f5f", "#a23b6b", "#7a6a4f")
 """Told apart by people who see no red or no green, on white and on black."""
@@ -98,7 +97,7 @@ def heatmap(
     ax.set_xlabel("block")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02).outline.set_visible(False)  # type: ignore[union-attr,operator]
+    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02).outline.set_visible(False)
     if annotate and grid.size <= 64:
         _annotate(ax, grid)
     return ax
@@ -120,7 +119,7 @@ def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
         'share of the numbers that stays'
     """
     ax = _axes(ax)
-    layers = getattr(plan, "plan", plan).layers
+    layers = (plan.plan if isinstance(plan, Report) else plan).layers
     places = {layer.name: _place(layer.name) for layer in layers}
     kinds = _shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
     width = 0.8 / len(kinds)

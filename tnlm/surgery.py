@@ -169,6 +169,7 @@ def fit_target(
     metric: Metric,
     layer: LayerPlan,
     output: Tensor | None = None,
+    factors: Factors | None = None,
 ) -> tuple[Entry, nn.Module, float]:
     """Fit one matrix as planned.
 
@@ -179,6 +180,7 @@ def fit_target(
         metric: how the error is measured.
         layer: the decision.
         output: mean output ``(out,)`` wanted, for a metric with a mean; that of ``weight`` if None.
+        factors: every factor in full, if they were fitted already.
 
     Returns:
         The entry, the built module on the weight's device in its dtype, and the relative error of
@@ -193,7 +195,7 @@ def fit_target(
     module = build(entry | {"padding_idx": None}, device=weight.device, dtype=weight.dtype)
     spec = from_dict(structure.spec, layer.spec)
     with torch.no_grad():
-        stored = fix(network, structure.fit(weight, metric, spec))
+        stored = fix(network, factors or structure.fit(weight, metric, spec))
         rebuilt = structure.reconstruct(target.shape, spec, expand(network, stored))
         error = metric.relative(weight, rebuilt)
         if metric.mean is not None:

@@ -169,6 +169,6 @@ def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, model, space, 
         run(model, space, metric, [DENSE, space.all_tensors([1]), Configuration((9,), ("q_proj",))])
     run(model, space, loss, [], journal=tmp_path / "trials.jsonl")
     other = tiny_llama(num_hidden_layers=4, seed=1)
-    with pytest.raises(CheckpointError, match="journal of other trials: model differs"):
+    with pytest.raises(CheckpointError, match="journal of other trials, which differ in model"):
         run(other, space, metric, journal=tmp_path / "trials.jsonl")
     assert metric.calls == 0

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from tnlm.design.applied import Trials
 from tnlm.design.configuration import DENSE, Configuration
-from tnlm.design.journal import Journal, Row
 from tnlm.design.measuring import Measure, measure
 from tnlm.design.space import DesignSpace
 from tnlm.errors import EvaluationError, TnlmError
+from tnlm.journal import Journal, Row
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def sweep(
         space.targets(configuration)  # shows what the model lacks, before any work
     trials = Trials(model, space)
     about = {"space": space.to_dict(), "model": trials.fingerprint()}
-    kept = Journal(journal, about) if journal is not None else None
-    done: dict[str, Row] = dict(kept.rows) if kept else {}
+    kept = Journal(journal, about)
+    done: dict[str, Row] = dict(kept.rows)
     for configuration in tqdm([DENSE, *wanted], desc="sweep", disable=not progress):
         if configuration.key in done:
             continue
@@ -155,8 +155,7 @@ def sweep(
         if configuration.is_dense and row["error"]:
             raise EvaluationError(f"the dense model cannot be measured: {row['error']}")
         _check_names(row, done[DENSE.key], configuration)
-        if kept:
-            kept.add(configuration.key, row)
+        kept.add(configuration.key, row)
     found = [_trial(space, c, done[c.key]) for c in (DENSE, *wanted)]
     return Sweep(found[0], tuple(found[1:]))
 

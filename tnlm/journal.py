@@ -18,7 +18,8 @@ class Journal:
     """A file of finished trials, each under a key; opened for more, or made.
 
     Args:
-        path: the file; its folder is made. One process writes at a time.
+        path: the file; its folder is made, and one process writes at a time. None keeps trials in
+            memory alone.
         about: what the trials are of, plain JSON values; a file about anything else is refused.
 
     Attributes:
@@ -35,21 +36,14 @@ class Journal:
         {'a': {'loss': 2.0}}
     """
 
-    def __init__(self, path: str | Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path | None, about: Mapping[str, Any]) -> None:
         """Open the file and read what is there."""
-        self._path = Path(path)
+        self._path = None if path is None else Path(path)
         self.rows: dict[str, Row] = {}
+        if self._path is None:
+            return
         header = {"format_version": FORMAT_VERSION, "about": json.loads(json.dumps(about))}
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab+") as file:
-                file.seek(0)
-                content = file.read()
-                whole = content[: content.rfind(b"\n") + 1]
-                if len(whole) < len(content):  # a process was killed as it wrote its last line
-                    file.truncate(len(whole))
-        except OSError as error:
-            raise CheckpointError(f"the journal {path} cannot be written: {error}") from error
+        whole = check_journal(self._path)
         if whole:
             self._read(whole, header)
         else:
@@ -73,11 +67,13 @@ class Journal:
             raise CheckpointError(f"{self._path} is not a journal of trials: {error!r}") from error
         if differs:
             raise CheckpointError(
-                f"{self._path} is the journal of other trials: {differs} differs; "
-                "give another file, or the same model and space"
+                f"{self._path} is the journal of other trials, which differ in {differs}; "
+                "give another place, or the same settings"
             )
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        if self._path is None:
+            return
         try:
             with self._path.open("ab") as file:
                 file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
@@ -87,9 +83,29 @@ class Journal:
             raise CheckpointError(f"{self._path} cannot be written: {error}") from error
 
 
+def check_journal(path: str | Path) -> bytes:
+    """See that a journal can be written, and return its whole lines; a torn last one is cut off.
+
+    Raises:
+        CheckpointError: if it cannot be.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.seek(0)
+            content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):  # a process was killed as it wrote its last line
+                file.truncate(len(whole))
+    except OSError as error:
+        raise CheckpointError(f"the journal {path} cannot be written: {error}") from error
+    return whole
+
+
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Return the first thing that two headers say differently, or an empty text."""
+    """Return the names of what two headers say differently."""
     if found["format_version"] != wanted["format_version"]:
         return "format_version"
     old, new = found["about"], wanted["about"]
-    return next((name for name in {**old, **new} if old.get(name) != new.get(name)), "")
+    return ", ".join(sorted(n for n in {**old, **new} if old.get(n) != new.get(n)))

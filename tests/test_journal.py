@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tnlm.design.journal import Journal
 from tnlm.errors import CheckpointError
+from tnlm.journal import Journal
 
 ABOUT = {"model": "a", "ranks": (1, 2)}
 
@@ -39,13 +39,13 @@ def test_a_header_that_was_cut_short_starts_anew(tmp_path):
 def test_other_trials_are_refused(tmp_path):
     path = tmp_path / "trials.jsonl"
     Journal(path, ABOUT).add("a", {})
-    with pytest.raises(CheckpointError, match="journal of other trials: model differs"):
+    with pytest.raises(CheckpointError, match="journal of other trials, which differ in model"):
         Journal(path, {**ABOUT, "model": "b"})
     path.write_text("a, b\n")
     with pytest.raises(CheckpointError, match="is not a journal of trials"):
         Journal(path, ABOUT)
     path.write_text('{"format_version": 0, "about": {}}\n')
-    with pytest.raises(CheckpointError, match="format_version differs"):
+    with pytest.raises(CheckpointError, match="differ in format_version"):
         Journal(path, ABOUT)
 
 

@@ -1,0 +1,1 @@
+"""What can be learned about a model, and about a task, before or beside compressing it."""

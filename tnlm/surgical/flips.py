@@ -1,0 +1,55 @@
+"""Which items a compressed model gets right that the dense one got wrong, and the reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RIGHT = 0.5
+"""Score of an item from which it counts as right."""
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Items by what became of them, as positions in their split.
+
+    Attributes:
+        learned: wrong before, right now.
+        unlearned: right before, wrong now.
+        right: right before and now.
+        wrong: wrong before and now.
+
+    Example:
+        >>> print(Flips(learned=(4,), unlearned=(1, 2), right=(0,), wrong=()))
+                     now right  now wrong
+        was right            1          2
+        was wrong            1          0
+    """
+
+    learned: tuple[int, ...]
+    unlearned: tuple[int, ...]
+    right: tuple[int, ...]
+    wrong: tuple[int, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            ("", "now right", "now wrong"),
+            ("was right", str(len(self.right)), str(len(self.unlearned))),
+            ("was wrong", str(len(self.learned)), str(len(self.wrong))),
+        ]
+        return "\n".join(f"{a:<11}{b:>11}{c:>11}" for a, b, c in rows)
+
+
+def flips(dense: Sequence[float], compressed: Sequence[float]) -> Flips:
+    """Compare the scores of the same items; those of at least 0.5 count as right.
+
+    Example:
+        >>> flips([1.0, 0.0, 1.0], [1.0, 1.0, 0.0])
+        Flips(learned=(1,), unlearned=(2,), right=(0,), wrong=())
+    """
+    pairs = [(a >= RIGHT, b >= RIGHT) for a, b in zip(dense, compressed, strict=True)]
+
+    def where(before: bool, now: bool) -> tuple[int, ...]:
+        return tuple(index for index, pair in enumerate(pairs) if pair == (before, now))
+
+    return Flips(where(False, True), where(True, False), where(True, True), where(False, False))

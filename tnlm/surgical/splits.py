@@ -1,0 +1,65 @@
+"""Items to search on and items to report on, which must not meet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tnlm.errors import EvaluationError
+
+
+def name_of(item: Any) -> str:
+    """Name an item by its contents: equal items, and no others, have one name.
+
+    Raises:
+        EvaluationError: for an item that is not made of plain values, tensors or arrays.
+
+    Example:
+        >>> name_of({"a": 1, "b": [2]}) == name_of({"b": (2,), "a": 1}) != name_of("a")
+        True
+    """
+    try:
+        text = json.dumps(item, sort_keys=True, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"an item is a {type(item).__name__} whose contents cannot be compared ({error}); "
+            "give items of plain values, tensors or arrays"
+        ) from error
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_disjoint(search: Sequence[Any], report: Sequence[Any]) -> tuple[str, str]:
+    """Refuse splits that share an item, as a search fits what it measures; return their names.
+
+    Raises:
+        EvaluationError: if a split is empty, or an item is in both.
+
+    Example:
+        >>> check_disjoint(["a"], ["b", "a"])
+        Traceback (most recent call last):
+        tnlm.errors.EvaluationError: item 1 of report= is item 0 of search=; ...
+    """
+    for split, items in (("search", search), ("report", report)):
+        if len(items) == 0:
+            raise EvaluationError(f"{split}= holds no items; at least 1 is needed")
+    names = [name_of(item) for item in search]
+    seen = {name: index for index, name in enumerate(names)}
+    others = [name_of(item) for item in report]
+    for index, name in enumerate(others):
+        if name in seen:
+            raise EvaluationError(
+                f"item {index} of report= is item {seen[name]} of search=; what is reported must "
+                "not be searched on: leave it out of one"
+            )
+    return name_of(names), name_of(others)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not plain")
