@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tnlm.layers.arranged import arrange
     from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
+    from tnlm.page.write import write_page
     from tnlm.planning import Plan
     from tnlm.recovery.distillation import distill
     from tnlm.recovery.heal import heal
@@ -58,6 +59,7 @@ _HOMES = {
     "keep_rebuilt": "tnlm.layers.rebuilt",
     "predict_speed": "tnlm.layers.prediction",
     "Plan": "tnlm.planning",
+    "write_page": "tnlm.page.write",
     "distill": "tnlm.recovery.distillation",
     "heal": "tnlm.recovery.heal",
     "prune": "tnlm.recovery.prune",
@@ -98,17 +100,20 @@ __all__ = [
     "surgical_search",
     "sweep",
     "to_dense",
+    "write_page",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return importlib.import_module("tnlm.plot")
     if name not in _HOMES:
         raise AttributeError(f"module 'tnlm' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, "plot"})
 
 
 @wrapt.when_imported("transformers.modeling_utils")

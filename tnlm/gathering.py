@@ -103,6 +103,7 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
             {target.module: len(target.parts) or 1 for target in job.selection.targets},
             batches[: data.gradient_samples],
             kind="taylor" if job.request.measure.name == "lora-taylor" else "fisher",
+            outputs=job.request.measure.name == "lora-both",
             cache_dir=data.cache_dir,
             progress=progress,
         )

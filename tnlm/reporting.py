@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tnlm.planning import LayerPlan, Plan
+from tnlm.errors import OptionError
+from tnlm.planning import FORMAT_VERSION, LayerPlan, Plan
 from tnlm.tables import table
+
+COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs"}
+"""What a cost counts, and its name in a report."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,25 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Return the report that :meth:`to_json` wrote; ``tnlm.save`` keeps it beside a model.
+
+        Raises:
+            OptionError: if the text is not such a report.
+        """
+        try:
+            data = json.loads(text)
+            plan = {name: data[name] for name in ("scheme", "metric", "request", "skipped")}
+            plan["layers"] = data["layers"]
+            plan["model"] = {name: data[f"{long}_before"] for name, long in COUNTED.items()}
+            read = Plan.from_json(json.dumps({"format_version": FORMAT_VERSION, **plan}))
+            return cls(read, data["seconds_by_stage"], data["calibration_tokens"])
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OptionError):
+                raise
+            raise OptionError(f"not a tnlm report: {error!r}") from error
 
     def summary(self) -> list[str]:
         """Return the totals and times, a line each."""

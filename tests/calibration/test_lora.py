@@ -137,6 +137,58 @@ def test_at_full_rank_a_model_gives_its_own_fisher(kind, name, make_model):
     torch.testing.assert_close(found[name]["inputs"].float(), fisher.sum(0), rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize(("kind", "name", "parts"), [("llama", UP, 1), ("gpt2", FUSED, 3)])
+def test_a_lora_that_sees_inputs_gives_their_fisher_at_full_rank(kind, name, parts, make_model):
+    model = make_model(kind)
+    fisher = collect_gradients(
+        model, [name], BATCHES, fisher=True, labels="data", progress=False
+    ).tensor(name, "fisher")
+    rank = len(fisher) // parts if parts > 1 else min(fisher.shape)
+    if rank * parts > min(fisher.shape):
+        rank = min(fisher.shape) // parts
+    options = {"rank": rank, "alpha": 7.0, "sees": "inputs", "parts": {name: parts}}
+    found, loras = collect(model, [name], with_labels(model, BATCHES), **options)
+    assert not loras[name].A.any()
+    expected = torch.stack([part.sum(0) for part in fisher.chunk(parts)]).squeeze(0)
+    if rank == len(fisher) // parts:  # B is square in every block
+        torch.testing.assert_close(found[name]["inputs"].float(), expected, rtol=1e-3, atol=1e-9)
+    else:
+        assert found[name]["inputs"].shape == expected.shape
+        assert bool((found[name]["inputs"] <= 1.001 * expected + 1e-9).all())  # a projection
+
+
+def test_each_side_is_seen_best_by_the_lora_that_does_not_mix_it(make_model):
+    model = make_model("llama")
+    data = with_labels(model, BATCHES)
+    fisher = collect_gradients(
+        model, [UP], BATCHES, fisher=True, labels="data", progress=False
+    ).tensor(UP, "fisher")
+    true = {"outputs": fisher.sum(1).double(), "inputs": fisher.sum(0).double()}
+    near = {}
+    for sees in ("outputs", "inputs"):
+        seeds = [collect(model, [UP], data, rank=4, sees=sees, seed=s)[0][UP] for s in range(5)]
+        for side, wanted in true.items():
+            pairs = [torch.corrcoef(torch.stack([f[side], wanted]))[0, 1] for f in seeds]
+            near[sees, side] = float(torch.stack(pairs).mean())
+    assert near["outputs", "outputs"] > near["inputs", "outputs"]
+    assert near["inputs", "inputs"] > near["outputs", "inputs"]
+
+
+def test_statistics_are_right_on_average(make_model):
+    model = make_model("llama")
+    fisher = collect_gradients(
+        model, [UP], BATCHES, fisher=True, labels="data", progress=False
+    ).tensor(UP, "fisher")
+    store = lora_statistics(model, {UP: 1}, BATCHES, outputs=True, rank=8, progress=False)
+    for side, axis in (("inputs", 0), ("outputs", 1)):
+        found = store.tensor(UP, f"lora_{side}")
+        assert found.shape == fisher.sum(axis).shape
+        assert 0.5 < float(found.sum() / fisher.sum()) < 2.0
+    only = lora_statistics(model, {UP: 1}, BATCHES, progress=False)
+    with pytest.raises(CalibrationError, match="lora_outputs"):
+        only.tensor(UP, "lora_outputs")
+
+
 def test_a_fused_module_has_columns_of_its_parts(make_model):
     model = make_model("gpt2")
     data = with_labels(model, BATCHES)
@@ -247,6 +299,7 @@ def test_what_goes_wrong_is_said_and_the_model_stays(make_model):
         (silent, {}, CalibrationError, "none that is predicted"),
         (data, {"rank": 33}, RankError, f"rank=33 at {UP}"),
         (data, {"rank": 0}, OptionError, "rank=0"),
+        (data, {"sees": "both"}, OptionError, "sees='both'"),
         (data, {"alpha": 0.0}, OptionError, "alpha=0.0"),
         (data, {"kind": "hessian"}, OptionError, "kind='hessian'"),
         (data, {"steps": -1}, OptionError, "steps=-1"),
@@ -308,7 +361,7 @@ def test_at_full_rank_the_scheme_is_fwsvd(make_model, monkeypatch):
     targets = {"targets": ["o_proj"], "rank": 9}
     fwsvd = tnlm.compress(make_model("llama"), "fwsvd", **targets, **DATA)
     whole = functools.partial(lora_statistics, rank=32)
-    monkeypatch.setattr("tnlm.job.lora_statistics", whole)
+    monkeypatch.setattr("tnlm.gathering.lora_statistics", whole)
     ours = tnlm.compress(make_model("llama"), "lora-svd", **targets, **DATA)
     a, b = (m.get_submodule(OUTPUT).to_dense() for m in (fwsvd, ours))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -322,7 +375,7 @@ def test_even_importances_are_the_svd(make_model, monkeypatch):
             store.put(module, [module], {"lora_inputs": torch.full_like(found, 3.0)})
         return store
 
-    monkeypatch.setattr("tnlm.job.lora_statistics", even)
+    monkeypatch.setattr("tnlm.gathering.lora_statistics", even)
     ours = tnlm.compress(make_model("llama"), "lora-svd", **DATA)
     plain = tnlm.compress(make_model("llama"), "svd", progress=False)
     for a, b in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):

@@ -21,7 +21,10 @@ from tnlm.calibration.labels import check_labels, count_predictions, examples, w
 from tnlm.calibration.lora_sums import Importance, Sums, check_kind, importance_sums, lora_gradient
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import eval_mode
-from tnlm.errors import CalibrationError, OptionError
+from tnlm.errors import CalibrationError, OptionError, did_you_mean
+
+SEEN = ("outputs", "inputs")
+"""The side of a gradient that a LoRA at its start does not mix."""
 
 __all__ = ["collect_lora", "importance_sums", "lora_gradient", "lora_statistics"]
 
@@ -35,6 +38,7 @@ def collect_lora(
     alpha: float = 16.0,
     kind: str = "fisher",
     step: float = 0.0,
+    sees: str = "outputs",
     steps: int = 0,
     learning_rate: float = 1e-4,
     decay: float | None = None,
@@ -58,13 +62,17 @@ def collect_lora(
         alpha: its product is multiplied by ``alpha / rank``; the importance is freed from it.
         kind: ``"fisher"`` or ``"taylor"``, see :func:`importance_sums`.
         step: weight of the gradient's quadratic term, see :func:`lora_gradient`.
+        sees: at its start a LoRA sees the gradient G through a projection, and one side of it
+            unmixed. ``"outputs"``, the usual start with B at zero, sees ``G A.T A``: row sums are
+            right on average, column sums are mostly those of ``A.T A``. ``"inputs"``, with A at
+            zero and B orthonormal, sees ``B B.T G``, of which that holds the other way round.
         steps: steps of Adam in which the LoRA is trained meanwhile, one after each batch; batches
             are used again where there are fewer. 0 leaves it at its start.
         learning_rate: of Adam.
         decay: weight of the past in a moving average over examples, in (0, 1); None for a plain
             mean.
         parts: how many matrices stand in a fused module, in equal blocks of rows, if not one.
-        seed: draws A.
+        seed: draws what does not start at zero.
         progress: show a progress bar.
 
     Returns:
@@ -91,14 +99,21 @@ def collect_lora(
     check_labels(model, batches)
     _check_numbers(steps, learning_rate, decay)
     _check_numbers_of_lora(rank, alpha)
-    sums = Sums(kind, step, decay, parts or {})
+    if sees not in SEEN:
+        raise OptionError(f"sees={sees!r}{did_you_mean(str(sees), SEEN)}")
+    counts = {name: (parts or {}).get(name, 1) for name in modules}
+    # A fused module's matrices get a block of B each, so that none is seen through another.
+    ranks = {name: rank * (counts[name] if sees == "inputs" else 1) for name in modules}
+    sums = Sums(kind, step, decay, counts)
     count = max(len(batches), steps)
     with (
-        attached(model, dict.fromkeys(modules, rank), alpha / rank, seed) as adapters,
+        attached(model, ranks, alpha / rank, seed) as adapters,
         eval_mode(model),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
+        if sees == "inputs":
+            _mirror(adapters, counts, seed)
         trainer = _Trainer(adapters, learning_rate)
         rounds = tqdm(
             islice(cycle(batches), count),
@@ -118,6 +133,19 @@ def collect_lora(
                 trainer.step()
             trainer.clear()
         return sums.means(adapters), {name: found.lora() for name, found in adapters.items()}
+
+
+def _mirror(adapters: Mapping[str, Adapter], counts: Mapping[str, int], seed: int) -> None:
+    """Start with A at zero and B orthonormal, in a block for each matrix of a fused module."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, adapter in adapters.items():
+        (rows, rank), count = adapter.B.shape, counts[name]
+        drawn = [
+            torch.randn(rows // count, rank // count, generator=generator, dtype=torch.float64)
+            for _ in range(count)
+        ]
+        B = torch.block_diag(*(torch.linalg.qr(block)[0] for block in drawn))
+        adapter.fill(Lora(torch.zeros_like(adapter.A), B, adapter.scaling))
 
 
 class _Trainer:
@@ -168,37 +196,52 @@ def lora_statistics(
     batches: Sequence[Batch],
     *,
     kind: str = "fisher",
+    outputs: bool = False,
     rank: int = 8,
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Gather a language model's importances, ``lora_outputs`` and ``lora_inputs``, into a store.
+    """Gather importances of columns, ``lora_inputs``, and of rows, ``lora_outputs``, into a store.
+
+    Each comes from a LoRA that sees its side, at its start, and is multiplied by what a projection
+    onto so few directions loses on average.
 
     Args:
         model: see :func:`collect_lora`.
         modules: how many matrices stand in each module, by its name.
         batches: token batches; the labels are their own tokens.
         kind: ``"fisher"`` or ``"taylor"``.
+        outputs: gather those of rows too, in a second pass.
         rank: of the LoRA; less where a matrix is smaller.
         cache_dir: keep the statistics there, and use them again.
         progress: show a progress bar.
     """
-    rank = min(rank, *(min(size_of(model.get_submodule(name))) for name in modules))
+    sizes = {name: size_of(model.get_submodule(name)) for name in modules}
+    rank = min(rank, *(min(r // modules[n], c // modules[n]) for n, (r, c) in sizes.items()))
     tokens = count_tokens(batches)
-    store = open_store(cache_dir, tokens, model, list(modules), batches, ("lora", kind, rank))
+    settings = ("lora", kind, rank, outputs)
+    store = open_store(cache_dir, tokens, model, list(modules), batches, settings)
     if store.complete:
         return store
-    found, _ = collect_lora(
-        model,
-        list(modules),
-        with_labels(model, batches),
-        rank=rank,
-        kind=kind,
-        parts=modules,
-        progress=progress,
-    )
-    for name, sums in found.items():
-        store.put(name, [name], {f"lora_{side}": total for side, total in sums.items()})
+    data = with_labels(model, batches)
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+    for sees in SEEN if outputs else ("inputs",):
+        found, _ = collect_lora(
+            model,
+            list(modules),
+            data,
+            rank=rank,
+            kind=kind,
+            sees=sees,
+            parts=modules,
+            progress=progress,
+        )
+        for name, sums in found.items():
+            rows, columns = sizes[name]
+            lost = (rows / modules[name] if sees == "inputs" else columns) / rank
+            tensors[name][f"lora_{sees}"] = sums[sees] * lost
+    for name, held in tensors.items():
+        store.put(name, [name], held)
     store.save_index()
     return store
 
