@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
     from tnlm.errors import TnlmError
-    from tnlm.evaluation import perplexity
+    from tnlm.evaluation import Evaluation, evaluate, perplexity
     from tnlm.layers.arranged import arrange
     from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
@@ -40,6 +40,8 @@ _HOMES = {
     "to_dense": "tnlm.api",
     "labelled": "tnlm.calibration.labelled",
     "TnlmError": "tnlm.errors",
+    "Evaluation": "tnlm.evaluation",
+    "evaluate": "tnlm.evaluation",
     "perplexity": "tnlm.evaluation",
     "arrange": "tnlm.layers.arranged",
     "keep_rebuilt": "tnlm.layers.rebuilt",
@@ -57,12 +59,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "Evaluation",
     "Plan",
     "Report",
     "TnlmError",
     "arrange",
     "compress",
     "distill",
+    "evaluate",
     "finetune",
     "from_config",
     "heal",
