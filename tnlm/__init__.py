@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
     from tnlm.errors import TnlmError
-    from tnlm.evaluation import Evaluation, evaluate, perplexity
+    from tnlm.evaluation import Efficiency, Evaluation, efficiency, evaluate, perplexity
     from tnlm.layers.arranged import arrange
     from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
@@ -40,7 +40,9 @@ _HOMES = {
     "to_dense": "tnlm.api",
     "labelled": "tnlm.calibration.labelled",
     "TnlmError": "tnlm.errors",
+    "Efficiency": "tnlm.evaluation",
     "Evaluation": "tnlm.evaluation",
+    "efficiency": "tnlm.evaluation",
     "evaluate": "tnlm.evaluation",
     "perplexity": "tnlm.evaluation",
     "arrange": "tnlm.layers.arranged",
@@ -59,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Efficiency",
     "Evaluation",
     "Plan",
     "Report",
@@ -66,6 +69,7 @@ __all__ = [
     "arrange",
     "compress",
     "distill",
+    "efficiency",
     "evaluate",
     "finetune",
     "from_config",

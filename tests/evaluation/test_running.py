@@ -118,6 +118,13 @@ def test_a_bias_figure_has_a_paired_error(ask, tiny_llama):
     assert gap.difference_stderr is not None
 
 
+def test_a_limit_takes_both_parts_of_winobias(ask):
+    found = ask("winobias", sorted(LOCAL["winobias"] * 3, key=lambda row: row["set"]), limit=4)
+    assert sum("acc_pro" in scores for scores in found["winobias"].items) == 2
+    only = ask("winobias", LOCAL["winobias"][:1])["winobias"]
+    assert [figure.metric for figure in only.figures] == ["acc", "acc_pro"]
+
+
 def test_the_model_is_left_as_it_was(tiny_llama, word_tokenizer):
     model = tiny_llama(attention_dropout=0.5).train()
     state = torch.get_rng_state()

@@ -146,7 +146,7 @@ def _configs(
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
     """Return one configuration, or one for each part of the task."""
-    rows = [{**row, _NUMBER: n} for n, row in enumerate(rows_of(task, data)[:limit])]
+    rows = [{**row, _NUMBER: n} for n, row in enumerate(rows_of(task, data, limit))]
     pool = example_rows(task, data, examples) if shots else []
     if pool is None:
         raise EvaluationError(f"{task.name}: num_fewshot={shots}, but there are no example rows")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +20,39 @@ _EXAMPLES = ("_train", "_dev")
 _TEXTS = ("perplexity.txt", "perplexity.jsonl", "wiki.test.raw")
 
 
-def rows_of(task: Task, data: Data) -> list[Row]:
-    """Return the rows of a task, adapted to the columns that it reads.
+def rows_of(task: Task, data: Data, limit: int | None = None) -> list[Row]:
+    """Return the first rows of a task, adapted to the columns that it reads.
 
     Args:
         task: whose rows.
         data: a directory, where the file is named after the task, e.g. ``arc_easy_test.jsonl``;
             or a file or rows for each task's name.
+        limit: how many; shared evenly by the parts of a task that must be balanced.
 
     Raises:
         EvaluationError: naming the file and line, or the item, that cannot be used.
     """
     source = _source(task, data)
-    return adapted(task, source if not isinstance(source, str | Path) else _read(Path(source)))
+    rows = adapted(task, source if not isinstance(source, str | Path) else _read(Path(source)))
+    return rows if limit is None else first_of_each(rows, task.balance, limit)
+
+
+def first_of_each(rows: Sequence[Row], column: str, limit: int) -> list[Row]:
+    """Return the first rows of each value of a column, in turns, in the order of the rows.
+
+    Example:
+        >>> rows = [{"set": "pro"}, {"set": "pro"}, {"set": "anti"}]
+        >>> [row["set"] for row in first_of_each(rows, "set", 2)]
+        ['pro', 'anti']
+    """
+    if not column:
+        return list(rows[:limit])
+    seen: Counter[str] = Counter()
+    turns = []
+    for number, row in enumerate(rows):
+        turns.append((seen[row[column]], number))
+        seen[row[column]] += 1
+    return [rows[number] for number in sorted(number for _, number in sorted(turns)[:limit])]
 
 
 def example_rows(task: Task, data: Data, examples: Mapping[str, Source] | None) -> list[Row] | None:

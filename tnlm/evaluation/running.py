@@ -80,7 +80,9 @@ def evaluate(
         data: a directory of JSONL files, or a file or rows for each task's name.
         examples: a file or rows for each task's name, to draw few-shot examples from; a
             directory as ``data`` may hold them as ``<task>_train.jsonl``.
-        limit: items of each task, from the first; windows for ``"perplexity"``, otherwise 16.
+        limit: items of each task, from the first; of MMLU and WinoBias the first of each part in
+            turns; windows for ``"perplexity"``, otherwise 16. Without ``data`` it is lm-eval's,
+            which counts each subject of MMLU apart.
         num_fewshot: examples before each item; None is the task's own number.
         baseline: a model that answers the same questions with the same tokenizer, or an earlier
             evaluation of them.
@@ -172,7 +174,7 @@ def _scored(
     asked: Protocol,
 ) -> TaskResult:
     """Ask the items of one task."""
-    rows = rows_of(task, data)[: asked.limit]
+    rows = rows_of(task, data, asked.limit)
     shots = task.num_fewshot if asked.num_fewshot is None else asked.num_fewshot
     pool = example_rows(task, data, examples) if shots else None
     solved = None if pool is None else [task.item(row) for row in pool]

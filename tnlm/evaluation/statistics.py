@@ -27,7 +27,7 @@ def value_of(metric: Metric, items: Sequence[Scores]) -> float | None:
         if not values:
             return None
         value = math.fsum(values) / len(values)
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         raise EvaluationError(f"{metric.name} is {value}: a score is not finite")
     return value
 
@@ -79,7 +79,9 @@ def _values(metric: Metric, items: Sequence[Scores]) -> list[float]:
 
 
 def _bootstrap(
-    aggregate: Callable[[Sequence[Scores]], float], samples: Sequence[Sequence[Scores]], seed: int
+    aggregate: Callable[[Sequence[Scores]], float | None],
+    samples: Sequence[Sequence[Scores]],
+    seed: int,
 ) -> float | None:
     """Resample items; with two samples the same ones of both, for their difference."""
     count = len(samples[0])
@@ -89,11 +91,10 @@ def _bootstrap(
     found = []
     for _ in range(RESAMPLES):
         drawn = torch.randint(count, (count,), generator=generator).tolist()
-        try:
-            values = [aggregate([sample[index] for index in drawn]) for sample in samples]
-        except EvaluationError:  # a draw without any item of a group that the figure needs
-            continue
-        found.append(values[0] - sum(values[1:]))
+        values = [aggregate([sample[index] for index in drawn]) for sample in samples]
+        known = [value for value in values if value is not None]
+        if len(known) == len(samples):  # else the draw has no item of a group that is needed
+            found.append(known[0] - sum(known[1:]))
     if len(found) < RESAMPLES // 2:
         return None
     mean = math.fsum(found) / len(found)

@@ -62,13 +62,13 @@ class Metric:
     Attributes:
         name: of the figure; without ``aggregate`` also of the score that it is the mean of.
         higher_is_better: None where neither is, as for a preference that should be a half.
-        aggregate: makes the figure from the scores of the items; None is the mean over the items
-            that have the score.
+        aggregate: makes the figure from the scores of the items, or None where they do not
+            suffice; without it, it is the mean over the items that have the score.
     """
 
     name: str
     higher_is_better: bool | None = True
-    aggregate: Callable[[Sequence[Scores]], float] | None = None
+    aggregate: Callable[[Sequence[Scores]], float | None] | None = None
 
 
 ACC = Metric("acc")
@@ -93,6 +93,7 @@ class Task:
         num_fewshot: examples before an item unless the user says otherwise.
         sampler: how examples are drawn, ``"random"`` or the ``"first"`` of the item's group.
         split_by: column by which lm-eval keeps tasks apart, e.g. MMLU's subject.
+        balance: column whose values share a limit evenly, as both parts of WinoBias must.
         right: the score, 0 or 1, that says whether an item was answered; empty if there is none.
         until: texts at which generation stops.
     """
@@ -110,6 +111,7 @@ class Task:
     num_fewshot: int = 0
     sampler: Literal["random", "first"] = "random"
     split_by: str = ""
+    balance: str = ""
     right: str = "acc"
     until: tuple[str, ...] = ()
 
@@ -164,11 +166,9 @@ def gold_of(value: Any, choices: Sequence[str]) -> int:
     """
     if value is None or value == "" or value == -1:
         raise EvaluationError("no gold answer; leave out rows without one")
-    try:
-        gold = int(value)
-    except (TypeError, ValueError):
-        gold = -1
-    if isinstance(value, bool) or not 0 <= gold < len(choices):
+    known = isinstance(value, int) and not isinstance(value, bool)
+    gold = int(value) if known or (isinstance(value, str) and value.isdecimal()) else -1
+    if not 0 <= gold < len(choices):
         raise EvaluationError(f"gold answer {value!r}, but there are {len(choices)} choices")
     return gold
 

@@ -68,4 +68,5 @@ TASK = Task(
     },
     sampler="first",
     split_by="subject",
+    balance="subject",
 )
