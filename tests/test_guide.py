@@ -1,4 +1,4 @@
-"""Every block of code in the guides on deployment and training runs, in order, on a tiny model."""
+"""Every block of code in the guides runs, in order, on a tiny model."""
 
 from __future__ import annotations
 
@@ -40,3 +40,11 @@ def test_every_block_on_training_runs(tmp_path, monkeypatch, tiny_llama, word_to
     monkeypatch.chdir(tmp_path)
     assert run_blocks("recover.md") == 7
     assert (tmp_path / "my-model-pruned" / "config.json").is_file()
+
+
+def test_every_block_on_evaluation_runs(tmp_path, monkeypatch, tiny_llama, word_tokenizer):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("evaluate.md") == 4
+    assert (tmp_path / "dense.json").is_file()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,13 +126,43 @@ def test_without_counters_energy_is_unknown(tmp_path, tiny_llama, monkeypatch):
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("not a number")
     assert rapl(tmp_path) is None
     monkeypatch.setattr("tnlm.evaluation.energy.POWERCAP", tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert meter(torch.device("cuda")) is None
+
+
+class Nvml:
+    """Stands for pynvml, on a machine with a device that counts or does not."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, counts):
+        self.counts = counts
+
+    def nvmlInit(self):  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
+        if not self.counts:
+            raise self.NVMLError(handle)
+        return 2500
+
+
+@pytest.mark.parametrize(("counts", "joules"), [(True, [2.5]), (False, None)])
+def test_a_cuda_device_is_asked_through_nvml(counts, joules, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(counts))
+    properties = SimpleNamespace(uuid="1-2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    read = meter(torch.device("cuda"))
+    assert (None if read is None else list(read().values())) == joules
 
 
 def test_energy_is_reported_where_it_is_counted(tiny_llama, monkeypatch, tmp_path):
     used = iter(range(100))
-    module = __import__("sys").modules["tnlm.evaluation.efficiency"]
+    module = sys.modules["tnlm.evaluation.efficiency"]
     monkeypatch.setattr(module, "meter", lambda device: lambda: {"a": 2.0 * next(used)})
     found = efficiency(tiny_llama(), directory=tmp_path, **QUICK)
     assert [timing.joules for timing in found.model.timings] == [2.0, 2.0]
