@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tnlm.evaluation.efficiency import efficiency
-from tnlm.evaluation.harness import harness, lm_eval_tasks
+from tnlm.evaluation.harness import harness
+from tnlm.evaluation.harness_tasks import lm_eval_tasks
 from tnlm.evaluation.perplexity import Perplexity, perplexity
 from tnlm.evaluation.results import Evaluation, Figure, Flips, TaskResult
 from tnlm.evaluation.running import evaluate

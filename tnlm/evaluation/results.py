@@ -65,7 +65,8 @@ class TaskResult:
         task: its name.
         n: items asked.
         num_fewshot: examples before each item.
-        truncated: questions that lost their first tokens, as they did not fit the window.
+        truncated: questions that lost their first tokens, as they did not fit the window; None if
+            the scorer does not say.
         figures: one for each metric.
         right: the score that says whether an item was answered; empty if there is none.
         items: the scores of each item.
@@ -76,7 +77,7 @@ class TaskResult:
     task: str
     n: int
     num_fewshot: int
-    truncated: int
+    truncated: int | None
     figures: tuple[Figure, ...]
     right: str
     items: tuple[Scores, ...]

@@ -31,7 +31,10 @@ def clean(text: str) -> str:
 
 
 def adapt(row: Row) -> Row:
-    """Read the plain columns, or ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``..."""
+    """Read the plain columns, or those of the published data set.
+
+    They are ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings`` and ``label``.
+    """
     if "query" in row:
         return plain(row)
     endings = [clean(ending) for ending in texts_of(row, "endings")]
