@@ -1,5 +1,8 @@
 """Every block of code in the guides named here runs, in order, on a tiny model."""
 
+
+"""Every block of code in the guides runs, in order, on a tiny model."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -73,3 +76,11 @@ def test_every_block_on_search_runs(tmp_path, monkeypatch, tiny_llama, word_toke
     monkeypatch.chdir(tmp_path)
     assert run_blocks("search.md") == 3
     assert (tmp_path / "run" / "search.jsonl").is_file()
+
+
+def test_every_block_on_evaluation_runs(tmp_path, monkeypatch, tiny_llama, word_tokenizer):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("evaluate.md") == 4
+    assert (tmp_path / "dense.json").is_file()

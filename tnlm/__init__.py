@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tnlm.design.study import search
     from tnlm.design.sweep import sweep
     from tnlm.errors import TnlmError
-    from tnlm.evaluation import perplexity
+    from tnlm.evaluation import Efficiency, Evaluation, efficiency, evaluate, perplexity
     from tnlm.layers.arranged import arrange
     from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
@@ -54,6 +54,10 @@ _HOMES = {
     "search": "tnlm.design.study",
     "sweep": "tnlm.design.sweep",
     "TnlmError": "tnlm.errors",
+    "Efficiency": "tnlm.evaluation",
+    "Evaluation": "tnlm.evaluation",
+    "efficiency": "tnlm.evaluation",
+    "evaluate": "tnlm.evaluation",
     "perplexity": "tnlm.evaluation",
     "arrange": "tnlm.layers.arranged",
     "keep_rebuilt": "tnlm.layers.rebuilt",
@@ -75,6 +79,8 @@ _HOMES = {
 __all__ = [
     "Configuration",
     "DesignSpace",
+    "Efficiency",
+    "Evaluation",
     "Plan",
     "Report",
     "Rule",
@@ -82,6 +88,8 @@ __all__ = [
     "arrange",
     "compress",
     "distill",
+    "efficiency",
+    "evaluate",
     "finetune",
     "from_config",
     "heal",

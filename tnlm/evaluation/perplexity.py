@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from tnlm.calibration.text import read_text, tokenize
 from tnlm.errors import CalibrationError, EvaluationError, OptionError
@@ -68,19 +69,36 @@ def perplexity(
         window: tokens in a window, at least 2.
         windows: windows to measure; a shorter text gives fewer, and the result counts them.
     """
+    ids, losses = window_losses(model, text, tokenizer, window=window, windows=windows)
+    tokens = len(ids) * (window - 1)
+    mean = math.fsum(losses) / tokens
+    if mean > math.log(1e300):
+        raise EvaluationError(f"the mean loss is {mean:.0f}: its perplexity is not a float")
+    return Perplexity(math.exp(mean), mean, window, len(ids), tokens)
+
+
+def window_losses(
+    model: PreTrainedModel,
+    text: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    window: int,
+    windows: int,
+    progress: bool = False,
+) -> tuple[Tensor, list[float]]:
+    """Return the windows ``(windows found, window)`` and the summed loss of each.
+
+    The arguments are those of :func:`perplexity`; ``progress`` shows a bar.
+    """
     if windows < 1:
         raise OptionError(f"windows={windows}, but at least 1 is needed")
     if window < 2:
         raise EvaluationError(f"window={window} predicts nothing; use at least 2")
     check_positions(model, window, f"window={window}")
     ids = _first_windows(model, text, tokenizer, window, windows)
+    rows = tqdm(ids, desc="windows", disable=not progress)
     with evaluating(model):
-        losses = [_window_loss(model, row, index) for index, row in enumerate(ids)]
-    tokens = len(ids) * (window - 1)
-    mean = math.fsum(losses) / tokens
-    if mean > math.log(1e300):
-        raise EvaluationError(f"the mean loss is {mean:.0f}: its perplexity is not a float")
-    return Perplexity(math.exp(mean), mean, window, len(ids), tokens)
+        return ids, [_window_loss(model, row, index) for index, row in enumerate(rows)]
 
 
 def _first_windows(

@@ -52,25 +52,37 @@ def decode_rates(
     with evaluating(*models.values()):
         for turn in range(repeats + 1):
             for name, model in models.items():
-                rate = new_tokens / _decode_seconds(model, prompt, new_tokens)
+                rate = new_tokens / timed_decoding(model, prompt, new_tokens)[1]
                 if turn > 0:  # the first turn warms caches and kernels up
                     rates[name].append(rate)
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def _decode_seconds(model: PreTrainedModel, prompt: Tensor, steps: int) -> float:
-    """Time ``steps`` greedy steps after the prompt ``(1, length)``."""
+def timed_decoding(model: PreTrainedModel, prompt: Tensor, steps: int) -> tuple[float, float]:
+    """Time the pass over a prompt ``(1, length)``, and ``steps`` greedy steps after it.
+
+    Args:
+        model: in eval mode, without gradients.
+        prompt: token ids, on any device.
+        steps: to decode.
+
+    Returns:
+        The seconds of both.
+    """
     # transformers 5.24 renamed the argument, model by model.
     named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    output = model(input_ids=prompt.to(model.device), use_cache=True)
+    prompt = prompt.to(model.device)
     _synchronize(model.device)
     start = time.perf_counter()
+    output = model(input_ids=prompt, use_cache=True)
+    _synchronize(model.device)
+    middle = time.perf_counter()
     for _ in range(steps):
         token = output.logits[:, -1:].argmax(-1)
         kept = {named: output.past_key_values}
         output = model(input_ids=token, use_cache=True, **kept)
     _synchronize(model.device)
-    return time.perf_counter() - start
+    return middle - start, time.perf_counter() - middle
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,0 +1,188 @@
+"""What an evaluation found: figures with their errors, beside a baseline's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tnlm.errors import EvaluationError, did_you_mean
+from tnlm.evaluation.tasks.base import Scores
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one task.
+
+    Attributes:
+        metric: its name.
+        value: over all items.
+        stderr: standard error of the value; None for a single item.
+        higher_is_better: None where neither is, as for a preference that should be a half.
+        baseline: the baseline's value, if there is a baseline.
+        difference: the value less the baseline's.
+        difference_stderr: standard error of the difference, paired over items.
+    """
+
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool | None = True
+    baseline: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Items whose answer changed, counted from 0, beside those whose answer did not.
+
+    Attributes:
+        learned: wrong before, right now.
+        unlearned: right before, wrong now.
+        both_right: how many were right before and are.
+        both_wrong: how many were wrong before and are.
+    """
+
+    learned: tuple[int, ...]
+    unlearned: tuple[int, ...]
+    both_right: int
+    both_wrong: int
+
+    def __str__(self) -> str:
+        return (
+            f"learned {len(self.learned)}, unlearned {len(self.unlearned)}, "
+            f"right in both {self.both_right}, wrong in both {self.both_wrong}"
+        )
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one task gave.
+
+    Attributes:
+        task: its name.
+        n: items asked.
+        num_fewshot: examples before each item.
+        truncated: questions that lost their first tokens, as they did not fit the window; None if
+            the scorer does not say.
+        figures: one for each metric.
+        right: the score that says whether an item was answered; empty if there is none.
+        items: the scores of each item.
+        digest: of what was asked; results compare only if it is the same.
+        flips: what changed since the baseline, where items are right or wrong.
+    """
+
+    task: str
+    n: int
+    num_fewshot: int
+    truncated: int | None
+    figures: tuple[Figure, ...]
+    right: str
+    items: tuple[Scores, ...]
+    digest: str
+    flips: Flips | None = None
+
+    def __getitem__(self, metric: str) -> Figure:
+        """Return the figure of a metric."""
+        found = {figure.metric: figure for figure in self.figures}
+        if metric not in found:
+            raise EvaluationError(
+                f"{self.task} has no metric {metric!r}{did_you_mean(metric, found)}"
+            )
+        return found[metric]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of several tasks under one protocol.
+
+    Attributes:
+        results: in the order that was asked for.
+        scorer: what scored them: ``tnlm`` or ``lm-eval`` with its version.
+        seed: of the few-shot draws and bootstraps.
+
+    Example:
+        >>> figure = Figure("acc", 0.5, 0.1)
+        >>> result = TaskResult("piqa", 26, 0, 0, (figure,), "acc", (), "")
+        >>> print(Evaluation((result,), "tnlm", 1234))
+        task  n   shots  metric  value   stderr
+        piqa  26  0      acc     0.5000  0.1000
+        scored by tnlm, seed 1234
+    """
+
+    results: tuple[TaskResult, ...]
+    scorer: str
+    seed: int
+
+    def __getitem__(self, task: str) -> TaskResult:
+        """Return the result of a task."""
+        found = {result.task: result for result in self.results}
+        if task not in found:
+            raise EvaluationError(f"{task!r} was not evaluated{did_you_mean(task, found)}")
+        return found[task]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evaluation as plain JSON values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Return the evaluation, with the scores of every item, as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """Read what :meth:`to_json` wrote, e.g. to use it as a baseline later.
+
+        Raises:
+            EvaluationError: if the text is no evaluation.
+        """
+        try:
+            stored = json.loads(text)
+            results = tuple(_result(each) for each in stored["results"])
+            return cls(results, str(stored["scorer"]), int(stored["seed"]))
+        except (ValueError, TypeError, LookupError, AttributeError) as err:
+            raise EvaluationError(f"not an evaluation in JSON: {err!r}") from err
+
+    def __str__(self) -> str:
+        """Return the figures as a table, with the flips below."""
+        compared = any(f.baseline is not None for r in self.results for f in r.figures)
+        headings = ["task", "n", "shots", "metric", "value", "stderr"]
+        rows = [headings + ["baseline", "difference", "stderr"] * compared]
+        rows += [_row(r, figure, compared=compared) for r in self.results for figure in r.figures]
+        lines = aligned(rows)
+        lines += [f"{r.task}: {r.flips}" for r in self.results if r.flips is not None]
+        lines += [f"{r.task}: {r.truncated} cut" for r in self.results if r.truncated]
+        return "\n".join([*lines, f"scored by {self.scorer}, seed {self.seed}"])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines with aligned columns.
+
+    Example:
+        >>> aligned([["a", "bc"], ["def", "g"]])
+        ['a    bc', 'def  g']
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
+
+
+def _row(result: TaskResult, figure: Figure, *, compared: bool) -> list[str]:
+    """Return the cells of one figure."""
+    cells = [result.task, str(result.n), str(result.num_fewshot), figure.metric]
+    numbers = [figure.value, figure.stderr]
+    if compared:
+        numbers += [figure.baseline, figure.difference, figure.difference_stderr]
+    return [*cells, *("" if number is None else f"{number:.4f}" for number in numbers)]
+
+
+def _result(stored: Mapping[str, Any]) -> TaskResult:
+    """Read one result from JSON values."""
+    flips = stored["flips"]
+    if flips is not None:
+        changed = {name: tuple(flips[name]) for name in ("learned", "unlearned")}
+        flips = Flips(**{**flips, **changed})
+    figures = tuple(Figure(**figure) for figure in stored["figures"])
+    known = {**stored, "figures": figures, "items": tuple(stored["items"]), "flips": flips}
+    return TaskResult(**known)

@@ -1,0 +1,38 @@
+"""Benchmarks: one file for each, found by the registry."""
+
+from __future__ import annotations
+
+from tnlm.evaluation.tasks.base import Answer, Item, Metric, Row, Scores, Task
+from tnlm.registry import discover, lookup
+
+__all__ = ["Answer", "Item", "Metric", "Row", "Scores", "Task", "get_task", "list_tasks", "tasks"]
+
+
+def tasks() -> dict[str, Task]:
+    """Return every task by name.
+
+    Example:
+        >>> tasks()["gsm8k"].num_fewshot
+        5
+    """
+    return discover(__name__, "TASK")
+
+
+def list_tasks() -> list[str]:
+    """Return the names of all tasks that :func:`tnlm.evaluate` knows.
+
+    Example:
+        >>> "arc_easy" in list_tasks()
+        True
+    """
+    return sorted(tasks())
+
+
+def get_task(name: str) -> Task:
+    """Return a task by name.
+
+    Raises:
+        OptionError: for an unknown name, with the close and the allowed ones.
+    """
+    found: Task = lookup("task", name, tasks())
+    return found

@@ -1,0 +1,68 @@
+"""HellaSwag: how a description goes on."""
+
+from __future__ import annotations
+
+import re
+
+from tnlm.evaluation.tasks.base import (
+    ACC,
+    ACC_NORM,
+    Item,
+    Row,
+    Task,
+    accuracy,
+    choose,
+    gold_of,
+    plain,
+    text_of,
+    texts_of,
+)
+
+
+def clean(text: str) -> str:
+    """Remove the marks that WikiHow left in the texts, as lm-eval does.
+
+    Example:
+        >>> clean("Cut it. [substeps] Then  fold [title] Iron it")
+        'Cut it. Then fold. Iron it'
+    """
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub("\\[.*?\\]", "", text).replace("  ", " ")
+
+
+def adapt(row: Row) -> Row:
+    """Read the plain columns, or those of the published data set.
+
+    They are ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings`` and ``label``.
+    """
+    if "query" in row:
+        return plain(row)
+    endings = [clean(ending) for ending in texts_of(row, "endings")]
+    context = f"{text_of(row, 'ctx_a')} {text_of(row, 'ctx_b').capitalize()}"
+    return {
+        "query": clean(f"{text_of(row, 'activity_label')}: {context}"),
+        "choices": endings,
+        "gold": gold_of(row["label"], endings),
+    }
+
+
+def item(row: Row) -> Item:
+    """Score the endings after the description."""
+    return choose(row["query"], row)
+
+
+TASK = Task(
+    name="hellaswag",
+    source="Zellers et al., arXiv 1905.07830; lm-eval hellaswag 1.0",
+    metrics=(ACC, ACC_NORM),
+    adapt=adapt,
+    item=item,
+    score=accuracy,
+    online="hellaswag",
+    harness={
+        "output_type": "multiple_choice",
+        "doc_to_text": "query",
+        "doc_to_target": "gold",
+        "doc_to_choice": "choices",
+    },
+)

@@ -1,0 +1,66 @@
+"""LAMBADA: the last word of a passage, in OpenAI's version of the texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tnlm.errors import EvaluationError
+from tnlm.evaluation.tasks.base import ACC, Answer, Item, Metric, Row, Scores, Task, text_of
+
+
+def adapt(row: Row) -> Row:
+    """Read ``context`` and ``target``, or ``text`` whose last word is the target."""
+    if "text" in row:
+        text = text_of(row, "text")
+        words = text.split(" ")
+        context, target = " ".join(words[:-1]), f" {words[-1]}"
+    else:
+        context, target = text_of(row, "context"), text_of(row, "target")
+    if not target.strip():
+        raise EvaluationError("no gold answer: the target is empty")
+    return {"context": context, "target": target}
+
+
+def item(row: Row) -> Item:
+    """Score the last word after the passage."""
+    pair = (row["context"], row["target"])
+    return Item(pairs=(pair,), shot=f"{row['context']} {row['target']}")
+
+
+def score(item: Item, answers: Sequence[Answer]) -> Scores:
+    """Return whether greedy decoding gives the word, and its log-likelihood."""
+    return {"acc": float(answers[0].greedy), "loglikelihood": answers[0].loglikelihood}
+
+
+def perplexity(scores: Sequence[Scores]) -> float:
+    """Return the perplexity of a whole target, not of its tokens.
+
+    Example:
+        >>> round(perplexity([{"loglikelihood": -2.0}, {"loglikelihood": -4.0}]), 3)
+        20.086
+    """
+    mean = -math.fsum(each["loglikelihood"] for each in scores) / len(scores)
+    if mean > math.log(1e300):
+        raise EvaluationError(f"the mean loss is {mean:.0f}: its perplexity is not a float")
+    return math.exp(mean)
+
+
+TASK = Task(
+    name="lambada_openai",
+    source="Paperno et al., arXiv 1606.06031; lm-eval lambada_openai 1.0",
+    metrics=(Metric("perplexity", higher_is_better=False, aggregate=perplexity), ACC),
+    adapt=adapt,
+    item=item,
+    score=score,
+    online="lambada_openai",
+    harness={
+        "output_type": "loglikelihood",
+        "doc_to_text": "context",
+        "doc_to_target": "target",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
+    },
+)
