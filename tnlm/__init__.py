@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from tnlm.analysis.analyze import analyze
+    from tnlm.analysis.result import Analysis
+    from tnlm.analysis.truncation import truncate_groups
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
     from tnlm.errors import TnlmError
@@ -34,6 +37,9 @@ __version__ = "0.1.0"
 # Where each public name lives. They are imported when first used, because transformers' modelling
 # code takes longer to import than torch.
 _HOMES = {
+    "analyze": "tnlm.analysis.analyze",
+    "Analysis": "tnlm.analysis.result",
+    "truncate_groups": "tnlm.analysis.truncation",
     "compress": "tnlm.api",
     "plan": "tnlm.api",
     "report": "tnlm.api",
@@ -57,9 +63,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Analysis",
     "Plan",
     "Report",
     "TnlmError",
+    "analyze",
     "arrange",
     "compress",
     "distill",
@@ -77,6 +85,7 @@ __all__ = [
     "report",
     "save",
     "to_dense",
+    "truncate_groups",
 ]
 
 
