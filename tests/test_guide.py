@@ -40,3 +40,9 @@ def test_every_block_on_training_runs(tmp_path, monkeypatch, tiny_llama, word_to
     monkeypatch.chdir(tmp_path)
     assert run_blocks("recover.md") == 7
     assert (tmp_path / "my-model-pruned" / "config.json").is_file()
+
+
+def test_every_block_on_analysis_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("analyze.md") == 4
+    assert (tmp_path / "analysis" / "curves.csv").is_file()

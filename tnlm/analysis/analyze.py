@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -91,24 +93,43 @@ def analyze(
         inputs = Inputs.gather(model, chosen, batches, progress)
         protocol |= {**cut, "tokens": count_tokens(batches)}
         release()
-    weights: list[WeightRow] = []
-    features: list[FeatureRow] = []
-    curves: list[CurveRow] = []
+    found = _Rows([], [], [], skipped)
     for target in tqdm(chosen, desc="analyzing", unit="matrix", disable=not progress):
-        weight = target.weight(model).cpu()
+        found.add(target, target.weight(model).cpu(), inputs, structures)
+    rows = tuple(found.weights), tuple(found.features), tuple(found.curves)
+    return Analysis(*rows, found.skipped, protocol)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows found so far, and what was passed over."""
+
+    weights: list[WeightRow]
+    features: list[FeatureRow]
+    curves: list[CurveRow]
+    skipped: dict[str, str]
+
+    def add(
+        self,
+        target: Target,
+        weight: Tensor,
+        inputs: Inputs | None,
+        structures: Sequence[Format[Any]],
+    ) -> None:
+        """Analyze one matrix."""
         row = weight_row(target.name, weight)
-        weights.append(row)
+        self.weights.append(row)
         metrics = {"identity": Metric()}
         reason = None if inputs is None else inputs.why_not(target)
         if reason is not None:
-            skipped[target.name] = reason
+            self.skipped[target.name] = reason
         elif inputs is not None:
             moment, mean, count = inputs.moments(target)
-            features += feature_rows(target.name, weight, moment, mean, count)
+            self.features.extend(feature_rows(target.name, weight, moment, mean, count))
             if structures:
                 metrics["input"] = InputMoment(moment)
-        curves += curve_rows(target, weight, structures, metrics, row.spectrum.stable_rank)
-    return Analysis(tuple(weights), tuple(features), tuple(curves), skipped, protocol)
+        stable = row.spectrum.stable_rank
+        self.curves.extend(curve_rows(target, weight, structures, metrics, stable))
 
 
 def _structures(formats: Sequence[str]) -> list[Format[Any]]:

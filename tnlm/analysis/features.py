@@ -64,6 +64,8 @@ def feature_rows(
     shape, found = matrix_shape(weight), []
     # The moments are of products in single precision: this much of the largest is rounding.
     floor = 0.0
+    if not bool(moment.isfinite().all() & mean.isfinite().all()):
+        raise CalibrationError(f"the moments of {name}'s inputs are not finite")
     for centered in (False, True):
         energy = _energies(weight, moment, mean, centered)
         if not bool(energy.sum().isfinite()):

@@ -158,7 +158,7 @@ class Analysis:
 
     def __str__(self) -> str:
         """Return a table of all matrices, and what was passed over."""
-        lines = [_COLUMNS, *(_line(row) for row in self.rows)]
+        lines = list(table_rows(self))
         widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         notes = {row.note: row.name for row in reversed(self.features) if row.note}

@@ -18,7 +18,7 @@ from tnlm.analysis.values import make_metric, measured, training_kept
 from tnlm.errors import OptionError, did_you_mean
 from tnlm.job import Data, prepare
 from tnlm.request import make_request
-from tnlm.targets import Selector
+from tnlm.targets import ALL_LINEAR, Selector, check_model, select
 
 WEIGHTINGS = ("svd", "fwsvd")
 """Schemes whose singular values are cut: of the weights, or with columns weighed by Fisher."""
@@ -153,9 +153,10 @@ def truncate_groups(
     measure = make_metric(model, metric, tokenizer, window, windows, higher_is_better)
     data = Data(calibration, tokenizer, num_samples, max_length, None, seed, gradient_samples)
     request = make_request(weighting, options={})
+    check_model(model)
+    check_groups(select(model, targets or ALL_LINEAR, ignore).targets, groups)  # before long work
     job = prepare(model, request, targets, ignore, data, progress)
     chosen = job.selection.targets
-    check_groups(chosen, groups)
     with training_kept(model):
         dense = measured(measure, model, "the whole model")
         with Truncation(model, chosen, job.metric, groups, progress=progress) as cut:
