@@ -24,7 +24,8 @@ class FeatureRow:
         without_top: whether the largest one is left out, which a few outliers may make.
         inputs: how many x there were.
         spectrum: ranks, by eigenvalues; its limit is the least of outputs, inputs of the matrix and
-            independent samples.
+            independent samples. Moments are of products in single precision, which bounds the
+            numerical rank where a few directions have almost all the energy.
         top_share: share of all energy that the largest eigenvalue has.
         note: a reason to doubt the ranks, or empty.
     """
