@@ -54,9 +54,11 @@ class Inputs:
     def moments(self, target: Target) -> tuple[Tensor, Tensor, int]:
         """Return E[x x.T] ``(in, in)``, E[x] ``(in,)`` and the number of inputs x."""
         count = self.counts[target.module]
-        scale = self.statistics.tokens / count
         moment, mean = (self.statistics.tensor(target.module, n) for n in ("moment", "mean"))
-        return moment * scale, mean * scale, count
+        scale = self.statistics.tokens / count
+        if scale != 1.0:  # else a large moment is not copied
+            moment, mean = moment * scale, mean * scale
+        return moment, mean, count
 
 
 def count_inputs(
