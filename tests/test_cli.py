@@ -126,3 +126,60 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("CheckpointError: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_compress_can_train_in_the_end(source, text, tmp_path):
+    report = run(
+        *("compress", source, tmp_path / "out", "--scheme", "svd", "--recover", "lora"),
+        *("--recover-tokens", 64, "--training", text, "--max-length", 16),
+    )
+    assert report["request"]["recover"] == "lora"
+    assert report["seconds_by_stage"]["recover"] > 0
+    assert "did you mean 'lora'" in fails(
+        "compress", source, tmp_path / "no", "--scheme", "svd", "--recover", "lor"
+    )
+
+
+def test_analyze_writes_tables(source, text, tmp_path):
+    out = tmp_path / "out"
+    found = run("analyze", source, out, "--calibration", text, "--max-length", 16)
+    assert found["weights"]
+    assert found["features"]
+    assert json.loads((out / "analysis.json").read_text()) == found
+    assert (out / "weights.csv").is_file()
+
+
+def test_bench_scores_local_rows_beside_a_baseline(source, tmp_path):
+    choices = ["word1", "word2"]
+    rows = [{"query": f"word{i}", "choices": choices, "gold": i % 2} for i in range(4)]
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "arc_easy_test.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("bench", source, "--tasks", "arc_easy", "--data", tmp_path / "data")
+    found = run(*arguments, "--baseline", source, "--out", tmp_path / "found.json")
+    (task,) = found["results"]
+    assert task["n"] == 4
+    assert task["figures"][0]["difference"] == 0
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    assert "did you mean 'arc_easy'" in fails("bench", source, "--tasks", "arc_eazy")
+    assert "no such directory" in fails(*arguments, "--out", tmp_path / "no" / "found.json")
+
+
+def test_efficiency_measures_beside_a_baseline(source):
+    options = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 2)
+    found = run("efficiency", source, "--baseline", source, *options)
+    assert found["baseline"] is not None
+
+
+def test_a_searched_model_has_a_page(source, text, tmp_path, word_text):
+    other = tmp_path / "other.txt"
+    other.write_text(word_text(300, seed=2))
+    out = tmp_path / "out"
+    found = run(
+        *("surgical", source, out, "--search", text, "--report", other, "--scheme", "svd"),
+        *("--growth", 1.5, "--max-length", 32),
+    )
+    assert found["trials"]
+    page = run("report", out, "--out", tmp_path / "page.html")["page"]
+    assert "<!doctype html>" in (tmp_path / "page.html").read_text()
+    assert page == str(tmp_path / "page.html")

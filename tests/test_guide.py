@@ -1,6 +1,3 @@
-"""Every block of code in the guides named here runs, in order, on a tiny model."""
-
-
 """Every block of code in the guides runs, in order, on a tiny model."""
 
 from __future__ import annotations
@@ -84,3 +81,9 @@ def test_every_block_on_evaluation_runs(tmp_path, monkeypatch, tiny_llama, word_
     monkeypatch.chdir(tmp_path)
     assert run_blocks("evaluate.md") == 4
     assert (tmp_path / "dense.json").is_file()
+
+
+def test_every_block_on_analysis_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("analyze.md") == 4
+    assert (tmp_path / "analysis" / "curves.csv").is_file()

@@ -10,8 +10,10 @@ import tnlm
 HEAVY = [
     "datasets",
     "gguf",
+    "lm_eval",
     "matplotlib",
     "opt_einsum",
+    "optuna",
     "pandas",
     "peft",
     "rich",

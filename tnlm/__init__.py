@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from tnlm.analysis.analyze import analyze
     from tnlm.analysis.intrinsic import intrinsic_dimension
+    from tnlm.analysis.result import Analysis
+    from tnlm.analysis.truncation import truncate_groups
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
     from tnlm.design.configuration import Configuration
@@ -43,6 +46,9 @@ __version__ = "0.1.0"
 # code takes longer to import than torch.
 _HOMES = {
     "intrinsic_dimension": "tnlm.analysis.intrinsic",
+    "analyze": "tnlm.analysis.analyze",
+    "Analysis": "tnlm.analysis.result",
+    "truncate_groups": "tnlm.analysis.truncation",
     "compress": "tnlm.api",
     "plan": "tnlm.api",
     "report": "tnlm.api",
@@ -77,6 +83,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Analysis",
     "Configuration",
     "DesignSpace",
     "Efficiency",
@@ -85,6 +92,7 @@ __all__ = [
     "Report",
     "Rule",
     "TnlmError",
+    "analyze",
     "arrange",
     "compress",
     "distill",
@@ -108,6 +116,7 @@ __all__ = [
     "surgical_search",
     "sweep",
     "to_dense",
+    "truncate_groups",
     "write_page",
 ]
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 import tnlm
@@ -39,6 +38,8 @@ from tnlm.cli_options import (
     OutSplit,
     Rank,
     Ranks,
+    Recover,
+    RecoverTokens,
     Refine,
     SchemeName,
     Seed,
@@ -46,8 +47,11 @@ from tnlm.cli_options import (
     Targets,
     Terms,
     Tolerance,
+    Training,
     Unit,
 )
+from tnlm.cli_output import console, numbers, print_json
+from tnlm.cli_studies import studies
 from tnlm.errors import OptionError, TnlmError
 from tnlm.planning import LayerPlan
 from tnlm.tables import HEADINGS, row
@@ -58,7 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress language models with tensor networks and low-rank structure.",
 )
-console = Console()
+app.add_typer(studies)
 
 
 def _table(layers: Sequence[LayerPlan]) -> Table:
@@ -68,21 +72,8 @@ def _table(layers: Sequence[LayerPlan]) -> Table:
     return table
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
-def _numbers(name: str, text: str | None) -> list[int] | None:
-    """Return the whole numbers of a list such as ``48,32``."""
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise OptionError(f"--{name} {text!r}; allowed: whole numbers, as in 48,32") from error
-
-
 CHOICES = ("metric", "allocation", "cascade", "damping", "refine", "share")
+RECOVERY = ("recover", "recover_tokens")
 BUDGET = ("keep", "keep_targets", "tolerance", "max_macs", "unit", "blocks")
 CUT = ("num_samples", "max_length", "gradient_samples", "seed")
 DATA = ("targets", "ignore", "calibration", "cache_dir", *CUT)
@@ -94,8 +85,9 @@ def _asked(values: dict[str, Any]) -> dict[str, Any]:
 
     options = {name: values[name] for name in ("terms", "rank", "gauge")}
     for name in ("ranks", "out_split", "in_split"):
-        options[name] = _numbers(name.replace("_", "-"), values[name])
+        options[name] = numbers(name.replace("_", "-"), values[name])
     budget = {name: values[name] for name in (*CHOICES, *BUDGET)}
+    budget |= {name: values[name] for name in RECOVERY if name in values}
     make_request(values["scheme"], **budget, options=options)
     data = {name: values[name] for name in DATA}
     return {"scheme": values["scheme"], **budget, **data, **options}
@@ -118,7 +110,7 @@ def schemes(as_json: Json = False) -> None:
             "source",
         )
         rows = {n: {f: getattr(s, f) for f in fields} for n, s in found().items()}
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table("scheme", "what it does", "needs", "source", box=SIMPLE)
     for name, scheme in found().items():
@@ -166,7 +158,7 @@ def plan(
     loaded, tokenizer = load_model(model, dtype=dtype)
     decided = tnlm.plan(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
     if as_json:
-        _print_json(json.loads(decided.to_json()))
+        print_json(json.loads(decided.to_json()))
         return
     console.print(_table(decided.layers))
     console.print("\n".join(decided.summary()), highlight=False, soft_wrap=True)
@@ -204,11 +196,14 @@ def compress(
     ignore: Ignore = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    recover: Recover = None,
+    recover_tokens: RecoverTokens = None,
+    training: Training = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what OUT holds.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save it."""
-    asked = _asked(locals())
+    asked = {**_asked(locals()), "training": training}
     from tnlm.integrations.models import load_model
     from tnlm.saving import check_writable
 
@@ -218,7 +213,7 @@ def compress(
     tnlm.save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
     report = tnlm.report(loaded)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
     console.print(_table(report.plan.layers))
     console.print("\n".join(report.summary()), highlight=False, soft_wrap=True)
@@ -243,7 +238,7 @@ def evaluate(
     found = tnlm.perplexity(loaded, text, tokenizer, window=window, windows=windows)
     count = sum(p.numel() for p in loaded.parameters())
     if as_json:
-        _print_json({**asdict(found), "parameters": count, "text": text.name})
+        print_json({**asdict(found), "parameters": count, "text": text.name})
         return
     console.print(f"{found}, {count:,} parameters", highlight=False)
 
@@ -258,7 +253,7 @@ def info(
 
     found = describe(directory)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table("", "", show_header=False)
     for key, value in found.items():
@@ -278,7 +273,7 @@ def demo(
     say: Callable[[Any], None] = (lambda _: None) if as_json else console.print
     result = run(out, say)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 def main() -> None:

@@ -57,3 +57,10 @@ Ignore = Annotated[str | None, typer.Option(help="Left alone: a regular expressi
 Seed = Annotated[int, typer.Option(help="Draws the calibration windows.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Recover = Annotated[
+    str | None, typer.Option(help="Training in the end: lora, distill, finetune, mixed-rank, none.")
+]
+RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that it sees.")]
+Training = Annotated[
+    Path | None, typer.Option(help="Text or JSONL to train on; the calibration data if not given.")
+]

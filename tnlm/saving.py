@@ -76,7 +76,7 @@ def save(
             report = getattr(model, "tnlm_report", None)
             if isinstance(report, Report):
                 (new / REPORT_FILE).write_text(report.to_json())
-            _put(new, target, Path(scratch) / "old")
+            move_into_place(new, target, Path(scratch) / "old")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {target}: {error}; nothing was changed there"
@@ -94,7 +94,7 @@ def _check_plain(model: PreTrainedModel) -> None:
             )
 
 
-def _put(new: Path, target: Path, old: Path) -> None:
+def move_into_place(new: Path, target: Path, old: Path) -> None:
     """Move a directory to its place; what was there goes to ``old``, and back if this fails."""
     if target.exists():
         target.replace(old)

@@ -1,1 +1,1 @@
-"""What can be learned about a model, and about a task, before or beside compressing it."""
+"""The structure of a model: spectra, groups of singular values, its intrinsic dimension."""

@@ -1,0 +1,200 @@
+"""Commands that study a model: its structure, its quality, its speed, and what was done to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import tnlm
+from tnlm.cli_options import Calibration, Dtype, Ignore, Json, Model, Seed, Targets
+from tnlm.cli_output import console, numbers, print_json
+from tnlm.errors import OptionError
+
+studies = typer.Typer()
+
+Baseline = Annotated[str | None, typer.Option(help="A model to measure beside it.")]
+Limit = Annotated[int | None, typer.Option(help="Items of a task, at most.")]
+
+
+def _show(found: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(json.loads(found.to_json()))
+    else:
+        console.print(str(found), highlight=False, soft_wrap=True, markup=False)
+
+
+@studies.command()
+def analyze(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
+    calibration: Calibration = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="A format whose error curve is wanted.")
+    ] = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    num_samples: Annotated[int, typer.Option(help="Windows of calibration data.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace what OUT holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show where a model is compressible: spectra of its weights, and of its features on data."""
+    from tnlm.analysis.command import analyze_to
+
+    found = analyze_to(
+        model,
+        out,
+        calibration=calibration,
+        targets=targets,
+        ignore=ignore,
+        formats=tuple(formats or ()),
+        num_samples=num_samples,
+        max_length=max_length,
+        seed=seed,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=not as_json,
+    )
+    _show(found, as_json)
+
+
+@studies.command()
+def bench(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Names of tasks: piqa,arc_easy.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Directory of JSONL files; else lm-eval fetches them.")
+    ] = None,
+    baseline: Baseline = None,
+    limit: Limit = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before an item.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score benchmarks, with standard errors, and beside a baseline with what was unlearned."""
+    from tnlm.integrations.models import load_model
+
+    if out is not None and not out.parent.is_dir():
+        raise OptionError(f"--out {out}: no such directory as {out.parent}")
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    if tokenizer is None:
+        raise OptionError(f"{model} has no tokenizer, which benchmarks need")
+    beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
+    found = tnlm.evaluate(
+        loaded,
+        tasks.split(","),
+        tokenizer=tokenizer,
+        data=data,
+        baseline=beside,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        progress=not as_json,
+    )
+    if out is not None:
+        out.write_text(found.to_json(), encoding="utf-8")
+    _show(found, as_json)
+
+
+@studies.command()
+def efficiency(
+    model: Model,
+    baseline: Baseline = None,
+    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts: 16,128.")] = "16,128",
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are decoded.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Turns of each model.")] = 5,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure latency, memory, bytes on disk and energy, in turns with a baseline."""
+    from tnlm.integrations.models import load_model
+
+    lengths = numbers("prompt-tokens", prompt_tokens) or []
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
+    found = tnlm.efficiency(
+        loaded,
+        tokenizer=tokenizer,
+        prompt_tokens=lengths,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        baseline=beside,
+        progress=not as_json,
+    )
+    _show(found, as_json)
+
+
+@studies.command()
+def surgical(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
+    search: Annotated[Path, typer.Option(help="Text that decides.")],
+    report: Annotated[Path, typer.Option(help="Other text, for the figures in the end.")],
+    calibration: Calibration = None,
+    scheme: Annotated[str, typer.Option("--scheme", "-s", help="A low-rank scheme.")] = "sfsd",
+    growth: Annotated[
+        float | None, typer.Option(help="Perplexity may grow by this factor at each matrix.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of the model's parameters, instead.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    run_dir: Annotated[Path | None, typer.Option(help="Keeps trials, to go on from.")] = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace what OUT holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the rank of every matrix by trial, and save the model."""
+    from tnlm.integrations.models import load_model
+    from tnlm.saving import check_writable
+
+    check_writable(out, overwrite=overwrite)
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    found = tnlm.surgical_search(
+        loaded,
+        "perplexity",
+        search=search,
+        report=report,
+        scheme=scheme,
+        targets=targets,
+        ignore=ignore,
+        growth=growth,
+        keep=keep,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        output_dir=run_dir,
+        seed=seed,
+        progress=not as_json,
+    )
+    tnlm.save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
+    _show(found, as_json)
+
+
+@studies.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A directory written by tnlm.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; DIRECTORY/report.html if not given.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="JSON of `tnlm bench`, shown beside.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page about a compressed model."""
+    path = tnlm.write_page(directory, out, evaluation=evaluation)
+    if as_json:
+        print_json({"page": str(path)})
+    else:
+        console.print(f"wrote {path}", highlight=False)
