@@ -46,11 +46,25 @@ def test_a_heatmap_has_a_row_for_each_kind_and_a_gap_where_there_is_nothing():
 
 
 @pytest.mark.parametrize("what", ["plan", "report"])
-def test_allocation_draws_the_share_of_every_matrix(what, compressed):
+def test_allocation_stacks_what_every_matrix_keeps(what, compressed):
     report = tnlm.report(compressed("llama", "svd", keep_targets=0.5))
+    layers = report.plan.layers
     ax = plot.allocation(report.plan if what == "plan" else report)
-    heights = sorted(bar.get_height() for bar in ax.patches)
-    assert heights == pytest.approx(sorted(layer.keep for layer in report.plan.layers))
+    *kinds, dense = ax.containers
+    kept = sum(bar.get_height() for kind in kinds for bar in kind)
+    assert kept == sum(layer.after.params for layer in layers)
+    assert sum(bar.get_height() for bar in dense) == sum(layer.before.params for layer in layers)
+    assert [kind.get_label() for kind in kinds][:2] == ["self_attn.q_proj", "self_attn.k_proj"]
+    tops = {bar.get_x(): bar.get_y() + bar.get_height() for bar in kinds[-1]}
+    assert sum(tops.values()) == kept  # each stands on the one before
+
+
+def test_what_was_decided_together_stands_in_its_own_row_or_in_each():
+    joint = {"h.0.a.up+h.0.a.down": 2.0, "h.0.b": 1.0}
+    ax = plot.heatmap(joint)
+    (image,) = ax.images
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a.up", "a.down", "b"]
+    assert image.get_array().tolist() == [[2.0], [2.0], [1.0]]
 
 
 @given(

@@ -20,7 +20,7 @@ from tnlm.reporting import Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#3b6fb6", "#d1742f", "#3f8f5f", "#a23b6b", "#7a6a4f")
+COLORS = ("#3b6fb6", "#d1742f", "#3f8f5f", "#a23b6b", "#8a7a5f", "#5aa9c4", "#c9a227", "#7b6bb0")
 """Told apart by people who see no red or no green, on white and on black."""
 
 SEQUENTIAL = "viridis"
@@ -67,6 +67,7 @@ def heatmap(
 
     Args:
         values: by dotted name; the first number in a name is its block. Others have column "-".
+            Names joined by "+" share a number.
         ax: drawn into.
         label: what the numbers are.
         annotate: write the numbers into the cells, where there are few.
@@ -82,6 +83,7 @@ def heatmap(
     if not values:
         raise OptionError("heatmap: no values; give numbers by the names of matrices")
     ax = _axes(ax)
+    values = {member: value for name, value in values.items() for member in name.split("+")}
     places = {name: _place(name) for name in values}
     kinds = _shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
     blocks = sorted({block for _, block in places.values()})
@@ -104,7 +106,7 @@ def heatmap(
 
 
 def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
-    """Draw which share of its numbers every matrix keeps, one line for each kind of matrix.
+    """Draw how many numbers every block keeps, a colour for each matrix, and how many it had.
 
     Raises:
         OptionError: if matplotlib is missing.
@@ -116,21 +118,33 @@ def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
         ...                    num_hidden_layers=1, num_attention_heads=2)
         >>> decided = tnlm.plan(LlamaForCausalLM(tiny), "svd", progress=False)
         >>> allocation(decided).get_ylabel()
-        'share of the numbers that stays'
+        'numbers'
     """
     ax = _axes(ax)
     layers = (plan.plan if isinstance(plan, Report) else plan).layers
     places = {layer.name: _place(layer.name) for layer in layers}
     kinds = _shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
-    width = 0.8 / len(kinds)
-    for index, (kind, shown) in enumerate(kinds.items()):
-        mine = [layer for layer in layers if places[layer.name][0] == kind]
-        at = [places[layer.name][1] + (index - (len(kinds) - 1) / 2) * width for layer in mine]
-        color = _cycle(len(kinds))[index]
-        ax.bar(at, [layer.keep for layer in mine], width, label=shown, color=color)
-    ax.set(xlabel="block", ylabel="share of the numbers that stays")
-    ax.set_ylim(0, max(1.05, 1.05 * max(layer.keep for layer in layers)))
-    ax.legend(frameon=False, ncols=min(4, len(kinds)), loc="lower center", bbox_to_anchor=(0.5, 1))
+    blocks = sorted({block for _, block in places.values()})
+    dense, under = dict.fromkeys(blocks, 0), dict.fromkeys(blocks, 0)
+    for (kind, shown), color in zip(kinds.items(), _cycle(len(kinds)), strict=True):
+        mine = {places[x.name][1]: x for x in layers if places[x.name][0] == kind}
+        kept = {block: layer.after.params for block, layer in mine.items()}
+        bottom = [under[block] for block in kept]
+        ax.bar(list(kept), list(kept.values()), 0.8, bottom, label=shown, color=color)
+        for block, layer in mine.items():
+            under[block] += kept[block]
+            dense[block] += layer.before.params
+    ax.bar(
+        blocks,
+        [dense[b] for b in blocks],
+        0.8,
+        fill=False,
+        edgecolor="0.5",
+        linewidth=0.6,
+        label="dense",
+    )
+    ax.set(xlabel="block", ylabel="numbers")
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     return ax
 
 
@@ -237,7 +251,8 @@ def shapes(errors: Mapping[tuple[int, int], float], ax: Axes | None = None) -> A
     """Draw the error of a Kronecker sum for every shape of its inner factor.
 
     Args:
-        errors: relative error by ``(rows, columns)``, as `tnlm.analysis.kronecker_errors` gives it.
+        errors: relative error by ``(rows, columns)``, as from
+            :func:`tnlm.analysis.shapes.kronecker_errors`.
         ax: drawn into.
 
     Raises:
@@ -296,18 +311,26 @@ def _annotate(ax: Axes, grid: np.ndarray[Any, Any]) -> None:
 
 def _place(name: str) -> tuple[str, int]:
     """Return a matrix's kind, its name without the block, and its block, -1 if it is in none."""
-    found = re.search(r"(^|\.)(\d+)(?=\.)", name)
-    if found is None:
-        return name, -1
-    return name[: found.start()] + name[found.end() :], int(found.group(2))
+    kinds, block = [], -1
+    for member in name.split("+"):  # what was decided for several together
+        found = re.search(r"(^|\.)(\d+)(?=\.)", member)
+        if found is not None:
+            member, block = member[: found.start()] + member[found.end() :], int(found.group(2))
+        kinds.append(member)
+    return "+".join(kinds), block
 
 
 def _shortened(kinds: Sequence[str]) -> dict[str, str]:
     """Return names without the beginning that all share, up to a dot."""
-    if len(kinds) < 2:
-        return {kind: kind for kind in kinds}
-    parts = [kind.split(".") for kind in kinds]
+    parts = [member.split(".") for kind in kinds for member in kind.split("+")]
     shared = 0
-    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+    while len(parts) > 1 and all(
+        len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts
+    ):
         shared += 1
-    return {kind: ".".join(p[shared:]) for kind, p in zip(kinds, parts, strict=True)}
+    cut = {m: ".".join(m.split(".")[shared:]) for kind in kinds for m in kind.split("+")}
+    # Of matrices that were decided together the last names say enough.
+    return {
+        kind: cut[kind] if "+" not in kind else "+".join(m.split(".")[-1] for m in kind.split("+"))
+        for kind in kinds
+    }

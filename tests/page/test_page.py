@@ -64,7 +64,7 @@ def test_the_page_is_whole_and_says_everything(saved):
     assert "keep_targets=0.5" in shown
     assert f"{report.parameters_after:,}" in shown
     assert page.rows > len(report.plan.layers)
-    assert text.count("<figure>") == 2
+    assert text.count("<figure>") == 3
     assert "currentColor" in text
     assert "#010203" not in text
     assert write_page(directory).read_text() == text  # the same page again

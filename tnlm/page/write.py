@@ -76,7 +76,9 @@ def _body(name: str, about: dict[str, Any], report: Report, measured: Any) -> It
     if measured is not None:
         yield "<h2>Quality</h2>" + _quality(measured)
     yield "<h2>What every matrix keeps</h2>"
-    yield picture(plot.allocation(plan), "Share of the numbers that stays, by block and matrix.")
+    yield picture(plot.allocation(plan), "Numbers that stay in every block, and that it had.")
+    kept = {layer.name: layer.keep for layer in plan.layers}
+    yield picture(plot.heatmap(kept, label="share kept"), "Share of the numbers that stays.")
     errors = {layer.name: layer.error for layer in plan.layers if layer.error is not None}
     if errors:
         yield "<h2>Where the error is</h2>"
