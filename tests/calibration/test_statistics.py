@@ -49,7 +49,7 @@ def rows_of(model, name, batches=BATCHES):
 def direct(model, name, batches=BATCHES):
     """The second moment from all inputs at once."""
     rows = rows_of(model, name, batches)
-    return rows.T @ rows / count_tokens(batches)
+    return rows.T @ rows / len(rows)
 
 
 def assert_close(moment, expected):
@@ -85,8 +85,19 @@ def test_means_and_magnitudes_equal_a_direct_computation(kind, batches, make_mod
         for which, expected in (("mean", rows.sum(0)), ("magnitude", rows.abs().sum(0))):
             tensor = found.tensor(name, which)
             assert tensor.dtype == torch.float64
-            assert_close(tensor, expected / count_tokens(batches))
+            assert_close(tensor, expected / len(rows))
     assert torch.equal(found.moment(name), found.tensor(name, "moment"))
+
+
+def test_a_covariance_is_one_where_inputs_are_fewer_than_tokens(make_model):
+    model = make_model("bert")  # its pooler has one input a sequence
+    found = gather(model, RAGGED)
+    for name in modules_of(model):
+        mean = found.tensor(name, "mean")
+        covariance = found.moment(name) - torch.outer(mean, mean)
+        assert float(torch.linalg.eigvalsh(covariance)[0]) > -1e-6  # products are in float32
+        rows = rows_of(model, name, RAGGED).double()
+        assert_close(covariance, torch.cov(rows.T, correction=0))
 
 
 def test_long_inputs_are_summed_in_parts(make_model, monkeypatch):

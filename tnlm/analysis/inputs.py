@@ -24,7 +24,7 @@ class Inputs:
 
     Attributes:
         counts: inputs of each module on all the data, where that is known.
-        statistics: sums over inputs, divided by the number of tokens.
+        statistics: means over inputs.
     """
 
     counts: Mapping[str, int]
@@ -53,12 +53,8 @@ class Inputs:
 
     def moments(self, target: Target) -> tuple[Tensor, Tensor, int]:
         """Return E[x x.T] ``(in, in)``, E[x] ``(in,)`` and the number of inputs x."""
-        count = self.counts[target.module]
         moment, mean = (self.statistics.tensor(target.module, n) for n in ("moment", "mean"))
-        scale = self.statistics.tokens / count
-        if scale != 1.0:  # else a large moment is not copied
-            moment, mean = moment * scale, mean * scale
-        return moment, mean, count
+        return moment, mean, self.counts[target.module]
 
 
 def count_inputs(

@@ -41,6 +41,7 @@ class _Inputs:
 
     def __init__(self) -> None:
         self.sums: dict[str, dict[str, Tensor]] = {}
+        self.rows: dict[str, int] = {}
         self.leaders: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
 
@@ -55,8 +56,10 @@ class _Inputs:
             size, vector = x.shape[-1], x.new_zeros(x.shape[-1], dtype=torch.float64)
             square = vector.new_zeros(size, size)
             self.sums[name] = {"moment": square, "mean": vector, "magnitude": vector.clone()}
-        sums = self.sums[name]
-        for part in counted_rows(name, x, mask).split(ROWS):
+            self.rows[name] = 0
+        sums, rows = self.sums[name], counted_rows(name, x, mask)
+        self.rows[name] += len(rows)
+        for part in rows.split(ROWS):
             part = part.float()
             sums["moment"] += part.T @ part
             sums["mean"] += part.sum(0, dtype=torch.float64)
@@ -67,13 +70,18 @@ class _Inputs:
         self._last = None
 
     def flush(self, store: Statistics) -> None:
-        """Move all sums to a store, as means over tokens, and forget them."""
+        """Move all sums to a store, as means over inputs, and forget them.
+
+        Most modules have one input a token, a pooler one a sequence, a shared layer several.
+        """
         for leader, sums in self.sums.items():
+            count = max(1, self.rows[leader])
             members = [name for name, other in self.leaders.items() if other == leader]
             check_finite(f"inputs of {leader}", sums)
             with torch.inference_mode(False):  # the store's tensors may enter graphs later
-                store.put(leader, members, {k: (v / store.tokens).cpu() for k, v in sums.items()})
+                store.put(leader, members, {k: (v / count).cpu() for k, v in sums.items()})
         self.sums.clear()
+        self.rows.clear()
 
 
 def counted_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,7 +126,7 @@ def collect(
 ) -> Statistics:
     """Run calibration data through a model and return statistics of modules' inputs.
 
-    They are means over tokens, float64: ``moment`` C = E[x x.T] ``(in, in)``, ``mean`` E[x] and
+    They are means over inputs x, float64: ``moment`` C = E[x x.T] ``(in, in)``, ``mean`` E[x] and
     ``magnitude`` E|x|, both ``(in,)``.
 
     Args:

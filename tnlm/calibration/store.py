@@ -26,7 +26,7 @@ logger = logging.getLogger("tnlm")
 IN_MEMORY = 2**25
 """Bytes of tensors held in memory; further ones go to files and are read when needed."""
 
-VERSION = 2
+VERSION = 3
 """Counts the layouts that cache directories have had: none is read under another's name."""
 
 _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
