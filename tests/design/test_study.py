@@ -280,4 +280,5 @@ def test_processes_share_one_search(tmp_path):
     assert all(worker.returncode == 0 for worker in workers)
     measured = max(found for _, found in counts)
     assert all(calls >= 1 for calls, _ in counts)
-    assert measured <= sum(calls for calls, _ in counts) <= measured + 6
+    # Two that draw at the same instant may measure the same; three searches apart take thrice all.
+    assert measured <= sum(calls for calls, _ in counts) < 2 * measured

@@ -43,8 +43,8 @@ def made_layers(model: nn.Module) -> Iterator[Made]:
         >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
         ...                    num_hidden_layers=1, num_attention_heads=2)
         >>> model = tnlm.compress(LlamaForCausalLM(tiny), "svd", progress=False)
-        >>> [made.name for made in made_layers(model)][0]
-        'model.layers.0.mlp.down_proj'
+        >>> next(made_layers(model)).name
+        'model.layers.0.self_attn.q_proj'
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     entries: Mapping[str, Any] = getattr(config, "modules", {})
