@@ -67,22 +67,6 @@ def test_what_was_decided_together_stands_in_its_own_row_or_in_each():
     assert image.get_array().tolist() == [[2.0], [2.0], [1.0]]
 
 
-@given(
-    points=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20),
-    lower=st.booleans(),
-)
-def test_nothing_beats_the_front_and_the_front_beats_the_rest(points, lower):
-    sign = 1 if lower else -1
-    front = plot.front_of(points, lower_is_better=lower)
-
-    def beats(a, b):
-        no_worse = a[0] <= b[0] and sign * a[1] <= sign * b[1]
-        return no_worse and a != b
-
-    assert not any(beats(p, f) for p in points for f in front)
-    assert all(p in front or any(beats(f, p) for f in front) for p in points)
-
-
 def test_pareto_marks_the_front_and_the_dense_model():
     points = {"a": [(2.0, 5.0), (1.0, 9.0)], "b": [(2.0, 7.0)]}
     ax = plot.pareto(points, dense=(3.0, 4.0))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tnlm.design.front import pareto as unbeaten
 from tnlm.errors import OptionError
 from tnlm.planning import Plan
 from tnlm.reporting import Report
@@ -182,8 +183,8 @@ def pareto(
     for (label, pairs), color in zip(points.items(), _cycle(len(points)), strict=True):
         xs, ys = zip(*sorted(pairs), strict=True)
         ax.plot(xs, ys, "o-", color=color, label=label, markersize=5, linewidth=1)
-    front = front_of(every, lower_is_better=lower_is_better)
-    xs, ys = zip(*front, strict=True)
+    front = {every[index] for index in unbeaten(every, [False, not lower_is_better])}
+    xs, ys = zip(*sorted(front), strict=True)
     ax.plot(xs, ys, "o", markersize=11, fillstyle="none", color="0.5", label="not beaten")
     if dense is not None:
         ax.plot(*dense, "*", markersize=13, color="0.5", label="dense")
@@ -191,23 +192,6 @@ def pareto(
     ax.set(xlabel=size, ylabel=quality)
     ax.legend(frameon=False)
     return ax
-
-
-def front_of(
-    points: Sequence[tuple[float, float]], *, lower_is_better: bool = True
-) -> list[tuple[float, float]]:
-    """Return the points than which none is both smaller and better, from small to large.
-
-    Example:
-        >>> front_of([(1, 9), (2, 5), (2, 7), (3, 6)])
-        [(1, 9), (2, 5)]
-    """
-    sign = 1 if lower_is_better else -1
-    found: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda p: (p[0], sign * p[1])):
-        if not found or sign * point[1] < sign * found[-1][1]:
-            found.append(point)
-    return found
 
 
 def groups(

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.errors import EvaluationError
-from tnlm.evaluation.comparison import compared, digest, figures, flips
+from tnlm.evaluation.comparison import compared, digest, figures
+from tnlm.evaluation.flips import flips
 from tnlm.evaluation.results import Evaluation, Figure, Flips, TaskResult
 from tnlm.evaluation.statistics import mean_stderr, paired_stderr, stderr_of, value_of
 from tnlm.evaluation.tasks.base import Metric
@@ -37,9 +38,9 @@ def test_a_model_beside_itself_differs_by_nothing(values):
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
 def test_flips_account_for_every_item_and_for_the_difference(pairs):
     now, before = items(a for a, _ in pairs), items(b for _, b in pairs)
-    found = flips("acc", now, before)
+    found = flips([float(b) for _, b in pairs], [float(a) for a, _ in pairs])
     changed = len(found.learned) + len(found.unlearned)
-    assert changed + found.both_right + found.both_wrong == len(pairs)
+    assert changed + len(found.right) + len(found.wrong) == len(pairs)
     difference = value_of(ACC, now) - value_of(ACC, before)
     assert len(found.learned) - len(found.unlearned) == pytest.approx(difference * len(pairs))
 
@@ -80,7 +81,7 @@ def test_a_comparison_pairs_the_items():
     figure = found["acc"]
     assert (figure.value, figure.baseline, figure.difference) == (0.5, 0.5, 0.0)
     assert figure.difference_stderr == pytest.approx(mean_stderr([0, -1, 0, 1]))
-    assert found.flips == Flips((3,), (1,), 1, 1)
+    assert found.flips == Flips((3,), (1,), (0,), (2,))
     with pytest.raises(EvaluationError, match=r"piqa: the baseline answered other questions \(n=4"):
         compared(result([1, 0], asked="r"), before, [ACC], 0)
 

@@ -184,7 +184,7 @@ def test_items_that_flip_are_counted(small):
     assert found.flips.right == tuple(i for i, good in enumerate(now) if good)
     assert found.flips.unlearned == tuple(i for i, good in enumerate(now) if not good)
     assert found.report == (1.0, sum(now) / len(now))
-    assert "was right" in str(found)
+    assert "unlearned 13" in str(found)
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.75])

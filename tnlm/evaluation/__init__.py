@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from tnlm.evaluation.efficiency import efficiency
+from tnlm.evaluation.flips import Flips
 from tnlm.evaluation.harness import harness
 from tnlm.evaluation.harness_tasks import lm_eval_tasks
 from tnlm.evaluation.perplexity import Perplexity, perplexity
-from tnlm.evaluation.results import Evaluation, Figure, Flips, TaskResult
+from tnlm.evaluation.results import Evaluation, Figure, TaskResult
 from tnlm.evaluation.running import evaluate
 from tnlm.evaluation.speed import decode_rates
 from tnlm.evaluation.tasks import list_tasks

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tnlm.errors import EvaluationError
-from tnlm.evaluation.results import Evaluation, Figure, Flips, TaskResult
+from tnlm.evaluation.flips import Flips, flips
+from tnlm.evaluation.results import Evaluation, Figure, TaskResult
 from tnlm.evaluation.statistics import paired_stderr, stderr_of, value_of
 from tnlm.evaluation.tasks.base import Metric, Scores
 
@@ -62,27 +63,13 @@ def compared(
                 difference_stderr=error,
             )
         )
-    return replace(result, figures=tuple(found), flips=flips(result.right, result.items, old.items))
+    return replace(
+        result, figures=tuple(found), flips=_flips(result.right, result.items, old.items)
+    )
 
 
-def flips(right: str, now: Sequence[Scores], before: Sequence[Scores]) -> Flips | None:
-    """Return which items changed from wrong to right and back.
-
-    Args:
-        right: the score that is 1 for a right answer; without one there are no flips.
-        now: scores of the items.
-        before: scores of the same items by the baseline.
-
-    Example:
-        >>> flips("acc", [{"acc": 1.0}, {"acc": 0.0}], [{"acc": 0.0}, {"acc": 0.0}]).learned
-        (0,)
-    """
+def _flips(right: str, now: Sequence[Scores], before: Sequence[Scores]) -> Flips | None:
+    """Return what changed, by the score that is 1 for a right answer; None if there is none."""
     if not right or not all(right in each for each in (*now, *before)):
         return None
-    pairs = [(a[right] == 1, b[right] == 1) for a, b in zip(now, before, strict=True)]
-    return Flips(
-        learned=tuple(i for i, pair in enumerate(pairs) if pair == (True, False)),
-        unlearned=tuple(i for i, pair in enumerate(pairs) if pair == (False, True)),
-        both_right=pairs.count((True, True)),
-        both_wrong=pairs.count((False, False)),
-    )
+    return flips([each[right] for each in before], [each[right] for each in now])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tnlm.errors import EvaluationError, did_you_mean
+from tnlm.evaluation.flips import Flips
 from tnlm.evaluation.tasks.base import Scores
 
 
@@ -32,29 +33,6 @@ class Figure:
     baseline: float | None = None
     difference: float | None = None
     difference_stderr: float | None = None
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Items whose answer changed, counted from 0, beside those whose answer did not.
-
-    Attributes:
-        learned: wrong before, right now.
-        unlearned: right before, wrong now.
-        both_right: how many were right before and are.
-        both_wrong: how many were wrong before and are.
-    """
-
-    learned: tuple[int, ...]
-    unlearned: tuple[int, ...]
-    both_right: int
-    both_wrong: int
-
-    def __str__(self) -> str:
-        return (
-            f"learned {len(self.learned)}, unlearned {len(self.unlearned)}, "
-            f"right in both {self.both_right}, wrong in both {self.both_wrong}"
-        )
 
 
 @dataclass(frozen=True)
@@ -181,8 +159,7 @@ def _result(stored: Mapping[str, Any]) -> TaskResult:
     """Read one result from JSON values."""
     flips = stored["flips"]
     if flips is not None:
-        changed = {name: tuple(flips[name]) for name in ("learned", "unlearned")}
-        flips = Flips(**{**flips, **changed})
+        flips = Flips(**{name: tuple(items) for name, items in flips.items()})
     figures = tuple(Figure(**figure) for figure in stored["figures"])
     known = {**stored, "figures": figures, "items": tuple(stored["items"]), "flips": flips}
     return TaskResult(**known)

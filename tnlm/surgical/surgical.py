@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import stay_dense
 from tnlm.errors import BudgetError, EvaluationError
+from tnlm.evaluation.flips import Flips, flips
 from tnlm.job import Data, Job, prepare
 from tnlm.journal import Journal, check_journal
 from tnlm.pipeline import carry_out
 from tnlm.planning import LayerPlan, Plan
 from tnlm.surgical.course import Course, Trial
-from tnlm.surgical.flips import Flips, flips
 from tnlm.surgical.judges import Measured, TaskMetric
 from tnlm.surgical.ladder import CANDIDATES
 from tnlm.surgical.patient import Patient

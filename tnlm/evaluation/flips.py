@@ -11,7 +11,7 @@ RIGHT = 0.5
 
 @dataclass(frozen=True)
 class Flips:
-    """Items by what became of them, as positions in their split.
+    """Items by what became of them, counted from 0.
 
     Attributes:
         learned: wrong before, right now.
@@ -21,9 +21,7 @@ class Flips:
 
     Example:
         >>> print(Flips(learned=(4,), unlearned=(1, 2), right=(0,), wrong=()))
-                     now right  now wrong
-        was right            1          2
-        was wrong            1          0
+        learned 1, unlearned 2, right in both 1, wrong in both 0
     """
 
     learned: tuple[int, ...]
@@ -32,12 +30,10 @@ class Flips:
     wrong: tuple[int, ...]
 
     def __str__(self) -> str:
-        rows = [
-            ("", "now right", "now wrong"),
-            ("was right", str(len(self.right)), str(len(self.unlearned))),
-            ("was wrong", str(len(self.learned)), str(len(self.wrong))),
-        ]
-        return "\n".join(f"{a:<11}{b:>11}{c:>11}" for a, b, c in rows)
+        return (
+            f"learned {len(self.learned)}, unlearned {len(self.unlearned)}, "
+            f"right in both {len(self.right)}, wrong in both {len(self.wrong)}"
+        )
 
 
 def flips(dense: Sequence[float], compressed: Sequence[float]) -> Flips:
