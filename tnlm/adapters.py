@@ -196,8 +196,7 @@ def _adapter(layer: Any, generator: torch.Generator) -> Adapter:
 def check(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Raise what :func:`attach` would, before anything is changed."""
     _peft()
-    if hasattr(model, "peft_config"):
-        raise ModelError("the model has adapters already; merge or unload them first")
+    check_bare(model)
     if not ranks:
         raise TargetError("LoRA needs a module to stand beside; none was given")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -207,6 +206,12 @@ def check(model: nn.Module, ranks: Mapping[str, int]) -> None:
         most = min(size_of(modules[name]))
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
             raise RankError(f"LoRA rank={rank!r} at {name}; allowed: 1 to {most}")
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise `ModelError` if a model has adapters."""
+    if hasattr(model, "peft_config"):
+        raise ModelError("the model has adapters already; merge or unload them first")
 
 
 def _escape(name: str) -> str:

@@ -198,6 +198,30 @@ def test_an_adapter_stays_and_is_charged(on, compressed):
         run(model, with_labels(model, BATCHES))
 
 
+def test_a_model_with_adapters_is_not_healed_again(compressed):
+    model = compressed("llama", "svd", **SMALL)
+    run(model, with_labels(model, BATCHES), on="layers", merge="adapter", modules=[UP])
+    with pytest.raises(ModelError, match="has adapters already"):
+        run(model, with_labels(model, BATCHES))
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+def test_a_base_of_eight_bits_takes_adapters(compressed):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = compressed("llama", "svd", **SMALL)
+    quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    held = {name: layer.left.weight.dequantize() for name, layer in layers(model).items()}
+    with pytest.raises(ModelError, match=r"is quantized: no LoRA merges into it; merge='adapter'"):
+        run(model, with_labels(model, BATCHES))
+    before = loss_of(model)
+    run(model, with_labels(model, BATCHES), merge="adapter")
+    assert loss_of(model) < before
+    for name, weight in held.items():
+        assert torch.equal(
+            model.get_submodule(f"{name}.left").base_layer.weight.dequantize(), weight
+        )
+
+
 def test_shared_factors_stay_shared(compressed, tmp_path):
     model = compressed("llama", "basis-sharing")
     shared = model.model.layers[0].self_attn.q_proj.right.weight.detach().clone()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tnlm.adapters import Lora, attach, attached, matrix, size_of
+from tnlm.adapters import Lora, attach, attached, check_bare, matrix, size_of
 from tnlm.adapters import check as check_ranks
 from tnlm.calibration.labels import check_labels
 from tnlm.calibration.metrics import Metric
@@ -126,6 +126,7 @@ def heal(
         ArrangedLinear(in_features=10, out_features=6, bias=False)
     """
     began = time.perf_counter()
+    check_bare(model)
     _check_numbers(rank, alpha, learning_rate, tokens)
     batches = _batches(
         model,
