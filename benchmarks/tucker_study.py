@@ -64,7 +64,7 @@ def accuracy(model: PreTrainedModel, *, task: str, tokenizer: Any, data: Path, l
     found = tnlm.evaluate(model, [task], tokenizer=tokenizer, data=data, limit=limit)[task]
     if found.n < limit:
         raise EvaluationError(f"{task} has {found.n} items in {data}; --limit asks for {limit}")
-    return float(found.value)
+    return float(found["acc"].value)
 
 
 def study(

@@ -6,7 +6,6 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -64,16 +63,14 @@ def test_the_study_is_resumed_and_written_as_a_table(benchmark, deep, tmp_path, 
     json.dumps(rows, allow_nan=False)
 
 
-def test_accuracies_come_from_evaluate(benchmark, deep, tmp_path, monkeypatch):
-    asked = []
-
-    def evaluate(model, tasks, **options):
-        asked.append((tasks, options))
-        return {task: SimpleNamespace(metric="acc", value=0.25, stderr=0.1, n=50) for task in tasks}
-
-    monkeypatch.setattr(tnlm, "evaluate", evaluate, raising=False)
-    options = {"task": "mmlu", "tokenizer": None, "data": tmp_path}
-    assert benchmark.accuracy(deep, limit=50, **options) == 0.25
-    assert asked == [(["mmlu"], {"tokenizer": None, "data": tmp_path, "limit": 50})]
-    with pytest.raises(EvaluationError, match=r"mmlu has 50 items in .*; --limit asks for 100"):
+def test_accuracies_come_from_evaluate(benchmark, deep, word_tokenizer, tmp_path):
+    rows = [{"query": f"word{i}", "choices": ["word1", "word2"], "gold": i % 2} for i in range(6)]
+    (tmp_path / "arc_easy_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"task": "arc_easy", "tokenizer": word_tokenizer, "data": tmp_path}
+    found = benchmark.accuracy(deep, limit=4, **options)
+    known = tnlm.evaluate(
+        deep, ["arc_easy"], tokenizer=word_tokenizer, data=tmp_path, limit=4, progress=False
+    )
+    assert found == known["arc_easy"]["acc"].value
+    with pytest.raises(EvaluationError, match=r"arc_easy has 6 items in .*; --limit asks for 100"):
         benchmark.accuracy(deep, limit=100, **options)
