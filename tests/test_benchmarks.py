@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BertForSequenceClassification
 
 from tnlm.decompositions import get_format
 from tnlm.decompositions.gauge import fix
@@ -139,3 +140,68 @@ def test_saved_bytes_counts_activations_once_and_no_weights():
     x = torch.randn(5, 6, requires_grad=True)
     saved = layers.saved_bytes(lambda: layer(x) + layer(x), list(layer.parameters()))
     assert saved == 4 * x.numel()
+
+
+@pytest.fixture
+def start(monkeypatch) -> Callable[..., None]:
+    """Run a benchmark with these words on its command line."""
+
+    def start_it(name: str, *words: object) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+
+    return start_it
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_classification_measures_before_and_after_and_resumes(
+    start, tiny_bert, word_tokenizer, tmp_path, capsys
+):
+    torch.manual_seed(0)
+    BertForSequenceClassification(tiny_bert(num_labels=2).config).save_pretrained(tmp_path / "m")
+    word_tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"text": f"word{i} word{i % 7}", "label": i % 2} for i in range(16)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    words = [tmp_path / "m", file, file, tmp_path / "out", "--scheme", "svd", "fwsvd", "lpaf"]
+    options = ["--seeds", 1, "--tokens", 60, "--samples", 4, "--max-length", 8, "--share", 0.3]
+    start("classification", *words, *options)
+    found = json.loads((tmp_path / "out" / "classification.json").read_text())
+    assert [row["scheme"] for row in found] == ["dense", "svd", "fwsvd", "lpaf"]
+    assert all(0 <= row["accuracy"] <= 1 for row in found)
+    assert all(0 <= row["finetuned"] <= 1 for row in found[1:])
+    capsys.readouterr()
+    start("classification", *words, *options)
+    assert json.loads((tmp_path / "out" / "classification.json").read_text()) == found
+    assert "seed" not in capsys.readouterr().err  # nothing was measured again
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_healing_trains_what_auto_made(start, tiny_llama, word_tokenizer, word_text, tmp_path):
+    tiny_llama(max_position_embeddings=512).save_pretrained(tmp_path / "m")
+    word_tokenizer.save_pretrained(tmp_path / "m")
+    text = tmp_path / "text.txt"
+    text.write_text(word_text(1200, seed=1))
+    start(
+        *("healing", tmp_path / "m", tmp_path / "out", "--calibration", text, "--training", text),
+        *("--text", f"own={text}", "--keep-targets", 0.6, "--how", "lora", "distill", "finetune"),
+        *("--tokens", 256, "--max-length", 64, "--windows", 1),
+    )
+    found = json.loads((tmp_path / "out" / "healing.json").read_text())
+    assert [row["how"] for row in found] == ["dense", "none", "lora", "distill", "finetune"]
+    assert all(row["own"] > 1 for row in found)
+    table = (tmp_path / "out" / "healing.md").read_text()
+    assert "| 0.6 | lora | 256 |" in table
+    assert "%" in table
+
+
+def test_the_picture_draws_the_table(start, tmp_path):
+    rows = [
+        {"scheme": "dense", "parameters": 10**6, "wiki": 5.0},
+        {"scheme": "svd", "parameters": 8 * 10**5, "wiki": 9.0},
+        {"scheme": "svd", "parameters": 5 * 10**5, "wiki": 900.0},
+        {"scheme": "kron", "error": "RankError"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    start("picture", tmp_path / "rows.json", tmp_path / "new" / "picture.svg")
+    assert "<svg" in (tmp_path / "new" / "picture.svg").read_text()
