@@ -87,3 +87,10 @@ def test_every_block_on_analysis_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_blocks("analyze.md") == 4
     assert (tmp_path / "analysis" / "curves.csv").is_file()
+
+
+def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("pictures.md") == 3
+    assert (tmp_path / "ranks.svg").is_file()
+    assert (tmp_path / "my-model-small" / "report.html").is_file()
