@@ -86,8 +86,8 @@ def prune(
         every: steps between two maskings.
         warmup: share of the steps before the first masking.
         cooldown: share of the steps after the last.
-        kind: ``"taylor"``, |ĝ w| as in the published code, or ``"squared"``, (ĝ w)² as in the
-            paper.
+        kind: ``"taylor"``, the absolute ĝ w as in the published code, or ``"squared"``, (ĝ w)², as
+            in the paper.
         seed: of the adapters' start, the order of batches, and dropout.
         progress: show a progress bar.
 
