@@ -45,5 +45,5 @@ bench: install  ## Measure speed of layers and models; each benchmarks/*.py has 
 	$(BIN)/python benchmarks/model.py
 
 clean:  ## Remove .venv, builds and caches
-	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build docs/_generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
-from tnlm.schemes import schemes
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(EXAMPLES))  # examples may share a helper
+
+from diagrams import write_all
+from pages import write_pages
 
 project = "tnlm"
 copyright = "the tnlm authors"
@@ -18,7 +25,8 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "_generated"]
+# Parts of pages, which other pages include, are no pages.
+exclude_patterns = ["_build", "schemes", "_generated/schemes.md", "_generated/gallery/*.ipynb"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -26,25 +34,42 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+suppress_warnings = ["ref.python"]  # annotations name classes briefly, and two share a name
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"tnlm {release}"
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_static_path = ["_static"]
+html_css_files = ["tnlm.css"]
+html_theme_options = {
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "show_prev_next": True,
+    "header_links_before_dropdown": 8,
+    "navbar_align": "left",
+}
 
+# The gallery shows examples without running them, which takes real models or long. To run them:
+# sphinx-build -D plot_gallery=True.
+if (EXAMPLES / "README.rst").is_file():
+    extensions.append("sphinx_gallery.gen_gallery")
+    sphinx_gallery_conf = {
+        "examples_dirs": str(EXAMPLES),
+        "gallery_dirs": "_generated/gallery",
+        "plot_gallery": False,
+        "filename_pattern": r"\.py$",
+        "ignore_pattern": r"(__init__|tiny)\.py$",
+        "download_all_examples": False,
+        "show_signature": False,
+        "show_memory": False,
+        "write_computation_times": False,
+        "reset_modules": (),
+        "min_reported_time": 10**6,
+    }
+    gallery = "_generated/gallery/index"
+else:
+    gallery = None
 
-def _write_scheme_table() -> None:
-    """Write the table of schemes from the registry, for guide/schemes.md to include."""
-    lines = ["| scheme | what it does | formats | metric | allocation | cascade | needs | source |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for name, scheme in schemes().items():
-        choices = [" or ".join(scheme.formats), scheme.metric, scheme.allocation, scheme.cascade]
-        cells = [f"`{name}`", scheme.title, *choices, scheme.needs, scheme.source]
-        lines.append("| " + " | ".join(cells) + " |")
-    folder = Path(__file__).parent / "_generated"
-    folder.mkdir(exist_ok=True)
-    (folder / "schemes.md").write_text("\n".join(lines) + "\n")
-
-
-_write_scheme_table()
+write_all(HERE / "_generated" / "diagrams")
+write_pages(HERE / "_generated")

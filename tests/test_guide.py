@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-GUIDES = Path(__file__).parents[1] / "docs" / "guide"
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDES = DOCS / "guide"
 OPTIONAL = {"OnnxExporter": ("onnx", "onnxscript", "onnxruntime"), "torchao": ("torchao",)}
 
 
@@ -94,3 +95,48 @@ def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
     assert run_blocks("pictures.md") == 3
     assert (tmp_path / "ranks.svg").is_file()
     assert (tmp_path / "my-model-small" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("page", "blocks"),
+    [
+        ("index.md", 1),
+        ("tour.md", 3),
+        ("choose.md", 1),
+        ("concepts/networks.md", 1),
+        ("concepts/gauge.md", 1),
+        ("concepts/allocation.md", 1),
+        ("guide/large.md", 1),
+    ],
+)
+def test_every_block_on_other_pages_runs(
+    page, blocks, tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text
+):
+    small = {"num_hidden_layers": 1, "eos_token_id": None}
+    tiny_llama(**small).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    (tmp_path / "text.txt").write_text(word_text(600))
+    (tmp_path / "other.txt").write_text(word_text(600, seed=1))
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks(f"../{page}") == blocks
+
+
+def test_numbers_in_the_comments_of_pages_are_right():
+    from tnlm.decompositions import get_format
+    from tnlm.decompositions.low_rank import LowRankSpec
+    from tnlm.decompositions.tensor_train import TensorTrainSpec
+
+    train = get_format("tensor-train").network(
+        (576, 576), TensorTrainSpec((8, 8, 9), (8, 8, 9), (32, 32))
+    )
+    networks = (DOCS / "concepts" / "networks.md").read_text()
+    assert f"print(network.equation)  # {train.equation}" in networks
+    assert f"print(network.params)  # {train.params} of {576 * 576}" in networks
+    low_rank = get_format("low-rank")
+    counts = [
+        low_rank.network((576, 576), LowRankSpec(rank, gauge)).params
+        for rank, gauge in ((128, False), (128, True), (576, True))
+    ]
+    gauge = (DOCS / "concepts" / "gauge.md").read_text()
+    assert f"# {counts[0]} {counts[1]}" in gauge
+    assert f"# {counts[2]}: never more" in gauge

@@ -1,0 +1,134 @@
+"""Pages written at build time: one for each scheme and each package, so that none is forgotten."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from diagrams import EXAMPLES, describe, example
+
+import tnlm
+from tnlm.decompositions import formats
+from tnlm.schemes import schemes
+from tnlm.schemes.base import Scheme
+
+DOCS = Path(__file__).parent
+
+PACKAGES = {
+    "tnlm.allocation": "Allocation",
+    "tnlm.analysis": "Analysis",
+    "tnlm.calibration": "Calibration and metrics",
+    "tnlm.decompositions": "Formats",
+    "tnlm.design": "Design space",
+    "tnlm.evaluation": "Evaluation",
+    "tnlm.integrations": "Loading models",
+    "tnlm.layers": "Layers",
+    "tnlm.page": "The page about a model",
+    "tnlm.recovery": "Recovery",
+    "tnlm.schemes": "Schemes",
+    "tnlm.surgical": "Surgical search",
+}
+"""Packages that have a page of their own in the reference, with its title."""
+
+
+def write_if_new(path: Path, text: str) -> None:
+    """Write a file unless it says so already, so that a build redoes no more than it must."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def scheme_table(found: Mapping[str, Scheme]) -> str:
+    """Return all schemes as a table that links to their pages."""
+    lines = ["| scheme | what it does | formats | metric | allocation | cascade | needs |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, scheme in found.items():
+        choices = [" or ".join(scheme.formats), scheme.metric, scheme.allocation, scheme.cascade]
+        link = f"[`{name}`](/_generated/schemes/{name}.md)"
+        lines.append("| " + " | ".join([link, scheme.title, *choices, scheme.needs]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def scheme_page(scheme: Scheme) -> str:
+    """Return a scheme's page: its choices, its networks, and docs/schemes/<name>.md if there is."""
+    parts = [f"# {scheme.name}", scheme.title[0].upper() + scheme.title[1:] + "."]
+    parts.append("\n".join(["| choice | value |", "|---|---|", *_choices(scheme)]))
+    data = ', calibration="text.txt", tokenizer=tokenizer' if scheme.needs_calibration else ""
+    call = f'model = tnlm.compress(model, "{scheme.name}"{data})'
+    parts.append(f"```python\n{call}\n```")
+    if (DOCS / "schemes" / f"{scheme.name}.md").is_file():
+        parts.append(f"```{{include}} ../../schemes/{scheme.name}.md\n```")
+    parts += ["## Structure", *(_structure(name) for name in scheme.formats)]
+    return "\n\n".join(parts) + "\n"
+
+
+def api_page(package: str, title: str) -> str:
+    """Return the reference of a package: everything public in every module of it."""
+    lines = [f"# {title}", "```{eval-rst}", f".. automodule:: {package}"]
+    root = importlib.import_module(package)
+    defined_here = [name for name in public_names(package) if name not in tnlm.__all__]
+    if defined_here:
+        lines.append("   :members: " + ", ".join(defined_here))
+    lines.append("```")
+    for info in pkgutil.iter_modules(root.__path__, package + "."):
+        names = [name for name in public_names(info.name) if name not in tnlm.__all__]
+        if names:
+            lines += [f"## `{info.name}`", "```{eval-rst}", f".. automodule:: {info.name}"]
+            lines += ["   :members: " + ", ".join(names), "   :show-inheritance:", "```"]
+    return "\n".join(lines) + "\n"
+
+
+def public_names(module: str) -> list[str]:
+    """Return the functions and classes that a module defines itself, without private ones."""
+    found = vars(importlib.import_module(module)).items()
+    return [
+        name
+        for name, value in found
+        if not name.startswith("_")
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module
+    ]
+
+
+def write_pages(folder: Path) -> None:
+    """Write all generated text into a folder."""
+    found = schemes()
+    write_if_new(folder / "schemes.md", scheme_table(found))
+    for name, scheme in found.items():
+        write_if_new(folder / "schemes" / f"{name}.md", scheme_page(scheme))
+    for package, title in PACKAGES.items():
+        write_if_new(folder / "api" / f"{package}.md", api_page(package, title))
+
+
+def _choices(scheme: Scheme) -> list[str]:
+    targets = scheme.targets if isinstance(scheme.targets, list | tuple) else [scheme.targets]
+    values = {
+        "format": " or ".join(f"`{name}`" for name in scheme.formats),
+        "metric": f"`{scheme.metric}`",
+        "allocation": f"`{scheme.allocation}`",
+        "cascade": f"`{scheme.cascade}`",
+        "recovery": f"`{scheme.recover}`",
+        "targets": " and ".join(f"`{target}`" for target in targets),
+        "kept if nothing is asked": f"{scheme.keep_targets:g} of the targets' numbers",
+        "needs": scheme.needs,
+        "source": scheme.source,
+    }
+    if scheme.share > 1:
+        values["blocks that share an input factor"] = str(scheme.share)
+    if scheme.defaults:
+        values["options"] = ", ".join(f"`{k}={v}`" for k, v in scheme.defaults.items())
+    return [f"| {choice} | {value} |" for choice, value in values.items()]
+
+
+def _structure(name: str) -> str:
+    title = formats()[name].title
+    text = f"**{name}**: {title}."
+    if name not in EXAMPLES:
+        return text
+    network = example(name)
+    return (
+        f"{text}\n\n```{{image}} ../diagrams/{name}.svg\n:alt: {name}\n```\n\n`{describe(network)}`"
+    )

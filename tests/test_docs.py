@@ -1,0 +1,132 @@
+"""The site forgets nothing: every public name, scheme and page has its place, and links resolve."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import tnlm
+from tnlm.decompositions import formats
+from tnlm.schemes import schemes
+
+DOCS = Path(__file__).parents[1] / "docs"
+WRITTEN = [page for page in DOCS.rglob("*.md") if not {"_build", "_generated"} & set(page.parts)]
+
+
+@pytest.fixture(scope="module")
+def site():
+    """Import what makes the pages, as conf.py does."""
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(DOCS))
+    try:
+        import diagrams
+        import pages
+
+        yield pages, diagrams
+    finally:
+        sys.path.remove(str(DOCS))
+        for name in ("pages", "diagrams"):
+            sys.modules.pop(name, None)
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "api" / "index.md").read_text()
+    assert re.findall(r":members: (.*shapes)$", text, re.M), "tnlm.plot is there with its functions"
+    found = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", text, re.M)
+    assert sorted(found) == sorted(tnlm.__all__)
+
+
+def test_every_picture_function_is_in_the_reference(site):
+    pages, _ = site
+    [listed] = re.findall(r"automodule:: tnlm\.plot\n +:members: (.*)$", _api(), re.M)
+    assert listed.split(", ") == pages.public_names("tnlm.plot")
+
+
+def test_every_package_has_a_page_of_its_own(site):
+    pages, _ = site
+    folder = Path(tnlm.__file__).parent
+    assert set(pages.PACKAGES) == {f"tnlm.{p.parent.name}" for p in folder.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("tnlm.analysis", "kronecker_errors"),
+        ("tnlm.evaluation", "decode_rates"),
+        ("tnlm.recovery", "movement_prune"),
+        ("tnlm.recovery", "retruncate"),
+        ("tnlm.decompositions", "LowRank"),
+    ],
+)
+def test_a_package_page_lists_what_its_modules_define(package, name, site):
+    pages, _ = site
+    assert re.search(rf":members: .*\b{name}\b", pages.api_page(package, "title"))
+
+
+@pytest.mark.parametrize("name", schemes())
+def test_every_scheme_has_a_page_with_its_choices(name, site):
+    pages, _ = site
+    scheme = schemes()[name]
+    text = pages.scheme_page(scheme)
+    assert text.startswith(f"# {name}\n")
+    for word in (*scheme.formats, scheme.metric, scheme.allocation, scheme.needs, scheme.source):
+        assert word in text
+    assert f"schemes/{name}.md)" in pages.scheme_table(schemes())
+    [call] = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    compile(call, name, "exec")
+
+
+def test_prose_belongs_to_schemes_that_exist():
+    assert {page.stem for page in (DOCS / "schemes").glob("*.md")} <= set(schemes())
+
+
+def test_every_network_format_has_a_picture(site):
+    _, diagrams = site
+    plain = {"channels"}  # three smaller matrices
+    assert {form for form, _, _ in diagrams.EXAMPLES.values()} == set(formats()) - plain
+
+
+def test_a_picture_is_drawn_from_the_equation(site):
+    _, diagrams = site
+    for name in diagrams.EXAMPLES:
+        network = diagrams.example(name)
+        drawn = [text.get_text() for text in diagrams.draw(network).axes[0].texts]
+        modes = dict.fromkeys("".join(network.factors.values()))
+        assert sorted(drawn) == sorted(
+            [*network.factors, *(f"{mode} = {network.sizes[mode]:,}" for mode in modes)]
+        )
+
+
+def test_pictures_are_the_same_every_time(site, tmp_path):
+    _, diagrams = site
+    for folder in ("one", "two"):
+        diagrams.write_all(tmp_path / folder)
+    for first in (tmp_path / "one").iterdir():
+        assert first.read_bytes() == (tmp_path / "two" / first.name).read_bytes()
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_within_the_site_lead_somewhere(page, site):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
+        target = DOCS / link[1:] if link.startswith("/") else page.parent / link
+        generated = re.fullmatch(r"/_generated/schemes/([\w-]+)\.md", link)
+        assert generated[1] in schemes() if generated else target.is_file(), link
+
+
+def test_every_page_is_reached():
+    listed = set()
+    for page in WRITTEN:
+        for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.S):
+            entries = [line for line in block.splitlines() if line and not line.startswith(":")]
+            listed |= {(page.parent / f"{entry}.md").resolve() for entry in entries}
+    parts = DOCS / "schemes"  # included by generated pages
+    alone = {p.resolve() for p in WRITTEN if p.parent != parts} - listed
+    assert alone == {(DOCS / "index.md").resolve()}
+
+
+def _api() -> str:
+    return (DOCS / "api" / "index.md").read_text()
