@@ -14,7 +14,7 @@ import tiny
 
 import tnlm
 
-given = tiny.setting(__doc__)
+given = tiny.setting(__doc__, "figure")
 
 # %%
 # One row for each matrix. ``k90`` is the share of the directions that holds 90 % of the energy, and

@@ -17,7 +17,7 @@ import tiny
 
 import tnlm
 
-given = tiny.setting(__doc__)
+given = tiny.setting(__doc__, "figure")
 dense = given.model
 
 # %%

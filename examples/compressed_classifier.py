@@ -42,7 +42,7 @@ def sentence(draw: random.Random) -> dict[str, Any]:
 
 if asked.text is None:
     draw = random.Random(0)
-    rows = [sentence(draw) for _ in range(360)]
+    rows = [sentence(draw) for _ in range(280)]
 else:
     rows = [json.loads(line) for line in asked.text.read_text().splitlines() if line.strip()]
 cut = len(rows) * 3 // 4

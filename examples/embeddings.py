@@ -17,7 +17,7 @@ import torch
 
 import tnlm
 
-given = tiny.setting(__doc__, "gpt2")
+given = tiny.setting(__doc__, kind="gpt2")
 dense = given.model
 table = dense.get_input_embeddings().weight.detach()
 share = table.numel() / sum(parameter.numel() for parameter in dense.parameters())

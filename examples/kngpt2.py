@@ -16,7 +16,7 @@ import tiny
 
 import tnlm
 
-given = tiny.setting(__doc__, "gpt2")
+given = tiny.setting(__doc__, "tokens", kind="gpt2")
 teacher = given.model
 print(f"teacher    perplexity {given.perplexity(teacher):.2f}")
 

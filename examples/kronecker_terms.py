@@ -17,7 +17,7 @@ import tiny
 import tnlm
 from tnlm.analysis.shapes import kronecker_errors
 
-given = tiny.setting(__doc__)
+given = tiny.setting(__doc__, "figure")
 print(f"dense              perplexity {given.perplexity(given.model):.2f}")
 
 # %%

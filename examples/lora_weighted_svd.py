@@ -16,7 +16,7 @@ import tiny
 
 import tnlm
 
-given = tiny.setting(__doc__)
+given = tiny.setting(__doc__, "tokens")
 dense = given.model
 print(f"dense                 perplexity {given.perplexity(dense):.2f}")
 
@@ -43,8 +43,9 @@ print(f"lora-svd              perplexity {given.perplexity(model):.2f}")
 # A LoRA on each factor, all else frozen. It is merged in the end: ranks, parameters and the
 # identity block of the gauge stay what they were.
 
+rate = 2e-4 if given.real else 2e-3
 healed = tnlm.heal(
-    copy.deepcopy(model), [given.learn], tokens=given.tokens, learning_rate=2e-3, **data
+    copy.deepcopy(model), [given.learn], tokens=given.tokens, learning_rate=rate, **data
 )
 print(f"healed on the factors perplexity {given.perplexity(healed):.2f}")
 
@@ -68,7 +69,7 @@ beside = tnlm.heal(
     originals=weights,
     merge="concatenate",
     tokens=given.tokens,
-    learning_rate=2e-3,
+    learning_rate=rate,
     **data,
 )
 print(f"compensated           perplexity {given.perplexity(beside):.2f}")

@@ -47,6 +47,7 @@ print(sorted(file.name for file in (folder / "small").iterdir()))
 loaded = AutoModelForCausalLM.from_pretrained(folder / "small")
 tokenizer = AutoTokenizer.from_pretrained(folder / "small")
 print(f"loaded: logits differ by {differ(loaded(**prompt).logits):.1e}")
+print(f"loaded: perplexity {given.perplexity(loaded):.2f}")
 
 # %%
 # ``to_dense`` multiplies the factors out. The model is as large as it was, and any tool reads it.

@@ -16,7 +16,7 @@ import tiny
 
 import tnlm
 
-given = tiny.setting(__doc__)
+given = tiny.setting(__doc__, "figure")
 cut = len(given.measure) // 2
 
 # %%

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,25 +68,38 @@ class Setting:
             print(f"figure in {self.figure}")
 
 
-def arguments(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the options that all examples share."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"type": int, "help": "tokens in a window"},
+    "tokens": {"type": int, "help": "how many are trained on"},
+    "figure": {"type": Path, "help": "where the figure is saved, e.g. figure.png"},
+}
+"""Options that an example may have besides ``--model`` and ``--text``."""
+
+
+def arguments(description: str | None, *options: str) -> argparse.Namespace:
+    """Read the options that all examples share, and those of `OPTIONS` that are named."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a directory, a .gguf file or a hub id; tiny by default")
-    parser.add_argument("--text", type=Path, help="of 20,000 words or more, for --model")
-    parser.add_argument("--window", type=int, help="tokens in a window")
-    parser.add_argument("--tokens", type=int, help="to train on, where an example trains")
-    parser.add_argument("--figure", type=Path, help="where to save a figure, e.g. figure.png")
-    asked = parser.parse_args(argv)
+    parser.add_argument("--text", type=Path, help="a file to learn from and measure on")
+    for option in options:
+        parser.add_argument(f"--{option}", **OPTIONS[option])
+    asked = parser.parse_args()
     if (asked.model is None) != (asked.text is None):
         parser.error("--model and --text go together")
     return asked
 
 
-def setting(description: str | None, kind: str = "llama") -> Setting:
-    """Return the tiny model of a kind, ``"llama"`` or ``"gpt2"``, or the one that was asked for."""
-    asked = arguments(description)
+def setting(description: str | None, *options: str, kind: str = "llama") -> Setting:
+    """Return the tiny model of a kind, ``"llama"`` or ``"gpt2"``, or the one that was asked for.
+
+    Args:
+        description: the example's docstring.
+        options: what the example has besides ``--window``: ``"tokens"``, ``"figure"``.
+        kind: of the tiny model.
+    """
+    asked = arguments(description, "window", *options)
     if asked.model is None:
         logging.disable_progress_bar()
         torch.set_num_threads(1)  # tiny matrices gain nothing from more
@@ -104,8 +116,8 @@ def setting(description: str | None, kind: str = "llama") -> Setting:
         learn,
         measure,
         asked.window or window,
-        asked.tokens or tokens,
-        asked.figure,
+        getattr(asked, "tokens", None) or tokens,
+        getattr(asked, "figure", None),
         asked.model is not None,
     )
 
@@ -133,10 +145,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(kind: str) -> PreTrainedModel:
+def make_model(kind: str) -> Any:
     """Return a tiny model that has learned a little, so that compression has something to lose."""
     torch.manual_seed(0)
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    ends: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     model: Any
     if kind == "gpt2":
         model = GPT2LMHeadModel(
@@ -172,7 +184,7 @@ def make_model(kind: str) -> PreTrainedModel:
 _KNOWN: dict[str, dict[str, torch.Tensor]] = {}
 
 
-def _learned(kind: str, model: Any, steps: int = 240) -> dict[str, torch.Tensor]:
+def _learned(kind: str, model: Any, steps: int = 200) -> dict[str, torch.Tensor]:
     """Train a model on windows of 32 tokens for some seconds, once for all examples."""
     if kind not in _KNOWN:
         ids = torch.tensor(make_tokenizer()(text_halves()[0], verbose=False)["input_ids"])
