@@ -40,7 +40,7 @@ tnlm.distill(
     tokenizer=given.tokenizer,
     tokens=given.tokens,
     max_length=given.window,
-    learning_rate=5e-5 if given.real else 5e-3,
+    learning_rate=5e-5 if given.real else 2e-3,
     progress=False,
 )
 print(f"distilled  perplexity {given.perplexity(student):.2f}")

@@ -57,9 +57,9 @@ class Setting:
     real: bool
 
     def perplexity(self, model: PreTrainedModel) -> float:
-        """Return a model's perplexity on 8 windows of the text to measure on."""
-        found = tnlm.perplexity(model, self.measure, self.tokenizer, window=self.window, windows=8)
-        return found.perplexity
+        """Return a model's perplexity on 64 windows of 32 tokens, or 8 longer ones."""
+        sizes = {"window": self.window, "windows": max(8, 2048 // self.window)}
+        return tnlm.perplexity(model, self.measure, self.tokenizer, **sizes).perplexity
 
     def save(self, axes: Any) -> None:
         """Write the figure that holds the axes, if one was asked for."""
@@ -103,13 +103,12 @@ def setting(description: str | None, *options: str, kind: str = "llama") -> Sett
     if asked.model is None:
         logging.disable_progress_bar()
         torch.set_num_threads(1)  # tiny matrices gain nothing from more
-        (learn, measure), tokenizer = text_halves(), make_tokenizer()
-        model, window, tokens = make_model(kind), 32, 16_384
+        learn, measure = (half[:40_000] for half in text_halves())
+        model, tokenizer, window, tokens = make_model(kind), make_tokenizer(), 32, 16_384
     else:
-        model, tokenizer = load_model(asked.model)
+        (model, tokenizer), window, tokens = load_model(asked.model), 512, 1_000_000
         text = asked.text.read_text()
         learn, measure = text[: len(text) // 2], text[len(text) // 2 :]
-        window, tokens = 512, 1_000_000
     return Setting(
         model,
         tokenizer,
