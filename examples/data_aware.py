@@ -6,7 +6,7 @@ outputs on a text (``svd-llm``), and by the effect on the loss (``kfac-svd``). O
 
     python examples/data_aware.py --model MODEL --text TEXT
 
-The table in the README was made like this, on a real model and with more text.
+The page on quality, ``docs/benchmarks/quality.md``, has such figures of a real model.
 """
 
 from __future__ import annotations

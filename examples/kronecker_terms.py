@@ -31,10 +31,9 @@ four = tnlm.compress(copy.deepcopy(given.model), plan, progress=False)
 print(f"4 terms            perplexity {given.perplexity(four):.2f}")
 
 # %%
-# That is the sum nearest to the weights. ``metric="input"`` fits it to the outputs on a text
-# instead. With a size in place of ``terms`` the search is free to choose both, terms and shape. No
-# fit without training again makes four terms good enough for use on a real model: see the README's
-# table.
+# That is the sum nearest to the weights. On a real model four such terms are of no use without
+# training: see the README's table. ``metric="input"`` fits the sum to the outputs on a text
+# instead. With a size in place of ``terms`` the search is free to choose both, terms and shape.
 
 nearest = tnlm.compress(copy.deepcopy(given.model), "kron", keep_targets=0.7, progress=False)
 print(f"keep 0.7, no data  perplexity {given.perplexity(nearest):.2f}")
