@@ -1,9 +1,11 @@
-"""Train a Transformer from scratch whose matrices are all sums of Kronecker products.
+"""Shapeshifter: trained from scratch, a tenth of the numbers
+==========================================================
 
-    python examples/shapeshifter.py
+A Transformer whose matrices are all sums of Kronecker products from the start, as in Shapeshifter
+(Panahi, Saeedi and Arodz 2021). It learns to count: sequences of tokens with a fixed step, whose
+start and step are drawn at random. Larger and for longer::
 
-It has a tenth of the numbers, as in Shapeshifter (Panahi, Saeedi and Arodz 2021), and learns to
-count: sequences of tokens with a fixed step, whose start and step are drawn at random.
+    python examples/shapeshifter.py --width 128 --steps 1000
 """
 
 from __future__ import annotations
@@ -16,6 +18,18 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
 
 import tnlm
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("--keep-targets", type=float, default=0.1)
+parser.add_argument("--width", type=int, default=64)
+parser.add_argument("--steps", type=int, default=120)
+asked = parser.parse_args()
+torch.set_num_threads(1)  # tiny matrices gain nothing from more
+
+# %%
+# The task, as a dataset of sequences that are their own labels.
 
 TOKENS, LENGTH = 64, 16
 
@@ -46,43 +60,38 @@ def loss_of(model: PreTrainedModel) -> float:
         return float(model(input_ids=unseen, labels=unseen).loss)
 
 
-def main() -> None:
-    """Make the model, train it, save it and load it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep-targets", type=float, default=0.1)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=150)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)  # tiny matrices gain nothing from more
+# %%
+# ``from_config`` takes an ordinary config. No dense matrix is ever made: the factors start at
+# random, with the variance that the matrices of the architecture would have.
 
-    config = LlamaConfig(
-        vocab_size=TOKENS,
-        hidden_size=asked.width,
-        intermediate_size=4 * asked.width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
+config = LlamaConfig(
+    vocab_size=TOKENS,
+    hidden_size=asked.width,
+    intermediate_size=4 * asked.width,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    tie_word_embeddings=True,
+)
+model = tnlm.from_config(config, "shapeshifter", keep_targets=asked.keep_targets)
+print(tnlm.report(model))
+print(f"loss before {loss_of(model):.3f}")
+
+# %%
+# Nothing special trains it, and it saves and loads as what it is.
+
+with tempfile.TemporaryDirectory() as folder:
+    how = TrainingArguments(
+        output_dir=folder,
+        max_steps=asked.steps,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
-    model = tnlm.from_config(config, "shapeshifter", keep_targets=asked.keep_targets)
-    print(tnlm.report(model))
-    print(f"loss before {loss_of(model):.3f}")
-    with tempfile.TemporaryDirectory() as folder:
-        how = TrainingArguments(
-            output_dir=folder,
-            max_steps=asked.steps,
-            per_device_train_batch_size=16,
-            learning_rate=1e-2,
-            lr_scheduler_type="cosine",
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        Trainer(model=model, args=how, train_dataset=Counting(4096, seed=0)).train()
-        print(f"loss after {loss_of(model):.3f}")
-        loaded = tnlm.load(tnlm.save(model, f"{folder}/model"))
-    print(f"loss loaded {loss_of(loaded):.3f}")
-
-
-if __name__ == "__main__":
-    main()
+    Trainer(model=model, args=how, train_dataset=Counting(4096, seed=0)).train()
+    print(f"loss after {loss_of(model):.3f}")
+    loaded = tnlm.load(tnlm.save(model, f"{folder}/model"))
+print(f"loss loaded {loss_of(loaded):.3f}")
