@@ -16,6 +16,7 @@ import importlib.util
 import tiny
 
 import tnlm
+from tnlm.design.front import pareto as unbeaten
 
 given = tiny.setting(__doc__, "figure")
 dense = given.model
@@ -39,8 +40,8 @@ for name, budget in BUDGETS.items():
 
 # %%
 # Three structures at several sizes: low rank, the same without the identity block that saves r * r
-# numbers, and block tensor trains. ``front_of`` keeps the points that no other one beats in both
-# size and perplexity.
+# numbers, and block tensor trains. ``unbeaten`` finds the points that no other one beats in
+# both size and perplexity.
 
 STRUCTURES = {
     "svd": {"scheme": "svd"},
@@ -55,8 +56,9 @@ for name, options in STRUCTURES.items():
         found = tnlm.report(model).parameters_after, given.perplexity(model)
         points.setdefault(name, []).append(found)
         print(f"{name:13} keep_targets={keep}: {found[0]} parameters, perplexity {found[1]:.2f}")
-front = tnlm.plot.front_of([point for pairs in points.values() for point in pairs])
-print(f"not beaten: {[size for size, _ in front]}")
+every = sorted(point for pairs in points.values() for point in pairs)
+front = unbeaten(every, maximize=[False, False])
+print(f"not beaten: {[every[index][0] for index in front]}")
 if given.figure:
     size = sum(parameter.numel() for parameter in dense.parameters())
     given.save(tnlm.plot.pareto(points, dense=(size, given.perplexity(dense))))
