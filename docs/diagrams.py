@@ -42,6 +42,11 @@ EXAMPLES: dict[str, tuple[str, tuple[int, int], dict[str, object]]] = {
         (576, 576),
         {"out_split": [8, 8, 9], "in_split": [8, 8, 9], "ranks": [32, 32]},
     ),
+    "tensor-ring": (
+        "tensor-ring",
+        (576, 576),
+        {"out_split": [8, 8, 9], "in_split": [8, 8, 9], "ranks": [4, 16, 16]},
+    ),
     "block-train": (
         "block-train",
         (576, 576),
@@ -112,9 +117,13 @@ def write_all(folder: Path) -> None:
 
 
 def _places(network: Network) -> dict[str, Point]:
-    """Return where the nodes stand: in a row, or around a core, outputs above and inputs below."""
+    """Return where the nodes stand: in a row, in a ring, or around a core."""
     if "core" not in network.factors:
-        return {name: (k * SPACE, 0.0) for k, name in enumerate(network.factors)}
+        modes = list(network.factors.values())
+        closing = set(modes[0]) & set(modes[-1]) - set(network.out + network.inp)
+        ring = len(modes) > 2 and bool(closing)
+        low = dict.fromkeys(range(1, len(modes) - 1), -1.5) if ring else {}
+        return {name: (k * SPACE, low.get(k, 0.0)) for k, name in enumerate(network.factors)}
     places: dict[str, Point] = {"core": (0.0, 0.0)}
     for open_modes, height in ((network.out, 1.6), (network.inp, -1.6)):
         names = [n for n, m in network.factors.items() if n != "core" and m[0] in open_modes]
