@@ -87,3 +87,9 @@ def test_every_block_on_analysis_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_blocks("analyze.md") == 4
     assert (tmp_path / "analysis" / "curves.csv").is_file()
+
+
+def test_every_block_on_extending_runs(tmp_path, monkeypatch, tiny_llama):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("extend.md") == 8
