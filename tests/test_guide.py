@@ -140,3 +140,9 @@ def test_numbers_in_the_comments_of_pages_are_right():
     gauge = (DOCS / "concepts" / "gauge.md").read_text()
     assert f"# {counts[0]} {counts[1]}" in gauge
     assert f"# {counts[2]}: never more" in gauge
+
+
+def test_every_block_on_extending_runs(tmp_path, monkeypatch, tiny_llama):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("extend.md") == 8
