@@ -67,9 +67,6 @@ if (EXAMPLES / "README.rst").is_file():
         "reset_modules": (),
         "min_reported_time": 10**6,
     }
-    gallery = "_generated/gallery/index"
-else:
-    gallery = None
 
 write_all(HERE / "_generated" / "diagrams")
 write_pages(HERE / "_generated")
