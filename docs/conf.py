@@ -40,6 +40,7 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"tnlm {release}"
+html_show_sourcelink = False
 html_static_path = ["_static"]
 html_css_files = ["tnlm.css"]
 html_theme_options = {
@@ -48,6 +49,7 @@ html_theme_options = {
     "show_prev_next": True,
     "header_links_before_dropdown": 8,
     "navbar_align": "left",
+    "secondary_sidebar_items": {"index": [], "schemes_index": [], "**": ["page-toc"]},
 }
 
 # The gallery shows examples without running them, which takes real models or long. To run them:

@@ -45,12 +45,11 @@ def write_if_new(path: Path, text: str) -> None:
 
 def scheme_table(found: Mapping[str, Scheme]) -> str:
     """Return all schemes as a table that links to their pages."""
-    lines = ["| scheme | what it does | formats | metric | allocation | cascade | needs |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| scheme | what it does | formats | metric | needs |", "|---|---|---|---|---|"]
     for name, scheme in found.items():
-        choices = [" or ".join(scheme.formats), scheme.metric, scheme.allocation, scheme.cascade]
         link = f"[`{name}`](/_generated/schemes/{name}.md)"
-        lines.append("| " + " | ".join([link, scheme.title, *choices, scheme.needs]) + " |")
+        cells = [link, scheme.title, " or ".join(scheme.formats), scheme.metric, scheme.needs]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
