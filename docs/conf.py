@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -13,6 +14,7 @@ sys.path.insert(0, str(EXAMPLES))  # examples may share a helper
 
 from diagrams import write_all
 from pages import write_pages
+from sources import repair
 
 project = "tnlm"
 copyright = "the tnlm authors"
@@ -72,3 +74,7 @@ if (EXAMPLES / "README.rst").is_file():
 
 write_all(HERE / "_generated" / "diagrams")
 write_pages(HERE / "_generated")
+
+
+def setup(app: Any) -> None:
+    app.connect("html-page-context", repair)
