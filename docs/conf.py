@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -13,6 +14,7 @@ sys.path.insert(0, str(EXAMPLES))  # examples may share a helper
 
 from diagrams import write_all
 from pages import write_pages
+from sources import repair
 
 project = "tnlm"
 copyright = "the tnlm authors"
@@ -40,6 +42,7 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"tnlm {release}"
+html_show_sourcelink = False
 html_static_path = ["_static"]
 html_css_files = ["tnlm.css"]
 html_theme_options = {
@@ -48,6 +51,7 @@ html_theme_options = {
     "show_prev_next": True,
     "header_links_before_dropdown": 8,
     "navbar_align": "left",
+    "secondary_sidebar_items": {"index": [], "schemes_index": [], "**": ["page-toc"]},
 }
 
 # The gallery shows examples without running them, which takes real models or long. To run them:
@@ -67,9 +71,10 @@ if (EXAMPLES / "README.rst").is_file():
         "reset_modules": (),
         "min_reported_time": 10**6,
     }
-    gallery = "_generated/gallery/index"
-else:
-    gallery = None
 
 write_all(HERE / "_generated" / "diagrams")
 write_pages(HERE / "_generated")
+
+
+def setup(app: Any) -> None:
+    app.connect("html-page-context", repair)

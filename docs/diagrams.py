@@ -21,7 +21,12 @@ from tnlm.network import Network
 NODE, LINE, OUT, INP = "#3b6fb6", "#555555", "#3f8f5f", "#d1742f"
 SPACE, LEG = 2.0, 0.95
 _MIDDLE = {"ha": "center", "va": "center", "zorder": 4}
-_LABEL = {"ha": "center", "va": "bottom", "zorder": 4, "backgroundcolor": (1, 1, 1, 0.75)}
+_LABEL = {
+    "ha": "center",
+    "va": "bottom",
+    "zorder": 4,
+    "bbox": {"facecolor": "white", "linewidth": 0, "pad": 1.0},
+}
 Point = tuple[float, float]
 
 EXAMPLES: dict[str, tuple[str, tuple[int, int], dict[str, object]]] = {

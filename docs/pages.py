@@ -8,7 +8,8 @@ import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from diagrams import EXAMPLES, describe, example
+from diagrams import EXAMPLES as PICTURES
+from diagrams import describe, example
 
 import tnlm
 from tnlm.decompositions import formats
@@ -16,6 +17,7 @@ from tnlm.schemes import schemes
 from tnlm.schemes.base import Scheme
 
 DOCS = Path(__file__).parent
+EXAMPLES = DOCS.parent / "examples"
 
 PACKAGES = {
     "tnlm.allocation": "Allocation",
@@ -43,12 +45,11 @@ def write_if_new(path: Path, text: str) -> None:
 
 def scheme_table(found: Mapping[str, Scheme]) -> str:
     """Return all schemes as a table that links to their pages."""
-    lines = ["| scheme | what it does | formats | metric | allocation | cascade | needs |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| scheme | what it does | formats | metric | needs |", "|---|---|---|---|---|"]
     for name, scheme in found.items():
-        choices = [" or ".join(scheme.formats), scheme.metric, scheme.allocation, scheme.cascade]
         link = f"[`{name}`](/_generated/schemes/{name}.md)"
-        lines.append("| " + " | ".join([link, scheme.title, *choices, scheme.needs]) + " |")
+        cells = [link, scheme.title, " or ".join(scheme.formats), scheme.metric, scheme.needs]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -93,8 +94,19 @@ def public_names(module: str) -> list[str]:
     ]
 
 
+def examples_page(folder: Path) -> str:
+    """Return the page of examples: the gallery, or the scripts as they are if there is none."""
+    if (folder / "README.rst").is_file():
+        return "# Examples\n\n```{toctree}\n:maxdepth: 2\n\ngallery/index\n```\n"
+    lines = ["# Examples"]
+    for script in sorted(folder.glob("*.py")):
+        lines += [f"## {script.name}", f"```{{literalinclude}} ../../examples/{script.name}\n```"]
+    return "\n\n".join(lines) + "\n"
+
+
 def write_pages(folder: Path) -> None:
     """Write all generated text into a folder."""
+    write_if_new(folder / "examples.md", examples_page(EXAMPLES))
     found = schemes()
     write_if_new(folder / "schemes.md", scheme_table(found))
     for name, scheme in found.items():
@@ -126,7 +138,7 @@ def _choices(scheme: Scheme) -> list[str]:
 def _structure(name: str) -> str:
     title = formats()[name].title
     text = f"**{name}**: {title}."
-    if name not in EXAMPLES:
+    if name not in PICTURES:
         return text
     network = example(name)
     return (

@@ -28,7 +28,7 @@ def site():
         yield pages, diagrams
     finally:
         sys.path.remove(str(DOCS))
-        for name in ("pages", "diagrams"):
+        for name in ("pages", "diagrams", "sources"):
             sys.modules.pop(name, None)
 
 
@@ -127,6 +127,23 @@ def test_every_page_is_reached():
     parts = DOCS / "schemes"  # included by generated pages
     alone = {p.resolve() for p in WRITTEN if p.parent != parts} - listed
     assert alone == {(DOCS / "index.md").resolve()}
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("tnlm.api.compress", "tnlm.compress"),
+        ("tnlm.analysis.result.Analysis.damage", "tnlm.Analysis.damage"),
+        ("tnlm.RankError", "tnlm.errors.RankError"),
+        ("tnlm.plot.energy", "tnlm.plot.energy"),
+        ("tnlm.unknown", "tnlm.unknown"),
+    ],
+)
+def test_source_pages_link_back_to_public_names(name, right, site):
+    import sources
+
+    known = ["tnlm.compress", "tnlm.Analysis.damage", "tnlm.errors.RankError", "tnlm.plot.energy"]
+    assert sources.right_name(name, known) == right
 
 
 def _api() -> str:

@@ -54,7 +54,7 @@ def compress(
 
     Args:
         model: any Hugging Face model, not quantized.
-        scheme: a name from ``tnlm.schemes()``, or a plan made by :func:`plan`.
+        scheme: a name from ``tnlm.list_schemes()``, or a plan made by :func:`plan`.
         targets: the matrices chosen; see :func:`tnlm.targets.select`. The scheme has a default.
         ignore: matrices left alone, in the same words.
         metric: how errors are measured, instead of the scheme's own: ``"identity"``,
