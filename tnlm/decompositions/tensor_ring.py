@@ -39,7 +39,7 @@ SWEEPS, STALL = 40, 1e-3
 more of them than a train, whose closed form is near the best."""
 WIDEST = 512
 """Two neighbouring bonds of more numbers together are left as TR-SVD cuts them: every half-step
-would take the eigenvectors of a matrix of that size, which is minutes a fit from 2000 on."""
+would take the eigenvectors of a matrix of that size, and planners ask for many fits."""
 
 
 @dataclass(frozen=True)
