@@ -80,7 +80,10 @@ def test_one_token_writes_nothing_of_the_size_of_a_weight(linear, gaussian):
     network = linear.layer.network
     largest = max(math.prod(network.shape_of(factor)) for factor in network.factors)
     written = operations(linear.layer, gaussian(1, 16))
-    assert max(numbers for _, numbers in written) < largest <= linear.dense.weight.numel(), written
+    # What a token carries round a ring is as large as a core here, though it is none.
+    carried = max(math.prod(step.after) for step in linear.layer.chain.steps)
+    assert max(numbers for _, numbers in written) <= max(largest - 1, carried), written
+    assert largest <= linear.dense.weight.numel() > carried
 
 
 def test_a_forward_pass_writes_in_proportion_to_its_tokens(linear, gaussian):
