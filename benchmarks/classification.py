@@ -1,11 +1,12 @@
 """Accuracy of schemes on a classifier, as compressed and after fine-tuning; resumable.
 
     python benchmarks/classification.py MODEL TRAIN.jsonl DEV.jsonl OUT --text sentence \
-        --scheme svd fwsvd tfwsvd lora-svd lpaf --share 0.33 --seeds 3
+        --scheme svd fwsvd lora-svd tfwsvd lpaf magnitude-svd --share 0.33 --seeds 3
 
 MODEL is a directory with a fine-tuned classifier. Every linear matrix of its blocks gets the same
-share of its full rank. A seed draws the calibration data and what training draws. Results are
-appended to OUT/results.jsonl as they come; OUT/classification.md is the table.
+share of its full rank; ``magnitude-svd`` drops the smaller half of every matrix first. A seed draws
+the calibration data and what training draws. Results are appended to OUT/results.jsonl as they
+come; OUT/classification.md is the table.
 """
 
 from __future__ import annotations
@@ -22,26 +23,27 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tnlm
+from tnlm.journal import Journal
 
 Row = dict[str, Any]
+MAGNITUDE = "magnitude-svd"
+"""A control for LPAF: half of every matrix's entries go, the smallest, before the SVD."""
+
+SETTINGS = ("targets", "share", "tokens", "samples", "learning_rate", "text", "label", "max_length")
 
 
 def main() -> None:
     """Run what is missing, then write the table."""
     asked = _arguments()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    results = asked.out / "results.jsonl"
-    lines = results.read_text().splitlines() if results.exists() else []
-    done = [json.loads(line) for line in lines]
-    jobs = [("dense", 0)] + [(s, seed) for seed in range(asked.seeds) for s in asked.scheme]
+    settings = {name: getattr(asked, name) for name in SETTINGS}
+    journal = Journal(asked.out / "results.jsonl", settings)
+    jobs = [("dense", 0)] + [(s, seed) for s in asked.scheme for seed in range(asked.seeds)]
     for scheme, seed in jobs:
-        if any((row["scheme"], row["seed"]) == (scheme, seed) for row in done):
-            continue
-        print(f"{scheme}, seed {seed} ...", file=sys.stderr, flush=True)
-        row = {"scheme": scheme, "seed": seed, **measure(asked, scheme, seed)}
-        done.append(row)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if f"{scheme} {seed}" not in journal.rows:
+            print(f"{scheme}, seed {seed} ...", file=sys.stderr, flush=True)
+            row = {"scheme": scheme, "seed": seed, **measure(asked, scheme, seed)}
+            journal.add(f"{scheme} {seed}", row)
+    done = [journal.rows[f"{scheme} {seed}"] for scheme, seed in jobs]
     (asked.out / "classification.md").write_text(table(done))
     (asked.out / "classification.json").write_text(json.dumps(done, indent=1) + "\n")
     print(table(done))
@@ -81,6 +83,12 @@ def measure(asked: argparse.Namespace, scheme: str, seed: int) -> Row:
     options: dict[str, Any] = {"targets": asked.targets}
     layers = tnlm.plan(model, "svd", **options, progress=False).layers
     options["rank"] = round(asked.share * min(min(layer.shape) for layer in layers))
+    row: Row = {}
+    if scheme == MAGNITUDE:
+        for layer in layers:
+            drop_smallest(model.get_submodule(layer.name).weight)
+        row["pruned"] = accuracy(model, dev, pad)
+        scheme = "svd"
     if scheme != "svd":
         options |= {
             "calibration": _drawn(train, asked.samples, seed),
@@ -91,7 +99,7 @@ def measure(asked: argparse.Namespace, scheme: str, seed: int) -> Row:
         options |= {"training": train, "recover": "none", "recover_tokens": asked.tokens}
     tnlm.compress(model, scheme, tokenizer=tokenizer, seed=seed, progress=False, **options)
     plan = tnlm.report(model).plan
-    row = {
+    row |= {
         "rank": options["rank"],
         "keep_targets": plan.targets_after.params / plan.targets_before.params,
         "parameters": model.num_parameters(),
@@ -114,6 +122,19 @@ def measure(asked: argparse.Namespace, scheme: str, seed: int) -> Row:
     )
     row["finetuned"] = accuracy(model, dev, pad)
     return row | {"finetune_seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def drop_smallest(weight: torch.Tensor) -> None:
+    """Set the smaller half of the entries to zero.
+
+    Example:
+        >>> weight = torch.tensor([[3.0, -1.0], [0.5, -2.0]])
+        >>> drop_smallest(weight)
+        >>> weight.tolist()
+        [[3.0, 0.0], [0.0, -2.0]]
+    """
+    weight.mul_(weight.abs() > weight.abs().flatten().median())
 
 
 def _drawn(rows: list[Row], count: int, seed: int) -> list[Row]:
@@ -139,14 +160,15 @@ def accuracy(model: Any, rows: list[Row], pad: int, batch_size: int = 64) -> flo
 
 def table(rows: list[Row]) -> str:
     """Return a Markdown table: means over seeds, with the standard deviation."""
-    head = ["scheme", "rank", "of the targets", "accuracy", "fine-tuned", "minutes", "tuning"]
+    head = ["scheme", "rank", "of the targets", "pruned", "accuracy", "fine-tuned"]
+    head += ["minutes", "tuning"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for scheme in dict.fromkeys(row["scheme"] for row in rows):
         mine = [row for row in rows if row["scheme"] == scheme]
         cells = [scheme, str(mine[0].get("rank", "")), f"{mine[0].get('keep_targets', 1):.3f}"]
         cells += [
             _mean([100 * row[key] for row in mine if key in row])
-            for key in ("accuracy", "finetuned")
+            for key in ("pruned", "accuracy", "finetuned")
         ]
         for key in ("seconds", "finetune_seconds"):
             spent = [row[key] / 60 for row in mine if key in row]

@@ -19,29 +19,27 @@ from typing import Any
 
 import tnlm
 from tnlm.integrations.models import load_model
+from tnlm.journal import Journal
 
 Row = dict[str, Any]
+SETTINGS = ("calibration", "training", "text", "batch_size", "max_length", "windows")
 RATES = {"lora": 1e-3, "distill": 2e-4, "finetune": 2e-4}
 
 
 def main() -> None:
     """Run what is missing, then write the table."""
     asked = _arguments()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    results = asked.out / "results.jsonl"
-    lines = results.read_text().splitlines() if results.exists() else []
-    done = [json.loads(line) for line in lines]
+    settings = {name: getattr(asked, name) for name in SETTINGS}
+    journal = Journal(asked.out / "results.jsonl", settings)
     jobs = [(1.0, "dense")] + [(k, how) for k in asked.keep_targets for how in ("none", *asked.how)]
     for keep, how in jobs:
         tokens = asked.tokens if how in RATES else 0
-        wanted = {"keep_targets": keep, "how": how, "tokens": tokens}
-        if any(wanted.items() <= row.items() for row in done):
-            continue
-        print(f"{how} at {keep:g} ...", file=sys.stderr, flush=True)
-        row = {**wanted, **measure(asked, keep, how)}
-        done.append(row)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        key = f"{keep:g} {how} {tokens}"
+        if key not in journal.rows:
+            print(f"{how} at {keep:g} ...", file=sys.stderr, flush=True)
+            found = measure(asked, keep, how)
+            journal.add(key, {"keep_targets": keep, "how": how, "tokens": tokens, **found})
+    done = sorted(journal.rows.values(), key=lambda row: -row["keep_targets"])
     (asked.out / "healing.md").write_text(table(done))
     (asked.out / "healing.json").write_text(json.dumps(done, indent=1) + "\n")
     print(table(done))

@@ -105,7 +105,7 @@ def _row(space: DesignSpace, sweeps: Mapping[str, Sweep], configuration: Configu
             found["failed"][task] = trial.error
             continue
         found["accuracy"][task] = trial.values["value"]
-        found["drop"][task] = -swept.changes(trial)["value"]
+        found["drop"][task] = 0.0 - swept.changes(trial)["value"]  # no -0.0
     return found
 
 

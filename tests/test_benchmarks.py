@@ -163,11 +163,21 @@ def test_classification_measures_before_and_after_and_resumes(
     rows = [{"text": f"word{i} word{i % 7}", "label": i % 2} for i in range(16)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    words = [tmp_path / "m", file, file, tmp_path / "out", "--scheme", "svd", "fwsvd", "lpaf"]
+    words = [
+        tmp_path / "m",
+        file,
+        file,
+        tmp_path / "out",
+        "--scheme",
+        "svd",
+        "fwsvd",
+        "lpaf",
+        "magnitude-svd",
+    ]
     options = ["--seeds", 1, "--tokens", 60, "--samples", 4, "--max-length", 8, "--share", 0.3]
     start("classification", *words, *options)
     found = json.loads((tmp_path / "out" / "classification.json").read_text())
-    assert [row["scheme"] for row in found] == ["dense", "svd", "fwsvd", "lpaf"]
+    assert [row["scheme"] for row in found] == ["dense", "svd", "fwsvd", "lpaf", "magnitude-svd"]
     assert all(0 <= row["accuracy"] <= 1 for row in found)
     assert all(0 <= row["finetuned"] <= 1 for row in found[1:])
     capsys.readouterr()

@@ -142,11 +142,16 @@ def test_compress_can_train_in_the_end(source, text, tmp_path):
 
 def test_analyze_writes_tables(source, text, tmp_path):
     out = tmp_path / "out"
-    found = run("analyze", source, out, "--calibration", text, "--max-length", 16)
-    assert found["weights"]
-    assert found["features"]
-    assert json.loads((out / "analysis.json").read_text()) == found
+    options = ("--calibration", text, "--max-length", 16, "--format", "low-rank")
+    found = run("analyze", source, out, *options, "--targets", ".*up_proj")
+    assert tnlm.Analysis.from_json((out / "analysis.json").read_text()).to_json() == json.dumps(
+        found, indent=1
+    )
+    assert len(found["features"]) == 4 * len(found["weights"])
+    assert found["protocol"]["tokens"] == 256
+    assert found["curves"]
     assert (out / "weights.csv").is_file()
+    assert "is not empty" in fails("analyze", "./no/such/model", out)
 
 
 def test_bench_scores_local_rows_beside_a_baseline(source, tmp_path):

@@ -44,22 +44,24 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Show where a model is compressible: spectra of its weights, and of its features on data."""
-    from tnlm.analysis.command import analyze_to
+    from tnlm.integrations.models import load_model
+    from tnlm.saving import check_writable
 
-    found = analyze_to(
-        model,
-        out,
-        calibration=calibration,
+    check_writable(out, overwrite=overwrite)
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    found = tnlm.analyze(
+        loaded,
+        calibration,
+        tokenizer=tokenizer,
         targets=targets,
         ignore=ignore,
         formats=tuple(formats or ()),
         num_samples=num_samples,
         max_length=max_length,
         seed=seed,
-        dtype=dtype,
-        overwrite=overwrite,
         progress=not as_json,
     )
+    found.save(out, overwrite=overwrite)
     _show(found, as_json)
 
 
@@ -86,7 +88,7 @@ def bench(
     loaded, tokenizer = load_model(model, dtype=dtype)
     if tokenizer is None:
         raise OptionError(f"{model} has no tokenizer, which benchmarks need")
-    beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
+    beside = load_model(baseline, dtype=dtype)[0] if baseline else None
     found = tnlm.evaluate(
         loaded,
         tasks.split(","),
@@ -118,7 +120,7 @@ def efficiency(
 
     lengths = numbers("prompt-tokens", prompt_tokens) or []
     loaded, tokenizer = load_model(model, dtype=dtype)
-    beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
+    beside = load_model(baseline, dtype=dtype)[0] if baseline else None
     found = tnlm.efficiency(
         loaded,
         tokenizer=tokenizer,

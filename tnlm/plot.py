@@ -7,7 +7,6 @@ Every function draws into ``ax``, or into new axes, and returns them; numbers co
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from tnlm.design.front import pareto as unbeaten
 from tnlm.errors import OptionError
+from tnlm.names import place, shortened
 from tnlm.planning import Plan
 from tnlm.reporting import Report
 
@@ -85,8 +85,8 @@ def heatmap(
         raise OptionError("heatmap: no values; give numbers by the names of matrices")
     ax = _axes(ax)
     values = {member: value for name, value in values.items() for member in name.split("+")}
-    places = {name: _place(name) for name in values}
-    kinds = _shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
+    places = {name: place(name) for name in values}
+    kinds = shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
     blocks = sorted({block for _, block in places.values()})
     grid = np.full((len(kinds), len(blocks)), np.nan)
     rows = {kind: row for row, kind in enumerate(kinds)}
@@ -123,8 +123,8 @@ def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     layers = (plan.plan if isinstance(plan, Report) else plan).layers
-    places = {layer.name: _place(layer.name) for layer in layers}
-    kinds = _shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
+    places = {layer.name: place(layer.name) for layer in layers}
+    kinds = shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
     blocks = sorted({block for _, block in places.values()})
     dense, under = dict.fromkeys(blocks, 0), dict.fromkeys(blocks, 0)
     for (kind, shown), color in zip(kinds.items(), _cycle(len(kinds)), strict=True):
@@ -291,30 +291,3 @@ def _annotate(ax: Axes, grid: np.ndarray[Any, Any]) -> None:
         if np.isfinite(value):
             color = "white" if value < middle else "black"
             ax.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)
-
-
-def _place(name: str) -> tuple[str, int]:
-    """Return a matrix's kind, its name without the block, and its block, -1 if it is in none."""
-    kinds, block = [], -1
-    for member in name.split("+"):  # what was decided for several together
-        found = re.search(r"(^|\.)(\d+)(?=\.)", member)
-        if found is not None:
-            member, block = member[: found.start()] + member[found.end() :], int(found.group(2))
-        kinds.append(member)
-    return "+".join(kinds), block
-
-
-def _shortened(kinds: Sequence[str]) -> dict[str, str]:
-    """Return names without the beginning that all share, up to a dot."""
-    parts = [member.split(".") for kind in kinds for member in kind.split("+")]
-    shared = 0
-    while len(parts) > 1 and all(
-        len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts
-    ):
-        shared += 1
-    cut = {m: ".".join(m.split(".")[shared:]) for kind in kinds for m in kind.split("+")}
-    # Of matrices that were decided together the last names say enough.
-    return {
-        kind: cut[kind] if "+" not in kind else "+".join(m.split(".")[-1] for m in kind.split("+"))
-        for kind in kinds
-    }

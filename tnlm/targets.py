@@ -15,8 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tnlm.errors import ModelError, TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
-EMBEDDINGS = "embeddings"
-TOKEN_EMBEDDINGS = "token-embeddings"
+EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
 ODD_BLOCKS = "odd-blocks"
 WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS)
 Matrix = nn.Linear | Conv1D | nn.Embedding
@@ -75,14 +74,13 @@ class Target:
     def part_of(self, module: nn.Module, stored: Tensor) -> Tensor:
         """Return the target's ``(out, in)`` part of a tensor laid out like the module's weight."""
         turned = stored.T if isinstance(module, Conv1D) else stored  # GPT-2 stores (in, out)
-        return turned[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
+        return turned.narrow(0, self.part * self.shape[0], self.shape[0])
 
     def bias(self, model: nn.Module) -> Tensor | None:
         """Return the bias that belongs to the matrix, if any."""
         bias: Tensor | None = getattr(model.get_submodule(self.module), "bias", None)
-        if bias is None:
-            return None
-        return bias.detach()[self.part * self.shape[0] : (self.part + 1) * self.shape[0]]
+        start = self.part * self.shape[0]
+        return None if bias is None else bias.detach()[start : start + self.shape[0]]
 
 
 def members_of(unit: Target) -> tuple[Target, ...]:

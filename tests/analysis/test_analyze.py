@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 import tnlm
-from tnlm.analysis.inputs import EMBEDDING, UNKNOWN, Inputs
+from tnlm.analysis.analyze import EMBEDDING
 from tnlm.calibration.data import token_batches
 from tnlm.errors import CalibrationError, ModelError, OptionError, TargetError
 from tnlm.targets import select
@@ -108,20 +109,31 @@ def test_a_module_that_all_blocks_share_has_several_inputs_for_a_token():
     assert all(row.spectrum.stable_rank >= 1.0 for row in found.features)
 
 
-def test_a_module_whose_inputs_depend_on_the_data_is_passed_over(make_model, monkeypatch):
-    name = "model.layers.0.mlp.up_proj"
-    known = Inputs.gather.__func__
+class Routed(nn.Module):
+    """Gives the tokens above a mean to its part once more, as a router gives some to an expert."""
 
-    def some(cls, model, targets, batches, progress):
-        found = known(cls, model, targets, batches, progress)
-        counts = {k: v for k, v in found.counts.items() if k != name}
-        return Inputs(counts, found.statistics)
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.routed = part, 0
 
-    monkeypatch.setattr(Inputs, "gather", classmethod(some))
-    found = analyze(make_model("llama"), IDS)
-    assert found.skipped == {name: UNKNOWN}
-    assert name not in {row.name for row in found.features}
-    assert name in {row.name for row in found.weights}
+    def forward(self, x):
+        some = x[x.mean(-1) > 0]
+        self.routed += len(some)
+        self.part(some)
+        return self.part(x)
+
+
+def test_inputs_that_depend_on_the_data_are_counted_as_they_come(make_model):
+    model = make_model("llama")
+    routed = Routed(model.model.layers[0].mlp)
+    model.model.layers[0].mlp = routed
+    found = analyze(model, IDS)
+    [count] = {row.inputs for row in found.features if ".0.mlp.part.up_proj" in row.name}
+    assert routed.routed > 0
+    assert count > len(IDS)
+    assert (count - len(IDS)) % 1 == 0
+    others = {row.inputs for row in found.features if ".1.mlp.up_proj" in row.name}
+    assert others == {len(IDS)}
 
 
 def test_embeddings_have_weights_and_no_features(make_model):

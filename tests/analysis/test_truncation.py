@@ -178,9 +178,9 @@ def test_a_failure_while_weights_change_is_undone(make_model, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("nan"), "the metric of the whole model is nan; it must be a finite number"),
-        (None, "the metric of the whole model is a NoneType; it must return a number"),
-        ("much", "the metric of the whole model is a str"),
+        (float("nan"), "the metric of the whole model is nan, not a finite number"),
+        (None, "the metric of the whole model is a NoneType; it must be a number"),
+        ("much", "the metric of the whole model is 'much'; it must be a number"),
     ],
 )
 def test_a_metric_gives_a_finite_number(value, message, make_model):

@@ -156,7 +156,7 @@ def test_the_latest_metric_is_kept_for_those_that_share_it(make_model):
 
 def test_moments_move_to_files_when_memory_is_short(make_model, monkeypatch):
     expected = moments(gather(make_model("llama")))
-    monkeypatch.setattr(store, "IN_MEMORY", 3 * (32 + 2) * 32 * 8)
+    monkeypatch.setattr(store, "IN_MEMORY", 3 * ((32 + 2) * 32 + 1) * 8)
     found = gather(make_model("llama"))
     assert len(found._memory) == 3
     assert moments(found).keys() == expected.keys()

@@ -156,7 +156,7 @@ def test_a_perplexity_that_is_not_finite_is_a_failed_trial(model, space, loss):
 def test_a_dense_model_that_fails_ends_the_search_and_is_tried_again(tmp_path, model, space, loss):
     storage = tmp_path / "search.log"
     metric = Counted(loss, at=(1,), do=lambda: math.nan)
-    with pytest.raises(EvaluationError, match="dense model cannot be measured: 'loss' is nan"):
+    with pytest.raises(EvaluationError, match=r"dense model cannot be measured: .*'loss' is nan"):
         run(model, space, metric, storage=storage)
     assert not run(model, space, metric, storage=storage).failed
 

@@ -129,9 +129,9 @@ def test_a_sweep_that_was_stopped_loses_no_finished_trial(
     ("do", "message"),
     [
         (fail, "EvaluationError: the loss of window 3 is nan"),
-        (lambda: math.nan, "'value' is nan: not a finite number"),
+        (lambda: math.nan, "the metric 'value' is nan, not a finite number"),
         (lambda: {"value": -math.inf}, "'value' is -inf"),
-        (lambda: "good", "the metric gave 'good' for 'value'"),
+        (lambda: "good", "the metric 'value' is 'good'; it must be a number"),
         (dict, "an empty mapping"),
     ],
 )

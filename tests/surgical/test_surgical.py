@@ -389,10 +389,10 @@ def test_an_unknown_metric_is_refused(small, make_model):
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        (float("nan"), "is nan; need finite numbers"),
+        (float("nan"), "is nan, not a finite number"),
         ([1.0, 0.0], "gave 2 scores for 20 items"),
-        ([1.0] * 19 + [float("inf")], "need finite numbers"),
-        (None, "gave a NoneType; give a number"),
+        ([1.0] * 19 + [float("inf")], "is inf, not a finite number"),
+        (None, "is a NoneType; it must be a number"),
     ],
 )
 def test_scores_without_meaning_are_refused(score, message, small):

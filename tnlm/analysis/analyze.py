@@ -12,16 +12,21 @@ from transformers import PreTrainedModel
 
 from tnlm.analysis.curves import CurveRow, curve_rows
 from tnlm.analysis.features import FeatureRow, feature_rows
-from tnlm.analysis.inputs import Inputs
 from tnlm.analysis.result import Analysis
 from tnlm.analysis.weights import WeightRow, weight_row
 from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.metrics import InputMoment, Metric
+from tnlm.calibration.statistics import collect
+from tnlm.calibration.store import Statistics
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
 from tnlm.errors import OptionError
 from tnlm.memory import release
 from tnlm.targets import ALL_LINEAR, Selector, Target, check_model, check_weights, select
+
+EMBEDDING = "features: an embedding has no input to measure"
+MEASURED = ("moment", "mean", "count")
+"""What is measured of the inputs of a matrix."""
 
 
 def analyze(
@@ -90,12 +95,16 @@ def analyze(
     if calibration is not None:
         cut = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
         batches = token_batches(calibration, tokenizer, **cut)
-        inputs = Inputs.gather(model, chosen, batches, progress)
+        modules = list(dict.fromkeys(t.module for t in chosen if t.kind == "linear"))
+        if modules:
+            inputs = collect(model, modules, batches, progress=progress)
         protocol |= {**cut, "tokens": count_tokens(batches)}
         release()
     found = _Rows([], [], [], skipped)
     for target in tqdm(chosen, desc="analyzing", unit="matrix", disable=not progress):
         found.add(target, target.weight(model).cpu(), inputs, structures)
+        if calibration is not None and target.kind != "linear":
+            found.skipped[target.name] = EMBEDDING
     rows = tuple(found.weights), tuple(found.features), tuple(found.curves)
     return Analysis(*rows, found.skipped, protocol)
 
@@ -113,19 +122,16 @@ class _Rows:
         self,
         target: Target,
         weight: Tensor,
-        inputs: Inputs | None,
+        inputs: Statistics | None,
         structures: Sequence[Format[Any]],
     ) -> None:
         """Analyze one matrix."""
         row = weight_row(target.name, weight)
         self.weights.append(row)
         metrics = {"identity": Metric()}
-        reason = None if inputs is None else inputs.why_not(target)
-        if reason is not None:
-            self.skipped[target.name] = reason
-        elif inputs is not None:
-            moment, mean, count = inputs.moments(target)
-            self.features.extend(feature_rows(target.name, weight, moment, mean, count))
+        if inputs is not None and target.kind == "linear":
+            moment, mean, count = (inputs.tensor(target.module, name) for name in MEASURED)
+            self.features.extend(feature_rows(target.name, weight, moment, mean, int(count)))
             if structures:
                 metrics["input"] = InputMoment(moment)
         stable = row.spectrum.stable_rank

@@ -13,6 +13,7 @@ from torch import nn
 from tnlm.analysis.subspace import Space
 from tnlm.calibration.data import Batch
 from tnlm.errors import OptionError, TrainingError
+from tnlm.modes import modes_kept
 from tnlm.recovery.examples import Examples, collate
 
 
@@ -101,12 +102,7 @@ def _draw(examples: Examples, course: Course, seed: int) -> Iterator[Batch]:
 @contextmanager
 def _training(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """Put a model in training mode, with randomness of its own; restore both after."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            model.train()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with modes_kept(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.train()
+        yield

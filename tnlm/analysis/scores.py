@@ -13,6 +13,7 @@ from tnlm.calibration.data import Batch
 from tnlm.calibration.loss import IGNORED
 from tnlm.errors import EvaluationError, OptionError, did_you_mean
 from tnlm.evaluation.mode import evaluating
+from tnlm.evaluation.number import finite
 
 METRICS = ("accuracy", "loss")
 
@@ -54,10 +55,8 @@ def measure(model: Any, metric: Metric, batches: Sequence[Batch]) -> float:
             score = _accuracy(model, batches)
         else:
             score = _loss(model, batches)
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
-        raise EvaluationError(f"{name} of {type(model).__name__} is {score!r}; need a finite float")
-    return float(score)
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+    return finite(score, f"{name} of {type(model).__name__}")
 
 
 def check_metric(metric: Metric, kind: str) -> None:

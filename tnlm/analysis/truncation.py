@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.analysis.groups import Truncation, check_groups
-from tnlm.analysis.values import make_metric, measured, training_kept
+from tnlm.analysis.values import make_metric
 from tnlm.errors import OptionError, did_you_mean
+from tnlm.evaluation.number import finite
 from tnlm.job import Data, prepare
+from tnlm.modes import modes_kept
 from tnlm.request import make_request
 from tnlm.targets import ALL_LINEAR, Selector, check_model, select
 
@@ -157,13 +159,14 @@ def truncate_groups(
     check_groups(select(model, targets or ALL_LINEAR, ignore).targets, groups)  # before long work
     job = prepare(model, request, targets, ignore, data, progress)
     chosen = job.selection.targets
-    with training_kept(model):
-        dense = measured(measure, model, "the whole model")
+    with modes_kept(model):
+        dense = finite(measure(model), "the metric of the whole model")
         with Truncation(model, chosen, job.metric, groups, progress=progress) as cut:
             values = []
             for group in tqdm(range(groups), desc="measuring", unit="group", disable=not progress):
                 cut.drop(group)
-                values.append(measured(measure, model, f"the model without group {group + 1}"))
+                what = f"the metric of the model without group {group + 1}"
+                values.append(finite(measure(model), what))
     sign = -1.0 if higher_is_better else 1.0
     errors, weighted = (_relative(energy) for energy in (cut.energy, cut.weighted))
     rows = tuple(

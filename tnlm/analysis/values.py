@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,50 +90,3 @@ def _on_ids(model: PreTrainedModel, ids: Any, window: int, windows: int) -> Valu
         return math.exp(min(math.fsum(losses) / count, 700.0))
 
     return value
-
-
-def measured(value: Value, model: PreTrainedModel, what: str) -> float:
-    """Return a model's value as a finite number.
-
-    Args:
-        value: measures it.
-        model: is measured.
-        what: names the model in an error.
-
-    Raises:
-        EvaluationError: if it is no finite number.
-
-    Example:
-        >>> measured(lambda model: float("nan"), nn.Linear(1, 1), "the model without group 1")
-        Traceback (most recent call last):
-        tnlm.errors.EvaluationError: the metric of the model without group 1 is nan; ...
-    """
-    found = value(model)
-    try:
-        number = float(found)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise EvaluationError(
-            f"the metric of {what} is a {type(found).__name__}; it must return a number"
-        ) from error
-    if not math.isfinite(number):
-        raise EvaluationError(f"the metric of {what} is {number}; it must be a finite number")
-    return number
-
-
-@contextmanager
-def training_kept(model: nn.Module) -> Iterator[None]:
-    """Restore each module's training flag, whatever a metric does to it.
-
-    Example:
-        >>> model = nn.Dropout()
-        >>> with training_kept(model):
-        ...     _ = model.eval()
-        >>> model.training
-        True
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

@@ -79,7 +79,8 @@ class _Inputs:
             members = [name for name, other in self.leaders.items() if other == leader]
             check_finite(f"inputs of {leader}", sums)
             with torch.inference_mode(False):  # the store's tensors may enter graphs later
-                store.put(leader, members, {k: (v / count).cpu() for k, v in sums.items()})
+                means = {name: (total / count).cpu() for name, total in sums.items()}
+                store.put(leader, members, {**means, "count": torch.tensor(self.rows[leader])})
         self.sums.clear()
         self.rows.clear()
 

@@ -26,7 +26,7 @@ logger = logging.getLogger("tnlm")
 IN_MEMORY = 2**25
 """Bytes of tensors held in memory; further ones go to files and are read when needed."""
 
-VERSION = 3
+VERSION = 4
 """Counts the layouts that cache directories have had: none is read under another's name."""
 
 _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
@@ -71,8 +71,8 @@ class Statistics:
         """Return a tensor of a module.
 
         Of inputs: ``moment`` E[x x.T] ``(in, in)``, ``mean`` E[x] ``(in,)`` and ``magnitude``
-        E|x| ``(in,)``. Of gradients: ``gradient`` E[g g.T] ``(out, out)`` and ``fisher``
-        ``(out, in)``.
+        E|x| ``(in,)``, and ``count``, how many x were seen. Of gradients: ``gradient`` E[g g.T]
+        ``(out, out)`` and ``fisher`` ``(out, in)``.
 
         Raises:
             CalibrationError: if it was not gathered.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
+from tnlm.modes import modes_kept
 
 logger = logging.getLogger("tnlm")
 
@@ -60,13 +61,9 @@ def stream(
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode, and restore each module's training flag after."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def padding_of(batch: Batch) -> Tensor | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
@@ -24,12 +23,12 @@ from tnlm.decompositions.base import (
 )
 from tnlm.decompositions.linalg import rank_for, spectrum, truncated_svd
 from tnlm.decompositions.splits import balanced_split, largest_within
+from tnlm.decompositions.tensor_train import BOND, OUT, chain_of_cores, orthogonal
 from tnlm.decompositions.whitening import Decompose, closed_form, grown, mode_sides, whiten
 from tnlm.errors import RankError
 from tnlm.network import Factors, Network
 
 Split = tuple[int, ...]
-OUT, IN, BOND = "abcdefg", "hijklmn", "opqrstu"
 ORDER = 3
 """Cores when no split is given, and the fewest: a ring of two is a sum of Kronecker products."""
 CLOSING = (1, 2, 4)
@@ -95,13 +94,10 @@ class TensorRing(Format[TensorRingSpec]):
         most = _capped(_pairs(spec.out_split, spec.in_split), spec.ranks)
         if most != spec.ranks:
             raise RankError(f"ranks={spec.ranks}; these splits allow at most {most}")
-        sizes = dict(zip(OUT, spec.out_split, strict=False))
-        sizes |= dict(zip(IN, spec.in_split, strict=False))
-        sizes |= dict(zip(BOND, spec.ranks, strict=False))
+        ranks = dict(zip(BOND, spec.ranks, strict=False))
         closing = BOND[0] if spec.ranks[0] > 1 else ""
         bonds = [closing, *BOND[1:order], closing]
-        factors = {f"core{k}": bonds[k] + OUT[k] + IN[k] + bonds[k + 1] for k in range(order)}
-        return Network(factors, OUT[:order], IN[:order], sizes)
+        return chain_of_cores(spec.out_split, spec.in_split, bonds, ranks)
 
     def fit(self, weight: Tensor, metric: Metric, spec: TensorRingSpec) -> Factors:
         """Start from the TR-SVD, under data also that of the whitened matrix; then least squares.
@@ -111,7 +107,7 @@ class TensorRing(Format[TensorRingSpec]):
         network = self.network(matrix_shape(weight), spec)
         start, _ = closed_form(network, weight, metric, _tr_svd(network, spec))
         sweeps = SWEEPS if _widest(spec) <= WIDEST else 0
-        return _orthogonal(als(network, weight, metric, start, sweeps=sweeps, stall=STALL).factors)
+        return orthogonal(als(network, weight, metric, start, sweeps=sweeps, stall=STALL).factors)
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], budget: Budget
@@ -216,17 +212,6 @@ def _ranks_within(tensor: Tensor, closing: int, bound: float) -> tuple[int, ...]
 def _rank_within(matrix: Tensor, error: float) -> int:
     norm = float(matrix.norm())
     return rank_for(spectrum(matrix), error / norm) if norm else 1
-
-
-def _orthogonal(factors: Factors) -> Factors:
-    """Return the same ring with orthonormal cores but for the last, as TR-SVD leaves it."""
-    found = dict(factors)
-    for name, following in itertools.pairwise(factors):
-        core = found[name]
-        q, r = torch.linalg.qr(core.reshape(-1, core.shape[-1]))
-        found[name] = q.reshape(core.shape)
-        found[following] = torch.tensordot(r, found[following], 1)
-    return found
 
 
 def _split(shape: Shape, options: Mapping[str, Any]) -> tuple[Split, Split]:

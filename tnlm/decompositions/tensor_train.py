@@ -89,12 +89,8 @@ class TensorTrain(Format[TensorTrainSpec]):
         limits = _limits(spec.out_split, spec.in_split)
         if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
             raise RankError(f"ranks={spec.ranks}; these splits allow at most {limits}")
-        sizes = dict(zip(OUT, spec.out_split, strict=False))
-        sizes |= dict(zip(IN, spec.in_split, strict=False))
-        sizes |= dict(zip(BOND, spec.ranks, strict=False))
-        bonds = ["", *BOND[: order - 1], ""]
-        factors = {f"core{k}": bonds[k] + OUT[k] + IN[k] + bonds[k + 1] for k in range(order)}
-        return Network(factors, OUT[:order], IN[:order], sizes)
+        ranks = dict(zip(BOND, spec.ranks, strict=False))
+        return chain_of_cores(spec.out_split, spec.in_split, ["", *ranks, ""], ranks)
 
     def fit(self, weight: Tensor, metric: Metric, spec: TensorTrainSpec) -> Factors:
         """Sweep TT-SVD from the first core to the last.
@@ -104,7 +100,7 @@ class TensorTrain(Format[TensorTrainSpec]):
         """
         network = self.network(matrix_shape(weight), spec)
         factors = fit_network(network, weight, metric, _tt_svd(network, spec))
-        return factors if is_plain(metric) else _orthogonal(factors)
+        return factors if is_plain(metric) else orthogonal(factors)
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], budget: Budget
@@ -174,11 +170,31 @@ def _tt_svd(network: Network, spec: TensorTrainSpec) -> Decompose:
     return decompose
 
 
-def _orthogonal(factors: Factors) -> Factors:
-    """Return the same train with orthonormal cores but for the last, as TT-SVD leaves it."""
-    names = list(factors)
+def chain_of_cores(
+    out: Sequence[int], inp: Sequence[int], bonds: Sequence[str], ranks: Mapping[str, int]
+) -> Network:
+    """Return cores ``core0 .. core<d-1>``, of which core k has bonds k and k + 1.
+
+    Args:
+        out: sizes of the out modes, one a core.
+        inp: sizes of the in modes, one a core.
+        bonds: names from ``BOND``, one more than cores; empty for none, the first again for a ring.
+        ranks: size of every bond.
+
+    Example:
+        >>> chain_of_cores((2, 3), (2, 2), ["", "o", ""], {"o": 4}).equation
+        'aho,obi->abhi'
+    """
+    order = len(out)
+    sizes = dict(zip(OUT, out, strict=False)) | dict(zip(IN, inp, strict=False)) | dict(ranks)
+    factors = {f"core{k}": bonds[k] + OUT[k] + IN[k] + bonds[k + 1] for k in range(order)}
+    return Network(factors, OUT[:order], IN[:order], sizes)
+
+
+def orthogonal(factors: Factors) -> Factors:
+    """Return the same chain with orthonormal cores but for the last, as TT-SVD leaves it."""
     found = dict(factors)
-    for name, following in itertools.pairwise(names):
+    for name, following in itertools.pairwise(factors):
         core = found[name]
         q, r = torch.linalg.qr(core.reshape(-1, core.shape[-1]))
         found[name] = q.reshape(core.shape)

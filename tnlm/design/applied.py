@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.metrics import Metric
+from tnlm.calibration.store import content_hash
 from tnlm.decompositions import get_format
 from tnlm.decompositions.gauge import fix
 from tnlm.decompositions.low_rank import LowRankSpec
@@ -22,12 +22,10 @@ from tnlm.fitting import by_module
 from tnlm.layers.arranged import filled
 from tnlm.layers.contraction import chain
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.modes import modes_kept
 from tnlm.network import Factors
 from tnlm.surgery import assemble
 from tnlm.targets import Target, check_model, check_weights, select
-
-SAMPLED = 4096
-"""Numbers of each matrix that a fingerprint is made of, about; whole rows, one at least."""
 
 
 class Trials:
@@ -81,30 +79,23 @@ class Trials:
 
         Training flags are restored as well.
         """
-        flags = [(module, module.training) for module in self._model.modules()]
         chosen = self._space.targets(configuration)
         replaced: list[tuple[str, nn.Module]] = []
-        try:
-            for group in by_module(chosen):
-                name = group[0].module
-                module = self._module(group, configuration)
-                replaced.append((name, self._model.get_submodule(name)))
-                self._model.set_submodule(name, module)
-            yield self._model
-        finally:
-            for name, old in replaced:
-                self._model.set_submodule(name, old)
-            for module, training in flags:
-                module.training = training
+        with modes_kept(self._model):
+            try:
+                for group in by_module(chosen):
+                    name = group[0].module
+                    module = self._module(group, configuration)
+                    replaced.append((name, self._model.get_submodule(name)))
+                    self._model.set_submodule(name, module)
+                yield self._model
+            finally:
+                for name, old in replaced:
+                    self._model.set_submodule(name, old)
 
     def fingerprint(self) -> str:
-        """Return a text that tells this model's weights from another's, by a sample of each."""
-        digest = hashlib.sha256()
-        for target in self._all:
-            weight = target.weight(self._model)
-            rows = weight[:: max(weight.numel() // SAMPLED, 1)].double().cpu().contiguous()
-            digest.update(repr((target.name, target.shape)).encode() + rows.numpy().tobytes())
-        return digest.hexdigest()
+        """Return a text that tells this model from another, by its config and weights."""
+        return content_hash(self._model, [], [], "trials")
 
     def _module(self, group: Sequence[Target], configuration: Configuration) -> nn.Module:
         """Return what replaces a module; parts of a fused one that are not chosen stay dense."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.errors import EvaluationError
+from tnlm.evaluation.number import finite
 
 Measure = Callable[[PreTrainedModel], Any]
 """Takes a model, and returns a number, or a mapping from names to numbers."""
@@ -37,16 +36,4 @@ def measure(model: PreTrainedModel, metric: Measure, name: str = "value") -> dic
     values = dict(found) if isinstance(found, Mapping) else {name: found}
     if not values:
         raise EvaluationError("the metric gave an empty mapping; it must give one number at least")
-    return {str(key): _finite(str(key), value) for key, value in values.items()}
-
-
-def _finite(name: str, value: Any) -> float:
-    try:
-        number = float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise EvaluationError(
-            f"the metric gave {value!r} for {name!r}; allowed: a number, or a mapping to numbers"
-        ) from error
-    if not math.isfinite(number):
-        raise EvaluationError(f"{name!r} is {number}: not a finite number")
-    return number
+    return {str(key): finite(value, f"the metric {key!r}") for key, value in values.items()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tnlm.errors import EvaluationError
+from tnlm.modes import modes_kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,15 +28,10 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
+    with modes_kept(*models), torch.inference_mode():
         for model in models:
             model.eval()
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+        yield
 
 
 def check_positions(model: PreTrainedModel, length: int, what: str) -> None:

@@ -31,6 +31,7 @@ from tnlm.errors import (
     TrainingError,
     did_you_mean,
 )
+from tnlm.modes import modes_kept
 from tnlm.recovery.groups import CHANNELS, HEADS, find_groups
 from tnlm.recovery.importance import KINDS, importances
 from tnlm.recovery.masks import Masks
@@ -214,14 +215,9 @@ def _linear(model: PreTrainedModel) -> list[str]:
 def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Seed torch in a block that trains; then its generators and the modules are as they were."""
     devices = [model.device] if model.device.type == "cuda" else []
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with modes_kept(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def _train(

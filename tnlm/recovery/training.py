@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from tnlm.calibration.data import fingerprint
 from tnlm.errors import CheckpointError, OptionError, did_you_mean
 from tnlm.layers.made import made_layers
+from tnlm.modes import modes_kept
 from tnlm.recovery.examples import Examples, batches, collate
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.tasks import examples_for, padding_for
@@ -252,16 +253,14 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
     """Leave all but the parameters' values as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     cache = getattr(model.config, "use_cache", None)
     wrapped = {name: vars(model)[name] for name in WRAPPED if name in vars(model)}
     checkpointing = model.is_activation_checkpointing
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, wanted in flags:
             parameter.requires_grad_(wanted)
             parameter.grad = None

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tnlm.analysis.scores import measure
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import evaluating
+from tnlm.evaluation.number import finite
 from tnlm.recovery.examples import Example, batches
 
 TaskMetric = Callable[[Any, Sequence[Any]], "float | Sequence[float]"]
@@ -103,20 +104,15 @@ class TaskJudge(Judge):
         """
         with evaluating(model):
             found: Any = self._metric(model, items)
-        scores = None
-        if getattr(found, "ndim", None) == 0:  # a tensor or array of one number
-            found = float(found)
-        if not isinstance(found, int | float):
-            if not hasattr(found, "__iter__"):
-                kind = type(found).__name__
-                raise EvaluationError(f"{self.name} gave a {kind}; give a number, or one an item")
-            scores = tuple(float(score) for score in found)
-            if len(scores) != len(items):
-                raise EvaluationError(
-                    f"{self.name} gave {len(scores)} scores for {len(items)} items; give one for "
-                    "each, or one number"
-                )
-            found = math.fsum(scores) / len(scores)
-        if not math.isfinite(found) or not all(map(math.isfinite, scores or ())):
-            raise EvaluationError(f"{self.name} is {found}; need finite numbers")
-        return Measured(float(found), -float(found), scores)
+        # A tensor or array of one number has a length of none.
+        if not hasattr(found, "__iter__") or getattr(found, "ndim", None) == 0:
+            value = finite(found, self.name)
+            return Measured(value, -value)
+        scores = tuple(finite(score, f"a score of {self.name}") for score in found)
+        if len(scores) != len(items):
+            raise EvaluationError(
+                f"{self.name} gave {len(scores)} scores for {len(items)} items; give one for "
+                "each, or one number"
+            )
+        value = math.fsum(scores) / len(scores)
+        return Measured(value, -value, scores)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,15 +103,6 @@ def sites_of(
         name, reason = next(iter(chosen.skipped.items()))
         raise TargetError(f"no target is left; {name}: {reason}")
     return sites[::-1] if order == "reverse" else sites
-
-
-def name_model(model: PreTrainedModel) -> str:
-    """Name a model by its class and the values of all its tensors."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.float().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def name_calibration(request: Request, data: Data) -> str | None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import stay_dense
+from tnlm.calibration.store import content_hash
 from tnlm.errors import BudgetError, EvaluationError
 from tnlm.evaluation.flips import Flips, flips
 from tnlm.job import Data, Job, prepare
@@ -26,7 +27,6 @@ from tnlm.surgical.patient import Patient
 from tnlm.surgical.setting import (
     check_options,
     name_calibration,
-    name_model,
     request_of,
     sites_of,
     splits_of,
@@ -165,7 +165,7 @@ def surgical_search(
     journal = Journal(
         file,
         {
-            "model": name_model(model),
+            "model": content_hash(model, [], [], "search"),
             "calibration": name_calibration(request, data),
             "search": names[0],
             "report": names[1],

@@ -1,0 +1,36 @@
+"""What a metric gave, as a number that means something."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from tnlm.errors import EvaluationError
+
+
+def finite(value: Any, what: str) -> float:
+    """Return a value as a float.
+
+    Args:
+        value: a number, or a tensor of one.
+        what: names it in an error.
+
+    Raises:
+        EvaluationError: if it is no number, or not finite.
+
+    Example:
+        >>> finite(float("nan"), "the metric of the whole model")
+        Traceback (most recent call last):
+        tnlm.errors.EvaluationError: the metric of the whole model is nan, not a finite number
+    """
+    if isinstance(value, bool | str):  # float() takes them, but they are none
+        raise EvaluationError(f"{what} is {value!r}; it must be a number")
+    try:
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EvaluationError(f"{what} is a {type(value).__name__}; it must be a number") from error
+    if not math.isfinite(number):
+        raise EvaluationError(f"{what} is {number}, not a finite number")
+    return number

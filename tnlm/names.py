@@ -1,0 +1,43 @@
+"""What a matrix's dotted name says: its block, and what it is in every block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def place(name: str) -> tuple[str, int]:
+    """Return a matrix's kind, its name without the block, and its block, -1 if it is in none.
+
+    Example:
+        >>> place("model.layers.3.mlp.up_proj"), place("lm_head")
+        (('model.layers.mlp.up_proj', 3), ('lm_head', -1))
+    """
+    kinds, block = [], -1
+    for member in name.split("+"):  # what was decided for several together
+        found = re.search(r"(^|\.)(\d+)(?=\.)", member)
+        if found is not None:
+            member, block = member[: found.start()] + member[found.end() :], int(found.group(2))
+        kinds.append(member)
+    return "+".join(kinds), block
+
+
+def shortened(kinds: Sequence[str]) -> dict[str, str]:
+    """Return names without the beginning that all share, up to a dot.
+
+    Example:
+        >>> shortened(["mlp.up", "mlp.down", "mlp.gate+mlp.up"])
+        {'mlp.up': 'up', 'mlp.down': 'down', 'mlp.gate+mlp.up': 'gate+up'}
+    """
+    parts = [member.split(".") for kind in kinds for member in kind.split("+")]
+    shared = 0
+    while len(parts) > 1 and all(
+        len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts
+    ):
+        shared += 1
+    cut = {m: ".".join(m.split(".")[shared:]) for kind in kinds for m in kind.split("+")}
+    # Of matrices that were decided together the last names say enough.
+    return {
+        kind: cut[kind] if "+" not in kind else "+".join(m.split(".")[-1] for m in kind.split("+"))
+        for kind in kinds
+    }
