@@ -17,6 +17,7 @@ from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import stream
 from tnlm.errors import CalibrationError
+from tnlm.memory import release
 
 __all__ = ["Statistics", "collect"]
 
@@ -201,6 +202,7 @@ def fill(
             accumulator.end_batch()
             if share == 0:  # a block is done: its sums are complete
                 accumulator.flush(store)
+                release()
     missing = [name for name in modules if name not in store.leaders]
     if missing:
         raise CalibrationError(

@@ -156,12 +156,15 @@ def record(
 ) -> tuple[list[Call] | None, Tensor | None, Tensor | None]:
     """Run one batch; return each block's further arguments, the first input and the last output."""
     calls: list[Call] = []
-    first: list[Tensor | None] = []
+    first: Tensor | None = None
     last: list[Any] = []
+    known = True
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal first, known
         state, call = take_state(args, kwargs)
-        first.append(state)
+        known = known and state is not None
+        first = state if not calls else first  # one of them: together they are large
         calls.append(call)
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -174,8 +177,7 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
-    known = first and last and all(state is not None for state in first)
-    return (calls, first[0], last[-1]) if known else (None, None, None)
+    return (calls, first, last[-1]) if known and calls and last else (None, None, None)
 
 
 def first_states(model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch]) -> list[Tensor]:
