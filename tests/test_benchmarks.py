@@ -215,3 +215,39 @@ def test_the_picture_draws_the_table(start, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     start("picture", tmp_path / "rows.json", tmp_path / "new" / "picture.svg")
     assert "<svg" in (tmp_path / "new" / "picture.svg").read_text()
+
+
+def test_groups_compares_both_weightings(start, tiny_llama, word_tokenizer, word_text, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "m")
+    word_tokenizer.save_pretrained(tmp_path / "m")
+    text = tmp_path / "text.txt"
+    text.write_text(word_text(600, seed=1))
+    sources = ("--text", text, "--calibration", text, "--window", 32, "--windows", 2)
+    start("groups", tmp_path / "m", *sources, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "groups.json").read_text())["weightings"]
+    assert list(found) == ["svd", "fwsvd"]
+    assert all(len(each["rows"]) == 10 for each in found.values())
+    table = (tmp_path / "out" / "groups.md").read_text()
+    assert "| 10 |" in table
+    assert "Rank correlation of error and loss over the groups: svd " in table
+
+
+def test_intrinsic_measures_every_kind_and_resumes(start, tiny_bert, word_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    BertForSequenceClassification(tiny_bert(num_labels=2).config).save_pretrained(tmp_path / "m")
+    word_tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"text": f"word{i % 2} word{i}", "label": i % 2} for i in range(32)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    sizes = "--dims 50 400 --steps 40 --learning-rate 1e-2 --batch-size 8 --max-length 8"
+    words = ("intrinsic", tmp_path / "m", file, file, tmp_path / "out", *sizes.split())
+    start(*words)
+    found = json.loads((tmp_path / "out" / "intrinsic.json").read_text())["kinds"]
+    assert list(found) == ["did", "said"]
+    assert all(len(each["runs"]) == 6 for each in found.values())
+    assert all(each["dimension"] in (50, 400) for each in found.values())
+    table = (tmp_path / "out" / "intrinsic.md").read_text()
+    assert "| did |" in table
+    journal = (tmp_path / "out" / "results.jsonl").read_text()
+    start(*words)
+    assert (tmp_path / "out" / "results.jsonl").read_text() == journal
