@@ -149,7 +149,7 @@ def test_so_many_cores_are_contracted_at_once():
     torch.testing.assert_close(rebuilt, table)
 
 
-# LLM-ROM, section 3: ranks of LLaMA-7B
+# LLM-ROM: ranks of LLaMA-7B
 
 
 @pytest.mark.parametrize(

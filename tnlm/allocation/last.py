@@ -23,7 +23,7 @@ def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, fl
     Raises:
         BudgetError: if the blocks cannot lose so much.
 
-    Source: LLM-ROM, Chavan et al. 2023, arXiv 2312.07046, section 3.
+    Source: LLM-ROM, Chavan et al. 2023, arXiv 2312.07046.
 
     Example:
         >>> for keep in (0.9, 0.8, 0.5):

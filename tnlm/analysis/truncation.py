@@ -137,7 +137,7 @@ def truncate_groups(
         OptionError: for an unknown weighting, or more groups than a matrix has singular values.
         EvaluationError: if the metric gives no finite number.
 
-    Source: FWSVD, Hsu et al. 2022, arXiv 2207.00112, section 3.
+    Source: FWSVD, Hsu et al. 2022, arXiv 2207.00112.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -10,7 +10,7 @@ from matrices of the LoRA's size.
 
 Source: Moskovskiy, Pletenev, Zagoruyko and Panchenko, "Memory Efficient LM Compression using
 Fisher Information from Low-Rank Representations", NLDB 2025; the estimate of the gradient as in
-LoRAPrune (Zhang et al. 2023, arXiv 2305.18403).
+LoRAPrune (Zhang et al. 2024, arXiv 2305.18403).
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def hooi(
     Returns:
         The factors and the core.
 
-    Source: De Lathauwer, De Moor and Vandewalle, "On the best rank-(R1, ..., RN) approximation",
-    2000.
+    Source: De Lathauwer, De Moor and Vandewalle, "On the best rank-1 and rank-(R1, R2, ..., RN)
+    approximation of higher-order tensors", 2000.
     """
     found, numbers = list(factors), list(range(len(modes)))
     halves = [half for half in (numbers[: len(modes) // 2], numbers[len(modes) // 2 :]) if half]

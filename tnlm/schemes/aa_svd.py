@@ -8,5 +8,5 @@ SCHEME = Scheme(
     formats=("low-rank",),
     metric="input",
     cascade="anchored",
-    source="AA-SVD 2026 (anchored cascade; its refinement is refine=)",
+    source="AA-SVD, Sinha and Fleuret 2026, arXiv 2604.02119 (its refinement is refine=)",
 )
