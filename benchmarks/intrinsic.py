@@ -1,7 +1,7 @@
 """Intrinsic dimension of a classification task, for a pretrained encoder; resumable.
 
     python benchmarks/intrinsic.py MODEL TRAIN.jsonl HELD_OUT.jsonl OUT --text sentence \
-        --dims 10 30 100 300 1000 --kinds did said --seeds 3
+        --dims 10 30 100 300 1000 --kinds did said --seeds 3 --freeze word_embeddings
 
 MODEL is a directory with a classifier, or an encoder, which gets a head with the classes of the
 rows. Every kind is a line of OUT/results.jsonl as soon as it is known; OUT/intrinsic.md is the
@@ -32,7 +32,7 @@ SETTINGS = ("dims", "seeds", "steps", "learning_rate", "batch_size", "max_length
 def main() -> None:
     """Measure the kinds that are missing, then write the table."""
     asked = _arguments()
-    settings = {name: getattr(asked, name) for name in SETTINGS}
+    settings = {name: getattr(asked, name) for name in (*SETTINGS, "freeze")}
     journal = Journal(asked.out / "results.jsonl", settings)
     for kind in asked.kinds:
         if kind not in journal.rows:
@@ -58,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, nargs="+", default=[1e-4])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--freeze", nargs="*", default=[], help="parts of names of parameters")
     parser.add_argument("--items", type=int, default=400, help="held-out rows, from the start")
     return parser.parse_args()
 
@@ -69,6 +70,8 @@ def measure(asked: argparse.Namespace, kind: str) -> tnlm.IntrinsicDimension:
     model = AutoModelForSequenceClassification.from_pretrained(
         asked.model, num_labels=len({row[asked.label] for row in train})
     )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in asked.freeze))
     return tnlm.intrinsic_dimension(
         model,
         train,

@@ -240,12 +240,15 @@ def test_intrinsic_measures_every_kind_and_resumes(start, tiny_bert, word_tokeni
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     sizes = "--dims 50 400 --steps 40 --learning-rate 1e-2 --batch-size 8 --max-length 8"
+    sizes += " --freeze word_embeddings"
     words = ("intrinsic", tmp_path / "m", file, file, tmp_path / "out", *sizes.split())
     start(*words)
     found = json.loads((tmp_path / "out" / "intrinsic.json").read_text())["kinds"]
     assert list(found) == ["did", "said"]
     assert all(len(each["runs"]) == 6 for each in found.values())
     assert all(each["dimension"] in (50, 400) for each in found.values())
+    whole = sum(parameter.numel() for parameter in tiny_bert(num_labels=2).parameters())
+    assert all(each["parameters"] < whole for each in found.values())
     table = (tmp_path / "out" / "intrinsic.md").read_text()
     assert "| did |" in table
     journal = (tmp_path / "out" / "results.jsonl").read_text()

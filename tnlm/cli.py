@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 
 import tnlm
 from tnlm.cli_options import (
@@ -53,6 +53,7 @@ from tnlm.cli_options import (
 from tnlm.cli_output import console, numbers, print_json
 from tnlm.cli_studies import studies
 from tnlm.errors import OptionError, TnlmError
+from tnlm.names import unprefixed
 from tnlm.planning import LayerPlan
 from tnlm.tables import HEADINGS, row
 
@@ -66,9 +67,12 @@ app.add_typer(studies)
 
 
 def _table(layers: Sequence[LayerPlan]) -> Table:
-    table = Table(*HEADINGS)
+    """Return the table of a plan; names without what all begin with, so that a line holds them."""
+    columns = [Column(name, no_wrap=name != "spec", overflow="fold") for name in HEADINGS]
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0))
+    names = unprefixed([layer.name for layer in layers])
     for layer in layers:
-        table.add_row(*row(layer))
+        table.add_row(names[layer.name], *row(layer)[1:])
     return table
 
 

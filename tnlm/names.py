@@ -22,21 +22,33 @@ def place(name: str) -> tuple[str, int]:
     return "+".join(kinds), block
 
 
-def shortened(kinds: Sequence[str]) -> dict[str, str]:
+def unprefixed(names: Sequence[str]) -> dict[str, str]:
     """Return names without the beginning that all share, up to a dot.
 
     Example:
-        >>> shortened(["mlp.up", "mlp.down", "mlp.gate+mlp.up"])
-        {'mlp.up': 'up', 'mlp.down': 'down', 'mlp.gate+mlp.up': 'gate+up'}
+        >>> unprefixed(["model.0.up", "model.1.up", "model.1.gate+model.1.up"])
+        {'model.0.up': '0.up', 'model.1.up': '1.up', 'model.1.gate+model.1.up': '1.gate+1.up'}
     """
-    parts = [member.split(".") for kind in kinds for member in kind.split("+")]
+    parts = [member.split(".") for name in names for member in name.split("+")]
     shared = 0
     while len(parts) > 1 and all(
         len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts
     ):
         shared += 1
-    cut = {m: ".".join(m.split(".")[shared:]) for kind in kinds for m in kind.split("+")}
-    # Of matrices that were decided together the last names say enough.
+    return {
+        name: "+".join(".".join(member.split(".")[shared:]) for member in name.split("+"))
+        for name in names
+    }
+
+
+def shortened(kinds: Sequence[str]) -> dict[str, str]:
+    """Return kinds without the beginning that all share; of those decided together, the last names.
+
+    Example:
+        >>> shortened(["mlp.up", "mlp.down", "mlp.gate+mlp.up"])
+        {'mlp.up': 'up', 'mlp.down': 'down', 'mlp.gate+mlp.up': 'gate+up'}
+    """
+    cut = unprefixed(kinds)
     return {
         kind: cut[kind] if "+" not in kind else "+".join(m.split(".")[-1] for m in kind.split("+"))
         for kind in kinds

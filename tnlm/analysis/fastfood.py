@@ -66,26 +66,38 @@ class Fastfood(Projection):
         1.0
     """
 
+    def __init__(self, size: int, dims: int, seed: int) -> None:
+        """Remember the seed; see :class:`~tnlm.analysis.projections.Projection` for the rest."""
+        super().__init__(size, dims, seed)
+        self._drawn: tuple[Tensor, Tensor, Tensor, float] | None = None
+
     def apply(self, x: Tensor) -> Tensor:
         """Return P x ``(size,)`` of x ``(dims,)``."""
-        signs, order, normal, scale = self._parts(x)
+        signs, order, normal, scale = self._parts(x.device)
         mixed = hadamard(F.pad(x, (0, len(signs) - self.dims)) * signs)
         return hadamard(mixed[order] * normal)[: self.size] * scale
 
     def transpose(self, y: Tensor) -> Tensor:
         """Return Pᵀ y ``(dims,)`` of y ``(size,)``."""
-        signs, order, normal, scale = self._parts(y)
+        signs, order, normal, scale = self._parts(y.device)
         mixed = hadamard(F.pad(y, (0, len(signs) - self.size))) * normal
         back = torch.empty_like(mixed)
         back[order] = mixed
         return (hadamard(back) * signs)[: self.dims] * scale
 
-    def _parts(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Draw B, Π and G, and return them with what columns are scaled by."""
-        generator = self.generator()
-        length = 1 << (max(self.size, self.dims) - 1).bit_length()
-        signs = torch.randint(0, 2, (length,), generator=generator) * 2 - 1
-        order = torch.randperm(length, generator=generator)
-        normal = torch.randn(length, generator=generator)
-        scale = 1 / math.sqrt(self.size * float(normal.double().square().sum()))
-        return signs.to(like), order.to(like.device), normal.to(like), scale
+    def _parts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return B, Π and G, and what columns are scaled by.
+
+        They are drawn once: that takes several times as long as the transforms, and 9 bytes for
+        each of L, no more than gradient and moments of a full training.
+        """
+        if self._drawn is None or self._drawn[0].device != device:
+            generator = self.generator()
+            length = 1 << (max(self.size, self.dims) - 1).bit_length()
+            signs = (torch.randint(0, 2, (length,), generator=generator) * 2 - 1).to(torch.int8)
+            order = torch.randperm(length, generator=generator)
+            order = order.to(torch.int32) if length < 2**31 else order
+            normal = torch.randn(length, generator=generator)
+            scale = 1 / math.sqrt(self.size * float(normal.double().square().sum()))
+            self._drawn = signs.to(device), order.to(device), normal.to(device), scale
+        return self._drawn

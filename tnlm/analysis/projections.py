@@ -16,8 +16,8 @@ BLOCK = 2**20
 class Projection(ABC):
     """A fixed random matrix P ``(size, dims)`` with columns of length 1, as nearly as stated.
 
-    Only its seed is kept. The random numbers are drawn on the CPU, so that a seed means the same
-    matrix on every device.
+    It is never held as a matrix. The random numbers are drawn on the CPU, so that a seed means the
+    same matrix on every device.
 
     Args:
         size: rows: how many numbers come out.
