@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diagrams import EXAMPLES as PICTURES
 from diagrams import describe, example
+from measured import measured
 
 import tnlm
 from tnlm.decompositions import formats
@@ -54,14 +55,15 @@ def scheme_table(found: Mapping[str, Scheme]) -> str:
 
 
 def scheme_page(scheme: Scheme) -> str:
-    """Return a scheme's page: its choices, its networks, and docs/schemes/<name>.md if there is."""
+    """Return a scheme's page: choices, docs/schemes/<name>.md if there is, figures, networks."""
     parts = [f"# {scheme.name}", scheme.title[0].upper() + scheme.title[1:] + "."]
     parts.append("\n".join(["| choice | value |", "|---|---|", *_choices(scheme)]))
-    data = ', calibration="text.txt", tokenizer=tokenizer' if scheme.needs_calibration else ""
-    call = f'model = tnlm.compress(model, "{scheme.name}"{data})'
-    parts.append(f"```python\n{call}\n```")
+    parts.append(f"```python\n{_call(scheme)}\n```")
     if (DOCS / "schemes" / f"{scheme.name}.md").is_file():
         parts.append(f"```{{include}} ../../schemes/{scheme.name}.md\n```")
+    figures = measured(scheme.name)
+    if figures:
+        parts += ["## Measured", *figures]
     parts += ["## Structure", *(_structure(name) for name in scheme.formats)]
     return "\n\n".join(parts) + "\n"
 
@@ -113,6 +115,16 @@ def write_pages(folder: Path) -> None:
         write_if_new(folder / "schemes" / f"{name}.md", scheme_page(scheme))
     for package, title in PACKAGES.items():
         write_if_new(folder / "api" / f"{package}.md", api_page(package, title))
+
+
+def _call(scheme: Scheme) -> str:
+    if not scheme.needs_calibration:
+        return f'model = tnlm.compress(model, "{scheme.name}")'
+    return (
+        "model = tnlm.compress(\n"
+        f'    model, "{scheme.name}", calibration="text.txt", tokenizer=tokenizer\n'
+        ")"
+    )
 
 
 def _choices(scheme: Scheme) -> list[str]:

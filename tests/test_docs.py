@@ -28,7 +28,7 @@ def site():
         yield pages, diagrams
     finally:
         sys.path.remove(str(DOCS))
-        for name in ("pages", "diagrams", "sources"):
+        for name in ("pages", "diagrams", "measured", "sources"):
             sys.modules.pop(name, None)
 
 
@@ -77,6 +77,14 @@ def test_every_scheme_has_a_page_with_its_choices(name, site):
     assert f"schemes/{name}.md)" in pages.scheme_table(schemes())
     [call] = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     compile(call, name, "exec")
+
+
+def test_a_scheme_page_has_what_was_measured(site):
+    pages, _ = site
+    page = pages.scheme_page(schemes()["svd"])
+    assert "## Measured" in page
+    assert re.search(r"^\| 0\.\d+ \| 0\.\d+ \| [\d.,]+ x \| [\d.,]+ x \| \d+ \|$", page, re.M)
+    assert "on SST-2 with a third of its rank" in page
 
 
 def test_prose_belongs_to_schemes_that_exist():

@@ -158,6 +158,40 @@ def test_a_violation_is_never_accepted(seed, delta, small):
     assert all(-trial.damage >= dense - delta for trial in found.trials if trial.accepted)
 
 
+@given(seed=st.integers(0, 10_000), delta=st.sampled_from([0.1, 0.4]))
+def test_with_chunks_a_rank_is_good_enough_on_each_and_on_the_whole(seed, delta, small):
+    model = small("two")
+    names = [site for site, _ in ranks_of_all(small)]
+
+    def arbitrary(model, items):
+        ranks = tuple(ranks_in(model).items())
+        key = hash_of((ranks, items), seed)
+        return float(torch.rand(1, generator=torch.Generator().manual_seed(key))) if ranks else 0.5
+
+    try:
+        found = find(model, arbitrary, delta=delta, candidates=[0.2, 0.4, 0.6], chunks=3)
+    except BudgetError:
+        return
+    chosen = ranks_in(model)
+    for name in names:
+        trials = [trial for trial in found.trials if trial.layer == name]
+        firsts = [
+            next((t.rank for t in trials if t.chunk == chunk and t.accepted), None)
+            for chunk in (1, 2, 3)
+        ]
+        whole = [trial for trial in trials if trial.chunk == 0]
+        if None in firsts:
+            assert not whole
+            assert name not in chosen
+            continue
+        assert [trial.rank for trial in whole] == [max(firsts)]
+        assert whole[0].accepted == (-whole[0].damage >= 0.5 - delta) == (name in chosen)
+
+
+def ranks_of_all(small):
+    return [(n, m) for n, m in small("two").named_modules() if "_proj" in n]
+
+
 def hash_of(ranks, seed):
     import zlib
 
@@ -345,6 +379,9 @@ def test_a_metric_that_changes_its_mind_is_an_error(small):
         ({"growth": 1.1}, OptionError, "growth= has no effect on metric="),
         ({"delta": -0.1}, OptionError, "delta=-0.1; allowed: a finite number of at least 0"),
         ({"delta": 0.1, "keep": 0.9}, OptionError, "delta= has no effect with keep="),
+        ({"chunks": 0}, OptionError, "chunks=0; allowed: whole numbers from 1 on"),
+        ({"chunks": 3, "keep": 0.9}, OptionError, "chunks= has no effect with keep="),
+        ({"chunks": 21}, EvaluationError, "chunks=21 of 20 items; give one for each"),
         ({"keep": 1.5}, BudgetError, "keep=1.5; allowed: a fraction"),
         ({"order": "revers"}, OptionError, "order='revers'; did you mean 'reverse'"),
         ({"candidates": []}, OptionError, r"candidates=\(\); give parts"),

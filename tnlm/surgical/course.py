@@ -26,7 +26,9 @@ class Trial:
         rank: the rank.
         damage: what was measured: a mean loss, or a score with its sign changed.
         limit: the most that was allowed; None where a budget decides.
-        accepted: whether the matrix has this rank in the end.
+        accepted: whether it was within the limit; of a trial on all items, whether the matrix has
+            this rank in the end.
+        chunk: the chunk of the items that was measured on, from 1; 0 for all of them.
     """
 
     layer: str
@@ -34,6 +36,22 @@ class Trial:
     damage: float
     limit: float | None
     accepted: bool
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items to measure on.
+
+    Attributes:
+        items: of the search split, or of one of its chunks.
+        dense: damage of the dense model on them.
+        chunk: which chunk they are, from 1; 0 for all items.
+    """
+
+    items: Sequence[Any]
+    dense: float
+    chunk: int = 0
 
 
 @dataclass
@@ -45,7 +63,6 @@ class Course:
         metric: how the error of a matrix is measured when it is fitted.
         sites: the matrices, in the order in which they are tried.
         judge: measures the model.
-        items: what is measured on.
         journal: keeps what was measured.
         progress: whether to show a bar.
         trials: what was tried.
@@ -55,34 +72,47 @@ class Course:
     metric: Callable[[Target], Metric]
     sites: Sequence[Site]
     judge: Judge
-    items: Sequence[Any]
     journal: Journal
     progress: bool
     trials: list[Trial] = field(default_factory=list)
 
-    def to_tolerance(self, dense: float) -> None:
+    def to_tolerance(self, whole: Part, chunks: Sequence[Part] = ()) -> None:
         """Give every matrix in turn the smallest rank that keeps the damage within its limit.
 
+        With chunks, the only rank that is tried on the whole is the largest of those that are the
+        smallest good enough on each.
+
         Args:
-            dense: damage of the dense model.
+            whole: all items.
+            chunks: parts of them; none for no chunks.
         """
         for tried, site in enumerate(self._bar(), start=1):
-            limit, place = self.judge.limit(dense, tried), _Place(self, site)
-            for rank in site.ranks:
-                damage = place.damage(rank)
-                accepted = damage <= limit
-                self.trials.append(Trial(site.target.name, rank, damage, limit, accepted))
-                if accepted:
-                    place.put(rank)
-                    break
-            else:
+            place = _Place(self, site)
+            firsts = [self._first(place, site.ranks, chunk, tried) for chunk in chunks]
+            known = [rank for rank in firsts if rank is not None]
+            ranks = [max(known)] if firsts and len(known) == len(firsts) else []
+            rank = self._first(place, ranks if chunks else site.ranks, whole, tried)
+            if rank is None:
                 self.patient.drop(site.target)
+            else:
+                place.put(rank)
 
-    def to_budget(self, dense: float, wanted: int) -> None:
+    def _first(self, place: _Place, ranks: Sequence[int], part: Part, tried: int) -> int | None:
+        """Return the first rank that is good enough on a part, if any is."""
+        limit = self.judge.limit(part.dense, tried)
+        for rank in ranks:
+            damage = place.damage(rank, part)
+            accepted = damage <= limit
+            self.trials.append(Trial(place.name, rank, damage, limit, accepted, part.chunk))
+            if accepted:
+                return rank
+        return None
+
+    def to_budget(self, whole: Part, wanted: int) -> None:
         """Try all ranks of every matrix by itself, and take those of least damage for their size.
 
         Args:
-            dense: damage of the dense model.
+            whole: all items.
             wanted: how many numbers fewer the model is to have.
 
         Raises:
@@ -93,7 +123,7 @@ class Course:
         found: dict[str, list[Choice]] = {}
         for site in self._bar():
             place = _Place(self, site)
-            damages = {rank: place.damage(rank) - dense for rank in site.ranks}
+            damages = {rank: place.damage(rank, whole) - whole.dense for rank in site.ranks}
             self.patient.drop(site.target)
             found[place.name] = place.choices(damages)
         chosen = choose(found, wanted)
@@ -101,7 +131,7 @@ class Course:
             if place.name in chosen:
                 place.put(chosen[place.name].rank)
         self.trials += [
-            Trial(name, choice.rank, dense + choice.damage, None, chosen.get(name) == choice)
+            Trial(name, choice.rank, whole.dense + choice.damage, None, chosen.get(name) == choice)
             for name, choices in found.items()
             for choice in choices
         ]
@@ -125,15 +155,16 @@ class _Place:
         known = damages or {}
         return [Choice(r, self._site.saved(r), known.get(r, 0.0)) for r in self._site.ranks]
 
-    def damage(self, rank: int) -> float:
+    def damage(self, rank: int, part: Part) -> float:
         """Measure the model with the matrix at a rank."""
         course = self._course
-        known = course.journal.rows.get(f"{self.name} {rank}")
+        key = f"{self.name} {rank}" + (f" chunk {part.chunk}" if part.chunk else "")
+        known = course.journal.rows.get(key)
         if known is not None:
             return float(known["damage"])
         self.put(rank)
-        damage = course.judge.measure(course.patient.model, course.items).damage
-        course.journal.add(f"{self.name} {rank}", {"damage": damage})
+        damage = course.judge.measure(course.patient.model, part.items).damage
+        course.journal.add(key, {"damage": damage})
         return damage
 
     def put(self, rank: int) -> None:

@@ -40,6 +40,7 @@ def check_options(
     delta: float | None,
     growth: float | None,
     keep: float | None,
+    chunks: int,
 ) -> None:
     """Refuse choices that are not possible, or have no effect."""
     if not callable(metric) and metric != "perplexity":
@@ -50,6 +51,10 @@ def check_options(
     check_candidates(candidates)
     if keep is not None and not (isinstance(keep, int | float) and 0 < keep < 1):
         raise BudgetError(f"keep={keep!r}; allowed: a fraction of the model, between 0 and 1")
+    if not isinstance(chunks, int) or chunks < 1:
+        raise OptionError(f"chunks={chunks!r}; allowed: whole numbers from 1 on")
+    if chunks > 1 and keep is not None:
+        raise OptionError("chunks= has no effect with keep=, where the budget decides")
     for name, value, used in (
         ("delta", delta, callable(metric)),
         ("growth", growth, not callable(metric)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -63,3 +64,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not plain")
+
+
+def chunks_of(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """Cut items into so many parts of equal size, the last ones shorter by one; none for one part.
+
+    Raises:
+        EvaluationError: if there are fewer items than parts.
+
+    Example:
+        >>> chunks_of([1, 2, 3, 4, 5], 2), chunks_of([1, 2], 1)
+        ([[1, 2, 3], [4, 5]], [])
+    """
+    if count == 1:
+        return []
+    if len(items) < count:
+        raise EvaluationError(f"chunks={count} of {len(items)} items; give one for each at least")
+    size, longer = divmod(len(items), count)
+    ends = [size * number + min(number, longer) for number in range(count + 1)]
+    return [items[start:end] for start, end in itertools.pairwise(ends)]

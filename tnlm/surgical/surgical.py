@@ -20,7 +20,7 @@ from tnlm.job import Data, Job, prepare
 from tnlm.journal import Journal, check_journal
 from tnlm.pipeline import carry_out
 from tnlm.planning import LayerPlan, Plan
-from tnlm.surgical.course import Course, Trial
+from tnlm.surgical.course import Course, Part, Trial
 from tnlm.surgical.judges import Measured, TaskMetric
 from tnlm.surgical.ladder import CANDIDATES
 from tnlm.surgical.patient import Patient
@@ -31,7 +31,7 @@ from tnlm.surgical.setting import (
     sites_of,
     splits_of,
 )
-from tnlm.surgical.splits import check_disjoint
+from tnlm.surgical.splits import check_disjoint, chunks_of
 from tnlm.targets import Selector
 
 FILE = "search.jsonl"
@@ -85,6 +85,7 @@ def surgical_search(
     delta: float | None = None,
     growth: float | None = None,
     keep: float | None = None,
+    chunks: int = 1,
     calibration: Any = None,
     tokenizer: Any = None,
     num_samples: int = 64,
@@ -121,6 +122,9 @@ def surgical_search(
         delta: how far a callable's score may fall below the dense model's (0 if not given).
         growth: factor by which the perplexity may grow with every matrix that was tried (1.005).
         keep: fraction of the whole model's parameters that remains; then nothing else limits.
+        chunks: parts that ``search`` is cut into, in its order. The first rank that is good enough
+            is found on each; the largest of them must be good enough on the whole, or the matrix
+            stays dense. The paper's code takes 3.
         calibration: data for the fits, as for :func:`tnlm.compress`.
         tokenizer: turns texts into ids.
         num_samples: windows of calibration data used.
@@ -153,7 +157,7 @@ def surgical_search(
         True
     """
     request = request_of(scheme)
-    check_options(metric, order, candidates, delta, growth, keep)
+    check_options(metric, order, candidates, delta, growth, keep, chunks)
     file = None if output_dir is None else Path(output_dir) / FILE
     if file is not None:
         check_journal(file)
@@ -176,15 +180,21 @@ def surgical_search(
             "delta": delta,
             "growth": growth,
             "keep": keep,
+            "chunks": chunks,
         },
     )
     before = [judge.measure(model, items) for items in splits]
+    whole = Part(splits[0], before[0].damage)
+    parts = [
+        Part(items, judge.measure(model, items).damage, number)
+        for number, items in enumerate(chunks_of(splits[0], chunks), start=1)
+    ]
     with Patient(model, job.selection.targets) as patient:
-        course = Course(patient, job.metric, sites, judge, splits[0], journal, progress)
+        course = Course(patient, job.metric, sites, judge, journal, progress)
         if keep is None:
-            course.to_tolerance(before[0].damage)
+            course.to_tolerance(whole, parts)
         else:
-            course.to_budget(before[0].damage, _wanted(model, keep))
+            course.to_budget(whole, _wanted(model, keep))
         after = [judge.measure(model, items) for items in splits]
     _check_end(course, before[0], after[0], bounded=keep is None)
     plan = _plan(model, job, patient, keep)
