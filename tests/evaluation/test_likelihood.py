@@ -6,13 +6,19 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    Gemma3TextConfig,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+)
 
 from tests.evaluation.made import WORDS
 from tnlm.errors import EvaluationError
 from tnlm.evaluation.encoding import Encoded, encode, encode_all, encode_pair, window_of
 from tnlm.evaluation.generation import cut, generate
 from tnlm.evaluation.likelihood import loglikelihoods
+from tnlm.evaluation.prefix import can_share
 
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
 ids = st.lists(st.integers(3, 63), min_size=1, max_size=6).map(tuple)
@@ -36,6 +42,59 @@ def test_batches_and_company_do_not_matter(tiny_llama, pairs):
         assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
         assert one.loglikelihood < 0
         assert one.tokens == other.tokens
+
+
+questions = st.lists(st.integers(3, 63), min_size=20, max_size=40).map(tuple)
+
+
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
+@given(data=st.data(), window=st.sampled_from([16, 64]))
+def test_choices_after_one_question_share_its_pass(kind, data, window, request):
+    model, lengths = request.getfixturevalue(kind)(), []
+    question = data.draw(questions)
+    words = st.lists(st.integers(3, 63), min_size=2, max_size=6).map(tuple)
+    choices = data.draw(st.lists(words, min_size=5, max_size=7, unique_by=lambda ids: ids[0]))
+    pairs = [Encoded(question, choice) for choice in choices]
+    names = [""] * len(pairs)
+    alone = [loglikelihoods(model, [p], [""], window=window, batch_size=1)[0] for p in pairs]
+    model.register_forward_pre_hook(
+        lambda _, args, given: lengths.append(given["input_ids"].shape), with_kwargs=True
+    )
+    found = loglikelihoods(model, pairs, names, window=window, batch_size=8)
+    for one, other in zip(found, alone, strict=True):
+        assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
+        assert (one.greedy, one.tokens) == (other.greedy, other.tokens)
+    if window == 64:  # nothing is cut off
+        assert lengths[0] == (1, len(question) - 1)
+        assert lengths[1:] == [(len(choices), max(map(len, choices)))]
+
+
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
+@given(data=st.data())
+def test_what_all_questions_begin_with_is_run_once(kind, data, request):
+    model, seen = request.getfixturevalue(kind)(), []
+    examples = tuple(3 + i * i % 60 for i in range(70))
+    own = st.lists(st.integers(3, 63), max_size=6).map(tuple)
+    contexts = [(*examples, *more, 5) for more in data.draw(st.lists(own, min_size=1, max_size=4))]
+    pairs = [Encoded(c, (first, 9)) for c in contexts for first in (6, 7, 8)]
+    alone = [loglikelihoods(model, [p], [""], window=90, batch_size=1)[0] for p in pairs]
+    model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    found = loglikelihoods(model, pairs, [""] * len(pairs), window=90, batch_size=8)
+    for one, other in zip(found, alone, strict=True):
+        assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
+        assert one.greedy == other.greedy
+    assert sum(seen) <= 70 + len(contexts) * (6 + 3 * 2)
+
+
+@pytest.mark.parametrize("kind", [Qwen3NextConfig, MambaConfig, Gemma3TextConfig])
+def test_what_keeps_more_than_keys_and_values_shares_nothing(kind):
+    assert not can_share(SimpleNamespace(config=kind(), forward=shares))
+
+
+def shares(input_ids, use_cache=None, past_key_values=None):
+    """Take what a model that can share takes."""
 
 
 def test_the_likelihoods_of_all_next_tokens_sum_to_one(tiny_llama):

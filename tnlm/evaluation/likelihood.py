@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tnlm.errors import EvaluationError
 from tnlm.evaluation.encoding import Encoded, check_vocabulary
 from tnlm.evaluation.mode import evaluating
+from tnlm.evaluation.prefix import Batch, Past, batches, can_share
 from tnlm.evaluation.tasks.base import Answer
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def loglikelihoods(
     """Score every continuation after its context.
 
     What is longer than ``window`` loses its first tokens. Pairs that put the same tokens to the
-    model share one pass, as the letters of one question do.
+    model share one pass, as the letters of one question do; those that begin alike, as the choices
+    after one question do, share the pass over their beginning.
 
     Args:
         model: a causal language model, left as it was.
@@ -49,28 +51,37 @@ def loglikelihoods(
     for index, pair in enumerate(pairs):
         shared[(pair.context + pair.continuation)[-(window + 1) :][:-1]].append(index)
     check_vocabulary(model, [pair.context + pair.continuation for pair in pairs], names)
-    inputs = sorted(shared, key=lambda tokens: (-len(tokens), tokens))
+    scored = {
+        tokens: max(len(pairs[index].continuation) for index in indices)
+        for tokens, indices in shared.items()
+    }
     answers: dict[int, Answer] = {}
-    starts = range(0, len(inputs), batch_size)
     with evaluating(model):
-        for start in tqdm(starts, desc="likelihoods", disable=not progress):
-            batch = inputs[start : start + batch_size]
-            logits = _logits(model, batch)
-            for row, tokens in zip(logits, batch, strict=True):
+        todo, past = batches(scored, batch_size, share=can_share(model)), Past(model)
+        for batch in tqdm(todo, desc="likelihoods", disable=not progress):
+            for row, tokens in zip(_logits(model, batch, past), batch.inputs, strict=True):
+                end = len(tokens) - batch.prefix
                 for index in shared[tokens]:
                     continuation = pairs[index].continuation
-                    scored = row[len(tokens) - len(continuation) : len(tokens)]
-                    answers[index] = _answer(scored, continuation, names[index])
+                    foreseen = row[end - len(continuation) : end]
+                    answers[index] = _answer(foreseen, continuation, names[index])
     return [answers[index] for index in range(len(pairs))]
 
 
-def _logits(model: PreTrainedModel, batch: Sequence[tuple[int, ...]]) -> Tensor:
-    """Run sequences padded on the right, which no causal model sees from the left."""
-    longest = max(len(tokens) for tokens in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    for row, tokens in zip(ids, batch, strict=True):
+def _logits(model: PreTrainedModel, batch: Batch, past: Past) -> Tensor:
+    """Return logits after the prefix of sequences, which are padded on the right.
+
+    No causal model sees the padding from the left.
+    """
+    rests = [tokens[batch.prefix :] for tokens in batch.inputs]
+    ids = torch.zeros(len(rests), max(map(len, rests)), dtype=torch.int64)
+    for row, tokens in zip(ids, rests, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
-    output = model(input_ids=ids.to(model.device), use_cache=False)
+    options: dict[str, Any] = {"use_cache": False}
+    if batch.prefix:
+        known = past.of(batch.inputs[0][: batch.prefix], len(rests))
+        options = {"use_cache": True, **known}
+    output = model(input_ids=ids.to(model.device), **options)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
         raise EvaluationError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions, evaluating
+from tnlm.evaluation.prefix import cache_name, cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,8 +69,7 @@ def timed_decoding(model: PreTrainedModel, prompt: Tensor, steps: int) -> tuple[
     Returns:
         The seconds of both.
     """
-    # transformers 5.24 renamed the argument, model by model.
-    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    named = cache_name(model)
     prompt = prompt.to(model.device)
     _synchronize(model.device)
     start = time.perf_counter()
@@ -79,7 +78,7 @@ def timed_decoding(model: PreTrainedModel, prompt: Tensor, steps: int) -> tuple[
     middle = time.perf_counter()
     for _ in range(steps):
         token = output.logits[:, -1:].argmax(-1)
-        kept = {named: output.past_key_values}
+        kept = {named: cache_of(model, output)}
         output = model(input_ids=token, use_cache=True, **kept)
     _synchronize(model.device)
     return middle - start, time.perf_counter() - middle
