@@ -29,6 +29,7 @@ Row = dict[str, Any]
 MAGNITUDE = "magnitude-svd"
 """A control for LPAF: half of every matrix's entries go, the smallest, before the SVD."""
 
+FILES = ("model", "train", "dev")
 SETTINGS = ("targets", "share", "tokens", "samples", "learning_rate", "text", "label", "max_length")
 
 
@@ -36,6 +37,7 @@ def main() -> None:
     """Run what is missing, then write the table."""
     asked = _arguments()
     settings = {name: getattr(asked, name) for name in SETTINGS}
+    settings |= {name: str(getattr(asked, name)) for name in FILES}
     journal = Journal(asked.out / "results.jsonl", settings)
     jobs = [("dense", 0)] + [(s, seed) for s in asked.scheme for seed in range(asked.seeds)]
     for scheme, seed in jobs:

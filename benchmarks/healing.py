@@ -22,7 +22,7 @@ from tnlm.integrations.models import load_model
 from tnlm.journal import Journal
 
 Row = dict[str, Any]
-SETTINGS = ("calibration", "training", "text", "batch_size", "max_length", "windows")
+SETTINGS = ("model", "calibration", "training", "text", "batch_size", "max_length", "windows")
 RATES = {"lora": 1e-3, "distill": 2e-4, "finetune": 2e-4}
 
 

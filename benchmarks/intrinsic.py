@@ -26,13 +26,15 @@ from tnlm.calibration.rows import read_rows
 from tnlm.journal import Journal
 
 Row = dict[str, Any]
+FILES = ("model", "train", "held_out")
 SETTINGS = ("dims", "seeds", "steps", "learning_rate", "batch_size", "max_length", "items")
 
 
 def main() -> None:
     """Measure the kinds that are missing, then write the table."""
     asked = _arguments()
-    settings = {name: getattr(asked, name) for name in (*SETTINGS, "freeze")}
+    settings = {name: getattr(asked, name) for name in (*SETTINGS, "text", "label", "freeze")}
+    settings |= {name: str(getattr(asked, name)) for name in FILES}
     journal = Journal(asked.out / "results.jsonl", settings)
     for kind in asked.kinds:
         if kind not in journal.rows:

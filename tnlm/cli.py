@@ -68,9 +68,12 @@ app.add_typer(studies)
 
 def _table(layers: Sequence[LayerPlan]) -> Table:
     """Return the table of a plan; names without what all begin with, so that a line holds them."""
-    columns = [Column(name, no_wrap=name != "spec", overflow="fold") for name in HEADINGS]
+    long = ("target", "spec")
+    columns = [Column(name, no_wrap=name not in long, overflow="fold") for name in HEADINGS]
     table = Table(*columns, box=None, padding=(0, 1, 0, 0))
     names = unprefixed([layer.name for layer in layers])
+    for name, shown in list(names.items())[:1]:
+        table.title = f"matrices of {name.removesuffix(shown).strip('.') or 'the model'}"
     for layer in layers:
         table.add_row(names[layer.name], *row(layer)[1:])
     return table

@@ -88,7 +88,7 @@ def bench(
     loaded, tokenizer = load_model(model, dtype=dtype)
     if tokenizer is None:
         raise OptionError(f"{model} has no tokenizer, which benchmarks need")
-    beside = load_model(baseline, dtype=dtype)[0] if baseline else None
+    beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
     found = tnlm.evaluate(
         loaded,
         tasks.split(","),
@@ -120,7 +120,7 @@ def efficiency(
 
     lengths = numbers("prompt-tokens", prompt_tokens) or []
     loaded, tokenizer = load_model(model, dtype=dtype)
-    beside = load_model(baseline, dtype=dtype)[0] if baseline else None
+    beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
     found = tnlm.efficiency(
         loaded,
         tokenizer=tokenizer,

@@ -25,6 +25,7 @@ from tnlm.memory import release
 from tnlm.targets import ALL_LINEAR, Selector, Target, check_model, check_weights, select
 
 EMBEDDING = "features: an embedding has no input to measure"
+UNSEEN = "features: it saw no input"
 MEASURED = ("moment", "mean", "count")
 """What is measured of the inputs of a matrix."""
 
@@ -100,23 +101,27 @@ def analyze(
             inputs = collect(model, modules, batches, progress=progress)
         protocol |= {**cut, "tokens": count_tokens(batches)}
         release()
-    found = _Rows([], [], [], skipped)
+    found = _Rows([], [], [])
     for target in tqdm(chosen, desc="analyzing", unit="matrix", disable=not progress):
-        found.add(target, target.weight(model).cpu(), inputs, structures)
+        weight, seen = target.weight(model).cpu(), None
         if calibration is not None and target.kind != "linear":
-            found.skipped[target.name] = EMBEDDING
+            skipped[target.name] = EMBEDDING
+        elif inputs is not None and not int(inputs.tensor(target.module, "count")):
+            skipped[target.name] = UNSEEN
+        else:
+            seen = inputs
+        found.add(target, weight, seen, structures)
     rows = tuple(found.weights), tuple(found.features), tuple(found.curves)
-    return Analysis(*rows, found.skipped, protocol)
+    return Analysis(*rows, skipped, protocol)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows found so far, and what was passed over."""
+    """The rows found so far."""
 
     weights: list[WeightRow]
     features: list[FeatureRow]
     curves: list[CurveRow]
-    skipped: dict[str, str]
 
     def add(
         self,
@@ -125,11 +130,11 @@ class _Rows:
         inputs: Statistics | None,
         structures: Sequence[Format[Any]],
     ) -> None:
-        """Analyze one matrix."""
+        """Analyze one matrix; ``inputs`` are None if its outputs are not looked at."""
         row = weight_row(target.name, weight)
         self.weights.append(row)
         metrics = {"identity": Metric()}
-        if inputs is not None and target.kind == "linear":
+        if inputs is not None:
             moment, mean, count = (inputs.tensor(target.module, name) for name in MEASURED)
             self.features.extend(feature_rows(target.name, weight, moment, mean, int(count)))
             if structures:

@@ -75,12 +75,12 @@ class Fastfood(Projection):
         """Return P x ``(size,)`` of x ``(dims,)``."""
         signs, order, normal, scale = self._parts(x.device)
         mixed = hadamard(F.pad(x, (0, len(signs) - self.dims)) * signs)
-        return hadamard(mixed[order] * normal)[: self.size] * scale
+        return hadamard(mixed[order] * normal.to(x))[: self.size] * scale
 
     def transpose(self, y: Tensor) -> Tensor:
         """Return Pᵀ y ``(dims,)`` of y ``(size,)``."""
         signs, order, normal, scale = self._parts(y.device)
-        mixed = hadamard(F.pad(y, (0, len(signs) - self.size))) * normal
+        mixed = hadamard(F.pad(y, (0, len(signs) - self.size))) * normal.to(y)
         back = torch.empty_like(mixed)
         back[order] = mixed
         return (hadamard(back) * signs)[: self.dims] * scale
@@ -88,8 +88,8 @@ class Fastfood(Projection):
     def _parts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
         """Return B, Π and G, and what columns are scaled by.
 
-        They are drawn once: that takes several times as long as the transforms, and 9 bytes for
-        each of L, no more than gradient and moments of a full training.
+        They are drawn once, which takes several times as long as the transforms, and kept: 9 bytes
+        for each of L, at most 18 for each number that comes out.
         """
         if self._drawn is None or self._drawn[0].device != device:
             generator = self.generator()

@@ -1,4 +1,4 @@
-"""Random matrices that carry a few numbers into many, rebuilt from a seed at every use."""
+"""Random matrices that carry a few numbers into many, never held as matrices."""
 
 from __future__ import annotations
 

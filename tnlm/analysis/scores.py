@@ -56,6 +56,8 @@ def measure(model: Any, metric: Metric, batches: Sequence[Batch]) -> float:
         else:
             score = _loss(model, batches)
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+    if isinstance(score, bool):
+        raise EvaluationError(f"{name} of {type(model).__name__} is {score}; it must be a number")
     return finite(score, f"{name} of {type(model).__name__}")
 
 

@@ -121,7 +121,7 @@ class Subspace(Space):
     """A model's parameters in a random subspace of few dimensions, θ = θ₀ + P θ_d.
 
     θ_d starts at zero, so that nothing changes at first. P is fixed, drawn tensor by tensor from
-    the seed, and never stored; all its columns have length 1, or nearly, over the whole model.
+    the seed, and never held as a matrix; its columns have length 1, or nearly, over all the model.
     With ``kind="said"`` every layer i has a scale, θ_i = θ₀_i + λ_i (P θ_(d-m))_i, which starts at
     1; the m scales are taken out of d. A layer is a numbered block, or a module outside the blocks
     that has parameters of its own.

@@ -129,7 +129,7 @@ def collect(
     """Run calibration data through a model and return statistics of modules' inputs.
 
     They are means over inputs x, float64: ``moment`` C = E[x x.T] ``(in, in)``, ``mean`` E[x] and
-    ``magnitude`` E|x|, both ``(in,)``.
+    ``magnitude`` E|x|, both ``(in,)``; ``count`` says how many there were.
 
     Args:
         model: run in eval mode, without gradients; left as it was.

@@ -168,12 +168,28 @@ def content_hash(
 ) -> str:
     """Name all that statistics depend on: layout, kind, config, weights, modules and data."""
     digest = hashlib.blake2b(repr((VERSION, kind)).encode(), digest_size=16)
+    digest.update(model_hash(model).encode())
+    digest.update("\n".join(modules).encode())
+    digest.update(fingerprint(batches).encode())
+    return digest.hexdigest()
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """Name a model by its config and weights.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> tiny = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1))
+        >>> before = model_hash(tiny)
+        >>> _ = torch.nn.init.zeros_(tiny.transformer.ln_f.weight)
+        >>> model_hash(tiny) == before
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
     settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
-    digest.update("\n".join(modules).encode())
-    digest.update(fingerprint(batches).encode())
     return digest.hexdigest()

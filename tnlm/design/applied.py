@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.metrics import Metric
-from tnlm.calibration.store import content_hash
+from tnlm.calibration.store import model_hash
 from tnlm.decompositions import get_format
 from tnlm.decompositions.gauge import fix
 from tnlm.decompositions.low_rank import LowRankSpec
@@ -95,7 +95,7 @@ class Trials:
 
     def fingerprint(self) -> str:
         """Return a text that tells this model from another, by its config and weights."""
-        return content_hash(self._model, [], [], "trials")
+        return model_hash(self._model)
 
     def _module(self, group: Sequence[Target], configuration: Configuration) -> nn.Module:
         """Return what replaces a module; parts of a fused one that are not chosen stay dense."""

@@ -33,8 +33,8 @@ def loglikelihoods(
     """Score every continuation after its context.
 
     What is longer than ``window`` loses its first tokens. Pairs that put the same tokens to the
-    model share one pass, as the letters of one question do; those that begin alike, as the choices
-    after one question do, share the pass over their beginning.
+    model share one pass, as the letters of one question do. Choices of several tokens after one
+    question share the pass over it, if the model can and they fill half a batch.
 
     Args:
         model: a causal language model, left as it was.
@@ -57,7 +57,9 @@ def loglikelihoods(
     }
     answers: dict[int, Answer] = {}
     with evaluating(model):
-        todo, past = batches(scored, batch_size, share=can_share(model)), Past(model)
+        todo, past = batches(scored, batch_size, share=True), Past(model)
+        if any(batch.prefix for batch in todo) and not can_share(model):
+            todo = batches(scored, batch_size, share=False)
         for batch in tqdm(todo, desc="likelihoods", disable=not progress):
             for row, tokens in zip(_logits(model, batch, past), batch.inputs, strict=True):
                 end = len(tokens) - batch.prefix

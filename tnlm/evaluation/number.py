@@ -25,7 +25,7 @@ def finite(value: Any, what: str) -> float:
         Traceback (most recent call last):
         tnlm.errors.EvaluationError: the metric of the whole model is nan, not a finite number
     """
-    if isinstance(value, bool | str):  # float() takes them, but they are none
+    if isinstance(value, str):  # float() would read it
         raise EvaluationError(f"{what} is {value!r}; it must be a number")
     try:
         number = float(value.detach() if isinstance(value, Tensor) else value)

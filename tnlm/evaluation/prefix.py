@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WORTH = 64
 """Tokens that sharing must save: a pass more is not free."""
+STRETCHED = ("dynamic", "longrope")
+"""Rotations that depend on how long the whole sequence is: keys of a prefix are other keys."""
 
 Tokens = tuple[int, ...]
 
@@ -34,6 +36,9 @@ class Batch(NamedTuple):
 def batches(scored: Mapping[Tokens, int], size: int, *, share: bool) -> list[Batch]:
     """Put sequences together that begin alike, as choices after one question do, or are as long.
 
+    Choices share a pass if they fill half a batch, so that there are not many small passes where
+    large ones cost as little, as on a GPU.
+
     Args:
         scored: sequences, and how many of their last tokens logits are needed at.
         size: most sequences in a batch.
@@ -42,8 +47,8 @@ def batches(scored: Mapping[Tokens, int], size: int, *, share: bool) -> list[Bat
     Example:
         >>> question = tuple(range(40))
         >>> asked = {(*question, 1, 2): 2, (*question, 3, 4): 2, (*question, 5): 1, (7,): 1}
-        >>> [(batch.prefix, len(batch.inputs)) for batch in batches(asked, 8, share=True)]
-        [(0, 1), (40, 3)]
+        >>> [(batch.prefix, len(batch.inputs)) for batch in batches(asked, 6, share=True)]
+        [(40, 3), (0, 1)]
     """
     alike: dict[Tokens, list[Tokens]] = {}
     for tokens, last in scored.items():
@@ -52,20 +57,47 @@ def batches(scored: Mapping[Tokens, int], size: int, *, share: bool) -> list[Bat
     for prefix, inputs in alike.items():
         for start in range(0, len(inputs), size):
             part = inputs[start : start + size]
-            if share and (len(part) - 1) * len(prefix) >= WORTH:
+            saved = (len(part) - 1) * len(prefix)
+            if share and saved >= WORTH and 2 * len(part) >= size:
                 found.append(Batch(len(prefix), part))
             else:
                 alone += part
-    alone.sort(key=lambda tokens: (-len(tokens), tokens))  # if memory runs out, it does at once
+    alone.sort(key=lambda tokens: (-len(tokens), tokens))
     found.sort(key=lambda batch: batch.inputs[0])  # what begins alike is run in turn
-    return [Batch(0, alone[i : i + size]) for i in range(0, len(alone), size)] + found
+    whole = [Batch(0, alone[i : i + size]) for i in range(0, len(alone), size)]
+    longest = sorted(found, key=lambda batch: -max(map(len, batch.inputs)))[:1]
+    rest = [batch for batch in found if batch not in longest]
+    return longest + whole + rest  # if memory runs out, it does at once
 
 
+@torch.no_grad()
 def can_share(model: PreTrainedModel) -> bool:
-    """Whether a model keeps nothing of its past but keys and values of all tokens."""
-    layers = DynamicCache(config=model.config).layers
-    takes = {"use_cache", cache_name(model)} <= set(inspect.signature(model.forward).parameters)
-    return takes and bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    """Whether a model gives the same logits when it goes on from the keys and values of a prefix.
+
+    Its config is looked at, and it is tried on three tokens.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> tiny = GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)
+        >>> can_share(GPT2LMHeadModel(tiny).eval())
+        True
+    """
+    config = model.config.get_text_config()
+    rotations = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    if any(kind in str(rotations) for kind in STRETCHED):
+        return False
+    ids = torch.tensor([[0, 1, 0], [0, 1, 1]], device=model.device)
+    try:
+        options = Past(model).of((0, 1), copies=len(ids))
+        layers = next(iter(options.values())).layers
+        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+            return False
+        found = model(input_ids=ids[:, 2:], use_cache=True, **options).logits[:, -1]
+        wanted = model(input_ids=ids, use_cache=False).logits[:, -1]
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False  # whatever a model's own code makes of a past that it did not expect
+    tolerance = 2 * torch.finfo(found.dtype).eps ** 0.5
+    return bool((found - wanted).float().norm() <= tolerance * wanted.float().norm())
 
 
 def cache_name(model: PreTrainedModel) -> str:
@@ -93,6 +125,13 @@ class Past:
 
     Args:
         model: one that :func:`can_share`.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> tiny = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1))
+        >>> known = Past(tiny).of((1, 2, 3), copies=2)
+        >>> tiny(input_ids=torch.tensor([[4], [5]]), **known).logits.shape
+        torch.Size([2, 1, 8])
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -101,6 +140,7 @@ class Past:
         self._tokens: Tokens = ()
         self._cache: Any = None
 
+    @torch.no_grad()
     def of(self, prefix: Tokens, copies: int) -> dict[str, Any]:
         """Return what continues a prefix in so many sequences, as keywords."""
         same = _agree(self._tokens, prefix)

@@ -87,11 +87,11 @@ class Course:
             chunks: parts of them; none for no chunks.
         """
         for tried, site in enumerate(self._bar(), start=1):
-            place = _Place(self, site)
-            firsts = [self._first(place, site.ranks, chunk, tried) for chunk in chunks]
-            known = [rank for rank in firsts if rank is not None]
-            ranks = [max(known)] if firsts and len(known) == len(firsts) else []
-            rank = self._first(place, ranks if chunks else site.ranks, whole, tried)
+            place, ranks = _Place(self, site), site.ranks
+            if chunks:
+                firsts = [self._first(place, ranks, chunk, tried) for chunk in chunks]
+                ranks = _largest(firsts)
+            rank = self._first(place, ranks, whole, tried)
             if rank is None:
                 self.patient.drop(site.target)
             else:
@@ -138,6 +138,12 @@ class Course:
 
     def _bar(self) -> Any:
         return tqdm(self.sites, desc="searching", unit="matrix", disable=not self.progress)
+
+
+def _largest(ranks: Sequence[int | None]) -> Sequence[int]:
+    """Return the largest rank, or nothing if one is missing."""
+    known = [rank for rank in ranks if rank is not None]
+    return [max(known)] if len(known) == len(ranks) else []
 
 
 class _Place:

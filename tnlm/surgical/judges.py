@@ -108,7 +108,7 @@ class TaskJudge(Judge):
         if not hasattr(found, "__iter__") or getattr(found, "ndim", None) == 0:
             value = finite(found, self.name)
             return Measured(value, -value)
-        scores = tuple(finite(score, f"a score of {self.name}") for score in found)
+        scores = tuple(finite(s, f"{self.name} of item {i}") for i, s in enumerate(found))
         if len(scores) != len(items):
             raise EvaluationError(
                 f"{self.name} gave {len(scores)} scores for {len(items)} items; give one for "

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import stay_dense
-from tnlm.calibration.store import content_hash
+from tnlm.calibration.store import model_hash
 from tnlm.errors import BudgetError, EvaluationError
 from tnlm.evaluation.flips import Flips, flips
 from tnlm.job import Data, Job, prepare
@@ -162,14 +162,14 @@ def surgical_search(
     if file is not None:
         check_journal(file)
     judge, splits = splits_of(model, metric, search, report, delta, growth, tokenizer, max_length)
-    names = check_disjoint(*splits)
+    names, chunked = check_disjoint(*splits), chunks_of(splits[0], chunks)
     data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed)
     job = prepare(model, request, targets, ignore, data, progress)
     sites = sites_of(model, job, candidates, order)
     journal = Journal(
         file,
         {
-            "model": content_hash(model, [], [], "search"),
+            "model": model_hash(model),
             "calibration": name_calibration(request, data),
             "search": names[0],
             "report": names[1],
@@ -187,7 +187,7 @@ def surgical_search(
     whole = Part(splits[0], before[0].damage)
     parts = [
         Part(items, judge.measure(model, items).damage, number)
-        for number, items in enumerate(chunks_of(splits[0], chunks), start=1)
+        for number, items in enumerate(chunked, start=1)
     ]
     with Patient(model, job.selection.targets) as patient:
         course = Course(patient, job.metric, sites, judge, journal, progress)
@@ -219,10 +219,11 @@ def _wanted(model: PreTrainedModel, keep: float) -> int:
 def _check_end(course: Course, before: Measured, after: Measured, *, bounded: bool) -> None:
     """Refuse an end in which nothing was compressed, or that is worse than was allowed."""
     if not course.patient.rungs:
+        excess = (t.damage - t.limit for t in course.trials if t.limit is not None)
         raise BudgetError(
-            f"no rank of any of {len(course.sites)} matrices is good enough: the least damage was "
-            f"{min((t.damage for t in course.trials), default=math.inf):.6g}, the dense model's is "
-            f"{before.damage:.6g}; allow more (delta=, growth=), or larger candidates="
+            f"no rank of any of {len(course.sites)} matrices is good enough: the best is "
+            f"{min(excess, default=math.inf):.6g} above what is allowed; allow more (delta=, "
+            "growth=), or larger candidates="
         )
     limit = course.judge.limit(before.damage, len(course.sites))
     if bounded and after.damage > limit:
