@@ -87,6 +87,16 @@ def test_tables_are_printed_without_json(source, tmp_path, monkeypatch):
         assert shown in result.stdout
 
 
+def test_a_narrow_terminal_folds_names_and_crops_no_figures(source, monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 80)
+    found = run("plan", source, "--scheme", "svd")["layers"]
+    shown = CliRunner().invoke(cli.app, ["plan", str(source), "--scheme", "svd"]).stdout
+    assert "matrices of model.layers" in shown
+    for layer in found:
+        assert layer["name"].removeprefix("model.layers.") in shown
+        assert f"{layer['error']:.4f}" in shown
+
+
 def test_lists_of_numbers_reach_the_format(source, tmp_path):
     report = run(
         *("compress", source, tmp_path / "out", "--scheme", "tt", "--targets", ".*q_proj"),

@@ -53,7 +53,7 @@ from tnlm.cli_options import (
 from tnlm.cli_output import console, numbers, print_json
 from tnlm.cli_studies import studies
 from tnlm.errors import OptionError, TnlmError
-from tnlm.names import unprefixed
+from tnlm.names import beginning, unprefixed
 from tnlm.planning import LayerPlan
 from tnlm.tables import HEADINGS, row
 
@@ -67,13 +67,12 @@ app.add_typer(studies)
 
 
 def _table(layers: Sequence[LayerPlan]) -> Table:
-    """Return the table of a plan; names without what all begin with, so that a line holds them."""
+    """Return the table of a plan; what all names begin with stands above it."""
     long = ("target", "spec")
     columns = [Column(name, no_wrap=name not in long, overflow="fold") for name in HEADINGS]
-    table = Table(*columns, box=None, padding=(0, 1, 0, 0))
-    names = unprefixed([layer.name for layer in layers])
-    for name, shown in list(names.items())[:1]:
-        table.title = f"matrices of {name.removesuffix(shown).strip('.') or 'the model'}"
+    found = [layer.name for layer in layers]
+    names, title = unprefixed(found), f"matrices of {beginning(found).strip('.') or 'the model'}"
+    table = Table(*columns, title=title, box=None, padding=(0, 1, 0, 0))
     for layer in layers:
         table.add_row(names[layer.name], *row(layer)[1:])
     return table

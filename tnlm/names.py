@@ -22,12 +22,12 @@ def place(name: str) -> tuple[str, int]:
     return "+".join(kinds), block
 
 
-def unprefixed(names: Sequence[str]) -> dict[str, str]:
-    """Return names without the beginning that all share, up to a dot.
+def beginning(names: Sequence[str]) -> str:
+    """Return what all names begin with, up to a dot; nothing for less than two.
 
     Example:
-        >>> unprefixed(["model.0.up", "model.1.up", "model.1.gate+model.1.up"])
-        {'model.0.up': '0.up', 'model.1.up': '1.up', 'model.1.gate+model.1.up': '1.gate+1.up'}
+        >>> beginning(["model.0.up", "model.1.up", "model.1.gate+model.1.up"])
+        'model.'
     """
     parts = [member.split(".") for name in names for member in name.split("+")]
     shared = 0
@@ -35,9 +35,19 @@ def unprefixed(names: Sequence[str]) -> dict[str, str]:
         len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts
     ):
         shared += 1
+    return "".join(f"{part}." for part in parts[0][:shared]) if parts else ""
+
+
+def unprefixed(names: Sequence[str]) -> dict[str, str]:
+    """Return names without what all begin with.
+
+    Example:
+        >>> unprefixed(["model.0.up", "model.1.up", "model.1.gate+model.1.up"])
+        {'model.0.up': '0.up', 'model.1.up': '1.up', 'model.1.gate+model.1.up': '1.gate+1.up'}
+    """
+    cut = beginning(names)
     return {
-        name: "+".join(".".join(member.split(".")[shared:]) for member in name.split("+"))
-        for name in names
+        name: "+".join(member.removeprefix(cut) for member in name.split("+")) for name in names
     }
 
 
