@@ -112,18 +112,35 @@ def _row(space: DesignSpace, sweeps: Mapping[str, Sweep], configuration: Configu
 def as_text(rows: Sequence[Row], limit: int) -> str:
     """Return the table: percentages removed, and accuracies with their drops in points."""
     tasks = list(rows[0]["accuracy"])
-    head = ["Llama-2-7B", "removed", "as published", "layers", *tasks, "mean drop"]
+    head = ["Llama-2-7B", "removed", "as published", *tasks, "mean drop", "layers"]
     said = ["dense", *(f"{percent:.1f} %" for percent in PUBLISHED_PERCENT)]
     lines = []
     for of, row in zip(said, rows, strict=True):
         percents = [f"{row[name]:.2f} %" for name in ("percent", "published_percent")]
-        layers = " ".join(map(str, row["layers"])) or "none"
         cells = [_cell(row, task) for task in tasks]
-        lines.append([of, *percents, layers, *cells, _mean(row)])
+        lines.append([of, *percents, *cells, _mean(row), ranges(row["layers"]) or "none"])
     error = 100 * (0.25 / max(limit - 1, 1)) ** 0.5
     return (
         f"{table(head, lines)}\n\nAccuracy (drop) in points, {limit} items a task: the standard "
         f"error of one accuracy is at most {error:.1f} points. Nothing is retrained."
+    )
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers in short.
+
+    Example:
+        >>> ranges([1, 3, 4, 5, 6, 8, 9])
+        '1 3-6 8 9'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs
     )
 
 

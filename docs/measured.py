@@ -30,13 +30,17 @@ def _quality(scheme: str) -> list[str]:
     for row in mine:
         spent = sum(seconds for name, seconds in row["seconds"].items() if name != "calibrate")
         cells = [f"{row['keep_targets']:.3f}", f"{row['parameters'] / dense['parameters']:.3f}"]
-        cells += [f"{row[text] / dense[text]:,.3f} x" for text in ("wiki", "c4")]
+        cells += [_ratio(row[text] / dense[text]) for text in ("wiki", "c4")]
         lines.append(f"| {' | '.join([*cells, f'{spent:.0f}'])} |")
     told = (
         "Perplexity of SmolLM2-135M-Instruct as a ratio to the dense model, without training "
         "([protocol and command](/benchmarks/quality.md)):"
     )
     return [told, "\n".join(lines)]
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
 
 
 def _classification(scheme: str) -> list[str]:

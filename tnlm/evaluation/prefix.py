@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -21,7 +22,8 @@ STRETCHED = ("dynamic", "longrope")
 Tokens = tuple[int, ...]
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Sequences for one pass.
 
     Attributes:
