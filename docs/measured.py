@@ -53,10 +53,9 @@ def _classification(scheme: str) -> list[str]:
         f"{100 * statistics.mean(row[key] for row in mine):.1f} %"
         for key in ("accuracy", "finetuned")
     )
-    seeds = f"{len(mine)} seeds" if len(mine) > 1 else "1 seed"
     return [
-        f"Accuracy of a small BERT on SST-2 with a third of its rank, {seeds}: {before} without "
-        f"and {after} with fine-tuning; dense {100 * dense['accuracy']:.1f} % "
+        f"Accuracy of a small BERT on SST-2 with a third of its rank, {len(mine)} seeds: {before} "
+        f"without and {after} with fine-tuning; dense {100 * dense['accuracy']:.1f} % "
         "([protocol and command](/benchmarks/classification.md))."
     ]
 

@@ -153,13 +153,19 @@ def start(monkeypatch) -> Callable[..., None]:
     return start_it
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-def test_classification_measures_before_and_after_and_resumes(
-    start, tiny_bert, word_tokenizer, tmp_path, capsys
-):
+@pytest.fixture
+def classifier(tiny_bert, word_tokenizer, tmp_path):
+    """Save a classifier of two classes, with its tokenizer."""
     torch.manual_seed(0)
-    BertForSequenceClassification(tiny_bert(num_labels=2).config).save_pretrained(tmp_path / "m")
-    word_tokenizer.save_pretrained(tmp_path / "m")
+    model = BertForSequenceClassification(tiny_bert(num_labels=2).config)
+    for saved in (model, word_tokenizer):
+        saved.save_pretrained(tmp_path / "m")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.usefixtures("classifier")
+def test_classification_measures_before_and_after_and_resumes(start, tmp_path, capsys):
     rows = [{"text": f"word{i} word{i % 7}", "label": i % 2} for i in range(16)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -232,10 +238,7 @@ def test_groups_compares_both_weightings(start, tiny_llama, word_tokenizer, word
     assert "Rank correlation of error and loss over the groups: svd " in table
 
 
-def test_intrinsic_measures_every_kind_and_resumes(start, tiny_bert, word_tokenizer, tmp_path):
-    torch.manual_seed(0)
-    BertForSequenceClassification(tiny_bert(num_labels=2).config).save_pretrained(tmp_path / "m")
-    word_tokenizer.save_pretrained(tmp_path / "m")
+def test_intrinsic_measures_every_kind_and_resumes(start, classifier, tmp_path):
     rows = [{"text": f"word{i % 2} word{i}", "label": i % 2} for i in range(32)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -247,7 +250,7 @@ def test_intrinsic_measures_every_kind_and_resumes(start, tiny_bert, word_tokeni
     assert list(found) == ["did", "said"]
     assert all(len(each["runs"]) == 6 for each in found.values())
     assert all(each["dimension"] in (50, 400) for each in found.values())
-    whole = sum(parameter.numel() for parameter in tiny_bert(num_labels=2).parameters())
+    whole = classifier.num_parameters()
     assert all(each["parameters"] < whole for each in found.values())
     table = (tmp_path / "out" / "intrinsic.md").read_text()
     assert "| did |" in table

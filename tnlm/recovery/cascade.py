@@ -8,8 +8,7 @@ With x the dense input and x~ the compressed one, *sequential* fits W to x~, and
 output that the dense model had: ``min ||W x - W' x~||``. Its optimum under any format is the fit of
 ``W* = W K C~^-1`` under the metric C~, where C~ = E[x~ x~.T] and K = E[x x~.T].
 
-Source: anchored, AA-SVD (arXiv 2604.02119; QEP's update is equivalent); sequential, LLM-ROM (arXiv
-2312.07046).
+Source: anchored, AA-SVD (arXiv 2604.02119) and, the same, QEP; sequential, LLM-ROM (2312.07046).
 """
 
 from __future__ import annotations
