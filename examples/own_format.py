@@ -126,7 +126,7 @@ for metric in ("identity", "input", "two-sided"):
         copy.deepcopy(given.model),
         "heads",
         metric=metric,
-        keep_targets=0.6,
+        keep_targets=0.4,
         **needed,
         progress=False,
     )

@@ -103,7 +103,7 @@ def setting(description: str | None, *options: str, kind: str = "llama") -> Sett
     if asked.model is None:
         logging.disable_progress_bar()
         torch.set_num_threads(1)  # tiny matrices gain nothing from more
-        learn, measure = (half[:40_000] for half in text_halves())
+        learn, measure = (text[:40_000] for text in texts())
         model, tokenizer, window, tokens = make_model(kind), make_tokenizer(), 32, 16_384
     else:
         (model, tokenizer), window, tokens = load_model(asked.model), 512, 1_000_000
@@ -122,6 +122,16 @@ def setting(description: str | None, *options: str, kind: str = "llama") -> Sett
 
 
 @functools.cache
+def texts() -> tuple[str, str]:
+    """Return every other paragraph of Python's documentation to learn from, and the rest.
+
+    Both are of the same kind, whatever topics this Python's documentation begins with.
+    """
+    paragraphs = "\n\n".join(text_halves()).split("\n\n")
+    return "\n\n".join(paragraphs[::2]), "\n\n".join(paragraphs[1::2])
+
+
+@functools.cache
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer whose words were learned from the text."""
     backend = Tokenizer(models.BPE())
@@ -134,7 +144,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([text_halves()[0]], trainer)
+    backend.train_from_iterator([texts()[0]], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -183,10 +193,10 @@ def make_model(kind: str) -> Any:
 _KNOWN: dict[str, dict[str, torch.Tensor]] = {}
 
 
-def _learned(kind: str, model: Any, steps: int = 200) -> dict[str, torch.Tensor]:
+def _learned(kind: str, model: Any, steps: int = 400) -> dict[str, torch.Tensor]:
     """Train a model on windows of 32 tokens for some seconds, once for all examples."""
     if kind not in _KNOWN:
-        ids = torch.tensor(make_tokenizer()(text_halves()[0], verbose=False)["input_ids"])
+        ids = torch.tensor(make_tokenizer()(texts()[0], verbose=False)["input_ids"])
         windows = ids[: len(ids) // 32 * 32].reshape(-1, 32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
