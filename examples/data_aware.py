@@ -12,6 +12,7 @@ The page on quality, ``docs/benchmarks/quality.md``, has such figures of a real 
 from __future__ import annotations
 
 import copy
+import tempfile
 
 import tiny
 
@@ -23,13 +24,16 @@ print(f"dense                   perplexity {given.perplexity(dense):.2f}")
 
 # %%
 # What a scheme needs to know decides its arguments. ``svd`` needs nothing; the others calibrate on
-# a text, and ``kfac-svd`` takes gradients on its first windows besides.
+# a text, and ``kfac-svd`` takes gradients on its first windows besides. What was learned from the
+# text is kept in ``cache_dir``: nine compressions read it once.
 
+place = tempfile.TemporaryDirectory()
 data = {
     "calibration": [given.learn],
     "tokenizer": given.tokenizer,
     "num_samples": 64,
     "max_length": given.window,
+    "cache_dir": place.name,
     "progress": False,
 }
 KEEPS = (0.8, 0.6, 0.4)
@@ -56,3 +60,4 @@ print(f"svd, metric=input keep_targets=0.4 perplexity {given.perplexity(same):.2
 if given.figure:
     size = sum(parameter.numel() for parameter in dense.parameters())
     given.save(tnlm.plot.pareto(points, dense=(size, given.perplexity(dense))))
+place.cleanup()

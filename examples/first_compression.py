@@ -20,38 +20,31 @@ import tnlm
 
 given = tiny.setting(__doc__)
 model, tokenizer = given.model, given.tokenizer
+place = tempfile.TemporaryDirectory()
 print(f"dense      perplexity {given.perplexity(model):.2f}")
 
 # %%
 # A plan says what would be done to each matrix, what that costs and what error is expected. No
 # weight changes yet. ``svd-llm`` keeps, of each matrix, what its inputs on the calibration text
-# make most use of; ``keep_targets`` is the share of the matrices' numbers that remains.
+# make most use of; ``keep_targets`` is the share of the matrices' numbers that remains. What the
+# text tells is kept in ``cache_dir``, so that it is read once.
 
-plan = tnlm.plan(
-    model,
-    "svd-llm",
-    keep_targets=0.7,
-    calibration=[given.learn],
-    tokenizer=tokenizer,
-    num_samples=32,
-    max_length=given.window,
-    progress=False,
-)
+data = {
+    "calibration": [given.learn],
+    "tokenizer": tokenizer,
+    "num_samples": 32,
+    "max_length": given.window,
+    "cache_dir": f"{place.name}/statistics",
+    "progress": False,
+}
+plan = tnlm.plan(model, "svd-llm", keep_targets=0.7, **data)
 print(plan)
 
 # %%
 # Carrying it out changes the model in place. If anything failed the model would be left as it was.
 # The report has the columns of the plan, with errors that were measured instead of predicted.
 
-model = tnlm.compress(
-    model,
-    plan,
-    calibration=[given.learn],
-    tokenizer=tokenizer,
-    num_samples=32,
-    max_length=given.window,
-    progress=False,
-)
+model = tnlm.compress(model, plan, **data)
 report = tnlm.report(model)
 print("\n".join(report.summary()))
 print(f"compressed perplexity {given.perplexity(model):.2f}")
@@ -59,10 +52,10 @@ print(f"compressed perplexity {given.perplexity(model):.2f}")
 # %%
 # The result is an ordinary model: it generates, and it saves and loads whole.
 
-with tempfile.TemporaryDirectory() as folder:
-    tnlm.save(model, f"{folder}/smaller", tokenizer=tokenizer)
-    loaded = tnlm.load(f"{folder}/smaller")
+tnlm.save(model, f"{place.name}/smaller", tokenizer=tokenizer)
+loaded = tnlm.load(f"{place.name}/smaller")
 print(f"loaded     perplexity {given.perplexity(loaded):.2f}")
 prompt = tokenizer("The value of", return_tensors="pt")
 ids = loaded.generate(**prompt, max_new_tokens=12, do_sample=False)
 print(tokenizer.decode(ids[0]))
+place.cleanup()

@@ -25,8 +25,8 @@ cut = len(given.measure) // 2
 # fitted once; a smaller rank is a slice of a larger one.
 
 common = {
-    "search": [given.measure[:cut][: 40 * given.window]],
-    "report": [given.measure[cut:][: 40 * given.window]],
+    "search": [given.measure[:cut][:4000]],
+    "report": [given.measure[cut:][:4000]],
     "calibration": [given.learn],
     "tokenizer": given.tokenizer,
     "num_samples": 32,
