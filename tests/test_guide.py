@@ -97,9 +97,11 @@ def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my-model-small" / "report.html").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 @pytest.mark.parametrize(
     ("page", "blocks"),
     [
+        ("../README.md", 3),
         ("index.md", 1),
         ("tour.md", 3),
         ("choose.md", 1),
@@ -112,7 +114,7 @@ def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
 def test_every_block_on_other_pages_runs(
     page, blocks, tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text
 ):
-    small = {"num_hidden_layers": 1, "eos_token_id": None}
+    small = {"num_hidden_layers": 1, "eos_token_id": None, "max_position_embeddings": 512}
     tiny_llama(**small).save_pretrained(tmp_path / "my-model")
     word_tokenizer.save_pretrained(tmp_path / "my-model")
     (tmp_path / "text.txt").write_text(word_text(600))
