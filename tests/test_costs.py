@@ -11,7 +11,7 @@ import pytest
 
 from tnlm.calibration.measures import MEASURES
 from tnlm.decompositions import formats, get_format
-from tnlm.decompositions.base import from_dict, row_macs
+from tnlm.decompositions.base import Budget, from_dict, row_macs
 from tnlm.layers.contraction import chain
 from tnlm.schemes import schemes
 
@@ -108,6 +108,15 @@ def test_tensor_ring(out, inp, ranks):
     train = network("tensor-train", shape, out_split=out, in_split=inp, ranks=ranks)
     for order in (list(found.factors), list(found.factors)[::-1]):
         assert chain(found, order).macs == closing * chain(train, order).macs
+
+
+def test_how_far_a_ring_is_from_the_size_asked_for():
+    form, dense = get_format("tensor-ring"), 576 * 576
+    found = form.candidates((576, 576), {}, Budget(0.8 * dense, dense))
+    kept = {spec.ranks[0]: form.network((576, 576), spec).params / dense for spec in found}
+    page = (DOCS / "schemes" / "tr.md").read_text()
+    assert f"{kept[1]:.4f}" in page
+    assert f"{kept[2]:.4f}" in page
 
 
 def test_block_train():
