@@ -14,6 +14,7 @@ sys.path.insert(0, str(EXAMPLES))  # examples may share a helper
 
 from diagrams import write_all
 from pages import write_pages
+from papers import link_papers
 from sources import repair
 
 project = "tnlm"
@@ -77,4 +78,5 @@ write_pages(HERE / "_generated")
 
 
 def setup(app: Any) -> None:
+    app.connect("doctree-read", link_papers)
     app.connect("html-page-context", repair)

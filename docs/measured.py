@@ -23,6 +23,7 @@ def _quality(scheme: str) -> list[str]:
     mine = [row for row in rows if row["scheme"] == scheme and "error" not in row]
     if not mine:
         return []
+    mine.sort(key=lambda row: float(row["keep_targets"]), reverse=True)
     lines = [
         "| linear weights kept | whole model | WikiText-2 | C4 | seconds to plan and fit |",
         "|---|---|---|---|---|",

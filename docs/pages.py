@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from costs import cost
 from diagrams import EXAMPLES as PICTURES
 from diagrams import describe, example
 from measured import measured
@@ -55,15 +56,15 @@ def scheme_table(found: Mapping[str, Scheme]) -> str:
 
 
 def scheme_page(scheme: Scheme) -> str:
-    """Return a scheme's page: choices, docs/schemes/<name>.md if there is, figures, networks."""
+    """Return a scheme's page: choices, docs/schemes/<name>.md, figures, costs, networks."""
     parts = [f"# {scheme.name}", scheme.title[0].upper() + scheme.title[1:] + "."]
     parts.append("\n".join(["| choice | value |", "|---|---|", *_choices(scheme)]))
     parts.append(f"```python\n{_call(scheme)}\n```")
-    if (DOCS / "schemes" / f"{scheme.name}.md").is_file():
-        parts.append(f"```{{include}} ../../schemes/{scheme.name}.md\n```")
+    parts.append(f"```{{include}} ../../schemes/{scheme.name}.md\n```")
     figures = measured(scheme.name)
     if figures:
         parts += ["## Measured", *figures]
+    parts += ["## What it takes", *cost(scheme)]
     parts += ["## Structure", *(_structure(name) for name in scheme.formats)]
     return "\n\n".join(parts) + "\n"
 

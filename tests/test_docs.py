@@ -28,7 +28,7 @@ def site():
         yield pages, diagrams
     finally:
         sys.path.remove(str(DOCS))
-        for name in ("pages", "diagrams", "measured", "sources"):
+        for name in ("pages", "costs", "diagrams", "measured", "papers", "sources"):
             sys.modules.pop(name, None)
 
 
@@ -87,8 +87,50 @@ def test_a_scheme_page_has_what_was_measured(site):
     assert "on SST-2 with a third of its rank" in page
 
 
-def test_prose_belongs_to_schemes_that_exist():
-    assert {page.stem for page in (DOCS / "schemes").glob("*.md")} <= set(schemes())
+def test_measured_rows_stand_in_the_order_of_their_size(site):
+    pages, _ = site
+    page = pages.scheme_page(schemes()["auto"])
+    kept = re.findall(r"^\| (0\.\d+) \| 0\.\d+ \|", page, re.M)
+    assert kept == sorted(kept, reverse=True)
+    assert len(kept) > 2
+
+
+def test_every_scheme_has_prose():
+    assert {page.stem for page in (DOCS / "schemes").glob("*.md")} == set(schemes())
+
+
+@pytest.mark.parametrize(
+    ("text", "links"),
+    [
+        (
+            "K-FAC, as OBD-LLM (arXiv 2604.00821) and (arXiv:2605.15626)",
+            ["2604.00821", "2605.15626"],
+        ),
+        ("as in AWQ (arXiv\n2306.00978)", ["2306.00978"]),
+        ("arXiv is a library; 2306.00978 tokens", []),
+    ],
+)
+def test_papers_on_arxiv_are_links(text, links, site):
+    import papers
+    from docutils import nodes
+
+    found = [node for node in papers.linked(text) if isinstance(node, nodes.reference)]
+    assert [node["refuri"] for node in found] == [f"https://arxiv.org/abs/{n}" for n in links]
+
+
+def test_papers_in_code_and_in_links_stay_as_they_are(site):
+    import papers
+    from docutils import nodes
+    from docutils.utils import new_document
+
+    page = new_document("page")
+    told = "arXiv 2306.00978"
+    page += nodes.paragraph(
+        "", "", nodes.literal("", told), nodes.reference("", told), nodes.Text(told)
+    )
+    papers.link_papers(None, page)
+    assert len(list(page.findall(nodes.reference))) == 2
+    assert page.astext() == 3 * told
 
 
 def test_pictures_are_of_formats_that_exist_and_stand_on_the_page(site):

@@ -157,10 +157,9 @@ def test_even_weights_of_entries_give_the_truncated_svd(m, n, part, seed, gaussi
 
 
 @given(m=sizes, n=sizes, part=parts, seed=seeds)
-def test_weights_of_rows_give_fwsvd(m, n, part, seed, gaussian):
+def test_weights_of_rows_give_the_svd_of_the_scaled_rows(m, n, part, seed, gaussian):
     weight, rank = gaussian(m, n, seed=seed), rank_of(m, n, part)
     rows = torch.exp(gaussian(m, seed=seed + 1))
-    # FWSVD (Hsu et al. 2022): the SVD of the scaled matrix, scaled back.
     svd = truncated_svd(rows.sqrt()[:, None] * weight, rank)
     expected = (svd.u * svd.s @ svd.vh) / rows.sqrt()[:, None]
     for metric in (Metric(outputs=Side(rows)), Elementwise(rows[:, None].expand(m, n))):
@@ -172,9 +171,24 @@ def test_weights_of_entries_are_never_worse_than_fwsvd(m, n, part, seed, gaussia
     weight, rank = gaussian(m, n, seed=seed), rank_of(m, n, part)
     metric = Elementwise(gaussian(m, n, seed=seed + 1).square())
     error = metric.relative(weight, fitted(weight, metric, rank))
-    rows = Metric(outputs=Side(metric.weights.mean(1)))
-    for other in (rows, Metric(), metric.start()):
+    rows, columns = (
+        Metric(outputs=Side(metric.weights.mean(1))),
+        Metric(inputs=Side(metric.weights.mean(0))),
+    )
+    for other in (rows, columns, Metric(), metric.start()):
         assert error <= metric.relative(weight, fitted(weight, other, rank)) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_weights_of_entries_near_to_weights_of_columns_are_never_worse_than_fwsvd(seed, gaussian):
+    weight = gaussian(6, 5, seed=seed)
+    # An importance of inputs, which are the columns here, but for a little.
+    weights = gaussian(5, seed=seed + 1) ** 4 * (1 + 0.3 * gaussian(6, 5, seed=seed + 2).abs())
+    metric = Elementwise(weights)
+    columns = Metric(inputs=Side(metric.weights.mean(0)))
+    for rank in (1, 2, 3):
+        error = metric.relative(weight, fitted(weight, metric, rank))
+        assert error <= metric.relative(weight, fitted(weight, columns, rank)) * (1 + 1e-9)
 
 
 def test_weights_of_entries_pay_where_they_are_uneven(gaussian):

@@ -40,7 +40,7 @@ class LowRank(Format[LowRankSpec]):
     inverse of C is needed, so a singular C does no harm, and full rank is exact. Its squared error
     is the tail of the squared singular values (Eckart-Young). A form on the outputs adds its own
     whitening. Under element-wise weights there is no closed form: alternating least squares from
-    the best of three (TFWSVD, Hua et al. 2022, arXiv 2211.09718).
+    the best of four (TFWSVD, Hua et al. 2022, arXiv 2211.09718).
 
     Example:
         >>> import torch
@@ -131,9 +131,9 @@ def _closed_form(weight: Tensor, metric: Metric, rank: int) -> tuple[Factors, fl
     near = metric.start()
     if metric.separable:
         return dict(zip(("left", "right"), metric.low_rank(weight, rank), strict=True)), math.nan
-    # Weights of rows times columns, of rows alone (FWSVD), or none (SVD).
+    # Weights of rows times columns, of columns alone (FWSVD), of rows alone, or none (SVD).
     found = []
-    for candidate in (near, Metric(near.outputs), Metric()):
+    for candidate in (near, Metric(inputs=near.inputs), Metric(near.outputs), Metric()):
         left, right = candidate.low_rank(weight, rank)
         found.append(({"left": left, "right": right}, metric.relative(weight, left @ right)))
     return min(found, key=lambda pair: pair[1])
