@@ -22,7 +22,7 @@ def cost(scheme: Scheme) -> list[str]:
     passes = "; ".join(text for kind, text in TOLD["data"].items() if kind in needs)
     lines = [f"- **Data**: {passes or 'none is looked at'}.{_cascade(scheme)}"]
     several = len(scheme.formats) > 1
-    for name in scheme.formats:
+    for name in (each for each in scheme.formats if each in TOLD["formats"]):
         of, told = f", {name}" if several else "", TOLD["formats"][name]
         fit = told["fit"] + (" " + TOLD["least_squares"] if told.get("improves") else "")
         lines += [f"- **Fit{of}**: {fit}", f"- **Result{of}**: {told['result']}"]

@@ -56,11 +56,12 @@ def scheme_table(found: Mapping[str, Scheme]) -> str:
 
 
 def scheme_page(scheme: Scheme) -> str:
-    """Return a scheme's page: choices, docs/schemes/<name>.md, figures, costs, networks."""
+    """Return a scheme's page: choices, its prose if there is, figures, costs, networks."""
     parts = [f"# {scheme.name}", scheme.title[0].upper() + scheme.title[1:] + "."]
     parts.append("\n".join(["| choice | value |", "|---|---|", *_choices(scheme)]))
     parts.append(f"```python\n{_call(scheme)}\n```")
-    parts.append(f"```{{include}} ../../schemes/{scheme.name}.md\n```")
+    if (DOCS / "schemes" / f"{scheme.name}.md").is_file():
+        parts.append(f"```{{include}} ../../schemes/{scheme.name}.md\n```")
     figures = measured(scheme.name)
     if figures:
         parts += ["## Measured", *figures]

