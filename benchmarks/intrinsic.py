@@ -4,8 +4,9 @@
         --dims 10 30 100 300 1000 --kinds did said --seeds 3 --freeze word_embeddings
 
 MODEL is a directory with a classifier, or an encoder, which gets a head with the classes of the
-rows. Every kind is a line of OUT/results.jsonl as soon as it is known; OUT/intrinsic.md is the
-table of accuracies on held-out rows.
+rows. Every score is a line of OUT/KIND/intrinsic.jsonl as soon as it is known, so that a run which
+is killed, or is repeated with more sizes, trains what is missing; OUT/intrinsic.md is the table of
+accuracies on held-out rows.
 """
 
 from __future__ import annotations
@@ -23,23 +24,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import tnlm
 from tnlm.analysis.subspace import KINDS
 from tnlm.calibration.rows import read_rows
-from tnlm.journal import Journal
 
 Row = dict[str, Any]
-FILES = ("model", "train", "held_out")
-SETTINGS = ("dims", "seeds", "steps", "learning_rate", "batch_size", "max_length", "items")
+COURSE = ("dims", "seeds", "steps", "learning_rate", "batch_size", "max_length", "text", "label")
+"""What `tnlm.intrinsic_dimension` is given as it was asked for."""
 
 
 def main() -> None:
-    """Measure the kinds that are missing, then write the table."""
+    """Measure the kinds, then write the table."""
     asked = _arguments()
-    settings = {name: getattr(asked, name) for name in (*SETTINGS, "text", "label", "freeze")}
-    settings |= {name: str(getattr(asked, name)) for name in FILES}
-    journal = Journal(asked.out / "results.jsonl", settings)
-    for kind in asked.kinds:
-        if kind not in journal.rows:
-            journal.add(kind, asdict(measure(asked, kind)))
-    found = {kind: journal.rows[kind] for kind in asked.kinds}
+    found = {kind: asdict(measure(asked, kind)) for kind in asked.kinds}
+    settings = {name: getattr(asked, name) for name in (*COURSE, "items", "freeze")}
+    settings |= {name: str(getattr(asked, name)) for name in ("model", "train", "held_out")}
     write(asked.out, "intrinsic", {**settings, "kinds": found}, as_text(found))
 
 
@@ -81,14 +77,8 @@ def measure(asked: argparse.Namespace, kind: str) -> tnlm.IntrinsicDimension:
         held_out=held[: asked.items],
         kind=kind,
         metric="accuracy",
-        dims=asked.dims,
-        seeds=asked.seeds,
-        steps=asked.steps,
-        learning_rate=asked.learning_rate,
-        batch_size=asked.batch_size,
-        max_length=asked.max_length,
-        text=asked.text,
-        label=asked.label,
+        output_dir=asked.out / kind,
+        **{name: getattr(asked, name) for name in COURSE},
     )
 
 
@@ -103,7 +93,8 @@ def as_text(found: dict[str, Row]) -> str:
         ]
         shown = [f"{100 * score:.1f}" for score in (row["start"], *scores, row["full"])]
         low, high = row["interval"]
-        ends = [f"{100 * row['target']:.1f}", row["dimension"], f"{low} to {high}"]
+        over = f"> {dims[-1]}"
+        ends = [f"{100 * row['target']:.1f}", row["dimension"] or over, f"{low} to {high or over}"]
         lines.append([kind, *shown, *ends])
     parameters = next(iter(found.values()))["parameters"]
     return (

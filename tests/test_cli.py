@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -73,6 +74,14 @@ def test_plan_changes_nothing_and_matches_compress(source, tmp_path):
     assert [row["spec"] for row in plan["layers"]] == [row["spec"] for row in report["layers"]]
 
 
+def test_a_plan_may_train_and_fix_how_many_channels_stay(source, text):
+    asked = ("--calibration", text, "--max-length", 16)
+    plan = run("plan", source, "--scheme", "modegpt", "--width", 24, *asked)
+    assert {row["spec"].get("width", 24) for row in plan["layers"]} == {24}
+    trained = run("plan", source, "--scheme", "svd", "--recover", "lora", "--training", text)
+    assert trained["request"]["recover"] == "lora"
+
+
 def test_tables_are_printed_without_json(source, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.console, "width", 160)  # whatever COLUMNS was at import
     out = tmp_path / "out"
@@ -138,6 +147,83 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def shell(monkeypatch, capsys, source, text, tmp_path):
+    """Run a line as the program does; return its exit status, and both outputs."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_it(line):
+        monkeypatch.setattr(sys, "argv", ["tnlm", *line.split()])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code, *capsys.readouterr()
+
+    return run_it
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "plan model -s svd-llm",
+            "'svd-llm' with --metric input looks at data; pass --calibration",
+        ),
+        ("plan model -s svd --calibration text.txt", "Error: --calibration has no effect on"),
+        ("plan model -s svd --keep 0.8 --keep-targets 0.8", "--keep and --keep-targets given"),
+        ("plan model -s svd --keep 0.01", "possible is --keep 0."),
+        ("plan model -s svd --keep-targets 0", "Error: --keep-targets 0.0; allowed: a fraction"),
+        ("plan model -s svd --rank 99", "q_proj: --rank 99; a 32x32 matrix allows 1 to 32"),
+        ("plan model -s svd --terms 4", "Allowed: --gauge, --rank"),
+        ("plan model -s kro", "did you mean 'kron'"),
+        ("plan model -s tt --ranks 3 --out-split 5,7", "--out-split 5,7 multiplies to 35, not to"),
+        ("plan model -s svd --blocks 1", "--blocks 1 has no effect on --allocation uniform"),
+        ("plan model -s svd --dtype float3", "--dtype float3; did you mean 'float32'"),
+        ("plan model -s svd --ignore nothing", "Error: --ignore nothing matches no matrix"),
+        ("plan model -s lpaf --calibration text.txt --max-length 601", "of at most 600 or give"),
+        ("compress model model -s svd", "choose another, or pass --overwrite"),
+        ("compress model out -s svd --recover-tokens 5", "has no effect without --recover;"),
+        ("evaluate model --text text.txt --window 1", "Error: --window 1 predicts nothing"),
+        ("info nowhere", "nowhere has no readable config.json"),
+        ("efficiency model --prompt-tokens 500", "--prompt-tokens + --new-tokens = 532, but"),
+        ("bench model --tasks piqa --data model --batch-size 0", "Error: --batch-size 0, but at"),
+        (
+            "surgical model out --search text.txt --report text.txt -s svd --max-length 32",
+            "item 0 of --report is item 0 of --search",
+        ),
+        (
+            "surgical model out --search text.txt --report text.txt -s svd --keep 0.5 --chunks 3",
+            "Error: --chunks has no effect with --keep",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_json", ["", " --json"])
+def test_a_mistake_is_told_in_the_words_of_the_shell(shell, line, said, as_json):
+    code, out, err = shell(line + as_json)
+    error = err.splitlines()[-1]  # no progress bar stands before it, and no traceback
+    assert (code, out) == (1, "")
+    assert re.match(r"\w+Error: ", error)
+    assert said in error
+    assert not re.search(r"\w=", error)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plan model -s svd-llm --calibration nothing.txt",
+        "compress model out -s svd --recover lora --training nothing.txt",
+        "evaluate model --text nothing.txt",
+        "bench model --tasks piqa --data nothing.txt",
+        "surgical model out --search nothing.txt --report text.txt",
+        "report model --evaluation nothing.txt",
+    ],
+)
+def test_a_file_that_is_missing_is_found_before_the_model_loads(shell, line, monkeypatch):
+    monkeypatch.setattr("tnlm.integrations.models.load_model", None)
+    code, out, err = shell(line)
+    assert (code, out) == (2, "")
+    assert "nothing.txt" in err
+
+
 def test_compress_can_train_in_the_end(source, text, tmp_path):
     report = run(
         *("compress", source, tmp_path / "out", "--scheme", "svd", "--recover", "lora"),
@@ -171,7 +257,8 @@ def test_bench_scores_local_rows_beside_a_baseline(source, tmp_path):
     file = tmp_path / "data" / "arc_easy_test.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     arguments = ("bench", source, "--tasks", "arc_easy", "--data", tmp_path / "data")
-    found = run(*arguments, "--baseline", source, "--out", tmp_path / "found.json")
+    options = ("--max-length", 12, "--max-new-tokens", 4, "--seed", 7)
+    found = run(*arguments, *options, "--baseline", source, "--out", tmp_path / "found.json")
     (task,) = found["results"]
     assert task["n"] == 4
     assert task["figures"][0]["difference"] == 0
@@ -195,6 +282,19 @@ def test_a_searched_model_has_a_page(source, text, tmp_path, word_text):
         *("--growth", 1.5, "--max-length", 32),
     )
     assert found["trials"]
+    again = tmp_path / "again"
+    thirds = run(
+        *("surgical", source, again, "--search", text, "--report", other, "--scheme", "svd"),
+        *("--growth", 1.5, "--max-length", 32, "--chunks", 3, "--candidates", "0.5,0.9"),
+        *("--order", "forward", "--num-samples", 4, "--run-dir", tmp_path / "trials"),
+    )
+    assert thirds["trials"][0]["layer"] != found["trials"][0]["layer"]  # the first, not the last
+    assert {trial["chunk"] for trial in thirds["trials"]} >= {1, 2, 3}
+    assert all(
+        len({t["rank"] for t in thirds["trials"] if t["layer"] == at["layer"]}) <= 2
+        for at in thirds["trials"]
+    )
+    assert (tmp_path / "trials" / "search.jsonl").is_file()
     page = run("report", out, "--out", tmp_path / "page.html")["page"]
     assert "<!doctype html>" in (tmp_path / "page.html").read_text()
     assert page == str(tmp_path / "page.html")

@@ -12,10 +12,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.table import Column, Table
+from rich.table import Table
+from typer.main import get_command
 
 import tnlm
 from tnlm.cli_options import (
+    FILE,
     AllocationName,
     Blocks,
     CacheDir,
@@ -36,6 +38,7 @@ from tnlm.cli_options import (
     Model,
     NumSamples,
     OutSplit,
+    Overwrite,
     Rank,
     Ranks,
     Recover,
@@ -49,13 +52,12 @@ from tnlm.cli_options import (
     Tolerance,
     Training,
     Unit,
+    Width,
 )
-from tnlm.cli_output import console, numbers, print_json
+from tnlm.cli_output import console, layers_table, numbers, print_json
 from tnlm.cli_studies import studies
-from tnlm.errors import OptionError, TnlmError
-from tnlm.names import beginning, unprefixed
-from tnlm.planning import LayerPlan
-from tnlm.tables import HEADINGS, row
+from tnlm.cli_words import in_options
+from tnlm.errors import TnlmError
 
 app = typer.Typer(
     add_completion=False,
@@ -66,34 +68,21 @@ app = typer.Typer(
 app.add_typer(studies)
 
 
-def _table(layers: Sequence[LayerPlan]) -> Table:
-    """Return the table of a plan; what all names begin with stands above it."""
-    long = ("target", "spec")
-    columns = [Column(name, no_wrap=name not in long, overflow="fold") for name in HEADINGS]
-    found = [layer.name for layer in layers]
-    names, title = unprefixed(found), f"matrices of {beginning(found).strip('.') or 'the model'}"
-    table = Table(*columns, title=title, box=None, padding=(0, 1, 0, 0))
-    for layer in layers:
-        table.add_row(names[layer.name], *row(layer)[1:])
-    return table
-
-
 CHOICES = ("metric", "allocation", "cascade", "damping", "refine", "share")
 RECOVERY = ("recover", "recover_tokens")
 BUDGET = ("keep", "keep_targets", "tolerance", "max_macs", "unit", "blocks")
 CUT = ("num_samples", "max_length", "gradient_samples", "seed")
-DATA = ("targets", "ignore", "calibration", "cache_dir", *CUT)
+DATA = ("targets", "ignore", "calibration", "training", "cache_dir", *CUT)
 
 
 def _asked(values: dict[str, Any]) -> dict[str, Any]:
     """Return a command's options as arguments of `tnlm.compress`, checked before a model loads."""
     from tnlm.request import make_request
 
-    options = {name: values[name] for name in ("terms", "rank", "gauge")}
+    options = {name: values[name] for name in ("terms", "rank", "width", "gauge")}
     for name in ("ranks", "out_split", "in_split"):
         options[name] = numbers(name.replace("_", "-"), values[name])
-    budget = {name: values[name] for name in (*CHOICES, *BUDGET)}
-    budget |= {name: values[name] for name in RECOVERY if name in values}
+    budget = {name: values[name] for name in (*CHOICES, *RECOVERY, *BUDGET)}
     make_request(values["scheme"], **budget, options=options)
     data = {name: values[name] for name in DATA}
     return {"scheme": values["scheme"], **budget, **data, **options}
@@ -131,53 +120,7 @@ def plan(
     terms: Terms = None,
     rank: Rank = None,
     ranks: Ranks = None,
-    out_split: OutSplit = None,
-    in_split: InSplit = None,
-    gauge: Gauge = None,
-    keep: Keep = None,
-    keep_targets: KeepTargets = None,
-    tolerance: Tolerance = None,
-    max_macs: MaxMacs = 1.0,
-    metric: MetricName = None,
-    allocation: AllocationName = None,
-    cascade: Cascade = None,
-    damping: Damping = None,
-    refine: Refine = 0,
-    share: Share = None,
-    unit: Unit = "params",
-    blocks: Blocks = None,
-    calibration: Calibration = None,
-    num_samples: NumSamples = 64,
-    max_length: MaxLength = 512,
-    gradient_samples: GradientSamples = 16,
-    cache_dir: CacheDir = None,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
-    """Print what compress would do to every matrix, and what it would cost."""
-    asked = _asked(locals())
-    from tnlm.integrations.models import load_model
-
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    decided = tnlm.plan(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
-    if as_json:
-        print_json(json.loads(decided.to_json()))
-        return
-    console.print(_table(decided.layers))
-    console.print("\n".join(decided.summary()), highlight=False, soft_wrap=True)
-
-
-@app.command()
-def compress(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
-    scheme: SchemeName,
-    terms: Terms = None,
-    rank: Rank = None,
-    ranks: Ranks = None,
+    width: Width = None,
     out_split: OutSplit = None,
     in_split: InSplit = None,
     gauge: Gauge = None,
@@ -205,11 +148,62 @@ def compress(
     recover: Recover = None,
     recover_tokens: RecoverTokens = None,
     training: Training = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what OUT holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print what compress would do to every matrix, and what it would cost."""
+    asked = _asked(locals())
+    from tnlm.integrations.models import load_model
+
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    decided = tnlm.plan(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
+    if as_json:
+        print_json(json.loads(decided.to_json()))
+        return
+    console.print(layers_table(decided.layers))
+    console.print("\n".join(decided.summary()), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
+    scheme: SchemeName,
+    terms: Terms = None,
+    rank: Rank = None,
+    ranks: Ranks = None,
+    width: Width = None,
+    out_split: OutSplit = None,
+    in_split: InSplit = None,
+    gauge: Gauge = None,
+    keep: Keep = None,
+    keep_targets: KeepTargets = None,
+    tolerance: Tolerance = None,
+    max_macs: MaxMacs = 1.0,
+    metric: MetricName = None,
+    allocation: AllocationName = None,
+    cascade: Cascade = None,
+    damping: Damping = None,
+    refine: Refine = 0,
+    share: Share = None,
+    unit: Unit = "params",
+    blocks: Blocks = None,
+    calibration: Calibration = None,
+    num_samples: NumSamples = 64,
+    max_length: MaxLength = 512,
+    gradient_samples: GradientSamples = 16,
+    cache_dir: CacheDir = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    recover: Recover = None,
+    recover_tokens: RecoverTokens = None,
+    training: Training = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save it."""
-    asked = {**_asked(locals()), "training": training}
+    asked = _asked(locals())
     from tnlm.integrations.models import load_model
     from tnlm.saving import check_writable
 
@@ -221,7 +215,7 @@ def compress(
     if as_json:
         print_json(report.to_dict())
         return
-    console.print(_table(report.plan.layers))
+    console.print(layers_table(report.plan.layers))
     console.print("\n".join(report.summary()), highlight=False, soft_wrap=True)
     console.print(f"saved to {out}; load it with: import tnlm, then AutoModelForCausalLM")
 
@@ -229,7 +223,7 @@ def compress(
 @app.command()
 def evaluate(
     model: Model,
-    text: Annotated[Path, typer.Option(help="Text or JSONL file.")],
+    text: Annotated[Path, typer.Option(help="Text or JSONL file.", **FILE)],
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 16,
     dtype: Dtype = "auto",
@@ -238,8 +232,6 @@ def evaluate(
     """Measure perplexity on a text: non-overlapping windows, no special tokens."""
     from tnlm.integrations.models import load_model
 
-    if not text.is_file():
-        raise OptionError(f"--text {text}: no such file")
     loaded, tokenizer = load_model(model, dtype=dtype)
     found = tnlm.perplexity(loaded, text, tokenizer, window=window, windows=windows)
     count = sum(p.numel() for p in loaded.parameters())
@@ -282,11 +274,21 @@ def demo(
         print_json(result)
 
 
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """Return the options of the command that is called, by the keywords for which they stand."""
+    command = getattr(get_command(app), "commands", {}).get(words[0] if words else "")
+    found = [] if command is None else command.params
+    return {each.name: each.opts[0] for each in found if each.param_type_name == "option"}
+
+
 def main() -> None:
     """Run the command line; an error of tnlm is one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    failed = ""
     try:
         app()
     except TnlmError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        failed = f"{type(error).__name__}: {in_options(str(error), _options(sys.argv[1:]))}\n"
+    if failed:  # what the error held is gone here, so that an open progress bar has ended its line
+        sys.stderr.write(failed)
         sys.exit(1)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+FILE: Any = {"exists": True, "dir_okay": False}
+FOLDER: Any = {"exists": True, "file_okay": False}
+"""Of options that name what is to be read: it is looked for before any work."""
 
 Model = Annotated[str, typer.Argument(help="A model directory, a .gguf file, or a hub id.")]
 SchemeName = Annotated[str, typer.Option("--scheme", "-s", help="A name from `tnlm schemes`.")]
@@ -14,6 +18,7 @@ Rank = Annotated[int | None, typer.Option(help="Rank of every matrix.")]
 Ranks = Annotated[str | None, typer.Option(help="Ranks of bonds or modes: 8, or 8,8,16.")]
 OutSplit = Annotated[str | None, typer.Option(help="How outputs split into modes: 48,32.")]
 InSplit = Annotated[str | None, typer.Option(help="How inputs split into modes: 24,24.")]
+Width = Annotated[int | None, typer.Option(help="Feed-forward channels of a block that stay.")]
 Gauge = Annotated[
     bool | None, typer.Option("--gauge/--no-gauge", help="Store an identity block implicitly.")
 ]
@@ -45,7 +50,8 @@ Unit = Annotated[str, typer.Option(help="What keep counts: params, bytes or macs
 Blocks = Annotated[int | None, typer.Option(help="Last blocks cut, for --allocation last.")]
 GradientSamples = Annotated[int, typer.Option(help="Windows used for gradients.")]
 Calibration = Annotated[
-    Path | None, typer.Option(help="Text or JSONL file, for schemes that look at data.")
+    Path | None,
+    typer.Option(help="Text or JSONL file, for schemes that look at data.", **FILE),
 ]
 NumSamples = Annotated[int, typer.Option(help="Windows of calibration text.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens in a window.")]
@@ -56,11 +62,13 @@ Targets = Annotated[
 Ignore = Annotated[str | None, typer.Option(help="Left alone: a regular expression of names.")]
 Seed = Annotated[int, typer.Option(help="Draws the calibration windows.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace what OUT holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Recover = Annotated[
     str | None, typer.Option(help="Training in the end: lora, distill, finetune, mixed-rank, none.")
 ]
 RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that it sees.")]
 Training = Annotated[
-    Path | None, typer.Option(help="Text or JSONL to train on; the calibration data if not given.")
+    Path | None,
+    typer.Option(help="Text or JSONL to train on; the calibration data if not given.", **FILE),
 ]

@@ -9,7 +9,21 @@ from typing import Annotated, Any
 import typer
 
 import tnlm
-from tnlm.cli_options import Calibration, Dtype, Ignore, Json, Model, Seed, Targets
+from tnlm.cli_options import (
+    FILE,
+    FOLDER,
+    CacheDir,
+    Calibration,
+    Dtype,
+    Ignore,
+    Json,
+    MaxLength,
+    Model,
+    NumSamples,
+    Overwrite,
+    Seed,
+    Targets,
+)
 from tnlm.cli_output import console, numbers, print_json
 from tnlm.errors import OptionError
 
@@ -37,10 +51,10 @@ def analyze(
     targets: Targets = None,
     ignore: Ignore = None,
     num_samples: Annotated[int, typer.Option(help="Windows of calibration data.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    max_length: MaxLength = 512,
     seed: Seed = 0,
     dtype: Dtype = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace what OUT holds.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Show where a model is compressible: spectra of its weights, and of its features on data."""
@@ -70,12 +84,18 @@ def bench(
     model: Model,
     tasks: Annotated[str, typer.Option(help="Names of tasks: piqa,arc_easy.")],
     data: Annotated[
-        Path | None, typer.Option(help="Directory of JSONL files; else lm-eval fetches them.")
+        Path | None,
+        typer.Option(help="Directory of JSONL files; else lm-eval fetches them.", **FOLDER),
     ] = None,
     baseline: Baseline = None,
     limit: Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before an item.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens shown, at most; the model's positions if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
+    seed: Annotated[int, typer.Option(help="Draws the examples and the bootstraps.")] = 1234,
     out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -98,6 +118,9 @@ def bench(
         limit=limit,
         num_fewshot=num_fewshot,
         batch_size=batch_size,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
         progress=not as_json,
     )
     if out is not None:
@@ -137,8 +160,8 @@ def efficiency(
 def surgical(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
-    search: Annotated[Path, typer.Option(help="Text that decides.")],
-    report: Annotated[Path, typer.Option(help="Other text, for the figures in the end.")],
+    search: Annotated[Path, typer.Option(help="Text that decides.", **FILE)],
+    report: Annotated[Path, typer.Option(help="Other text, for the figures in the end.", **FILE)],
     calibration: Calibration = None,
     scheme: Annotated[str, typer.Option("--scheme", "-s", help="A low-rank scheme.")] = "sfsd",
     growth: Annotated[
@@ -147,20 +170,31 @@ def surgical(
     keep: Annotated[
         float | None, typer.Option(help="Fraction of the model's parameters, instead.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    chunks: Annotated[
+        int, typer.Option(help="Parts of SEARCH; a rank must do on each of them.")
+    ] = 1,
+    candidates: Annotated[
+        str | None, typer.Option(help="Ranks tried, as parts of the neutral one: 0.2,0.5,0.8.")
+    ] = None,
+    order: Annotated[str, typer.Option(help="reverse or forward.")] = "reverse",
+    num_samples: NumSamples = 64,
+    max_length: MaxLength = 512,
+    cache_dir: CacheDir = None,
     run_dir: Annotated[Path | None, typer.Option(help="Keeps trials, to go on from.")] = None,
     targets: Targets = None,
     ignore: Ignore = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace what OUT holds.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Find the rank of every matrix by trial, and save the model."""
     from tnlm.integrations.models import load_model
     from tnlm.saving import check_writable
+    from tnlm.surgical.ladder import CANDIDATES
 
     check_writable(out, overwrite=overwrite)
+    parts = numbers("candidates", candidates, float)
     loaded, tokenizer = load_model(model, dtype=dtype)
     found = tnlm.surgical_search(
         loaded,
@@ -172,9 +206,14 @@ def surgical(
         ignore=ignore,
         growth=growth,
         keep=keep,
+        chunks=chunks,
+        candidates=CANDIDATES if parts is None else parts,
+        order=order,
         calibration=calibration,
         tokenizer=tokenizer,
+        num_samples=num_samples,
         max_length=max_length,
+        cache_dir=cache_dir,
         output_dir=run_dir,
         seed=seed,
         progress=not as_json,
@@ -190,7 +229,7 @@ def report(
         Path | None, typer.Option(help="The page; DIRECTORY/report.html if not given.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="JSON of `tnlm bench`, shown beside.")
+        Path | None, typer.Option(help="JSON of `tnlm bench`, shown beside.", **FILE)
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -10,7 +10,8 @@ from transformers import BertForSequenceClassification
 import tnlm
 from tnlm.analysis.intrinsic import intrinsic_dimension
 from tnlm.analysis.scores import Goal, goal_of, measure
-from tnlm.errors import EvaluationError, OptionError, TrainingError
+from tnlm.analysis.trials import Run, Trials
+from tnlm.errors import CheckpointError, EvaluationError, OptionError, TrainingError
 
 IDS = torch.arange(128) % 4 + 3
 ROWS = [{"input_ids": [3 + i % 2] * (4 + i % 5), "label": i % 2} for i in range(16)]
@@ -180,9 +181,61 @@ def test_the_model_is_as_it_was_when_a_metric_fails(gpt2):
     assert not gpt2.training
 
 
-def test_an_answer_that_is_not_found_is_an_error_with_the_best_score(gpt2):
-    with pytest.raises(EvaluationError, match=r"seed 0: no d up to 2 is enough: .* at d=[12], and"):
-        find(gpt2, dims=[1, 2])
+def test_when_no_size_is_enough_every_score_is_kept(gpt2):
+    found = find(gpt2, dims=[1, 2])
+    assert found.dimension is None
+    assert found.by_seed == (None, None, None)
+    assert found.interval == (3, None)
+    assert [(run.seed, run.d) for run in found.runs] == [(s, d) for s in range(3) for d in (1, 2)]
+    assert str(found).startswith("d90 > 2 (not enough for any of 3 seeds) of ")
+    assert json.loads(found.to_json())["dimension"] is None
+
+
+@pytest.mark.parametrize(
+    ("enough", "dimension", "shown"),
+    [
+        ({0: 4, 1: 2, 2: None}, 4, "d90 = 4 (2 to more than 4 over 3 seeds)"),
+        ({0: None, 1: 2, 2: None}, None, "d90 > 4 (not enough for 2 of 3 seeds)"),
+    ],
+)
+def test_a_seed_for_which_no_size_is_enough_counts_as_one_that_needs_more(
+    enough, dimension, shown, gpt2, monkeypatch
+):
+    def score(trials, d, seed):
+        if d is None:
+            return 1.0
+        good = enough[seed] is not None and d >= enough[seed]
+        trials.runs.append(Run(d, seed, 1.0 if good else 0.0))
+        return trials.runs[-1].score
+
+    monkeypatch.setattr(Trials, "score", score)
+    found = find(gpt2, dims=[1, 2, 4], metric=lambda model: 0.1)
+    assert found.dimension == dimension
+    assert found.by_seed == tuple(enough.values())
+    assert found.interval == (2, None)
+    assert str(found).startswith(shown)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(gpt2, tmp_path):
+    calls, asked = [], {"dims": [8, 700], "threshold": 0.95, "output_dir": tmp_path}
+
+    def score(model):
+        calls.append(model)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return 10.0 - loss_of(model, IDS)
+
+    with pytest.raises(KeyboardInterrupt):
+        find(gpt2, metric=score, **asked)
+    first = find(gpt2, metric=score, **asked)
+    assert len(calls) == 7 + 1 + 4  # the score before training, and what was not there
+    assert first == find(gpt2, metric=score, **(asked | {"output_dir": None}))
+    calls.clear()
+    more = find(gpt2, metric=score, **(asked | {"dims": [8, 20, 700]}))
+    assert len(calls) == 1 + 3  # only the new size is trained
+    assert len(more.runs) == 9
+    with pytest.raises(CheckpointError, match="other trials, which differ in steps"):
+        find(gpt2, metric=score, steps=11, **asked)
 
 
 def test_accuracy_of_logits_that_are_not_finite_is_refused(classifier):

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.analysis.runs import Course
-from tnlm.analysis.scores import Metric, check_metric, goal_of, measure
+from tnlm.analysis.scores import Metric, check_metric, goal_of, measure, name_of
 from tnlm.analysis.subspace import FullSpace, check_kind, layers_of
 from tnlm.analysis.trials import Run, Trials
 from tnlm.errors import OptionError
+from tnlm.journal import Journal, check_journal
 from tnlm.recovery.examples import batches
 from tnlm.recovery.tasks import examples_for, model_kind, padding_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FILE = "intrinsic.jsonl"
+"""The journal of the scores, in an output_dir."""
 SEEDS = 3
 """The fewest: what is found depends on the subspace drawn."""
 
@@ -31,10 +36,11 @@ class IntrinsicDimension:
     """How few numbers had to be trained, with the protocol.
 
     Attributes:
-        dimension: median over the seeds of the least d that was enough.
+        dimension: median over the seeds of the least d that was enough; None if it is greater than
+            every d that was tried.
         interval: from the greatest d below that was not enough, plus 1, of the luckiest seed, to
-            the least d that was enough of the unluckiest.
-        by_seed: the least d that was enough, of each seed.
+            the least d that was enough of the unluckiest; None for a seed without any.
+        by_seed: the least d that was enough, of each seed; None where none was.
         parameters: how many numbers the full training has.
         scales: how many of d are scales of layers (SAID).
         start: score without training.
@@ -54,9 +60,9 @@ class IntrinsicDimension:
         trained in full, 0.9 wanted
     """
 
-    dimension: int
-    interval: tuple[int, int]
-    by_seed: tuple[int, ...]
+    dimension: int | None
+    interval: tuple[int, int | None]
+    by_seed: tuple[int | None, ...]
     parameters: int
     scales: int
     start: float
@@ -69,13 +75,22 @@ class IntrinsicDimension:
     runs: tuple[Run, ...]
 
     def __str__(self) -> str:
-        scales = f" ({self.scales} of them scales)" if self.scales else ""
         return (
-            f"d{round(100 * self.threshold)} = {self.dimension}{scales} ({self.interval[0]} to "
-            f"{self.interval[1]} over {len(self.by_seed)} seeds) of {self.parameters:,} "
-            f"parameters; {self.kind}, {self.projection}; {self.metric} {self.start:.4g} before, "
+            f"d{round(100 * self.threshold)} {self._found()} of {self.parameters:,} parameters; "
+            f"{self.kind}, {self.projection}; {self.metric} {self.start:.4g} before, "
             f"{self.full:.4g} trained in full, {self.target:.4g} wanted"
         )
+
+    def _found(self) -> str:
+        scales = f" ({self.scales} of them scales)" if self.scales else ""
+        seeds, missed = len(self.by_seed), self.by_seed.count(None)
+        most = max((run.d for run in self.runs), default=0)
+        if self.dimension is None:
+            which = f"any of {seeds}" if missed == seeds else f"{missed} of {seeds}"
+            return f"> {most}{scales} (not enough for {which} seeds)"
+        low, high = self.interval
+        end = f"more than {most}" if high is None else high
+        return f"= {self.dimension}{scales} ({low} to {end} over {seeds} seeds)"
 
     def to_json(self) -> str:
         """Return the result as JSON text."""
@@ -100,6 +115,7 @@ def intrinsic_dimension(
     max_length: int = 512,
     text: str = "text",
     label: str = "label",
+    output_dir: str | Path | None = None,
     progress: bool = True,
 ) -> IntrinsicDimension:
     """Find the least d such that training d numbers does ``threshold`` as well as training all.
@@ -134,15 +150,19 @@ def intrinsic_dimension(
         max_length: tokens of a sequence.
         text: the rows' text column.
         label: the rows' column of classes, for classifiers.
+        output_dir: keeps every score in ``intrinsic.jsonl``. The same call goes on from there if it
+            was cut off, and so does one with other ``dims``, ``seeds`` or ``threshold``.
         progress: show a progress bar.
 
     Returns:
-        The dimension, with an interval over the seeds and every score.
+        The dimension, with an interval over the seeds and every score; if no d is enough, the
+        scores all the same.
 
     Raises:
         OptionError: for a choice that is not possible.
         TrainingError: for data that cannot be used, or a loss that is not finite.
-        EvaluationError: if the full training is no better than none, or no d is enough.
+        EvaluationError: if the full training is no better than none.
+        CheckpointError: if ``output_dir`` cannot be written, or holds scores of something else.
 
     Source: Li et al. 2018, arXiv 1804.08838; Aghajanyan et al. 2021, arXiv 2012.13255.
 
@@ -156,6 +176,9 @@ def intrinsic_dimension(
         >>> found.dimension in (20, 400)
         True
     """
+    file = None if output_dir is None else Path(output_dir) / FILE
+    if file is not None:
+        check_journal(file)
     check_kind(kind, projection)
     check_metric(metric, model_kind(model))
     chosen = _seeds(seeds)
@@ -170,13 +193,15 @@ def intrinsic_dimension(
     held = batches(tests, batch_size, pad)
     with tqdm(desc="training", unit="run", disable=not progress) as bar:
         trials = Trials(model, kind, projection, metric, examples, held, courses, bar.update)
+        trials.journal = Journal(file, trials.about())
         start = measure(model, metric, held)
-        full = statistics.fmean(trials.score(lambda: FullSpace(model), seed) for seed in chosen)
+        full = statistics.fmean(trials.score(None, seed) for seed in chosen)
         goal = goal_of(metric, start, full, threshold)
         ends = [trials.bracket(goal, seed, dims, least, most) for seed in chosen]
+    highs = [math.inf if high is None else high for _, high in ends]
     return IntrinsicDimension(
-        dimension=statistics.median_high(high for _, high in ends),
-        interval=(min(low for low, _ in ends) + 1, max(high for _, high in ends)),
+        dimension=_whole(statistics.median_high(highs)),
+        interval=(min(low for low, _ in ends) + 1, _whole(max(highs))),
         by_seed=tuple(high for _, high in ends),
         parameters=most,
         scales=least - 1,
@@ -186,9 +211,13 @@ def intrinsic_dimension(
         threshold=threshold,
         kind=kind,
         projection=projection,
-        metric=metric if isinstance(metric, str) else getattr(metric, "__name__", "callable"),
+        metric=name_of(metric),
         runs=tuple(trials.runs),
     )
+
+
+def _whole(d: float) -> int | None:
+    return None if d == math.inf else int(d)
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:

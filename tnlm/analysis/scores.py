@@ -55,10 +55,20 @@ def measure(model: Any, metric: Metric, batches: Sequence[Batch]) -> float:
             score = _accuracy(model, batches)
         else:
             score = _loss(model, batches)
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+    name = name_of(metric)
     if isinstance(score, bool):
         raise EvaluationError(f"{name} of {type(model).__name__} is {score}; it must be a number")
     return finite(score, f"{name} of {type(model).__name__}")
+
+
+def name_of(metric: Metric) -> str:
+    """Return what a metric is called.
+
+    Example:
+        >>> name_of("loss"), name_of(len)
+        ('loss', 'len')
+    """
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", "callable")
 
 
 def check_metric(metric: Metric, kind: str) -> None:

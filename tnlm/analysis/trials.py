@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tnlm.analysis.runs import Course, train
-from tnlm.analysis.scores import Goal, Metric, measure
-from tnlm.analysis.subspace import Space, Subspace
-from tnlm.calibration.data import Batch
-from tnlm.errors import EvaluationError
-from tnlm.recovery.examples import Examples
+from tnlm.analysis.scores import Goal, Metric, measure, name_of
+from tnlm.analysis.subspace import FullSpace, Space, Subspace
+from tnlm.calibration.data import Batch, fingerprint
+from tnlm.calibration.store import model_hash
+from tnlm.journal import Journal
+from tnlm.recovery.examples import Examples, batches
 
 PRECISION = 1.1
 """A search ends when the d that is enough is at most this many times one that is not."""
@@ -37,7 +38,7 @@ class Run:
 
 @dataclass
 class Trials:
-    """Trains spaces beside a model, one after another, and keeps the scores.
+    """Trains spaces beside a model, one after another; no score is lost.
 
     Attributes:
         model: left as it is.
@@ -48,7 +49,8 @@ class Trials:
         tests: what is scored on.
         courses: one for each learning rate; the best score counts.
         done: called after every training.
-        runs: the subspaces trained so far.
+        journal: keeps every score.
+        runs: the subspaces scored so far.
     """
 
     model: Any
@@ -59,50 +61,63 @@ class Trials:
     tests: Sequence[Batch]
     courses: Sequence[Course]
     done: Callable[[], object]
+    journal: Journal = field(default_factory=lambda: Journal(None, {}))
     runs: list[Run] = field(default_factory=list)
 
-    def score(self, make: Callable[[], Space], seed: int) -> float:
+    def about(self) -> dict[str, Any]:
+        """Return what the scores depend on, beside d and the seed, as plain values."""
+        size, pad = self.courses[0].batch_size, self.courses[0].pad
+        return {
+            "model": model_hash(self.model),
+            "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
+            "data": fingerprint(batches(self.examples, size, pad)),
+            "held_out": fingerprint(self.tests),
+            "kind": self.kind,
+            "projection": self.projection,
+            "metric": name_of(self.metric),
+            "steps": self.courses[0].steps,
+            "learning_rate": [course.learning_rate for course in self.courses],
+            "batch_size": size,
+        }
+
+    def score(self, d: int | None, seed: int) -> float:
+        """Return the score of a subspace, or of all parameters if d is None; trained if not known.
+
+        What is trained is at once in the journal; subspaces are also kept in ``runs``.
+        """
+        key = f"d={'all' if d is None else d}, seed={seed}"
+        if key not in self.journal.rows:
+            self.journal.add(key, {"score": self._train(d, seed)})
+        score: float = self.journal.rows[key]["score"]
+        if d is not None:
+            self.runs.append(Run(d, seed, score))
+        return score
+
+    def bracket(
+        self, goal: Goal, seed: int, dims: Sequence[int] | None, least: int, most: int
+    ) -> tuple[int, int | None]:
+        """Return the least d found to be enough, None if none is, after the greatest below it."""
+
+        def enough(d: int) -> bool:
+            return goal.met(self.score(d, seed))
+
+        found = search(enough, least, most) if dims is None else sweep(enough, dims, least)
+        return (most if dims is None else max(dims), None) if found is None else found
+
+    def _train(self, d: int | None, seed: int) -> float:
         """Return the best score of a space, trained anew at every learning rate."""
         scores = []
         for course in self.courses:
-            space = make()
+            space: Space = FullSpace(self.model)
+            if d is not None:
+                space = Subspace(
+                    self.model, d, seed=seed, kind=self.kind, projection=self.projection
+                )
             train(space, self.examples, course, seed)
             with space.applied() as model:
                 scores.append(measure(model, self.metric, self.tests))
             self.done()
         return min(scores) if self.metric == "loss" else max(scores)
-
-    def subspace(self, d: int, seed: int) -> float:
-        """Train a subspace, and return and keep its score."""
-
-        def make() -> Subspace:
-            return Subspace(self.model, d, seed=seed, kind=self.kind, projection=self.projection)
-
-        self.runs.append(Run(d, seed, self.score(make, seed)))
-        return self.runs[-1].score
-
-    def bracket(
-        self, goal: Goal, seed: int, dims: Sequence[int] | None, least: int, most: int
-    ) -> tuple[int, int]:
-        """Return the least d found to be enough, after the greatest below that was not.
-
-        Raises:
-            EvaluationError: if none is enough.
-        """
-
-        def enough(d: int) -> bool:
-            return goal.met(self.subspace(d, seed))
-
-        found = search(enough, least, most) if dims is None else sweep(enough, dims, least)
-        if found is None:
-            own = [run for run in self.runs if run.seed == seed]
-            best = (min if goal.falls else max)(own, key=lambda run: run.score)
-            raise EvaluationError(
-                f"seed {seed}: no d up to {max(run.d for run in own)} is enough: the best score is "
-                f"{best.score:.6g} at d={best.d}, and {goal.target:.6g} is wanted; try larger "
-                "dims=, more steps, or other learning rates"
-            )
-        return found
 
 
 def sweep(enough: Callable[[int], bool], dims: Sequence[int], least: int) -> tuple[int, int] | None:

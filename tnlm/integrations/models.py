@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnlm.errors import CheckpointError, TnlmError
+from tnlm.errors import CheckpointError, OptionError, TnlmError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # What the readers of configs, safetensors and GGUF files raise on a broken file; SafetensorError
 # is added where safetensors is imported.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error)
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -39,6 +40,8 @@ def load_model(
     from safetensors import SafetensorError
     from torch import OutOfMemoryError
 
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise OptionError(f"dtype={dtype!r}{did_you_mean(dtype, DTYPES)}")
     place, options = _locate(source)
     try:
         tokenizer = _read_tokenizer(place, options)

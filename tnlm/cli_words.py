@@ -1,0 +1,59 @@
+"""Words an error for the shell: where the library says ``keep_targets=``, a command has options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+VALUE = r"'[^']*'|\([^()]*\)|\[[^\[\]]*\]|-?\w[^\s,;:)]*"
+"""A value as Python writes it: text, a tuple, a list, or a word."""
+BOUNDS = {"<=": "of at most", ">=": "of at least"}
+GIVEN = {"tokenizer=": "a tokenizer in MODEL"}
+"""What the library asks for, and a command finds by itself."""
+
+
+def in_options(message: str, options: Mapping[str, str]) -> str:
+    """Return an error's message with options in place of keywords.
+
+    What has ``=`` is a keyword, and so is what follows "pass", or stands in a list of keywords.
+    Names that are no option of the command stay as they are.
+
+    Args:
+        message: what the library says.
+        options: the command's options by the keyword for which each stands.
+
+    Example:
+        >>> options = {"keep": "--keep", "keep_targets": "--keep-targets", "metric": "--metric"}
+        >>> in_options("keep_targets=0.8 with metric='input'; pass keep=", options)
+        '--keep-targets 0.8 with --metric input; pass --keep'
+    """
+    for words, plain in GIVEN.items():
+        message = re.sub(rf"\b{words}", plain, message)
+    if not options:
+        return message
+    name = "|".join(sorted(options, key=len, reverse=True))
+
+    def assigned(found: re.Match[str]) -> str:
+        option, value = options[found[1]], found[2]
+        if value in ("True", "False"):
+            return option if value == "True" else f"--no-{option.removeprefix('--')}"
+        return option if value is None else f"{option} {_plain(value)}"
+
+    def named(found: re.Match[str]) -> str:
+        return re.sub(rf"\b({name})\b", lambda each: options[each[0]], found[0])
+
+    alone = rf"(?<![\w./'-])(?:{name})(?![\w/'=-]|\.\w)"
+    listed = rf"{alone}(?:(?:, | and | or | \+ ){alone})+"
+    message = re.sub(rf"{listed}|(?<=pass ){alone}", named, message)
+    for sign, words in BOUNDS.items():
+        message = re.sub(rf"(?<![\w./-])({name}){sign}", rf"\1= {words} ", message)
+    return re.sub(rf"(?<![\w./-])({name})=(?!=)({VALUE})?", assigned, message)
+
+
+def _plain(value: str) -> str:
+    """Return a value as it is typed: ``input`` for ``'input'``, ``4,8`` for ``(4, 8)``."""
+    if re.fullmatch(r"'[\w./,-]+'", value):
+        return value[1:-1]
+    if re.fullmatch(r"[(\[]\d+(, \d+)*,?[)\]]", value):
+        return value[1:-1].rstrip(",").replace(" ", "")
+    return value
