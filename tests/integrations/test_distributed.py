@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import tnlm
 
@@ -62,6 +62,25 @@ def shard(model):
     return fully_shard(model, mesh=mesh)
 
 
+def same_everywhere(model):
+    numbers = torch.cat([p.detach().flatten() for p in model.parameters()])
+    everywhere = [torch.empty_like(numbers) for _ in range(WORLD)]
+    dist.all_gather(everywhere, numbers)
+    return all(torch.equal(other, numbers) for other in everywhere)
+
+
+def try_training(train, teacher):
+    """Return whether a training ends the same everywhere, in as many steps as shared data takes."""
+    model, steps = make("svd"), []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            steps.append(state.global_step)
+
+    train(model, *teacher, IDS, batch_size=2, max_length=16, progress=False, callbacks=[Count()])
+    return {"same": same_everywhere(model), "steps": len(steps)}
+
+
 def try_scheme(scheme, rank):
     """Return what is true of a scheme in this process."""
     alone = make(scheme).train()
@@ -69,10 +88,7 @@ def try_scheme(scheme, rank):
     wanted = {name: p.grad for name, p in alone.named_parameters()}
     mine = IDS.chunk(WORLD)[rank]
     found = {}
-    numbers = torch.cat([p.detach().flatten() for p in alone.parameters()])
-    everywhere = [torch.empty_like(numbers) for _ in range(WORLD)]
-    dist.all_gather(everywhere, numbers)
-    found["same fit"] = all(torch.equal(other, numbers) for other in everywhere)
+    found["same fit"] = same_everywhere(alone)
     for name, wrap in {"ddp": DistributedDataParallel, "fsdp2": shard}.items():
         model = make(scheme).train()
         wrapped = wrap(model)
@@ -97,16 +113,8 @@ def work(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     dist.init_process_group("gloo")
     found = {scheme: try_scheme(scheme, rank) for scheme in SCHEMES}
-    model = make("svd")
-    before = model.lm_head.weight.clone()
-    tnlm.finetune(model, IDS, batch_size=2, max_length=16, learning_rate=1e-2, progress=False)
-    numbers = torch.cat([p.detach().flatten() for p in model.parameters()])
-    everywhere = [torch.empty_like(numbers) for _ in range(WORLD)]
-    dist.all_gather(everywhere, numbers)
-    found["finetune"] = {
-        "same": all(torch.equal(other, numbers) for other in everywhere),
-        "learned": not torch.equal(model.lm_head.weight, before),
-    }
+    for name, teacher in {"finetune": [], "distill": [make("kron")]}.items():
+        found[name] = try_training(getattr(tnlm, name), teacher)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -129,5 +137,7 @@ def test_two_processes_fit_the_same_and_give_the_gradients_of_one(scheme, found)
         assert facts[scheme] == dict.fromkeys(names, True)
 
 
-def test_finetune_shares_the_data_and_ends_the_same_in_both(found):
-    assert [facts["finetune"] for facts in found] == [{"same": True, "learned": True}] * WORLD
+@pytest.mark.parametrize("name", ["finetune", "distill"])
+def test_training_shares_the_data_and_ends_the_same_in_both(name, found):
+    steps = len(IDS) // 2 // WORLD
+    assert [facts[name] for facts in found] == [{"same": True, "steps": steps}] * WORLD

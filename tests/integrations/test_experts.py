@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -35,6 +38,7 @@ KINDS = {
         "head_dim": 8,
     },
 }
+TABLE = re.compile(r"^\| ([\w-]+) \| .* \| (0\.\d+) \|$", re.M)
 IDS = torch.arange(64).reshape(4, 16)
 
 
@@ -56,6 +60,15 @@ def test_stacked_experts_are_left_and_named(kind):
         for index in range(2)
         for name in ("gate_up_proj", "down_proj")
     }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_guide_says_how_much_is_left(kind):
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "experts.md").read_text()
+    written = {row[1].replace("-", "").lower(): row[2] for row in TABLE.finditer(guide)}
+    sizes = {name: p.numel() for name, p in make(kind).named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert written[kind.lower()] == f"{experts / sum(sizes.values()):.2f}"
 
 
 def test_a_shared_expert_is_compressed():
