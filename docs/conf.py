@@ -19,7 +19,7 @@ from sources import repair
 
 project = "tnlm"
 copyright = "the tnlm authors"
-release = version = installed_version("tnlm")
+release = version = os.environ.get("TNLM_DOCS_VERSION") or installed_version("tnlm")
 
 extensions = [
     "myst_parser",
@@ -60,7 +60,7 @@ if SITE := os.environ.get("TNLM_DOCS_URL"):
     html_theme_options |= {
         "switcher": {
             "json_url": f"{SITE}/switcher.json",
-            "version_match": os.environ.get("TNLM_DOCS_VERSION", release),
+            "version_match": release,
         },
         "check_switcher": False,  # the file is written after the build
         "show_version_warning_banner": True,
