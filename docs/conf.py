@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -19,7 +20,7 @@ from sources import repair
 
 project = "tnlm"
 copyright = "the tnlm authors"
-release = version = installed_version("tnlm")
+release = version = os.environ.get("TNLM_DOCS_VERSION") or installed_version("tnlm")
 
 extensions = [
     "myst_parser",
@@ -54,6 +55,18 @@ html_theme_options = {
     "navbar_align": "left",
     "secondary_sidebar_items": {"index": [], "schemes_index": [], "**": ["page-toc"]},
 }
+
+# The published site has a menu of versions, which docs/versions.py writes; a local build has none.
+if SITE := os.environ.get("TNLM_DOCS_URL"):
+    html_theme_options |= {
+        "switcher": {
+            "json_url": f"{SITE}/switcher.json",
+            "version_match": release,
+        },
+        "check_switcher": False,  # the file is written after the build
+        "show_version_warning_banner": True,
+        "navbar_end": ["version-switcher", "theme-switcher", "navbar-icon-links"],
+    }
 
 # The gallery shows examples without running them, which takes real models or long. To run them:
 # sphinx-build -D plot_gallery=True.

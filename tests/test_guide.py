@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = DOCS / "guide"
@@ -109,6 +111,8 @@ def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
         ("concepts/gauge.md", 1),
         ("concepts/allocation.md", 1),
         ("guide/large.md", 1),
+        ("guide/experts.md", 2),
+        ("guide/reproduce.md", 2),
     ],
 )
 def test_every_block_on_other_pages_runs(
@@ -121,6 +125,21 @@ def test_every_block_on_other_pages_runs(
     (tmp_path / "other.txt").write_text(word_text(600, seed=1))
     monkeypatch.chdir(tmp_path)
     assert run_blocks(f"../{page}") == blocks
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:accelerate")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_every_block_on_several_devices_runs(tmp_path, monkeypatch, tiny_llama):
+    tiny_llama(num_hidden_layers=2).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_blocks("distributed.md") == 4
+    assert not torch.distributed.is_initialized()
+    assert (tmp_path / "my-model-trained").is_dir()
 
 
 def test_numbers_in_the_comments_of_pages_are_right():

@@ -142,6 +142,8 @@ def select(
         elif id(module.weight) not in claimed:
             claimed.add(id(module.weight))
             selection.targets.extend(found)
+    if targets == ALL_LINEAR:
+        selection.skipped |= _stacked(model)
     if not selection.targets:
         raise _nothing(model, targets, ignore, selection.skipped)
     if ignore:
@@ -240,6 +242,17 @@ def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> 
     shape = (table.num_embeddings, table.embedding_dim)
     tied = tuple(user for user in users if user != embeddings[0])
     return [Target(embeddings[0], embeddings[0], "embedding", shape, tied=tied)]
+
+
+def _stacked(model: nn.Module) -> dict[str, str]:
+    """Return the parameters that hold several matrices, as experts do, and why they are left."""
+    return {
+        f"{name}.{part}": f"{len(parameter)} matrices in one parameter; only modules are replaced"
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")  # kernels of convolutions
+        for part, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1
+    }
 
 
 def _linear(name: str, module: Matrix) -> Iterator[Target]:

@@ -106,6 +106,11 @@ class TnlmQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError(
+                "weights of the model are offloaded, and cannot be put together; load it without "
+                "device_map, or with one that keeps all in memory"
+            )
         added = [n for n, e in self.quantization_config.modules.items() if e.get("bias_added")]
         if added:
             raise ModelError(

@@ -278,6 +278,16 @@ def _saved_numbers(steps: Sequence[Step]) -> int:
 
 
 def _weight(child: nn.Linear) -> Tensor:
+    """Return the weight that a child applies, in memory."""
+    if not hasattr(child, "_hf_hook"):
+        return _applied_weight(child)
+    from accelerate.utils import align_module_device
+
+    with align_module_device(child):  # an offloaded weight comes for the child's own call only
+        return _applied_weight(child)
+
+
+def _applied_weight(child: nn.Linear) -> Tensor:
     """Return the weight that a child applies; an adapter may have been wrapped around it."""
     plain = type(child) in (nn.Linear, ArrangedLinear)
     if plain and not hasattr(child.weight, "__tensor_flatten__"):  # quantized: through its product
