@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import Batch, token_batches
+from tnlm.calibration.data import Batch, fingerprint, token_batches
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.lora import lora_statistics
 from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
@@ -36,6 +36,11 @@ class Data:
     seed: int
     gradient_samples: int = 16
     training: Any = None
+
+    def drawn(self) -> dict[str, int]:
+        """Return the arguments that say which of the data is used."""
+        names = ("num_samples", "max_length", "gradient_samples", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 def check_data(request: Request, data: Data) -> None:
@@ -79,6 +84,7 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
     release()
     if job.request.trains:
         job.tokenizer, job.seed, job.lessons = data.tokenizer, data.seed, _lessons(job, data)
+    job.drawn, job.fingerprint = data.drawn(), fingerprint([*batches, *job.lessons])
     needs = job.request.needs
     if MOVEMENT in needs:
         _prune(model, job, data, progress)

@@ -40,6 +40,8 @@ class Job:
         lessons: training data, empty if none is needed.
         tokenizer: the user's, if given.
         seed: of what training draws.
+        drawn: the arguments by which data was drawn.
+        fingerprint: of the tokens drawn.
         inputs: statistics of the matrices' inputs, if needed.
         gradients: statistics of gradients, if needed.
         loras: statistics of the gradients of a LoRA, if needed.
@@ -57,6 +59,8 @@ class Job:
     lessons: Sequence[Batch] = ()
     tokenizer: Any = None
     seed: int = 0
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
     inputs: Statistics | None = None
     gradients: Statistics | None = None
     loras: Statistics | None = None

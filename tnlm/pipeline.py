@@ -173,7 +173,13 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     spent = time.perf_counter() - start
     job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
     tokens = job.inputs.tokens if job.inputs else 0
-    done = Report(with_errors(decided, fitting.errors), dict(job.seconds), tokens)
+    done = Report(
+        with_errors(decided, fitting.errors),
+        dict(job.seconds),
+        tokens,
+        data=job.drawn,
+        fingerprint=job.fingerprint,
+    )
     model.tnlm_report = done  # type: ignore[assignment]
     return model
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from typing import Any
 
 from tnlm.errors import OptionError
@@ -13,6 +15,25 @@ from tnlm.tables import table
 
 COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs"}
 """What a cost counts, and its name in a report."""
+PACKAGES = ("tnlm", "torch", "transformers", "tensorly", "numpy")
+"""What the numbers of a model depend on, beside Python."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes here.
+
+    Example:
+        >>> list(versions())[:3]
+        ['python', 'tnlm', 'torch']
+    """
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a source tree that was not installed
+        return "not installed"
 
 
 @dataclass(frozen=True)
@@ -23,11 +44,18 @@ class Report:
         plan: decisions and costs; every ``error`` is measured, in the plan's metric.
         seconds: wall time by stage: calibrate, plan, fit.
         tokens: calibration tokens used.
+        data: the arguments by which data was drawn; empty if none was looked at.
+        fingerprint: SHA-256 of the tokens drawn, those for calibration before those for training;
+            empty if there were none.
+        versions: of what computed it.
     """
 
     plan: Plan
     seconds: Mapping[str, float]
     tokens: int = 0
+    data: Mapping[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=versions)
 
     @property
     def parameters_before(self) -> int:
@@ -59,6 +87,9 @@ class Report:
             "seconds": round(sum(self.seconds.values()), 3),
             "seconds_by_stage": {k: round(v, 3) for k, v in self.seconds.items()},
             "calibration_tokens": self.tokens,
+            "data": dict(self.data),
+            "fingerprint": self.fingerprint,
+            "versions": dict(self.versions),
             "layers": [asdict(layer) for layer in plan.layers],
             "skipped": dict(plan.skipped),
         }
@@ -80,7 +111,14 @@ class Report:
             plan["layers"] = data["layers"]
             plan["model"] = {name: data[f"{long}_before"] for name, long in COUNTED.items()}
             read = Plan.from_json(json.dumps({"format_version": FORMAT_VERSION, **plan}))
-            return cls(read, data["seconds_by_stage"], data["calibration_tokens"])
+            return cls(
+                read,
+                data["seconds_by_stage"],
+                data["calibration_tokens"],
+                data=dict(data.get("data", {})),
+                fingerprint=data.get("fingerprint", ""),
+                versions=dict(data.get("versions", {})),
+            )
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, OptionError):
                 raise

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from html import escape
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import tnlm
 from tnlm.errors import CheckpointError
 from tnlm.page.parts import facts, picture, table
 from tnlm.planning import LayerPlan
-from tnlm.reporting import Report
+from tnlm.reporting import Report, versions
 from tnlm.saving import REPORT_FILE, describe
 
 FILE = "report.html"
-PACKAGES = ("torch", "transformers", "tensorly", "numpy")
 
 
 def write_page(
@@ -97,10 +94,10 @@ def _body(name: str, about: dict[str, Any], report: Report, measured: Any) -> It
     yield f"<pre>{escape(_recipe(report))}</pre>"
     yield "<h2>Model card</h2>"
     yield f"<pre>{escape(card(name, about, report))}</pre>"
-    yield "<h2>Environment of this page</h2>"
-    rows = [("tnlm", tnlm.__version__), ("python", platform.python_version())]
-    rows += [(package, metadata.version(package)) for package in PACKAGES]
-    yield table(("package", "version"), rows)
+    yield "<h2>Environment</h2>"
+    here = versions()
+    rows = [(package, report.versions.get(package, "not told"), here[package]) for package in here]
+    yield table(("package", "compressed with", "this page"), rows)
 
 
 def _figures(report: Report, about: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -132,9 +129,12 @@ def _row(layer: LayerPlan) -> tuple[Any, ...]:
 
 
 def _recipe(report: Report) -> str:
-    asked = {key: value for key, value in report.plan.request.items() if value is not None}
-    words = "".join(f",\n    {key}={value!r}" for key, value in asked.items())
-    return f"tnlm.compress(\n    model,\n    {report.plan.scheme!r}{words},\n)"
+    asked = {**report.plan.request, **report.data}
+    words = "".join(f",\n    {key}={value!r}" for key, value in asked.items() if value is not None)
+    if report.data:
+        words += ",\n    calibration=...,\n    tokenizer=tokenizer"
+    told = f"  # tokens drawn: SHA-256 {report.fingerprint}" if report.fingerprint else ""
+    return f"tnlm.compress(\n    model,\n    {report.plan.scheme!r}{words},\n){told}"
 
 
 def card(name: str, about: dict[str, Any], report: Report) -> str:
