@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -190,6 +191,18 @@ def test_classification_measures_before_and_after_and_resumes(start, tmp_path, c
     start("classification", *words, *options)
     assert json.loads((tmp_path / "out" / "classification.json").read_text()) == found
     assert "seed" not in capsys.readouterr().err  # nothing was measured again
+
+
+def test_a_classifier_is_made_of_an_encoder(start, classifier, tmp_path, capsys):
+    rows = [{"sentence": f"word{i} word{i % 7}", "label": i % 2} for i in range(70)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    words = (tmp_path / "m", file, file, tmp_path / "made", "--text", "sentence")
+    start("classifier", *words)
+    printed = capsys.readouterr().out
+    assert 0 <= float(re.search(r"accuracy ([\d.]+) %", printed).group(1)) <= 100
+    made = BertForSequenceClassification.from_pretrained(tmp_path / "made")
+    assert not torch.equal(made.classifier.weight, classifier.classifier.weight)
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
