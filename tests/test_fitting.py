@@ -12,7 +12,7 @@ from tnlm.job import Data, prepare
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.pipeline import settle
-from tnlm.recovery.cascade import Moved
+from tnlm.recovery.moments import Moved
 from tnlm.request import make_request
 from tnlm.surgery import Shelf
 from tnlm.targets import members_of, select

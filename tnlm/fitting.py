@@ -17,7 +17,8 @@ from tnlm.feed_forward import FeedForward, sliced
 from tnlm.job import Job
 from tnlm.layers.build import Entry
 from tnlm.planning import LayerPlan, Plan
-from tnlm.recovery.cascade import Fitted, Moved
+from tnlm.recovery.cascade import Fitted
+from tnlm.recovery.moments import Moved
 from tnlm.stacks import Stack, ties, unstack
 from tnlm.surgery import Shelf, assemble, fit_target
 from tnlm.targets import Target, members_of
@@ -45,7 +46,7 @@ class Fitting:
         self._taken: dict[str, nn.Module] = {}
         known = {unit.name: unit for unit in (*job.units, *job.joint)}
         self.units = [known[layer.name] for layer in decided.layers]
-        shrinks = {
+        self._shrinks = {
             member.name
             for unit in self.units
             if self._layers[unit.name].format is not None
@@ -55,9 +56,13 @@ class Fitting:
         self._replaced = {
             target.name
             for group in by_module(job.selection.targets)
-            if any(target.name in shrinks for target in group)
+            if any(self.shrinks(target) for target in group)
             for target in group
         }
+
+    def shrinks(self, target: Target) -> bool:
+        """Return whether a target is given a format, and so is fitted."""
+        return target.name in self._shrinks
 
     def fit(self, unit: Target, moved: Moved | None = None) -> Fitted | None:
         """Fit one target or stack, to the dense model's statistics or to moved ones."""

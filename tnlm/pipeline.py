@@ -224,7 +224,7 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool)
     if job.request.cascade != "none":
         cascade(
             model,
-            job.selection.targets,
+            [target for target in job.selection.targets if fitting.shrinks(target)],
             job.batches,
             job.request.cascade,
             fitting.fit,

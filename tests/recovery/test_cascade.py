@@ -12,7 +12,8 @@ import tnlm
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.metrics import InputMoment
 from tnlm.errors import CalibrationError
-from tnlm.recovery.cascade import Fitted, anchored, cascade
+from tnlm.recovery.cascade import Fitted, _Pair, cascade
+from tnlm.recovery.moments import anchored
 from tnlm.targets import select
 
 IDS = torch.arange(256) % 61 + 3
@@ -259,7 +260,7 @@ def errors_of_the_last_matrix(model, mode, batches, rank=8):
 
 
 def test_each_cascade_is_best_at_what_it_asks_for(tiny_llama, batches, monkeypatch):
-    monkeypatch.setattr("tnlm.recovery.cascade.ANCHOR_DAMPING", 1e-9)
+    monkeypatch.setattr("tnlm.recovery.moments.ANCHOR_DAMPING", 1e-9)
     found = {mode: [] for mode in ("none", *MODES)}
     for seed in range(4):
         model = tiny_llama(seed=seed)
@@ -326,6 +327,22 @@ def test_bfloat16_models_are_walked(make_model):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert model(IDS[None, :32]).logits.isfinite().all()
+
+
+@every_mode
+def test_moments_are_gathered_for_what_is_fitted_alone(mode, make_model, monkeypatch):
+    gathered = []
+    gather = _Pair.moments
+
+    def note(self, module, *states):
+        gathered.append(module)
+        return gather(self, module, *states)
+
+    monkeypatch.setattr(_Pair, "moments", note)
+    model = make_model("llama")
+    tnlm.compress(model, "rom", blocks=1, cascade=mode, keep_targets=0.8, **DATA, progress=False)
+    assert gathered
+    assert all(".layers.1." in module for module in gathered)
 
 
 def test_a_cascade_repeats(make_model):

@@ -1,8 +1,9 @@
 """The cascade: every matrix is fitted to the inputs that it will really get.
 
-Two streams of hidden states run through the blocks, one dense, one compressed. Inside a block the
-matrices are fitted in the order in which they run; before each group that shares an input, the
-moments of that input are gathered again, with everything before it compressed already.
+Two streams of hidden states run through the blocks, one dense, which only *anchored* needs, and one
+compressed. Inside a block the matrices are fitted in the order in which they run; before each group
+that shares an input, the moments of that input are gathered again, with everything before it
+compressed already.
 
 With x the dense input and x~ the compressed one, *sequential* fits W to x~, and *anchored* fits the
 output that the dense model had: ``min ||W x - W' x~||``. Its optimum under any format is the fit of
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -26,7 +27,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, count_tokens
-from tnlm.calibration.statistics import ROWS
 from tnlm.calibration.walk import (
     Blocks,
     Call,
@@ -37,25 +37,8 @@ from tnlm.calibration.walk import (
     first_states,
 )
 from tnlm.errors import CalibrationError
+from tnlm.recovery.moments import Moments, Moved, Sums
 from tnlm.targets import Target
-
-ANCHOR_DAMPING = 1e-2
-"""Share of mean(diag(C~)) added to C~ and K: where the data says little, W* stays W."""
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a matrix is to be fitted to.
-
-    Attributes:
-        weight: ``(out, in)`` matrix to approximate: the dense one, or the anchored W*.
-        statistics: ``moment``, ``mean`` and ``magnitude`` of the compressed input.
-        output: mean output ``(out,)`` of the dense matrix, without its bias.
-    """
-
-    weight: Tensor
-    statistics: Mapping[str, Tensor]
-    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +53,8 @@ Fit = Callable[[Target, Moved | None], Fitted | None]
 """Fits a target, to its dense statistics if it is not moved; None leaves it as it is."""
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+States = list[Tensor]
+"""Hidden states between two blocks, one a batch."""
 
 
 def cascade(
@@ -100,21 +85,21 @@ def cascade(
     tokens = count_tokens(batches)
     with eval_mode(model), torch.no_grad():
         blocks, calls = open_walk(model, modules, batches)
-        dense = first_states(model, blocks, batches)
-        compressed = list(dense)
+        compressed = first_states(model, blocks, batches)
+        dense = list(compressed) if mode == "anchored" else None
         bar = tqdm(blocks, desc="cascade", unit="block", disable=not progress)
         for (name, block), call in zip(bar, calls, strict=True):
             pair = _Pair(name, block, copy.deepcopy(block), call)
             inside = [target for target in targets if target.module.startswith(name + ".")]
-            groups = list(pair.groups(inside, dense[0]))
+            groups = list(pair.groups(inside, compressed[0]))
             for target in inside:
                 if not any(target in group for group in groups):
                     pair.put(target, fit(target, None))
             for group in groups:
-                moments = pair.moments(group[0].module, dense, compressed, tokens)
+                moments = pair.moments(group[0].module, compressed, dense, tokens)
                 for target in group:
-                    pair.put(target, fit(target, moments.move(pair.weight(target), mode, centered)))
-            pair.advance(dense, compressed)
+                    pair.put(target, fit(target, moments.move(pair.weight(target), centered)))
+            pair.advance(compressed, dense)
 
 
 def open_walk(
@@ -134,52 +119,6 @@ def open_walk(
             "cascade='none'"
         )
     return blocks, calls
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Sums over tokens of one pair of inputs, dense x and compressed x~."""
-
-    moment: Tensor
-    cross: Tensor
-    mean: Tensor
-    dense_mean: Tensor
-    magnitude: Tensor
-
-    def move(self, weight: Tensor, mode: str, centered: bool) -> Moved:
-        """Return what a matrix with this input is to be fitted to."""
-        full = weight.detach().double()
-        statistics = {"moment": self.moment, "mean": self.mean, "magnitude": self.magnitude}
-        if mode == "sequential":
-            return Moved(full, statistics, full @ self.mean)
-        moment, cross = self.moment, self.cross
-        if centered:
-            moment = moment - torch.outer(self.mean, self.mean)
-            cross = cross - torch.outer(self.dense_mean, self.mean)
-        return Moved(anchored(full, moment, cross), statistics, full @ self.dense_mean)
-
-
-def anchored(weight: Tensor, moment: Tensor, cross: Tensor, damping: float | None = None) -> Tensor:
-    """Return W* = W K C~^-1, the matrix whose output on x~ is nearest to that of W on x.
-
-    Args:
-        weight: W, ``(out, in)``, float64.
-        moment: C~ = E[x~ x~.T], ``(in, in)``.
-        cross: K = E[x x~.T], ``(in, in)``.
-        damping: share of the mean diagonal of C~ that is added to both.
-
-    Example:
-        >>> weight, moment = torch.ones(1, 2).double(), torch.eye(2).double()
-        >>> anchored(weight, moment, 2 * moment, damping=1e-9).round(decimals=6)
-        tensor([[2., 2.]], dtype=torch.float64)
-    """
-    share = ANCHOR_DAMPING if damping is None else damping
-    ridge = share * float(moment.diagonal().mean())
-    if ridge <= 0:  # the compressed input is silent: nothing to correct
-        return weight
-    damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    change: Tensor = torch.linalg.solve(damped, (cross - moment).T).T
-    return weight + weight @ change
 
 
 class _Pair:
@@ -228,45 +167,26 @@ class _Pair:
             yield list(group)
 
     def moments(
-        self, module: str, dense: Sequence[Tensor], compressed: Sequence[Tensor], tokens: int
-    ) -> _Moments:
-        """Gather the moments of a module's input in both streams."""
-        local, sums = self._local(module), _Sums()
-        for one, other in zip(dense, compressed, strict=True):
-            x = _input_of(self._block, local, one, self._call)
-            y = _input_of(self._clone, local, other, self._call)
+        self, module: str, compressed: States, dense: States | None, tokens: int
+    ) -> Moments:
+        """Gather the moments of a module's input; without the dense stream, of one input alone."""
+        local, sums = self._local(module), Sums()
+        for index, state in enumerate(compressed):
+            y = _input_of(self._clone, local, state, self._call)
+            x = y if dense is None else _input_of(self._block, local, dense[index], self._call)
             if x is None or y is None or x.shape != y.shape:
                 raise CalibrationError(
                     f"{module} sees other tokens in the compressed model than in the dense one, "
                     "so that its inputs do not pair; ignore it, or use cascade='none'"
                 )
-            sums.add(x, y)
+            sums.add(y, None if dense is None else x)
         return sums.means(tokens)
 
-    def advance(self, dense: list[Tensor], compressed: list[Tensor]) -> None:
-        """Run both streams through the block."""
-        for states, module in ((dense, self._block), (compressed, self._clone)):
+    def advance(self, compressed: States, dense: States | None) -> None:
+        """Run the streams through the block."""
+        for states, module in ((dense or [], self._block), (compressed, self._clone)):
             for index, state in enumerate(states):
                 states[index] = call_block(module, state, self._call)
-
-
-class _Sums:
-    """Products in the model's precision, sums in float64."""
-
-    def __init__(self) -> None:
-        self._sums: list[Tensor] = []
-
-    def add(self, dense: Tensor, compressed: Tensor) -> None:
-        x, y = dense.reshape(-1, dense.shape[-1]), compressed.reshape(-1, dense.shape[-1])
-        for a, b in zip(x.float().split(ROWS), y.float().split(ROWS), strict=True):
-            parts = [b.T @ b, a.T @ b, b.sum(0), a.sum(0), b.abs().sum(0)]
-            if not self._sums:
-                self._sums = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-            for total, part in zip(self._sums, parts, strict=True):
-                total += part
-
-    def means(self, tokens: int) -> _Moments:
-        return _Moments(*(total.cpu() / tokens for total in self._sums))
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
