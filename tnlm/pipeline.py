@@ -224,11 +224,12 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool)
     if job.request.cascade != "none":
         cascade(
             model,
-            [target for target in job.selection.targets if fitting.shrinks(target)],
+            job.selection.targets,
             job.batches,
             job.request.cascade,
             fitting.fit,
             centered=job.request.measure.adds_bias,
+            wanted=fitting.shrinks,
             progress=progress,
         )
     for unit in tqdm(fitting.units, desc="fitting", unit="matrix", disable=not progress):

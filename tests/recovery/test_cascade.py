@@ -345,6 +345,34 @@ def test_moments_are_gathered_for_what_is_fitted_alone(mode, make_model, monkeyp
     assert all(".layers.1." in module for module in gathered)
 
 
+@every_mode
+def test_blocks_may_stay_dense_as_a_whole(mode, tiny_llama):
+    model = tiny_llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(truncated(model.lm_head.weight, 3))
+    options = {"targets": r"lm_head|.*_proj", "tolerance": 1e-5, "cascade": mode}
+    tnlm.compress(model, "svd-llm", **options, **DATA, progress=False)
+    fitted = {layer.name for layer in tnlm.report(model).plan.layers if layer.format}
+    assert fitted == {"lm_head"}
+
+
+def test_only_anchoring_runs_the_dense_stream(make_model, batches, monkeypatch):
+    streams = []
+    advance = _Pair.advance
+
+    def note(self, compressed, dense):
+        streams.append(dense)
+        advance(self, compressed, dense)
+
+    monkeypatch.setattr(_Pair, "advance", note)
+    model = make_model("llama")
+    for mode in MODES:
+        cascade(model, select(model).targets, batches, mode, crude(model), progress=False)
+    half = len(streams) // 2
+    assert all(stream is None for stream in streams[:half])
+    assert all(len(stream) == len(batches) for stream in streams[half:])
+
+
 def test_a_cascade_repeats(make_model):
     one, other = (
         tnlm.compress(make_model("gpt2"), "aa-svd", rank=5, **DATA).state_dict() for _ in range(2)

@@ -65,6 +65,7 @@ def cascade(
     fit: Fit,
     *,
     centered: bool = False,
+    wanted: Callable[[Target], bool] = lambda _: True,
     progress: bool = True,
 ) -> None:
     """Fit all targets that stand in blocks, block by block; the model itself is not changed.
@@ -76,6 +77,7 @@ def cascade(
         mode: ``"sequential"`` or ``"anchored"``.
         fit: called once a target, in the order in which they run.
         centered: anchor about the means, which a bias takes care of.
+        wanted: tells which of the targets are fitted; the others stay dense.
         progress: show a progress bar.
 
     Raises:
@@ -90,7 +92,7 @@ def cascade(
         bar = tqdm(blocks, desc="cascade", unit="block", disable=not progress)
         for (name, block), call in zip(bar, calls, strict=True):
             pair = _Pair(name, block, copy.deepcopy(block), call)
-            inside = [target for target in targets if target.module.startswith(name + ".")]
+            inside = [t for t in filter(wanted, targets) if t.module.startswith(name + ".")]
             groups = list(pair.groups(inside, compressed[0]))
             for target in inside:
                 if not any(target in group for group in groups):
@@ -172,14 +174,16 @@ class _Pair:
         """Gather the moments of a module's input; without the dense stream, of one input alone."""
         local, sums = self._local(module), Sums()
         for index, state in enumerate(compressed):
-            y = _input_of(self._clone, local, state, self._call)
-            x = y if dense is None else _input_of(self._block, local, dense[index], self._call)
-            if x is None or y is None or x.shape != y.shape:
+            seen = [_input_of(self._clone, local, state, self._call)]
+            if dense is not None:
+                seen.append(_input_of(self._block, local, dense[index], self._call))
+            inputs = [x for x in seen if x is not None]
+            if len(inputs) < len(seen) or inputs[0].shape != inputs[-1].shape:
                 raise CalibrationError(
                     f"{module} sees other tokens in the compressed model than in the dense one, "
                     "so that its inputs do not pair; ignore it, or use cascade='none'"
                 )
-            sums.add(y, None if dense is None else x)
+            sums.add(*inputs)
         return sums.means(tokens)
 
     def advance(self, compressed: States, dense: States | None) -> None:

@@ -82,7 +82,7 @@ class Sums:
         """Begin at nothing."""
         self._sums: list[Tensor] = []
 
-    def add(self, compressed: Tensor, dense: Tensor | None) -> None:
+    def add(self, compressed: Tensor, dense: Tensor | None = None) -> None:
         """Add the rows of one batch."""
         y = compressed.reshape(-1, compressed.shape[-1]).float()
         x = None if dense is None else dense.reshape(-1, dense.shape[-1]).float()
