@@ -33,9 +33,10 @@ def cost(scheme: Scheme) -> list[str]:
 def _cascade(scheme: Scheme) -> str:
     if scheme.cascade == "none":
         return ""
-    anchor = ", and their product with the dense ones" if scheme.cascade == "anchored" else ""
+    anchored = scheme.cascade == "anchored"
     return (
-        " The cascade then runs every block, as it was and as it is so far, for every group of "
-        "matrices that share an input, and sums the moment of the compressed inputs"
-        f"{anchor}. Statistics of one block are held at a time."
+        f" The cascade then runs every block, {'as it was and ' if anchored else ''}as it is so "
+        "far, for every group of fitted matrices that share an input, and sums the moment of the "
+        f"compressed inputs{', and their product with the dense ones' if anchored else ''}. "
+        "Statistics of one block are held at a time."
     )

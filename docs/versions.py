@@ -34,6 +34,11 @@ def releases(site: Path) -> list[Version]:
     return sorted(found, key=lambda version: (not version.is_prerelease, version), reverse=True)
 
 
+def stable(site: Path) -> Version | None:
+    """Return the newest final release that a site holds."""
+    return next((version for version in releases(site) if not version.is_prerelease), None)
+
+
 def entries(site: Path, url: str) -> list[dict[str, object]]:
     """Return the switcher's lines for the directories that exist.
 
@@ -41,13 +46,13 @@ def entries(site: Path, url: str) -> list[dict[str, object]]:
         site: the folder of the whole site.
         url: its address, without a slash at the end.
     """
-    newest = releases(site)[:1]
+    newest = stable(site)
     found: list[dict[str, object]] = []
     if (site / DEV).is_dir():
         found.append({"name": DEV, "version": DEV, "url": f"{url}/{DEV}/"})
     for version in releases(site):
         entry: dict[str, object] = {"name": f"{version}", "version": f"{version}"}
-        if version in newest:
+        if version == newest:
             entry |= {"name": f"{version} (stable)", "url": f"{url}/{STABLE}/", "preferred": True}
         found.append({"url": f"{url}/{version}/"} | entry)
     return found
@@ -75,13 +80,14 @@ def first_page(target: str) -> str:
 
 def write(site: Path, url: str) -> None:
     """Bring ``stable``, switcher.json and index.html up to date with the directories."""
-    newest = releases(site)[:1]
-    if newest:
+    newest = stable(site)
+    if newest is not None:
         shutil.rmtree(site / STABLE, ignore_errors=True)
-        shutil.copytree(site / str(newest[0]), site / STABLE)
+        shutil.copytree(site / str(newest), site / STABLE)
     found = entries(site, url.rstrip("/"))
     (site / "switcher.json").write_text(json.dumps(found, indent=1) + "\n")
-    (site / "index.html").write_text(first_page(STABLE if newest else DEV))
+    first = next((name for name in (STABLE, DEV) if (site / name).is_dir()), None)
+    (site / "index.html").write_text(first_page(first or str(releases(site)[0])))
     (site / ".nojekyll").touch()  # directories that begin with _ are served as they are
 
 

@@ -663,6 +663,7 @@ def test_a_quantized_model_is_refused(make_model):
         ("svd", {"cache_dir": "cache"}, OptionError, "no calibration is used"),
         ("svd-llm", {}, CalibrationError, "looks at data; pass calibration="),
         ("svd", {"metric": "input"}, CalibrationError, "looks at data; pass calibration="),
+        ("svd", {"recover": "lora"}, CalibrationError, "trains on data; pass training="),
         ("svd-llm", {"calibration": []}, CalibrationError, "no tokens"),
         ("svd-llm", {"calibration": [3, 4, 5]}, CalibrationError, "fewer than one window"),
         ("svd-llm", {"calibration": ["word1"]}, CalibrationError, "tokenizer="),

@@ -7,7 +7,16 @@ import pytest
 from tnlm.cli_words import in_options
 
 NAMES = ("calibration", "keep", "keep_targets", "tolerance", "metric", "rank", "ranks", "out_split")
-NAMES += ("gauge", "max_length", "cache_dir", "targets", "allocation", "in_split", "overwrite")
+NAMES += (
+    "gauge",
+    "max_length",
+    "cache_dir",
+    "targets",
+    "ignore",
+    "allocation",
+    "in_split",
+    "overwrite",
+)
 OPTIONS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"formats": "--format"}
 
 
@@ -34,6 +43,12 @@ OPTIONS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"formats": 
         ("the rank of a matrix, and tolerance", "the rank of a matrix, and tolerance"),
         ("candidates=0.5, hidden_keep=1", "candidates=0.5, hidden_keep=1"),
         ("in /data/keep=0.8/keep and rank/x", "in /data/keep=0.8/keep and rank/x"),
+        (r"in C:\runs\keep=0.8\out and 'keep=0.8/x'", r"in C:\runs\keep=0.8\out and 'keep=0.8/x'"),
+        ("of https://host/x?keep=3&rank=4", "of https://host/x?keep=3&rank=4"),
+        ("targets='a', ignore=None.", "--targets a, no --ignore."),
+        ('targets="a\'b"; no', '--targets "a\'b"; no'),
+        (r"targets='model\\.foo|x'", r"--targets 'model\.foo|x'"),
+        ("ranks=[-1, 8], tolerance=(0.2, 0.5)", "--ranks -1,8, --tolerance 0.2,0.5"),
         ("Allowed: gauge, rank", "Allowed: --gauge, --rank"),
         ("'keep', 'rank'", "'keep', 'rank'"),
     ],
@@ -44,3 +59,10 @@ def test_keywords_become_options(said, shown):
 
 def test_a_command_without_options_changes_nothing():
     assert in_options("pass keep= or keep_targets=", {}) == "pass keep= or keep_targets="
+
+
+def test_what_was_typed_is_no_keyword():
+    told = "keep=0.8 is not empty, nor my runs keep=0.8/x; pass overwrite, or keep=0.7"
+    typed = ["compress", "model", "keep=0.8", "my runs keep=0.8/x", "--keep=0.5"]
+    shown = "keep=0.8 is not empty, nor my runs keep=0.8/x; pass --overwrite, or --keep 0.7"
+    assert in_options(told, OPTIONS, typed) == shown

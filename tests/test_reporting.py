@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 
 import pytest
 import torch
@@ -83,3 +85,52 @@ def test_reports_of_earlier_versions_are_read(compressed):
     assert (read.data, read.fingerprint, read.versions) == ({}, "", {})
     with pytest.raises(OptionError, match="not a tnlm report"):
         tnlm.Report.from_json(json.dumps({**told, "data": 3}))
+
+
+def recipe(model, folder):
+    """Return the call that the page about a model shows."""
+    page = tnlm.write_page(tnlm.save(model, folder)).read_text()
+    return html.unescape(re.search(r"<h2>Recipe</h2>\s*<pre>(.*?)</pre>", page, re.S)[1])
+
+
+def test_the_recipe_on_the_page_is_the_call(tiny_llama, tmp_path):
+    asked = {"targets": ["q_proj", "up_proj"], "ignore": r".*\.1\..*", "metric": "input"}
+    ids = torch.arange(400) % 50
+    model = tnlm.compress(
+        tiny_llama(), "kron", terms=2, **asked, calibration=ids, **DRAWN, progress=False
+    )
+    shown = recipe(model, tmp_path / "model")
+    names = {"tnlm": tnlm, "model": tiny_llama(), "tokenizer": None}
+    again = eval(shown.replace("calibration=...", "calibration=ids"), names | {"ids": ids})
+    assert {layer.name for layer in tnlm.report(again).plan.layers if layer.format} == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.up_proj",
+    }
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_recipe_of_a_search_is_its_plan(tiny_llama, word_tokenizer, word_text, tmp_path):
+    texts = [[word_text(300, seed=seed)] for seed in range(3)]
+    model = tiny_llama(num_hidden_layers=1)
+    tnlm.surgical_search(
+        model,
+        "perplexity",
+        search=texts[0],
+        report=texts[1],
+        calibration=texts[2],
+        tokenizer=word_tokenizer,
+        targets=".*q_proj",
+        max_length=16,
+        growth=10.0,
+        candidates=[0.5],
+        progress=False,
+    )
+    shown = recipe(model, tmp_path / "model")
+    assert shown.startswith("tnlm.compress(\n    model,\n    report.plan,\n    num_samples=")
+    assert "search=" not in shown
+
+
+def test_selectors_that_are_classes_are_not_written_down(tiny_llama):
+    model = tnlm.compress(tiny_llama(), "svd", targets=torch.nn.Linear, progress=False)
+    assert "targets" not in tnlm.report(model).plan.request

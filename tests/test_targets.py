@@ -9,8 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import tnlm
+from tnlm.checks import check_model, check_weights
 from tnlm.errors import ModelError, TargetError
-from tnlm.targets import ALL_LINEAR, EMBEDDINGS, check_model, check_weights, select
+from tnlm.targets import ALL_LINEAR, EMBEDDINGS, select
 
 BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 BLOCK += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

@@ -55,6 +55,15 @@ def test_a_trial_release_does_not_take_the_place_of_a_final_one(publish):
     assert (site / "stable" / "index.html").read_text() == "0.1.0"
 
 
+def test_a_trial_release_alone_is_not_stable(publish):
+    site, found = publish("0.1.0rc1")
+    assert [entry["name"] for entry in found] == ["0.1.0rc1"]
+    assert not (site / "stable").exists()
+    assert "url=0.1.0rc1/" in (site / "index.html").read_text()
+    site, _ = publish("dev")
+    assert "url=dev/" in (site / "index.html").read_text()
+
+
 def test_stable_is_replaced_by_the_next_release(publish):
     publish("0.1.0")
     (old := publish("0.1.0")[0] / "stable" / "old.html").touch()
@@ -77,14 +86,18 @@ def bash(script, cwd, **variables):
 REFS = {
     "dev": {"GITHUB_REF_TYPE": "branch", "GITHUB_REF_NAME": "main"},
     "0.1.0": {"GITHUB_REF_TYPE": "tag", "GITHUB_REF_NAME": "v0.1.0"},
+    "0.2.0rc1": {"GITHUB_REF_TYPE": "tag", "GITHUB_REF_NAME": "v0.2.0-rc1"},
 }
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.mark.parametrize("version", REFS)
 def test_the_workflow_tells_the_version(version, tmp_path):
     script = step("build", "A tag is a version, all else is dev")
-    bash(script, tmp_path, GITHUB_ENV=str(tmp_path / "env"), **REFS[version])
-    assert (tmp_path / "env").read_text() == f"TNLM_DOCS_VERSION={version}\n"
+    files = {name: str(tmp_path / name) for name in ("GITHUB_ENV", "GITHUB_OUTPUT")}
+    bash(script, tmp_path, PATH=PATH, **files, **REFS[version])
+    assert Path(files["GITHUB_ENV"]).read_text() == f"TNLM_DOCS_VERSION={version}\n"
+    assert Path(files["GITHUB_OUTPUT"]).read_text() == f"version={version}\n"
 
 
 def git(*words, cwd, fails=False):
@@ -103,13 +116,12 @@ def test_the_workflow_publishes_to_a_branch(tmp_path):
     git("add", ".", cwd=work)
     git("commit", "-qm", "first", cwd=work)
     git("push", "-q", "origin", "HEAD:main", cwd=work)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for version in ("dev", "0.1.0", "dev"):
         html = work / "docs" / "_build" / "html"
         html.mkdir(parents=True, exist_ok=True)
         (html / "index.html").write_text(f"{version} page")
         script = step("publish", "Put the pages on gh-pages")
-        bash(script, work, PATH=path, TNLM_DOCS_URL=URL, **REFS[version])
+        bash(script, work, PATH=PATH, TNLM_DOCS_URL=URL, VERSION=version)
         git("worktree", "remove", "--force", "site", cwd=work)
         git("branch", "-D", "gh-pages", cwd=work, fails=True)  # the next checkout is fresh
     names = git("ls-tree", "-r", "--name-only", "gh-pages", cwd=tmp_path / "origin.git").split()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-VALUE = r"'[^']*'|\([^()]*\)|\[[^\[\]]*\]|-?\w[^\s,;:)]*"
+VALUE = r"""'[^']*'|"[^"]*"|\([^()]*\)|\[[^\[\]]*\]|-?\w[^\s,;:)]*"""
 """A value as Python writes it: text, a tuple, a list, or a word."""
 BOUNDS = {"<=": "of at most", ">=": "of at least"}
 GIVEN = {"tokenizer=": "a tokenizer in MODEL"}
 """What the library asks for, and a command finds by itself."""
 
 
-def in_options(message: str, options: Mapping[str, str]) -> str:
+BEFORE = r"(?<![\w./'\\?&-])"
+"""A keyword begins here, and not the part of a path, of an address or of quoted text."""
+
+
+def in_options(message: str, options: Mapping[str, str], typed: Sequence[str] = ()) -> str:
     """Return an error's message with options in place of keywords.
 
     What has ``=`` is a keyword, and so is what follows "pass", or stands in a list of keywords.
@@ -21,6 +25,7 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     Args:
         message: what the library says.
         options: the command's options by the keyword for which each stands.
+        typed: words of the command line, such as names of files, which are not read as keywords.
 
     Example:
         >>> options = {"keep": "--keep", "keep_targets": "--keep-targets", "metric": "--metric"}
@@ -31,10 +36,15 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
         message = re.sub(rf"\b{words}", plain, message)
     if not options:
         return message
+    kept = sorted((word for word in typed if "=" in word), key=len, reverse=True)
+    for number, word in enumerate(kept):
+        message = message.replace(word, f"\0{number}\0")
     name = "|".join(sorted(options, key=len, reverse=True))
 
     def assigned(found: re.Match[str]) -> str:
         option, value = options[found[1]], found[2]
+        if value in ("None", "None."):
+            return f"no {option}{value[4:]}"
         if value in ("True", "False"):
             return option if value == "True" else f"--no-{option.removeprefix('--')}"
         return option if value is None else f"{option} {_plain(value)}"
@@ -42,18 +52,19 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     def named(found: re.Match[str]) -> str:
         return re.sub(rf"\b({name})\b", lambda each: options[each[0]], found[0])
 
-    alone = rf"(?<![\w./'-])(?:{name})(?![\w/'=-]|\.\w)"
+    alone = rf"{BEFORE}(?:{name})(?![\w/'=-]|\.\w)"
     listed = rf"{alone}(?:(?:, | and | or | \+ ){alone})+"
     message = re.sub(rf"{listed}|(?<=pass ){alone}", named, message)
     for sign, words in BOUNDS.items():
-        message = re.sub(rf"(?<![\w./-])({name}){sign}", rf"\1= {words} ", message)
-    return re.sub(rf"(?<![\w./-])({name})=(?!=)({VALUE})?", assigned, message)
+        message = re.sub(rf"{BEFORE}({name}){sign}", rf"\1= {words} ", message)
+    message = re.sub(rf"{BEFORE}({name})=(?!=)({VALUE})?", assigned, message)
+    return re.sub("\0(\\d+)\0", lambda found: kept[int(found[1])], message)
 
 
 def _plain(value: str) -> str:
     """Return a value as it is typed: ``input`` for ``'input'``, ``4,8`` for ``(4, 8)``."""
     if re.fullmatch(r"'[\w./,-]+'", value):
         return value[1:-1]
-    if re.fullmatch(r"[(\[]\d+(, \d+)*,?[)\]]", value):
+    if re.fullmatch(r"[(\[]-?[\d.]+(, -?[\d.]+)*,?[)\]]", value):
         return value[1:-1].rstrip(",").replace(" ", "")
-    return value
+    return value.replace("\\\\", "\\")  # as Python writes a backslash

@@ -47,6 +47,11 @@ def check_data(request: Request, data: Data) -> None:
     """Raise a `TnlmError` unless data is given where it is needed, and only there."""
     scheme, metric = request.scheme.name, request.measure.name
     given = data.calibration is not None or (data.training is not None and not request.measures)
+    if not (given or request.measures or MOVEMENT in request.needs) and request.trains:
+        raise CalibrationError(
+            f"recover={request.recover!r} trains on data; pass training= or calibration= "
+            "(texts, a file, token ids) and tokenizer="
+        )
     if request.looks_at_data and not given:
         raise CalibrationError(
             f"scheme {scheme!r} with metric={metric!r} looks at data; pass "
@@ -72,15 +77,7 @@ def check_data(request: Request, data: Data) -> None:
 
 def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None:
     """Gather the statistics that a job needs, and the data that its later steps do."""
-    batches: list[Batch] = []
-    if data.calibration is not None:
-        batches = token_batches(
-            data.calibration,
-            data.tokenizer,
-            num_samples=data.num_samples,
-            max_length=data.max_length,
-            seed=data.seed,
-        )
+    batches = _windows(data)
     release()
     if job.request.trains:
         job.tokenizer, job.seed, job.lessons = data.tokenizer, data.seed, _lessons(job, data)
@@ -116,6 +113,19 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
     if job.request.cascade != "none" or job.request.refine:
         job.batches = batches
     release()
+
+
+def _windows(data: Data) -> list[Batch]:
+    """Return the sequences that statistics are taken of."""
+    if data.calibration is None:
+        return []
+    return token_batches(
+        data.calibration,
+        data.tokenizer,
+        num_samples=data.num_samples,
+        max_length=data.max_length,
+        seed=data.seed,
+    )
 
 
 def _lessons(job: Job, data: Data) -> list[Batch]:

@@ -16,13 +16,14 @@ from tnlm.calibration.data import Batch
 from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
 from tnlm.calibration.metrics import Metric
 from tnlm.calibration.store import Statistics
+from tnlm.checks import check_model, check_weights
 from tnlm.errors import CalibrationError, TargetError
 from tnlm.feed_forward import FeedForward, pairs
 from tnlm.gathering import Data, check_data, gather
 from tnlm.layers.build import Entry
 from tnlm.request import Request
 from tnlm.stacks import Stack, stack
-from tnlm.targets import Selection, Selector, Target, check_model, check_weights, select
+from tnlm.targets import Selection, Selector, Target, select
 
 __all__ = ["Data", "Job", "prepare"]
 
@@ -40,6 +41,7 @@ class Job:
         lessons: training data, empty if none is needed.
         tokenizer: the user's, if given.
         seed: of what training draws.
+        chosen: ``targets`` and ``ignore``, if they were given in words.
         drawn: the arguments by which data was drawn.
         fingerprint: of the tokens drawn.
         inputs: statistics of the matrices' inputs, if needed.
@@ -59,6 +61,7 @@ class Job:
     lessons: Sequence[Batch] = ()
     tokenizer: Any = None
     seed: int = 0
+    chosen: Mapping[str, Any] = field(default_factory=dict)
     drawn: Mapping[str, int] = field(default_factory=dict)
     fingerprint: str = ""
     inputs: Statistics | None = None
@@ -199,11 +202,21 @@ def prepare(
     check_weights(model, selection.targets)
     start = time.perf_counter()
     units = stack(selection.targets, request.share)
-    job = Job(request, selection, units, pairs(model, selection.targets))
+    chosen = _in_words(targets=targets, ignore=ignore)
+    job = Job(request, selection, units, pairs(model, selection.targets), chosen=chosen)
     if request.looks_at_data:
         gather(model, job, data, progress)
     job.seconds["calibrate"] = time.perf_counter() - start - job.seconds.get("prune", 0.0)
     return job
+
+
+def _in_words(**given: Selector | None) -> dict[str, Any]:
+    """Return the selectors that are words; classes cannot be written down."""
+    return {
+        name: selector if isinstance(selector, str) else list(selector)
+        for name, selector in given.items()
+        if isinstance(selector, Sequence) and all(isinstance(word, str) for word in selector)
+    }
 
 
 def _check_kinds(request: Request, selection: Selection) -> None:

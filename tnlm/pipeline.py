@@ -55,7 +55,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     decided = Plan(
         request.scheme.name,
         request.measure.name,
-        request.record(),
+        {**job.chosen, **request.record()},
         tuple(request.allocation.allocate(problem)),
         cost,
         job.selection.skipped,
@@ -172,16 +172,13 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
                 _recover(model, job, teacher, dense, progress)
     spent = time.perf_counter() - start
     job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
-    tokens = job.inputs.tokens if job.inputs else 0
-    done = Report(
-        with_errors(decided, fitting.errors),
-        dict(job.seconds),
-        tokens,
-        data=job.drawn,
-        fingerprint=job.fingerprint,
-    )
-    model.tnlm_report = done  # type: ignore[assignment]
+    model.tnlm_report = _report(job, with_errors(decided, fitting.errors))  # type: ignore[assignment]
     return model
+
+
+def _report(job: Job, done: Plan) -> Report:
+    tokens = job.inputs.tokens if job.inputs else 0
+    return Report(done, dict(job.seconds), tokens, data=job.drawn, fingerprint=job.fingerprint)
 
 
 def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[str, Tensor]:

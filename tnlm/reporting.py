@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 from collections.abc import Mapping
@@ -15,8 +16,8 @@ from tnlm.tables import table
 
 COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs"}
 """What a cost counts, and its name in a report."""
-PACKAGES = ("tnlm", "torch", "transformers", "tensorly", "numpy")
-"""What the numbers of a model depend on, beside Python."""
+PACKAGES = ("torch", "transformers", "tensorly", "numpy")
+"""What the numbers of a model depend on, beside tnlm and Python."""
 
 
 def versions() -> dict[str, str]:
@@ -26,14 +27,9 @@ def versions() -> dict[str, str]:
         >>> list(versions())[:3]
         ['python', 'tnlm', 'torch']
     """
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a source tree that was not installed
-        return "not installed"
+    own = importlib.import_module("tnlm").__version__  # of the code that runs, installed or not
+    found = {"python": platform.python_version(), "tnlm": own}
+    return found | {package: metadata.version(package) for package in PACKAGES}
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tnlm.errors import ModelError, TargetError, did_you_mean
+from tnlm.errors import TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
@@ -142,7 +141,7 @@ def select(
         elif id(module.weight) not in claimed:
             claimed.add(id(module.weight))
             selection.targets.extend(found)
-    if targets == ALL_LINEAR:
+    if ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets):
         selection.skipped |= _stacked(model)
     if not selection.targets:
         raise _nothing(model, targets, ignore, selection.skipped)
@@ -245,9 +244,9 @@ def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> 
 
 
 def _stacked(model: nn.Module) -> dict[str, str]:
-    """Return the parameters that hold several matrices, as experts do, and why they are left."""
+    """Return the 3-D parameters, as those of experts, and why they are left."""
     return {
-        f"{name}.{part}": f"{len(parameter)} matrices in one parameter; only modules are replaced"
+        f"{name}.{part}": "a 3-D parameter; only modules whose weight is a matrix are replaced"
         for name, module in model.named_modules()
         if not type(module).__module__.startswith("torch.")  # kernels of convolutions
         for part, parameter in module.named_parameters(recurse=False)
@@ -277,37 +276,3 @@ def _nothing(
         hint = f"; use [{targets!r}], a list of endings"
     reasons = "".join(f"; {name}: {reason}" for name, reason in list(skipped.items())[:3])
     return TargetError(f"no matrix matches targets={targets!r}, ignore={ignore!r}{hint}{reasons}")
-
-
-def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
-    """Raise `ModelError` if a target is empty, on the meta device, or not finite."""
-    for target in targets:
-        weight = target.weight(model)
-        if weight.is_meta:
-            raise ModelError(f"{target.name} has no data (meta device); load the weights first")
-        if not weight.is_floating_point():
-            raise ModelError(f"{target.name} is {weight.dtype}; load the model unquantized")
-        if not bool(torch.isfinite(weight).all()):
-            count = int((~torch.isfinite(weight)).sum())
-            raise ModelError(
-                f"{target.name} holds {count} NaN or infinite weights; nothing was changed"
-            )
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Raise `ModelError` unless the model is an ordinary, uncompressed Hugging Face model."""
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"a transformers PreTrainedModel is wanted, not {type(model).__name__}")
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return
-    method = quantizer.quantization_config.quant_method
-    method = getattr(method, "value", method)
-    if method == "tnlm":
-        raise ModelError(
-            "the model is compressed already; start from tnlm.to_dense(model) or the original"
-        )
-    raise ModelError(
-        f"the model is quantized with {method}; load it unquantized, or call model.dequantize() "
-        "first (for GGUF: quantization_config=GgufConfig(dequantize=True))"
-    )

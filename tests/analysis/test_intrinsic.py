@@ -238,6 +238,13 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(gpt2, tmp_path):
         find(gpt2, metric=score, steps=11, **asked)
 
 
+def test_scores_of_another_callable_of_the_same_name_are_refused(gpt2, tmp_path):
+    asked = {"dims": [8, 700], "threshold": 0.95, "output_dir": tmp_path}
+    find(gpt2, metric=lambda model: 10.0 - loss_of(model, IDS), **asked)
+    with pytest.raises(CheckpointError, match="other trials, which differ in before"):
+        find(gpt2, metric=lambda model: 2.0 - loss_of(model, IDS), **asked)
+
+
 def test_accuracy_of_logits_that_are_not_finite_is_refused(classifier):
     model = copy.deepcopy(classifier)
     torch.nn.init.constant_(model.classifier.weight, float("nan"))

@@ -55,7 +55,7 @@ def test_stacked_experts_are_left_and_named(kind):
     assert {target.name.rpartition(".")[2] for target in found.targets} >= {"q_proj", "o_proj"}
     assert found.skipped == {
         f"model.layers.{index}.mlp.experts.{name}": (
-            "4 matrices in one parameter; only modules are replaced"
+            "a 3-D parameter; only modules whose weight is a matrix are replaced"
         )
         for index in range(2)
         for name in ("gate_up_proj", "down_proj")

@@ -18,11 +18,12 @@ from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.metrics import InputMoment, Metric
 from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
+from tnlm.checks import check_model, check_weights
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
 from tnlm.errors import OptionError
 from tnlm.memory import release
-from tnlm.targets import ALL_LINEAR, Selector, Target, check_model, check_weights, select
+from tnlm.targets import ALL_LINEAR, Selector, Target, select
 
 EMBEDDING = "features: an embedding has no input to measure"
 UNSEEN = "features: it saw no input"

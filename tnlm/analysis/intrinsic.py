@@ -18,7 +18,7 @@ from tnlm.analysis.scores import Metric, check_metric, goal_of, measure, name_of
 from tnlm.analysis.subspace import FullSpace, check_kind, layers_of
 from tnlm.analysis.trials import Run, Trials
 from tnlm.errors import OptionError
-from tnlm.journal import Journal, check_journal
+from tnlm.journal import check_journal
 from tnlm.recovery.examples import batches
 from tnlm.recovery.tasks import examples_for, model_kind, padding_for
 
@@ -151,7 +151,8 @@ def intrinsic_dimension(
         text: the rows' text column.
         label: the rows' column of classes, for classifiers.
         output_dir: keeps every score in ``intrinsic.jsonl``. The same call goes on from there if it
-            was cut off, and so does one with other ``dims``, ``seeds`` or ``threshold``.
+            was cut off, and so does one with other ``dims``, ``seeds`` or ``threshold``. A callable
+            metric is known by its name and by the score before training.
         progress: show a progress bar.
 
     Returns:
@@ -193,8 +194,9 @@ def intrinsic_dimension(
     held = batches(tests, batch_size, pad)
     with tqdm(desc="training", unit="run", disable=not progress) as bar:
         trials = Trials(model, kind, projection, metric, examples, held, courses, bar.update)
-        trials.journal = Journal(file, trials.about())
         start = measure(model, metric, held)
+        if file is not None:
+            trials.open(file, start)
         full = statistics.fmean(trials.score(None, seed) for seed in chosen)
         goal = goal_of(metric, start, full, threshold)
         ends = [trials.bracket(goal, seed, dims, least, most) for seed in chosen]

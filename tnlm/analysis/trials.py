@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tnlm.analysis.runs import Course, train
@@ -64,7 +65,18 @@ class Trials:
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
     runs: list[Run] = field(default_factory=list)
 
-    def about(self) -> dict[str, Any]:
+    def open(self, file: Path, start: float) -> None:
+        """Keep all scores in a file, and take those that it holds.
+
+        Raises:
+            CheckpointError: if the file holds scores of something else.
+        """
+        about = self._about()
+        if callable(self.metric):  # of which the name alone tells little
+            about["before"] = float(f"{start:.3g}")
+        self.journal = Journal(file, about)
+
+    def _about(self) -> dict[str, Any]:
         """Return what the scores depend on, beside d and the seed, as plain values."""
         size, pad = self.courses[0].batch_size, self.courses[0].pad
         return {

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from tnlm.analysis.groups import Truncation, check_groups
 from tnlm.analysis.values import make_metric
+from tnlm.checks import check_model
 from tnlm.errors import OptionError, did_you_mean
 from tnlm.evaluation.number import finite
 from tnlm.job import Data, prepare
 from tnlm.modes import modes_kept
 from tnlm.request import make_request
-from tnlm.targets import ALL_LINEAR, Selector, check_model, select
+from tnlm.targets import ALL_LINEAR, Selector, select
 
 WEIGHTINGS = ("svd", "fwsvd")
 """Schemes whose singular values are cut: of the weights, or with columns weighed by Fisher."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.metrics import Metric
 from tnlm.calibration.store import model_hash
+from tnlm.checks import check_model, check_weights
 from tnlm.decompositions import get_format
 from tnlm.decompositions.gauge import fix
 from tnlm.decompositions.low_rank import LowRankSpec
@@ -25,7 +26,7 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.modes import modes_kept
 from tnlm.network import Factors
 from tnlm.surgery import assemble
-from tnlm.targets import Target, check_model, check_weights, select
+from tnlm.targets import Target, select
 
 
 class Trials:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnlm.allocation.pricing import model_cost
+from tnlm.checks import check_model
 from tnlm.errors import OptionError, TargetError, did_you_mean
 from tnlm.network import Cost
 from tnlm.scratch import skeleton
-from tnlm.targets import ALL_LINEAR, Selector, Target, check_model, select
+from tnlm.targets import ALL_LINEAR, Selector, Target, select
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.*)")
 

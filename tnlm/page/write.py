@@ -129,12 +129,17 @@ def _row(layer: LayerPlan) -> tuple[Any, ...]:
 
 
 def _recipe(report: Report) -> str:
-    asked = {**report.plan.request, **report.data}
-    words = "".join(f",\n    {key}={value!r}" for key, value in asked.items() if value is not None)
+    plan = report.plan
+    first, asked = repr(plan.scheme), {"metric": plan.metric, **plan.request, **report.data}
+    if "search" in plan.request:  # its ranks are in the plan alone
+        first, asked = "report.plan", {**report.data}
+    words = "".join(f",\n    {name}={value!r}" for name, value in asked.items())
     if report.data:
         words += ",\n    calibration=...,\n    tokenizer=tokenizer"
-    told = f"  # tokens drawn: SHA-256 {report.fingerprint}" if report.fingerprint else ""
-    return f"tnlm.compress(\n    model,\n    {report.plan.scheme!r}{words},\n){told}"
+    if "recover" in plan.request:
+        words += ",\n    training=...,  # if it was given"
+    told = f"\n# SHA-256 of the tokens: {report.fingerprint}" if report.fingerprint else ""
+    return f"tnlm.compress(\n    model,\n    {first}{words}\n){told}"
 
 
 def card(name: str, about: dict[str, Any], report: Report) -> str:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from tnlm.adapters import Adapter, attached
 from tnlm.adapters import check as check_ranks
 from tnlm.calibration.walk import find_blocks, split
+from tnlm.checks import check_model, check_weights
 from tnlm.errors import (
     BudgetError,
     CalibrationError,
@@ -38,7 +39,7 @@ from tnlm.recovery.masks import Masks
 from tnlm.recovery.schedule import cubic
 from tnlm.recovery.sizes import changes, settle
 from tnlm.recovery.slicing import cut_groups, smaller
-from tnlm.targets import check_model, check_weights, select
+from tnlm.targets import select
 
 logger = logging.getLogger("tnlm")
 

@@ -244,7 +244,7 @@ def _plan(model: PreTrainedModel, job: Job, patient: Patient, keep: float | None
         decided(target.name) or stay_dense(target, target.weight(model), note)
         for target in job.selection.targets
     )
-    record: Mapping[str, Any] = {**request.record(), "search": "surgical"}
+    record: Mapping[str, Any] = {**job.chosen, **request.record(), "search": "surgical"}
     if keep is not None:
         record = {**record, "keep": keep}
     skipped = job.selection.skipped
