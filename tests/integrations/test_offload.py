@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import AutoModelForCausalLM
 
 import tnlm
@@ -56,6 +57,15 @@ def test_a_compressed_model_is_dispatched(saved):
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     dispatched = dispatch_model(loaded, places, main_device="cpu", force_hooks=True)
     torch.testing.assert_close(logits(dispatched), logits(model))
+
+
+def test_weights_that_no_hook_brings_are_refused(tiny_llama):
+    model = cpu_offload(tnlm.compress(tiny_llama(), "tt"), execution_device="cpu")
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):
+            add_hook_to_module(module, ModelHook(), append=True)  # hides the hook that brings them
+    with pytest.raises(ModelError, match="weights of a layer are offloaded"):
+        logits(model)
 
 
 def test_an_offloaded_compressed_model_is_not_made_dense(tiny_llama, tmp_path):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tnlm.decompositions.gauge import ORDER, expand, with_identity
-from tnlm.layers.arranged import ArrangedLinear, arrange_made, linear
+from tnlm.layers.applied import applied_weight
+from tnlm.layers.arranged import arrange_made, linear
 from tnlm.layers.contraction import Step, chain, pairwise, passes_in, passes_out
 from tnlm.layers.pricing import crossing
 from tnlm.layers.rebuilt import RebuiltWeights
@@ -130,7 +131,7 @@ class FactorizedLinear(nn.Module):
         stored: Factors = {}
         gauge = self.network.gauge
         for step in self.chain.steps:
-            weight = _weight(getattr(self, step.factor))
+            weight = applied_weight(getattr(self, step.factor))
             if gauge is not None and gauge.factor == step.factor:
                 stored[step.factor] = weight.T if self._passes_in else weight
                 continue
@@ -241,7 +242,7 @@ class FactorizedLinear(nn.Module):
     def _multiply_blocks(self, step: Step, h: Tensor) -> Tensor:
         """Multiply every block of ``(tokens, blocks, width)`` by its own matrix."""
         gauged = step.factor == self._gauged
-        rows = self._assembled(step) if gauged else _weight(getattr(self, step.factor))
+        rows = self._assembled(step) if gauged else applied_weight(getattr(self, step.factor))
         blocks = rows.reshape(step.blocks, -1, step.width)
         return torch.bmm(h.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
 
@@ -249,7 +250,7 @@ class FactorizedLinear(nn.Module):
         """Lay the gauge-fixed factor, identity included, out for its step."""
         bond = self.network.gauge.bond if self.network.gauge else ""
         rows = with_identity(
-            _weight(getattr(self, step.factor)), getattr(self, step.factor + ORDER)
+            applied_weight(getattr(self, step.factor)), getattr(self, step.factor + ORDER)
         )
         others = self.network.factors[step.factor].replace(bond, "")
         full = rows.reshape(*(self.network.sizes[mode] for mode in others), rows.shape[-1])
@@ -275,24 +276,3 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
 def _saved_numbers(steps: Sequence[Step]) -> int:
     """Return how many numbers per token the backward pass of the steps needs."""
     return sum(math.prod(step.rest) * step.blocks * step.width for step in steps)
-
-
-def _weight(child: nn.Linear) -> Tensor:
-    """Return the weight that a child applies, in memory."""
-    if not hasattr(child, "_hf_hook"):
-        return _applied_weight(child)
-    from accelerate.utils import align_module_device
-
-    with align_module_device(child):  # an offloaded weight comes for the child's own call only
-        return _applied_weight(child)
-
-
-def _applied_weight(child: nn.Linear) -> Tensor:
-    """Return the weight that a child applies; an adapter may have been wrapped around it."""
-    plain = type(child) in (nn.Linear, ArrangedLinear)
-    if plain and not hasattr(child.weight, "__tensor_flatten__"):  # quantized: through its product
-        return child.weight
-    like = child.weight
-    eye = torch.eye(child.in_features, dtype=like.dtype, device=like.device)
-    applied: Tensor = child(eye)
-    return applied.T
