@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from tnlm.errors import OptionError
 from tnlm.planning import FORMAT_VERSION, LayerPlan, Plan
 from tnlm.tables import table
 
 COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs"}
 """What a cost counts, and its name in a report."""
-PACKAGES = ("torch", "transformers", "tensorly", "numpy")
-"""What the numbers of a model depend on, beside tnlm and Python."""
+PACKAGES = ("transformers", "tensorly", "numpy")
+"""What the numbers of a model depend on, beside tnlm, torch and Python."""
 
 
 def versions() -> dict[str, str]:
@@ -28,7 +30,7 @@ def versions() -> dict[str, str]:
         ['python', 'tnlm', 'torch']
     """
     own = importlib.import_module("tnlm").__version__  # of the code that runs, installed or not
-    found = {"python": platform.python_version(), "tnlm": own}
+    found = {"python": platform.python_version(), "tnlm": own, "torch": str(torch.__version__)}
     return found | {package: metadata.version(package) for package in PACKAGES}
 
 
