@@ -7,37 +7,80 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import pyplot, rc_context, ticker
 
-from tnlm import plot
+OURS = "auto"
+NEAR = 1.06
+"""Points of one size whose perplexities are within this factor share a label."""
+
+Row = dict[str, Any]
 
 
 def main() -> None:
-    """Read the rows, draw one line for each scheme, and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Read the rows, draw ours as a line and the others as points, and write the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", default="wiki", help="the text whose perplexity is drawn")
-    parser.add_argument("--most", type=float, default=100.0, help="perplexity left out above")
+    parser.add_argument("--most", type=float, default=1000.0, help="perplexity left out above")
     asked = parser.parse_args()
-    rows = [row for row in json.loads(asked.rows.read_text()) if "error" not in row]
-    (dense,) = [row for row in rows if row["scheme"] == "dense"]
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row is not dense and row[asked.text] <= asked.most:
-            point = row["parameters"] / 1e6, row[asked.text]
-            points.setdefault(row["scheme"], []).append(point)
-    ax = plot.pareto(
-        points,
-        dense=(dense["parameters"] / 1e6, dense[asked.text]),
-        size="parameters of the whole model, millions",
-        quality=f"perplexity on {asked.text}",
-    )
+    found = [row for row in json.loads(asked.rows.read_text()) if "error" not in row]
+    rows = [row for row in found if row[asked.text] <= asked.most and ":" not in row["scheme"]]
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.hashsalt": "tnlm"}):
-        ax.figure.savefig(asked.out, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "tnlm", "svg.fonttype": "none"}):
+        draw(rows, asked.text).savefig(asked.out, metadata={"Date": None}, bbox_inches="tight")
+
+
+def draw(rows: list[Row], text: str) -> Any:
+    """Return the figure."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    (dense,) = [row for row in rows if row["scheme"] == "dense"]
+    ours = sorted((row for row in rows if row["scheme"] == OURS), key=_size)
+    others = [row for row in rows if row["scheme"] not in (OURS, "dense")]
+    axes.axhline(dense[text], color="0.6", linestyle=":", linewidth=1)
+    axes.plot(_size(dense), dense[text], "*", color="0.3", markersize=13)
+    axes.annotate("dense", (_size(dense), dense[text]), (0, 9), **_OFFSET, ha="center")
+    axes.plot([_size(r) for r in ours], [r[text] for r in ours], "o-", color="C0", markersize=7)
+    for row in ours[:1]:
+        axes.annotate(OURS, (_size(row), row[text]), (9, 4), **_OFFSET, color="C0")
+    axes.plot([_size(r) for r in others], [r[text] for r in others], "o", color="C1", markersize=5)
+    for names, size, value in labels(others, text):
+        axes.annotate(names, (size, value), (7, -3), **_OFFSET, fontsize=9)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.FixedLocator([40, 60, 100, 200, 400, 800]))
+    axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xlabel("parameters of the whole model, millions")
+    axes.set_ylabel(f"perplexity on {text}")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+_OFFSET: dict[str, Any] = {"textcoords": "offset points"}
+
+
+def labels(rows: list[Row], text: str) -> Iterator[tuple[str, float, float]]:
+    """Yield the names of points that lie close together, with a size and a perplexity."""
+    ordered = sorted(rows, key=lambda row: (round(_size(row) / 4), row[text]))
+    groups: list[list[Row]] = []
+    for before, row in zip([None, *ordered], ordered, strict=False):
+        if before and abs(_size(row) - _size(before)) < 2 and row[text] < NEAR * before[text]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    for group in groups:
+        middle = group[len(group) // 2]
+        yield ", ".join(row["scheme"] for row in group), _size(group[-1]), middle[text]
+
+
+def _size(row: Row) -> float:
+    return float(row["parameters"]) / 1e6
 
 
 if __name__ == "__main__":
