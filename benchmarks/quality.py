@@ -131,8 +131,8 @@ def _table(rows: list[Row]) -> str:
     dense = next(row for row in rows if row["scheme"] == "dense")
     fixed = {"scheme", "asked", "keep_targets", "keep_macs", "seconds", "total_seconds"}
     texts = [key for key in dense if key not in fixed | {"parameters", "peak_mib"}]
-    head = ["scheme", "asked", "targets", "MACs", "parameters", "whole model"]
-    head += [*texts, "fit s", "peak MiB"]
+    head = ["scheme", "asked", *texts, "targets", "MACs", "parameters", "whole model"]
+    head += ["fit s", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         if "error" in row:
@@ -140,9 +140,9 @@ def _table(rows: list[Row]) -> str:
             lines.append("| " + " | ".join(cells) + " |" + " |" * (len(head) - 3))
             continue
         cells = [row["scheme"], f"{row['asked']:g}"]
+        cells += [f"{row[t]:.2f} ({row[t] / dense[t]:.3f})" for t in texts]
         cells += [f"{row[k]:.3f}" if k in row else "1" for k in ("keep_targets", "keep_macs")]
         cells += [f"{row['parameters']:,}", f"{row['parameters'] / dense['parameters']:.3f}"]
-        cells += [f"{row[t]:.2f} ({row[t] / dense[t]:.3f})" for t in texts]
         seconds = row.get("seconds", {})
         fit = seconds.get("plan", 0.0) + seconds.get("fit", 0.0)
         cells += [f"{fit:.0f}", str(row["peak_mib"])]
