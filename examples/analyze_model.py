@@ -22,29 +22,25 @@ given = tiny.setting(__doc__, "figure")
 # has nothing that plain low rank could use. ``features k90`` counts directions of the outputs on
 # the text, often far fewer: that is why schemes that look at data do better.
 
-analysis = tnlm.analyze(
-    given.model,
-    [given.learn],
-    tokenizer=given.tokenizer,
-    formats=["low-rank", "kronecker"],
-    num_samples=32,
-    max_length=given.window,
-    progress=False,
-)
+data = {
+    "calibration": [given.learn],
+    "tokenizer": given.tokenizer,
+    "num_samples": 32,
+    "max_length": given.window,
+    "progress": False,
+}
+analysis = tnlm.analyze(given.model, **data)
 print(analysis)
 
 # %%
 # ``curves`` holds the error of every format at many sizes, in the Frobenius norm (``identity``) and
-# in the norm of the outputs (``input``). The last matrix, at about half its numbers:
+# in the norm of the outputs (``input``). The last matrix alone, at about half its numbers:
 
 name = analysis.weights[-1].name
+one = tnlm.analyze(given.model, targets=[name], formats=["low-rank", "kronecker"], **data)
 for metric in ("identity", "input"):
     for structure in ("low-rank", "kronecker"):
-        mine = [
-            row
-            for row in analysis.curves
-            if (row.name, row.format, row.metric) == (name, structure, metric)
-        ]
+        mine = [row for row in one.curves if (row.format, row.metric) == (structure, metric)]
         row = min(mine, key=lambda row: abs(row.keep - 0.5))
         print(f"{name} {structure:9} {metric:8} keep {row.keep:.2f} error {row.error:.3f}")
 
