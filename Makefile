@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-fast demo docs bench clean
+.PHONY: help install lint test test-fast demo docs linkcheck bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ demo: install  ## Compress a real model, reload it and measure it (under 10 minu
 
 docs: .venv/.installed-docs  ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+linkcheck: .venv/.installed-docs  ## Try every link that leads out of the documentation (takes the net)
+	$(BIN)/sphinx-build -b linkcheck docs docs/_build/linkcheck
 
 bench: install  ## Measure speed of layers and models; each benchmarks/*.py has a --help
 	$(BIN)/python benchmarks/layers.py
