@@ -39,6 +39,7 @@ tnlm.distill(
     preset="ilkd",
     tokenizer=given.tokenizer,
     tokens=given.tokens,
+    batch_size=given.batch,
     max_length=given.window,
     learning_rate=5e-5 if given.real else 2e-3,
     progress=False,

@@ -43,10 +43,12 @@ print(f"lora-svd              perplexity {given.perplexity(model):.2f}")
 # A LoRA on each factor, all else frozen. It is merged in the end: ranks, parameters and the
 # identity block of the gauge stay what they were.
 
-rate = 2e-4 if given.real else 2e-3
-healed = tnlm.heal(
-    copy.deepcopy(model), [given.learn], tokens=given.tokens, learning_rate=rate, **data
-)
+training = {
+    "tokens": given.tokens,
+    "batch_size": given.batch,
+    "learning_rate": 2e-4 if given.real else 2e-3,
+}
+healed = tnlm.heal(copy.deepcopy(model), [given.learn], **training, **data)
 print(f"healed on the factors perplexity {given.perplexity(healed):.2f}")
 
 # %%
@@ -68,8 +70,7 @@ beside = tnlm.heal(
     start="residual",
     originals=weights,
     merge="concatenate",
-    tokens=given.tokens,
-    learning_rate=rate,
+    **training,
     **data,
 )
 print(f"compensated           perplexity {given.perplexity(beside):.2f}")

@@ -43,6 +43,7 @@ class Setting:
         measure: other text, to measure on.
         window: tokens in a window: 32 for the tiny model, 512 for a real one.
         tokens: how many to train on, where an example trains.
+        batch: sequences in a step of training.
         figure: where a figure is saved, if at all.
         real: whether the model is one that was asked for.
     """
@@ -53,6 +54,7 @@ class Setting:
     measure: str
     window: int
     tokens: int
+    batch: int
     figure: Path | None
     real: bool
 
@@ -106,7 +108,7 @@ def setting(description: str | None, *options: str, kind: str = "llama") -> Sett
         learn, measure = (text[:40_000] for text in texts())
         model, tokenizer, window, tokens = make_model(kind), make_tokenizer(), 32, 16_384
     else:
-        (model, tokenizer), window, tokens = load_model(asked.model), 512, 1_000_000
+        (model, tokenizer), window, tokens = load_model(asked.model), 512, 200_000
         text = asked.text.read_text()
         learn, measure = text[: len(text) // 2], text[len(text) // 2 :]
     return Setting(
@@ -116,6 +118,7 @@ def setting(description: str | None, *options: str, kind: str = "llama") -> Sett
         measure,
         asked.window or window,
         getattr(asked, "tokens", None) or tokens,
+        8 if asked.model is None else 2,
         getattr(asked, "figure", None),
         asked.model is not None,
     )
