@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot, rc_context, ticker
+from matplotlib import rc_context, ticker
+
+from tnlm import plot
 
 OURS = "auto"
 NEAR = 1.06
@@ -39,30 +41,24 @@ def main() -> None:
 
 def draw(rows: list[Row], text: str) -> Any:
     """Return the figure."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    (dense,) = [row for row in rows if row["scheme"] == "dense"]
-    ours = sorted((row for row in rows if row["scheme"] == OURS), key=_size)
-    others = [row for row in rows if row["scheme"] not in (OURS, "dense")]
-    axes.axhline(dense[text], color="0.6", linestyle=":", linewidth=1)
-    axes.plot(_size(dense), dense[text], "*", color="0.3", markersize=13)
-    axes.annotate("dense", (_size(dense), dense[text]), (0, 9), **_OFFSET, ha="center")
-    axes.plot([_size(r) for r in ours], [r[text] for r in ours], "o-", color="C0", markersize=7)
-    for row in ours[:1]:
-        axes.annotate(OURS, (_size(row), row[text]), (9, 4), **_OFFSET, color="C0")
-    axes.plot([_size(r) for r in others], [r[text] for r in others], "o", color="C1", markersize=5)
-    for names, size, value in labels(others, text):
-        axes.annotate(names, (size, value), (7, -3), **_OFFSET, fontsize=9)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault(row["scheme"], []).append((_size(row), row[text]))
+    (dense,) = points.pop("dense")
+    words = {"size": "parameters of the whole model, millions", "quality": f"perplexity on {text}"}
+    axes = plot.pareto(points, dense=dense, **words)
+    for drawn in axes.get_lines():  # ours apart from all others
+        if drawn.get_label() in points:
+            drawn.set_color("C0" if drawn.get_label() == OURS else "C1")
+    handles = [line for line in axes.get_lines() if line.get_label() in ("not beaten", "dense")]
+    axes.legend(handles=handles, frameon=False, loc="upper left")
+    for names, size, value in labels([row for row in rows if row["scheme"] in points], text):
+        axes.annotate(names, (size, value), (9, 2), textcoords="offset points", fontsize=9)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(ticker.FixedLocator([40, 60, 100, 200, 400, 800]))
     axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
     axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel("parameters of the whole model, millions")
-    axes.set_ylabel(f"perplexity on {text}")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-_OFFSET: dict[str, Any] = {"textcoords": "offset points"}
+    return axes.figure
 
 
 def labels(rows: list[Row], text: str) -> Iterator[tuple[str, float, float]]:

@@ -61,7 +61,7 @@ Targets = Annotated[
 ]
 Ignore = Annotated[str | None, typer.Option(help="Left alone: a regular expression of names.")]
 Seed = Annotated[int, typer.Option(help="Draws the calibration windows.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what OUT holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Recover = Annotated[

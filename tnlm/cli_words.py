@@ -10,8 +10,6 @@ VALUE = r"""'[^']*'|"[^"]*"|\([^()]*\)|\[[^\[\]]*\]|-?\w[^\s,;:)]*"""
 BOUNDS = {"<=": "of at most", ">=": "of at least"}
 GIVEN = {"tokenizer=": "a tokenizer in MODEL"}
 """What the library asks for, and a command finds by itself."""
-
-
 BEFORE = r"(?<![\w./'\\?&-])"
 """A keyword begins here, and not the part of a path, of an address or of quoted text."""
 
