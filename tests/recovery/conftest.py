@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -58,6 +59,25 @@ def data_of(word_tokenizer):
         return {"data": ids, "tokenizer": tokenizer, "max_length": 16}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def lose_the_loss():
+    """Make a model's logits NaN from some forward pass on.
+
+    A huge learning rate does not do it for certain: norms make zeros of infinities, and some
+    kernels of attention make zeros of NaN, so that the loss may stay finite for a while.
+    """
+
+    def lose(model, after: int) -> None:
+        passes = itertools.count()
+
+        def spoil(_module, _given, logits):
+            return logits if next(passes) < after else logits * float("nan")
+
+        model.get_output_embeddings().register_forward_hook(spoil)
+
+    return lose
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,8 @@ ENDS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "classifie
 def pruned(model_of, data_of):
     """Prune a model of some kind, with its targets."""
 
-    def make(kind, **options):
-        model = model_of(kind)
+    def make(kind, model=None, **options):
+        model = model or model_of(kind)
         targets = select(model, ENDS[kind]).targets
         asked = {"batch_size": 2, "learning_rate": 1e-3, "progress": False} | options
         return model, targets, movement_prune(model, targets=targets, **data_of(kind), **asked)
@@ -194,9 +194,11 @@ def test_a_matrix_without_gradients_stays_whole(tiny_bert, word_tokenizer):
     assert not found.scores["spare"].any()
 
 
-def test_a_loss_that_is_lost_is_an_error(pruned):
-    with pytest.raises(TrainingError, match="try a lower learning_rate"):
-        pruned("llama", learning_rate=1e30)
+def test_a_loss_that_is_lost_is_an_error(pruned, model_of, lose_the_loss):
+    model = model_of("llama")
+    lose_the_loss(model, after=3)
+    with pytest.raises(TrainingError, match="the loss is nan at step 3 .* try a lower learning_rate"):
+        pruned("llama", model=model)
 
 
 @pytest.mark.parametrize(
