@@ -197,7 +197,8 @@ def test_a_matrix_without_gradients_stays_whole(tiny_bert, word_tokenizer):
 def test_a_loss_that_is_lost_is_an_error(pruned, model_of, lose_the_loss):
     model = model_of("llama")
     lose_the_loss(model, after=3)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 3 .* try a lower learning_rate"):
+    message = r"the loss is nan at step 3 .* try a lower learning_rate"
+    with pytest.raises(TrainingError, match=message):
         pruned("llama", model=model)
 
 
