@@ -1,7 +1,7 @@
 """Makes the golden checkpoints of this version's layout: ``python tests/golden/make.py``.
 
-Once committed, a checkpoint stays as it is: it shows that files of the version that wrote it are still
-read. Run this after `FORMAT_VERSION` went up; it writes what is missing, and nothing else.
+Once committed, a checkpoint stays as it is: it shows that files of the version that wrote it are
+still read. Run this after `FORMAT_VERSION` went up; it writes what is missing, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import tnlm
-from tnlm.planning import FORMAT_VERSION
+from tnlm.integrations.huggingface import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 IDS = torch.arange(6).reshape(1, 6) + 3
