@@ -12,6 +12,7 @@ import transformers
 
 import tnlm
 from tnlm.decompositions import formats
+from tnlm.integrations.huggingface import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 FOUND = sorted(path.parent.name for path in GOLDEN.glob("v*/config.json"))
@@ -36,6 +37,14 @@ def test_a_golden_checkpoint_is_read_bit_for_bit(name, load):
     assert error < (2e-2 if model.dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("name", FOUND)
+def test_saved_again_it_is_of_this_version_and_the_same(name, tmp_path):
+    again = tnlm.load(tnlm.save(tnlm.load(GOLDEN / name), tmp_path / "again"))
+    assert again.config.quantization_config.format_version == FORMAT_VERSION
+    expected = json.loads((GOLDEN / name / "expected.json").read_text())
+    assert make.digest(again) == expected["sha256"]
+
+
 def formats_of(directory):
     config = json.loads((directory / "config.json").read_text())
     for entry in config["quantization_config"]["modules"].values():
@@ -43,7 +52,7 @@ def formats_of(directory):
             yield "channels" if part["kind"] == "sliced" else part.get("format")
 
 
-@pytest.mark.parametrize("version", [2])
+@pytest.mark.parametrize("version", [2, 3])
 def test_every_format_has_a_golden_checkpoint(version):
     kept = {name for path in GOLDEN.glob(f"v{version}-*") for name in formats_of(path)}
     assert kept >= set(formats())

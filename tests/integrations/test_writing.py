@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_what_is_pushed_to_the_hub_is_guarded(way, model, tmp_path, monkeypatch)
     found = []
 
     def upload(self, folder, *args, **kwargs):
-        found.append(json.loads(open(f"{folder}/config.json").read()))
+        found.append(json.loads(text_of(Path(folder))))
 
     class Hub:
         def create_repo(self, name, **kwargs):
@@ -160,6 +161,7 @@ def test_checkpoints_of_a_trainer_are_guarded_and_resumed(model, tmp_path):
     check(tmp_path / "final", outputs(model))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_merged_adapter_is_guarded(model, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["left", "right"])
