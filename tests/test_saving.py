@@ -122,7 +122,7 @@ def test_the_report_and_the_tokenizer_lie_beside_the_weights(compressed, word_to
 def test_the_config_says_what_the_design_promises(saved):
     stored = config_of(saved)["quantization_config"]
     assert stored["quant_method"] == "tnlm"
-    assert stored["format_version"] == 2
+    assert stored["format_version"] == 3
     asked = {"max_macs": 1.0, "unit": "params", "allocation": "uniform", "cascade": "none"}
     assert (stored["scheme"], stored["options"], stored["tied"]) == ("svd", asked, {})
     entry = stored["modules"][QUERY]
@@ -394,7 +394,7 @@ BROKEN = {
     "the model itself": rename(""),
     "a dunder name": rename("model.__class__"),
     "a later layout": lambda stored: stored.update(format_version=99),
-    "a layout that is a word": lambda stored: stored.update(format_version="2"),
+    "a layout that is a word": lambda stored: stored.update(format_version="3"),
     "a list of modules": lambda stored: stored.update(modules=[1]),
     "a number of modules": lambda stored: stored.update(modules=3),
     "a list of ties": lambda stored: stored.update(tied=[1]),

@@ -137,3 +137,4 @@ def __dir__() -> list[str]:
 def _register(_: ModuleType) -> None:
     """Register with transformers as soon as its modelling code is loaded, and not before."""
     importlib.import_module("tnlm.integrations.huggingface")
+    importlib.import_module("tnlm.integrations.writing").install()

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError, OptionError
-from tnlm.integrations.huggingface import TnlmConfig
+from tnlm.integrations.huggingface import config_of
 from tnlm.job import Data, prepare
 from tnlm.pipeline import carry_out, resume, settle
 from tnlm.planning import Plan
@@ -252,8 +252,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ModelError: if the model is not compressed.
     """
-    config = getattr(model.config, "quantization_config", None)
-    if not isinstance(config, TnlmConfig):
+    if config_of(model) is None:
         raise ModelError("the model is not compressed by tnlm")
     dense: PreTrainedModel = model.dequantize()
     vars(dense).pop("tnlm_report", None)

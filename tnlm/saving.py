@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from tnlm.errors import CheckpointError, ModelError, TnlmError
-from tnlm.integrations.huggingface import GUARD, METHOD, TnlmConfig
+from tnlm.integrations.huggingface import GUARD, METHOD, description
 from tnlm.reporting import Report
 
 REPORT_FILE = "tnlm_report.json"
@@ -44,7 +44,7 @@ def save(
     """Write a compressed model as a Hugging Face directory that fails loudly without tnlm.
 
     Everything is written beside the directory first and then moved into place, so that a failure
-    leaves old files alone. ``model.save_pretrained`` works too, without this guard.
+    leaves old files alone. ``model.save_pretrained`` writes the same files, but for the report.
 
     Args:
         model: compressed by tnlm.
@@ -60,7 +60,7 @@ def save(
         ModelError: if the model is not compressed, or was quantized by another library since.
         CheckpointError: if the directory is not empty or cannot be written.
     """
-    if not isinstance(getattr(model.config, "quantization_config", None), TnlmConfig):
+    if description(model) is None:
         raise ModelError("the model is not compressed by tnlm; use model.save_pretrained")
     _check_plain(model)
     target = Path(directory)

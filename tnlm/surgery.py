@@ -18,6 +18,7 @@ from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
 from tnlm.decompositions.gauge import expand, fix
+from tnlm.integrations.configs import holders
 from tnlm.layers.arranged import filled
 from tnlm.layers.build import Entry, build, network_of
 from tnlm.layers.contraction import chain
@@ -50,8 +51,10 @@ class Swap:
         self._replaced: list[tuple[str, nn.Module]] = []
         self._spilled: dict[nn.Parameter, Path] = {}
         self._biases: list[tuple[nn.Parameter, Tensor]] = []
-        owners = [owner for owner in (model, getattr(model, "config", None)) if owner is not None]
-        self._attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
+        inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+        with_config = (module for module, _ in holders(model))
+        owners = {id(o): o for o in (model, getattr(model, "config", None), *inner, *with_config)}
+        self._attributes = [(vars(o), dict(vars(o))) for o in owners.values() if o is not None]
         self._directory = tempfile.TemporaryDirectory(prefix="tnlm-")
 
     def spill(self, name: str) -> None:

@@ -101,12 +101,12 @@ def disk_bytes(
         if not folder.is_dir():
             raise EvaluationError(f"directory={str(directory)!r} is no directory")
         return _total(folder)
-    from tnlm.integrations.huggingface import TnlmConfig
+    from tnlm.integrations.huggingface import description
     from tnlm.saving import save
 
     with tempfile.TemporaryDirectory(prefix="tnlm-") as scratch:
         folder = Path(scratch) / "model"
-        if isinstance(getattr(model.config, "quantization_config", None), TnlmConfig):
+        if description(model) is not None:
             save(model, folder, tokenizer=tokenizer)
         else:
             model.save_pretrained(folder)

@@ -1,28 +1,33 @@
-"""The quantizer plug-in through which transformers saves and loads compressed models.
+"""The quantizer plug-in through which transformers loads compressed models.
 
 This is the only file that touches that interface: transformers asks the quantizer to prepare the
-skeleton of the model before the weights are read, and writes its config beside the weights.
+skeleton of the model before the weights are read. What it writes: `tnlm.integrations.writing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tnlm.errors import CheckpointError, ModelError
+from tnlm.integrations.configs import GUARD as GUARD
+from tnlm.integrations.configs import METHOD as METHOD
+from tnlm.integrations.configs import clear_guard, own_config
+from tnlm.integrations.naming import has, names_in, owner_of, rename, rename_in, with_wildcards
+from tnlm.integrations.parts import PART, around, describe_parts, submodels
 from tnlm.layers.arranged import arrange_made
 from tnlm.layers.build import Entry, build, check_entry, dense_module
-from tnlm.planning import FORMAT_VERSION
 
-METHOD = "tnlm"
-GUARD = "IMPORT_TNLM_BEFORE_LOADING.safetensors"
-"""A file name that no directory has: transformers alone stops there, the plug-in clears it."""
+FORMAT_VERSION = 3
+"""Of files that are written: since 3, tensors have the names that they have in the model."""
+READABLE = (2, 3)
 
 
 @register_quantization_config(METHOD)
@@ -72,24 +77,31 @@ class TnlmQuantizer(HfQuantizer):
     quantization_config: TnlmConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse files of a later layout."""
+        """Refuse files of a layout that is not known."""
         version = self.quantization_config.format_version
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
+            readable = " and ".join(map(str, READABLE))
             raise CheckpointError(
-                f"the checkpoint has format_version {version!r}; this tnlm reads {FORMAT_VERSION}: "
+                f"the checkpoint has format_version {version!r}; this tnlm reads {readable}: "
                 "load it with the tnlm that wrote it, or compress again with this one"
             )
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Clear the guard; the first hook that sees the config before files are looked for."""
-        if getattr(config, "transformers_weights", None) == GUARD:
-            config.transformers_weights = None
+        clear_guard(config)
         return config
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Drop what transformers does to names and layouts of dense files; a user's own stays."""
+        if self.quantization_config.format_version == 2:
+            return weight_conversions
+        given = len(weight_conversions) - len(get_model_conversion_mapping(model))
+        return weight_conversions[:given]
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Drop rules for modules that no longer exist; their factors stay whole on every rank."""
         for name in self.quantization_config.modules:
-            plan.pop(_with_wildcards(name), None)
+            plan.pop(with_wildcards(name), None)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -101,6 +113,9 @@ class TnlmQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         arrange_made(model)  # files hold every weight by rows
+        self.quantization_config.format_version = FORMAT_VERSION  # of what is written from now on
+        vars(model).pop("_weight_conversions", None)  # of this file, not of a dense model's
+        describe_parts(model, self.quantization_config)
         # .half() and .float() stay allowed.
         model.is_quantized = False  # type: ignore[assignment]
         return model
@@ -119,7 +134,7 @@ class TnlmQuantizer(HfQuantizer):
                 "model compressed, or compress with a metric that adds no bias, such as 'input'"
             )
         for name, entry in self.quantization_config.modules.items():
-            if not _has(model, name):
+            if not has(model, name):
                 continue  # a head that this class of model lacks
             module = model.get_submodule(name)
             model.set_submodule(name, dense_module(entry, module).train(module.training))
@@ -128,6 +143,15 @@ class TnlmQuantizer(HfQuantizer):
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
         return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Forget that the model was compressed, but not what names its dense file had."""
+        conversions = vars(model).get("_weight_conversions")
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        if conversions is not None:
+            model._weight_conversions = conversions
+        for _, part in submodels(model):
+            vars(part).pop(PART, None)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """Return True: the factors are ordinary tensors."""
@@ -144,7 +168,7 @@ def place(model: PreTrainedModel, config: TnlmConfig) -> None:
     Raises:
         CheckpointError: if the config does not fit the model.
     """
-    names = {name: _resolve(model, name) for name in config.modules}
+    names = names_in(model, config)
     found = {name: entry for name, entry in config.modules.items() if names[name] is not None}
     for name, entry in found.items():
         check_entry(name, entry, model.get_submodule(names[name] or ""))
@@ -153,24 +177,40 @@ def place(model: PreTrainedModel, config: TnlmConfig) -> None:
         made = build(entry, device=old.device, dtype=old.dtype)
         model.set_submodule(names[name] or "", made)
     tied = {
-        _rename(names, target): _rename(names, source)
+        rename(names, target): rename(names, source)
         for target, source in config.tied.items()
         if _owners(config, target, source) <= found.keys()
     }
     _check_ties(model, tied)
     retie(model, tied)
-    # Names of this class of model, so that saving it again writes what it holds. Heads that it
-    # lacks stay listed: a body saved alone may be loaded under its head again.
-    config.tied = {_rename(names, a): _rename(names, b) for a, b in config.tied.items()}
-    config.modules = {names[name] or name: entry for name, entry in config.modules.items()}
+    rename_in(config, names)  # so that saving it again writes what it holds
 
 
 def attach(model: PreTrainedModel, config: TnlmConfig) -> None:
     """Make a compressed model save, load and dequantize through transformers."""
-    model.config.quantization_config = config
+    own_config(model).quantization_config = config
     model.hf_quantizer = TnlmQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.quantization_method = METHOD  # type: ignore[assignment]
     retie(model, config.tied)
+    describe_parts(model, config)
+
+
+def config_of(model: nn.Module) -> TnlmConfig | None:
+    """Return what is said of a compressed model; None for any other.
+
+    A dense model that was made from the config of a compressed one is none.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer.quantization_config if isinstance(quantizer, TnlmQuantizer) else None
+
+
+def description(model: PreTrainedModel) -> TnlmConfig | None:
+    """Return what `config.json` must say of a model, a part of one, or one around others."""
+    own: TnlmConfig | None = config_of(model) or vars(model).get(PART)
+    if own is not None:
+        return own
+    inner = {name: config_of(part) for name, part in submodels(model)}
+    return around({name: config for name, config in inner.items() if config is not None})
 
 
 def retie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
@@ -185,18 +225,9 @@ def retie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
     model._tied_weights_keys = dict(model.all_tied_weights_keys)
 
 
-def _owner(modules: Collection[str], parameter: str) -> str | None:
-    """Return the module, among several, that holds a parameter, itself or in a child."""
-    parts = parameter.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if ".".join(parts[:end]) in modules:
-            return ".".join(parts[:end])
-    return None
-
-
 def _owners(config: TnlmConfig, *parameters: str) -> set[str]:
     """Return the compressed modules that hold parameters."""
-    owners = {_owner(config.modules, name) for name in parameters}
+    owners = {owner_of(config.modules, name) for name in parameters}
     if None in owners:
         raise CheckpointError(f"config.json ties {' to '.join(parameters)}, of no module it names")
     return {owner for owner in owners if owner is not None}
@@ -209,47 +240,3 @@ def _check_ties(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
             raise CheckpointError(
                 f"config.json ties {target} to {source}: not two parameters of one shape"
             )
-
-
-def _resolve(model: PreTrainedModel, name: str) -> str | None:
-    """Return a saved module's name in this class of model; None for a task head it does not have.
-
-    A body (``LlamaModel``) lacks the prefix that a model with a head (``LlamaForCausalLM``) has.
-
-    Raises:
-        CheckpointError: if the body has no such module.
-    """
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if _has(model, candidate):
-            return candidate
-    is_body = model.base_model is model
-    if (is_body and not name.startswith(prefix)) or (not is_body and _is_head(model, name, prefix)):
-        return None
-    raise CheckpointError(
-        f"config.json names a module {name!r} that {type(model).__name__} does not have"
-    )
-
-
-def _is_head(model: PreTrainedModel, name: str, prefix: str) -> bool:
-    """Tell whether a name that this model lacks lies outside the body."""
-    first = name.split(".")[0]
-    return not name.startswith(prefix) and not hasattr(model.base_model, first)
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _rename(names: Mapping[str, str | None], parameter: str) -> str:
-    """Return a parameter's name under the new name of its module."""
-    module = _owner(names, parameter) or parameter.rpartition(".")[0]
-    return f"{names.get(module) or module}{parameter.removeprefix(module)}"
-
-
-def _with_wildcards(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

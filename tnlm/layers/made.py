@@ -46,7 +46,7 @@ def made_layers(model: nn.Module) -> Iterator[Made]:
         >>> next(made_layers(model)).name
         'model.layers.0.self_attn.q_proj'
     """
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     entries: Mapping[str, Any] = getattr(config, "modules", {})
     for name, entry in entries.items():
         for part in entry.get("parts", [entry]):

@@ -15,7 +15,7 @@ from tnlm.adapters import Lora
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.gauge import fix
 from tnlm.errors import ModelError, OptionError, RankError
-from tnlm.integrations.huggingface import TnlmConfig, attach
+from tnlm.integrations.huggingface import TnlmConfig, attach, config_of
 from tnlm.layers.build import Entry, build, network_of
 from tnlm.layers.contraction import chain
 from tnlm.layers.linear import FactorizedLinear
@@ -119,8 +119,8 @@ def entry_of(config: TnlmConfig, name: str) -> Entry | None:
 
 
 def _config(model: nn.Module) -> TnlmConfig:
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if not isinstance(config, TnlmConfig):
+    config = config_of(model)
+    if config is None:
         raise ModelError("the model is not compressed by tnlm; heal on='factors'")
     return config
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.errors import ModelError, TrainingError
+from tnlm.integrations.configs import own_config
 from tnlm.recovery.groups import Cut, Groups
 from tnlm.recovery.sizes import resized
 from tnlm.surgery import Swap
@@ -84,8 +85,9 @@ def cut_groups(
             if not bool(made.weight.isfinite().all()):
                 raise TrainingError(f"{name}: its merged weight is not finite; nothing was changed")
             swap.replace(name, made)
+        config = own_config(model)  # others that share it keep their sizes
         for name, value in values.items():
-            setattr(model.config, name, value)
+            setattr(config, name, value)
     for block in kept:
         _copy_sizes(model.get_submodule(block.parent), template.get_submodule(block.parent))
 
