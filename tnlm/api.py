@@ -92,7 +92,8 @@ def compress(
         max_length: tokens in a window.
         gradient_samples: windows used for gradients, where they are needed.
         cache_dir: keeps calibration statistics between runs.
-        seed: draws the windows.
+        seed: draws the windows, the labels that gradients are taken of, the starts of LoRAs, and the
+            order in which anything is trained.
         progress: show progress bars.
         **options: the format's own: ``rank``, ``terms``, ``ranks``, ``out_split``, ``in_split``,
             ``gauge``; integers or lists of integers.

@@ -79,8 +79,9 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
     """Gather the statistics that a job needs, and the data that its later steps do."""
     batches = _windows(data)
     release()
+    job.seed = data.seed
     if job.request.trains:
-        job.tokenizer, job.seed, job.lessons = data.tokenizer, data.seed, _lessons(job, data)
+        job.tokenizer, job.lessons = data.tokenizer, _lessons(job, data)
     job.drawn, job.fingerprint = data.drawn(), fingerprint([*batches, *job.lessons])
     needs = job.request.needs
     if MOVEMENT in needs:
@@ -97,6 +98,7 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
             fisher=FISHER in needs,
             # FWSVD and TFWSVD take the data's own labels; K-FAC the model's.
             labels="data" if FISHER in needs else "sampled",
+            seed=data.seed,
             cache_dir=data.cache_dir,
             progress=progress,
         )
@@ -107,6 +109,7 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
             batches[: data.gradient_samples],
             kind="taylor" if job.request.measure.name == "lora-taylor" else "fisher",
             outputs=job.request.measure.name == "lora-both",
+            seed=data.seed,
             cache_dir=data.cache_dir,
             progress=progress,
         )

@@ -132,7 +132,7 @@ def collect_gradients(
         rows = [(batch, i) for batch in batches for i in range(len(batch["input_ids"]))]
         batches = [{k: v[i : i + 1] for k, v in batch.items()} for batch, i in rows]
     tasks = make_tasks(model, batches, labels, seed)
-    kind = ("gradients", fisher, labels, seed)
+    kind = ("gradients", fisher, labels, seed if labels == "sampled" else 0)
     store = open_store(cache_dir, count_tokens(batches), model, modules, batches, kind)
     if store.complete:
         return store
