@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import Batch, fingerprint, token_batches
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.lora import lora_statistics
@@ -78,10 +79,12 @@ def check_data(request: Request, data: Data) -> None:
 def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None:
     """Gather the statistics that a job needs, and the data that its later steps do."""
     batches = _windows(data)
+    check_batches(model, batches)
     release()
     job.seed = data.seed
     if job.request.trains:
         job.tokenizer, job.lessons = data.tokenizer, _lessons(job, data)
+        check_batches(model, job.lessons)
     job.drawn, job.fingerprint = data.drawn(), fingerprint([*batches, *job.lessons])
     needs = job.request.needs
     if MOVEMENT in needs:

@@ -14,6 +14,7 @@ from tnlm.analysis.curves import CurveRow, curve_rows
 from tnlm.analysis.features import FeatureRow, feature_rows
 from tnlm.analysis.result import Analysis
 from tnlm.analysis.weights import WeightRow, weight_row
+from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.metrics import InputMoment, Metric
 from tnlm.calibration.statistics import collect
@@ -97,6 +98,7 @@ def analyze(
     if calibration is not None:
         cut = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
         batches = token_batches(calibration, tokenizer, **cut)
+        check_batches(model, batches)
         modules = list(dict.fromkeys(t.module for t in chosen if t.kind == "linear"))
         if modules:
             inputs = collect(model, modules, batches, progress=progress)

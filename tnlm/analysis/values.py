@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.loss import IGNORED, make_tasks
 from tnlm.calibration.walk import run
+from tnlm.ends import output_head
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions, evaluating
 from tnlm.evaluation.perplexity import perplexity
@@ -72,7 +73,7 @@ def make_metric(
 
 def _on_ids(model: PreTrainedModel, ids: Any, window: int, windows: int) -> Value:
     """Return the perplexity on the first windows of ids, or on the first rows."""
-    if not isinstance(model.get_output_embeddings(), nn.Module):
+    if output_head(model) is None:
         raise EvaluationError(
             f"{type(model).__name__} has no head over its vocabulary; perplexity needs one; give a "
             "function as metric="

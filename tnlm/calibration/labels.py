@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import Batch
 from tnlm.calibration.loss import IGNORED, make_tasks
+from tnlm.ends import output_head
 from tnlm.errors import CalibrationError
 
 
@@ -21,8 +23,14 @@ def check_labels(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]
     if not batches:
         raise CalibrationError("no batch was given")
     for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"batch {number} is a {type(batch).__name__}; give mappings of input_ids, "
+                "attention_mask and labels, as tnlm.recovery.examples.batches makes them"
+            )
         if batch.get("labels") is None:
             raise CalibrationError(f"batch {number} has no labels, only {', '.join(batch)}")
+    check_batches(model, [batch for batch in batches if "input_ids" in batch])
 
 
 def examples(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -58,7 +66,7 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[s
     """
     if batches and all("labels" in batch for batch in batches):
         return list(batches)
-    if model.get_output_embeddings() is None:
+    if output_head(model) is None:
         raise CalibrationError(
             f"gradients need a model with an output head over its vocabulary, but a "
             f"{type(model).__name__} has none; load it with its head, or use a metric without "

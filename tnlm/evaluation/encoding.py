@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tnlm.calibration.capacity import positions_of
+from tnlm.ends import vocabulary_of
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions
 
@@ -48,7 +50,9 @@ def window_of(
     config = model.config.get_text_config()
     named = [getattr(config, name, None) for name in _POSITIONS]
     named.append(getattr(tokenizer, "model_max_length", None))
-    return int(next((n for n in named if n is not None and n < _UNSET), _DEFAULT))
+    most = int(next((n for n in named if n is not None and n < _UNSET), _DEFAULT))
+    room = positions_of(model)
+    return most if room is None else min(most, room)
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -136,9 +140,9 @@ def check_vocabulary(
     model: PreTrainedModel, texts: Sequence[Sequence[int]], names: Sequence[str]
 ) -> None:
     """Raise if the tokenizer gave tokens that the model does not know; names are of the items."""
-    size = model.config.get_text_config().vocab_size
+    size = vocabulary_of(model)
     for tokens, name in zip(texts, names, strict=True):
-        if (most := max(tokens)) >= size:
+        if size is not None and (most := max(tokens)) >= size:
             raise EvaluationError(
                 f"{name}: the tokenizer gives the id {most}, but the model knows {size} tokens; "
                 "use the tokenizer that belongs to the model"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from tnlm.calibration.text import read_text, tokenize
+from tnlm.ends import vocabulary_of
 from tnlm.errors import CalibrationError, EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions, evaluating
 
@@ -124,8 +125,8 @@ def _first_windows(
             "use a shorter window or more text"
         )
     ids = ids[: min(windows, len(ids) // window) * window].reshape(-1, window)
-    size = model.config.get_text_config().vocab_size
-    if int(ids.max()) >= size:
+    size = vocabulary_of(model)
+    if size is not None and int(ids.max()) >= size:
         raise EvaluationError(
             f"the tokenizer gives the id {int(ids.max())}, but the model knows {size} tokens; "
             "use the tokenizer that belongs to the model"

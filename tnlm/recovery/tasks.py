@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from tnlm.ends import vocabulary_of
 from tnlm.errors import ModelError, OptionError, TrainingError
+from tnlm.evaluation.mode import room_of
 from tnlm.recovery.examples import Examples, check_tokens, draw, training_set
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def examples_for(
     """
     kind, classes = model_kind(model), model_kind(model) == "classes"
     check_tokens(max_tokens)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = room_of(model)
     if most is not None and max_length > most:
         raise OptionError(
             f"max_length={max_length}, but the model has {most} positions; use at most these"
@@ -58,10 +60,10 @@ def examples_for(
 
 def _check(model: PreTrainedModel, examples: Examples) -> None:
     """Refuse token ids and classes that the model does not have."""
-    words, choices = model.config.get_text_config().vocab_size, model.config.num_labels or 0
+    words, choices = vocabulary_of(model), model.config.num_labels or 0
     for index, item in enumerate(examples.items):
         token = int(item["input_ids"].max())
-        if token >= words:
+        if words is not None and token >= words:
             raise TrainingError(
                 f"example {index} holds the token id {token}, but the model has {words} tokens; "
                 "use the model's own tokenizer"
