@@ -60,7 +60,8 @@ def make_metric(
         if not isinstance(value, int) or value < 1:
             raise OptionError(f"{name}={value!r}; allowed: a whole number >= 1")
     if isinstance(metric, list | tuple) and any(isinstance(item, str) for item in metric):
-        metric = "\n\n".join(metric)
+        texts = list(metric)
+        return lambda m: perplexity(m, texts, tokenizer, window=window, windows=windows).perplexity
     if isinstance(metric, str | Path):
         return lambda m: perplexity(m, metric, tokenizer, window=window, windows=windows).perplexity
     if not isinstance(metric, Tensor | np.ndarray | list | tuple):

@@ -7,7 +7,6 @@ and OPT leave out. A rotary model has no such table, and no limit here.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,16 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from tnlm.calibration.inputs import MEDIA, takes
 from tnlm.calibration.walk import eval_mode, run
 from tnlm.ends import input_table, vocabulary_of
 from tnlm.errors import CalibrationError
 
 SHORT = (2, 3)
 """Lengths of the sequences on which a table of positions is looked for."""
-SEQUENCE = ("input_ids", "attention_mask", "labels")
-"""What a batch carries."""
-MEDIA = ("pixel_values", "input_features", "input_values", "bbox", "audio_values")
-"""Inputs of models that may need more than token ids."""
 _REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model's own code raises on a sequence that it does not take."""
 
@@ -43,11 +39,6 @@ def positions_of(model: PreTrainedModel) -> int | None:
     """
     found = [*_buffers(model), *_tables(model)]
     return min(found, default=None)
-
-
-def takes(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the inputs that a model's forward takes."""
-    return frozenset(inspect.signature(model.forward).parameters)
 
 
 def check_batches(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
