@@ -178,7 +178,7 @@ def test_they_have_no_table_and_no_head(kind):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ("missing.txt", "batch 0 is a str; give mappings"),
+        ("missing.txt", "a str of str is given for batches"),
         ([{"input_ids": torch.tensor([[70]]), "labels": torch.tensor([[70]])}], "id 70"),
         ([{"input_ids": IDS[None], "labels": IDS[None]}], "256 tokens, but the model has 128"),
     ],

@@ -16,18 +16,27 @@ from tnlm.ends import output_head
 from tnlm.errors import CalibrationError
 
 
+def check_are_batches(batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise `CalibrationError` for what are no batches, such as the name of a file of text."""
+    listed = isinstance(batches, Sequence)
+    wrong = [each for each in (batches if listed else ()) if not isinstance(each, Mapping)]
+    if not listed or wrong:
+        what = f" of {type(wrong[0]).__name__}" if wrong else ""
+        raise CalibrationError(
+            f"a {type(batches).__name__}{what} is given for batches; give a "
+            "list of mappings of input_ids, attention_mask and labels, as "
+            "tnlm.recovery.examples.batches makes them"
+        )
+
+
 def check_labels(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
     """Raise `CalibrationError` unless there are batches with labels, which the model takes."""
     if "labels" not in inspect.signature(model.forward).parameters:
         raise CalibrationError(f"a {type(model).__name__} has no loss; load it with its head")
+    check_are_batches(batches)
     if not batches:
         raise CalibrationError("no batch was given")
     for number, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            raise CalibrationError(
-                f"batch {number} is a {type(batch).__name__}; give mappings of input_ids, "
-                "attention_mask and labels, as tnlm.recovery.examples.batches makes them"
-            )
         if batch.get("labels") is None:
             raise CalibrationError(f"batch {number} has no labels, only {', '.join(batch)}")
     check_batches(model, [batch for batch in batches if "input_ids" in batch])

@@ -28,7 +28,8 @@ CHUNK = 2**16
 """Bytes or characters of a chunk, unless windows are longer."""
 TOKEN = 16
 """Bytes or characters of a token at most, but for texts that hardly are any."""
-_BLANK, _LINE, _SPACE = rb"\n[ \t\r]*\n", rb"\n", rb"\s"
+_ENDS = rb"\n[ \t\r]*\n", rb"\n", rb"\s"
+"""Where a chunk may end: after a paragraph, or else after a line, or else after a word."""
 
 
 class Source(Protocol):
@@ -61,7 +62,7 @@ class Memory:
         if at <= 0 or at >= self.size:
             return max(0, min(at, self.size))
         near = self._text[at - 1 : at + CHUNK]
-        return at - 1 + _after(near, [kind.decode() for kind in (_BLANK, _LINE, _SPACE)])
+        return at - 1 + _after(near, [kind.decode() for kind in _ENDS], at + CHUNK >= self.size)
 
 
 class File:
@@ -115,14 +116,19 @@ class File:
         file.seek(at - 1)
         if self._lines:
             return at - 1 + len(file.readline())
-        return at - 1 + _after(file.read(CHUNK + 1), [_BLANK, _LINE, _SPACE])
+        return at - 1 + _after(file.read(CHUNK + 1), _ENDS, at + CHUNK >= self.size)
 
 
-def _after(near: Any, kinds: Sequence[Any]) -> int:
-    """Return where the next paragraph begins, or line, or word, or at least the next character."""
+def _after(near: Any, kinds: Sequence[Any], last: bool) -> int:
+    """Return where the next paragraph begins, or line, or word, or at least the next character.
+
+    In the last part of a text that is its end, if no paragraph begins there.
+    """
     for kind in kinds:
         if found := re.search(kind, near):
             return int(found.end())
+        if last:
+            return len(near)
     if isinstance(near, str):
         return 1
     whole = (n for n in range(1, len(near)) if near[n] & 0xC0 != 0x80)  # where a character begins
@@ -150,6 +156,18 @@ def open_source(data: str | os.PathLike[str] | Sequence[str]) -> Source:
     except OSError as err:
         raise CalibrationError(f"{path}: not a readable UTF-8 text file: {err}") from err
     return Memory(read_text(path))
+
+
+def is_long(data: Any) -> bool:
+    """Whether data is a text, or the name of a file, of which only chunks are tokenised.
+
+    Example:
+        >>> is_long(["a text"]), is_long([1, 2])
+        (False, False)
+    """
+    if isinstance(data, list | tuple):
+        return sum(len(text) + 2 for text in data if isinstance(text, str)) > WHOLE
+    return isinstance(data, str | os.PathLike) and open_source(data).size > WHOLE
 
 
 def first_ids(source: Source, tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tnlm.calibration.capacity import positions_of
 from tnlm.ends import vocabulary_of
 from tnlm.errors import EvaluationError, OptionError
-from tnlm.evaluation.mode import check_positions
+from tnlm.evaluation.mode import check_positions, room_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,10 +48,10 @@ def window_of(
         return max_length
     config = model.config.get_text_config()
     named = [getattr(config, name, None) for name in _POSITIONS]
+    if any(named):
+        named.insert(0, room_of(model))  # a table may have less room than the config says
     named.append(getattr(tokenizer, "model_max_length", None))
-    most = int(next((n for n in named if n is not None and n < _UNSET), _DEFAULT))
-    room = positions_of(model)
-    return most if room is None else min(most, room)
+    return int(next((n for n in named if n is not None and n < _UNSET), _DEFAULT))
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from tnlm.calibration.sources import is_long
+from tnlm.calibration.text import AUTO
 from tnlm.ends import vocabulary_of
 from tnlm.errors import ModelError, OptionError, TrainingError
 from tnlm.evaluation.mode import room_of
@@ -25,6 +27,7 @@ def examples_for(
     label: str = "label",
     max_tokens: int | None = None,
     seed: int = 0,
+    bos: bool | str = AUTO,
 ) -> Examples:
     """Turn data into what a model of this kind is trained on, as ``training_set`` does.
 
@@ -47,7 +50,9 @@ def examples_for(
         text=text,
         label=label if classes else None,
         masked=kind == "masked",
+        max_tokens=max_tokens if is_long(data) else None,  # a short text is checked as a whole
         seed=seed,
+        bos=bos,
     )
     if classes != made.classes:
         raise TrainingError(

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from tnlm.calibration.data import fingerprint
+from tnlm.calibration.text import AUTO
 from tnlm.errors import CheckpointError, OptionError, did_you_mean
 from tnlm.layers.made import made_layers
 from tnlm.modes import modes_kept
@@ -49,6 +50,7 @@ def finetune(
     max_length: int = 512,
     text: str = "text",
     label: str = "label",
+    bos: bool | str = AUTO,
     warmup: float = 0.1,
     weight_decay: float = 0.0,
     train: str | None = None,
@@ -78,6 +80,8 @@ def finetune(
         max_length: tokens of a sequence.
         text: the rows' text column.
         label: the rows' column of classes, for classifiers.
+        bos: whether a window of text begins with BOS: ``"auto"`` if the tokenizer does so by
+            itself; True or False.
         warmup: share of the steps in which the learning rate rises.
         weight_decay: of AdamW.
         train: ``"all"`` parameters, or the ``"factors"`` of compressed layers alone; None trains
@@ -115,6 +119,7 @@ def finetune(
         label=label,
         max_tokens=tokens,
         seed=seed,
+        bos=bos,
     )
     _check_positive(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
     if not 0 <= warmup < 1:
