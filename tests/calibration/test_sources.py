@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,7 @@ def test_a_name_without_a_file_is_refused_by_every_function(name, tiny_llama, wo
     small = {**words, "max_length": 2}
     calls = [
         lambda: tnlm.compress(model, "svd-llm", calibration=name, rank=4, **small),
-        lambda: tnlm.compress(
-            model, "svd", rank=4, recover="finetune", training=name, **small
-        ),
+        lambda: tnlm.compress(model, "svd", rank=4, recover="finetune", training=name, **small),
         lambda: tnlm.plan(model, "svd-llm", calibration=name, rank=4, **small),
         lambda: tnlm.analyze(model, name, **small),
         lambda: tnlm.finetune(model, name, **small),
@@ -148,7 +147,7 @@ def test_chunks_put_together_are_the_text(kind, files, paragraphs, small):
     plain, lines = files
     source = {"plain": File(plain), "lines": File(lines), "memory": Memory(text)}[kind]
     cuts = [*range(0, source.size, 97), source.size]
-    parts = [source.part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [source.part(a, b) for a, b in pairwise(cuts)]
     if kind == "lines":
         assert [p for part in parts if part for p in part.split("\n\n")] == paragraphs
     else:
@@ -162,7 +161,7 @@ def test_texts_without_paragraphs_are_cut_between_words_or_characters(text, tmp_
     path.write_bytes(text.encode())
     for source in (File(path), Memory(text.replace("\r\n", "\n"))):
         cuts = [*range(0, source.size, 101), source.size]
-        parts = [source.part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [source.part(a, b) for a, b in pairwise(cuts)]
         assert "".join(parts) == text.replace("\r\n", "\n")
 
 

@@ -147,14 +147,35 @@ def text_of(data: Any) -> Source | None:
         >>> text_of(["one", "two"]).size, text_of([[1, 2], [3]])
         (8, None)
     """
+    if not is_text(data):
+        return None
     if isinstance(data, str | os.PathLike):
         return open_source(data)
-    if isinstance(data, list | tuple) and any(isinstance(item, str) for item in data):
-        return Memory(_join(data))
+    return Memory(_join(data if isinstance(data, list | tuple) else list(data["text"])))
+
+
+def is_text(data: Any) -> bool:
+    """Whether data is a text, texts, a file of them, or a dataset with no more than texts.
+
+    Example:
+        >>> is_text("text.txt"), is_text(["a text"]), is_text([1, 2])
+        (True, True, False)
+    """
+    if isinstance(data, list | tuple):
+        return any(isinstance(item, str) for item in data)
     columns = () if isinstance(data, Mapping) else getattr(data, "column_names", None) or ()
-    if "text" in columns and "input_ids" not in columns and hasattr(data, "__len__"):
-        return Memory(_join(list(data["text"])))
-    return None
+    rows = "text" in columns and "input_ids" not in columns and hasattr(data, "__len__")
+    return rows or isinstance(data, str | os.PathLike)
+
+
+def begins(data: Any, tokenizer: PreTrainedTokenizerBase | None, bos: bool | str = AUTO) -> bool:
+    """Whether windows of data begin with BOS: it must be text.
+
+    Example:
+        >>> begins([[1, 2], [3]], None)
+        False
+    """
+    return tokenizer is not None and is_text(data) and start_token(tokenizer, bos) is not None
 
 
 def _rows(data: Any, max_length: int, model: PreTrainedModel | None) -> list[_Row]:
@@ -254,9 +275,7 @@ def _dataset_rows(
     )
 
 
-def _sequence_rows(
-    item: Any, max_length: int, model: PreTrainedModel | None = None
-) -> list[_Row]:
+def _sequence_rows(item: Any, max_length: int, model: PreTrainedModel | None = None) -> list[_Row]:
     """Return the sequences of one item: ids ``(length,)`` or ``(rows, length)``, maybe with a mask.
 
     Padding at both ends is dropped before a row is cut to ``max_length``, so that a row padded on
