@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from tnlm.calibration.caching import caches_kept
 from tnlm.calibration.data import fingerprint
 from tnlm.calibration.text import AUTO
 from tnlm.errors import CheckpointError, OptionError, did_you_mean
@@ -259,11 +260,10 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
 def _restored(model: PreTrainedModel) -> Iterator[None]:
     """Leave all but the parameters' values as it was."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    cache = getattr(model.config, "use_cache", None)
     wrapped = {name: vars(model)[name] for name in WRAPPED if name in vars(model)}
     checkpointing = model.is_activation_checkpointing
     try:
-        with modes_kept(model):
+        with modes_kept(model), caches_kept(model):
             yield
     finally:
         for parameter, wanted in flags:
@@ -272,7 +272,5 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
         for name in WRAPPED:
             vars(model).pop(name, None)
         vars(model).update(wrapped)
-        if cache is not None:
-            model.config.use_cache = cache
         if not checkpointing:
             model.activation_checkpointing_disable()
