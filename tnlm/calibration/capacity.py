@@ -96,7 +96,7 @@ class _Lookups(TorchDispatchMode):
     """Records the largest row that is read of every table with one row a token."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = length
         self.largest: dict[int, tuple[int, int]] = {}
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tnlm.calibration.backward import stream
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.loss import make_tasks
-from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill
+from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill, products
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.errors import CalibrationError
 
@@ -51,8 +51,7 @@ class _Gradients:
     def _add(self, name: str, inputs: Tensor | None, mask: Tensor | None, gradient: Tensor) -> None:
         rows = counted_rows(name, gradient, mask)
         for part in rows.split(ROWS):
-            part = part.float()
-            self.sums[name]["gradient"] += part.T @ part
+            self.sums[name]["gradient"] += products(part.float())
         if inputs is not None:  # a module may be called more than once
             weight = rows.float().T @ inputs.float()
             self._example[name] = self._example[name] + weight if name in self._example else weight

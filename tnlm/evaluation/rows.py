@@ -143,7 +143,7 @@ def text_source(task: Task, data: Data) -> str | Path | list[str]:
     source = _source(task, data)
     if isinstance(source, str | Path):
         return source
-    texts = [text for text in source if isinstance(text, str)]
+    texts: list[str] = [text for text in source if isinstance(text, str)]
     if not texts or len(texts) < len(source):
         raise EvaluationError(f"{task.name} needs a text or the path of one, got {type(source)}")
     return texts
@@ -170,6 +170,7 @@ def _source(task: Task, data: Data) -> Source:
 def _read(path: Path) -> list[Row]:
     """Read the rows of a JSONL file."""
     try:
-        return [row for _, row in read_lines(path)]
+        rows: list[Row] = [row for _, row in read_lines(path)]
     except CalibrationError as err:
         raise EvaluationError(str(err)) from err
+    return rows
