@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tnlm.calibration.files import read_lines
 from tnlm.errors import CalibrationError, EvaluationError
@@ -143,8 +144,9 @@ def text_source(task: Task, data: Data) -> str | Path | list[str]:
     source = _source(task, data)
     if isinstance(source, str | Path):
         return source
-    texts: list[str] = [text for text in source if isinstance(text, str)]
-    if not texts or len(texts) < len(source):
+    given: Sequence[Any] = source
+    texts = [text for text in given if isinstance(text, str)]
+    if not texts or len(texts) < len(given):
         raise EvaluationError(f"{task.name} needs a text or the path of one, got {type(source)}")
     return texts
 
