@@ -96,10 +96,12 @@ def measure(asked: argparse.Namespace, scheme: str, seed: int) -> Row:
             "calibration": _drawn(train, asked.samples, seed),
             "num_samples": asked.samples,
             "gradient_samples": asked.samples,
+            "tokenizer": tokenizer,
+            "seed": seed,
         }
     if scheme == "lpaf":  # it is trained before it is factorized
         options |= {"training": train, "recover": "none", "recover_tokens": asked.tokens}
-    tnlm.compress(model, scheme, tokenizer=tokenizer, seed=seed, progress=False, **options)
+    tnlm.compress(model, scheme, progress=False, **options)
     plan = tnlm.report(model).plan
     row |= {
         "rank": options["rank"],

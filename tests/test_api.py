@@ -660,7 +660,7 @@ def test_a_quantized_model_is_refused(make_model):
     [
         ("svd", DATA, OptionError, "calibration= has no effect on scheme 'svd'"),
         ("svd-llm", {**DATA, "metric": "identity"}, OptionError, "has no effect"),
-        ("svd", {"cache_dir": "cache"}, OptionError, "no calibration is used"),
+        ("svd", {"cache_dir": "cache"}, OptionError, "cache_dir= has no effect on scheme 'svd'"),
         ("svd-llm", {}, CalibrationError, "looks at data; pass calibration="),
         ("svd", {"metric": "input"}, CalibrationError, "looks at data; pass calibration="),
         ("svd", {"recover": "lora"}, CalibrationError, "trains on data; pass training="),

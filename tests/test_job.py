@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import tnlm
 from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MEASURES, MOVEMENT
 from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, OptionError, TargetError
@@ -227,6 +228,41 @@ def test_a_cascade_or_tuning_keeps_the_batches(tiny_llama):
     assert len(prepared(model, refine=8).batches) == 4
 
 
+@pytest.mark.parametrize(
+    ("scheme", "metric", "store", "name"),
+    [
+        ("svd-llm", "two-sided", "gradients", "gradient"),
+        ("lora-svd", "lora-fisher", "loras", "lora_inputs"),
+        ("svd", "lora-both", "loras", "lora_outputs"),
+    ],
+)
+def test_the_seed_reaches_labels_and_the_start_of_a_lora(
+    scheme, metric, store, name, tiny_llama, tmp_path
+):
+    def found(seed, cache=None):
+        data = dataclasses.replace(DATA, num_samples=8, seed=seed, cache_dir=cache)
+        job = prepared(tiny_llama(), scheme, data, ["up_proj"], metric=metric)
+        return job, getattr(job, store).tensor("model.layers.1.mlp.up_proj", name)
+
+    (job, first), (other, second) = found(0), found(1)
+    assert job.fingerprint == other.fingerprint  # all windows are taken: only the draws differ
+    assert not torch.equal(first, second)
+    cached = [found(seed, tmp_path)[1] for seed in (0, 1, 0, 1)]
+    for seed, tensor in enumerate(cached):
+        assert torch.equal(tensor, (first, second)[seed % 2])
+
+
+def test_the_seed_reaches_tuning(make_model):
+    def tuned(seed):
+        options = {"calibration": IDS, "max_length": 32, "keep_targets": 0.5, "progress": False}
+        model = tnlm.compress(make_model("llama"), "svd-llm", refine=256, seed=seed, **options)
+        return [tensor.clone() for tensor in model.state_dict().values()]
+
+    first, again, other = tuned(0), tuned(0), tuned(1)
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, other))
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
 def test_gradient_samples_are_counted(value, tiny_llama):
     data = dataclasses.replace(DATA, gradient_samples=value)
@@ -241,8 +277,8 @@ def test_data_is_asked_for_where_it_is_needed_and_refused_where_not(tiny_llama):
             prepared(model, data=nothing, **arguments)
     with pytest.raises(OptionError, match="calibration= has no effect on scheme 'svd'"):
         prepared(model)
-    cached = dataclasses.replace(nothing, cache_dir="somewhere")
-    with pytest.raises(OptionError, match="cache_dir= keeps calibration statistics"):
+    cached = Data(cache_dir="somewhere")
+    with pytest.raises(OptionError, match="cache_dir= has no effect on scheme 'svd'"):
         prepared(model, data=cached)
 
 
@@ -253,6 +289,6 @@ def test_targets_that_cannot_be_served_are_passed_over_with_the_reason(make_mode
         "model.embed_tokens": "an embedding has no input to measure; use metric='identity'"
     }
     assert all(target.kind == "linear" for target in job.units)
-    nothing = dataclasses.replace(DATA, calibration=None)
+    nothing = Data()
     with pytest.raises(TargetError, match="no target is left for scheme 'tensorgpt'"):
         prepared(model, "tensorgpt", data=nothing, targets=["q_proj"])

@@ -40,17 +40,19 @@ def compress(
     calibration: Any = None,
     training: Any = None,
     tokenizer: Any = None,
-    num_samples: int = 64,
-    max_length: int = 512,
-    gradient_samples: int = 16,
+    num_samples: int | None = None,
+    max_length: int | None = None,
+    bos: bool | str | None = None,
+    gradient_samples: int | None = None,
     cache_dir: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
     """Compress a model in place, and return it.
 
-    If anything fails, the model is left as it was. The report is at ``tnlm.report(model)``.
+    If anything fails, the model is left as it was. The report is at ``tnlm.report(model)``. What is
+    about data, from ``calibration`` to ``seed``, is refused for a scheme that looks at none.
 
     Args:
         model: any Hugging Face model, not quantized.
@@ -58,10 +60,10 @@ def compress(
         targets: the matrices chosen; see :func:`tnlm.targets.select`. The scheme has a default.
         ignore: matrices left alone, in the same words.
         metric: how errors are measured, instead of the scheme's own: ``"identity"``,
-            ``"diagonal"``, ``"input"``, ``"centered"``, ``"two-sided"``, ``"fisher-inputs"``,
-            ``"fisher-outputs"``, ``"fisher-both"``, ``"fisher-elements"``, ``"lora-fisher"``,
-            ``"lora-taylor"``, ``"lora-both"``, ``"movement"`` or ``"pruned"``. The last two train
-            and prune a copy of the model first, whose weights are then fitted.
+            ``"diagonal"``, ``"input"``, ``"covariance"``, ``"centered"``, ``"two-sided"``,
+            ``"fisher-inputs"``, ``"fisher-outputs"``, ``"fisher-both"``, ``"fisher-elements"``,
+            ``"lora-fisher"``, ``"lora-taylor"``, ``"lora-both"``, ``"movement"`` or ``"pruned"``.
+            The last two train and prune a copy of the model first, whose weights are then fitted.
         allocation: how the budget is shared out, instead of the scheme's own: ``"uniform"``,
             ``"loss"``, ``"energy"``, ``"last"`` or ``"truncation"``.
         cascade: ``"none"``; ``"sequential"``, every matrix fitted to the inputs that the
@@ -84,15 +86,19 @@ def compress(
         unit: what ``keep`` and ``keep_targets`` count: ``"params"``, ``"bytes"`` or ``"macs"``.
         blocks: how many of the last blocks are cut, for ``allocation="last"``.
         calibration: a list of strings, a text or JSONL file, token ids, a DataLoader or a
-            ``datasets.Dataset``; for schemes that look at data.
+            ``datasets.Dataset``; for schemes that look at data. See
+            :func:`tnlm.calibration.data.token_batches`.
         training: data for ``recover`` and pruning, as ``calibration``, which it is drawn from if
             not given.
         tokenizer: turns texts into ids.
-        num_samples: windows of calibration data used.
-        max_length: tokens in a window.
-        gradient_samples: windows used for gradients, where they are needed.
+        num_samples: windows of calibration data used (64 if not given).
+        max_length: tokens in a window (512 if not given).
+        bos: whether a window of text begins with BOS: ``"auto"``, as the tokenizer puts it in front
+            of a text by itself; True or False (``"auto"`` if not given).
+        gradient_samples: windows used for gradients (16 if not given), where they are needed.
         cache_dir: keeps calibration statistics between runs.
-        seed: draws the windows.
+        seed: draws the windows, the labels that gradients are taken of, the starts of LoRAs, and
+            the order in which anything is trained (0 if not given).
         progress: show progress bars.
         **options: the format's own: ``rank``, ``terms``, ``ranks``, ``out_split``, ``in_split``,
             ``gauge``; integers or lists of integers.
@@ -120,6 +126,7 @@ def compress(
         seed,
         gradient_samples,
         training,
+        bos,
     )
     if isinstance(scheme, Plan):
         asked = (targets, ignore, metric, allocation, cascade, damping, share, keep, keep_targets)
@@ -174,11 +181,12 @@ def plan(
     calibration: Any = None,
     training: Any = None,
     tokenizer: Any = None,
-    num_samples: int = 64,
-    max_length: int = 512,
-    gradient_samples: int = 16,
+    num_samples: int | None = None,
+    max_length: int | None = None,
+    bos: bool | str | None = None,
+    gradient_samples: int | None = None,
     cache_dir: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Plan:
@@ -225,6 +233,7 @@ def plan(
         seed,
         gradient_samples,
         training,
+        bos,
     )
     job = prepare(model, request, targets, ignore, data, progress)
     return settle(model, job, predict=True, progress=progress)

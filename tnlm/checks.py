@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError
@@ -12,8 +13,14 @@ from tnlm.targets import Target
 
 
 def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
-    """Raise `ModelError` if a target is empty, on the meta device, or not finite."""
+    """Raise `ModelError` if a target is empty, on the meta device, quantized, or not finite."""
     for target in targets:
+        held = model.get_submodule(target.module).weight
+        if type(held) not in (nn.Parameter, Tensor):  # of torchao, or of a distributed model
+            raise ModelError(
+                f"{target.name} is a {type(held).__name__} and no plain tensor; load the model "
+                "unquantized and on one device"
+            )
         weight = target.weight(model)
         if weight.is_meta:
             raise ModelError(f"{target.name} has no data (meta device); load the weights first")

@@ -20,6 +20,7 @@ from tnlm.cli_options import (
     FILE,
     AllocationName,
     Blocks,
+    Bos,
     CacheDir,
     Calibration,
     Cascade,
@@ -32,7 +33,7 @@ from tnlm.cli_options import (
     Json,
     Keep,
     KeepTargets,
-    MaxLength,
+    MaxLengthAsked,
     MaxMacs,
     MetricName,
     Model,
@@ -45,7 +46,7 @@ from tnlm.cli_options import (
     RecoverTokens,
     Refine,
     SchemeName,
-    Seed,
+    SeedAsked,
     Share,
     Targets,
     Terms,
@@ -71,7 +72,7 @@ app.add_typer(studies)
 CHOICES = ("metric", "allocation", "cascade", "damping", "refine", "share")
 RECOVERY = ("recover", "recover_tokens")
 BUDGET = ("keep", "keep_targets", "tolerance", "max_macs", "unit", "blocks")
-CUT = ("num_samples", "max_length", "gradient_samples", "seed")
+CUT = ("num_samples", "max_length", "bos", "gradient_samples", "seed")
 DATA = ("targets", "ignore", "calibration", "training", "cache_dir", *CUT)
 
 
@@ -86,6 +87,12 @@ def _asked(values: dict[str, Any]) -> dict[str, Any]:
     make_request(values["scheme"], **budget, options=options)
     data = {name: values[name] for name in DATA}
     return {"scheme": values["scheme"], **budget, **data, **options}
+
+
+def _reading(asked: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Return the tokenizer as an argument, if there is data for it to read."""
+    given = asked["calibration"] is not None or asked["training"] is not None
+    return {"tokenizer": tokenizer} if given else {}
 
 
 @app.command()
@@ -137,13 +144,14 @@ def plan(
     unit: Unit = "params",
     blocks: Blocks = None,
     calibration: Calibration = None,
-    num_samples: NumSamples = 64,
-    max_length: MaxLength = 512,
-    gradient_samples: GradientSamples = 16,
+    num_samples: NumSamples = None,
+    max_length: MaxLengthAsked = None,
+    bos: Bos = None,
+    gradient_samples: GradientSamples = None,
     cache_dir: CacheDir = None,
     targets: Targets = None,
     ignore: Ignore = None,
-    seed: Seed = 0,
+    seed: SeedAsked = None,
     dtype: Dtype = "auto",
     recover: Recover = None,
     recover_tokens: RecoverTokens = None,
@@ -155,7 +163,7 @@ def plan(
     from tnlm.integrations.models import load_model
 
     loaded, tokenizer = load_model(model, dtype=dtype)
-    decided = tnlm.plan(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
+    decided = tnlm.plan(loaded, **_reading(asked, tokenizer), progress=not as_json, **asked)
     if as_json:
         print_json(json.loads(decided.to_json()))
         return
@@ -188,13 +196,14 @@ def compress(
     unit: Unit = "params",
     blocks: Blocks = None,
     calibration: Calibration = None,
-    num_samples: NumSamples = 64,
-    max_length: MaxLength = 512,
-    gradient_samples: GradientSamples = 16,
+    num_samples: NumSamples = None,
+    max_length: MaxLengthAsked = None,
+    bos: Bos = None,
+    gradient_samples: GradientSamples = None,
     cache_dir: CacheDir = None,
     targets: Targets = None,
     ignore: Ignore = None,
-    seed: Seed = 0,
+    seed: SeedAsked = None,
     dtype: Dtype = "auto",
     recover: Recover = None,
     recover_tokens: RecoverTokens = None,
@@ -209,7 +218,7 @@ def compress(
 
     check_writable(out, overwrite=overwrite)
     loaded, tokenizer = load_model(model, dtype=dtype)
-    tnlm.compress(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
+    tnlm.compress(loaded, **_reading(asked, tokenizer), progress=not as_json, **asked)
     tnlm.save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
     report = tnlm.report(loaded)
     if as_json:
@@ -226,14 +235,16 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="Text or JSONL file.", **FILE)],
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 16,
+    bos: Bos = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity on a text: non-overlapping windows, no special tokens."""
+    """Measure perplexity on a text: non-overlapping windows, after BOS if the tokenizer adds it."""
     from tnlm.integrations.models import load_model
 
     loaded, tokenizer = load_model(model, dtype=dtype)
-    found = tnlm.perplexity(loaded, text, tokenizer, window=window, windows=windows)
+    start = "auto" if bos is None else bos
+    found = tnlm.perplexity(loaded, text, tokenizer, window=window, windows=windows, bos=start)
     count = sum(p.numel() for p in loaded.parameters())
     if as_json:
         print_json({**asdict(found), "parameters": count, "text": text.name})

@@ -48,19 +48,33 @@ Refine = Annotated[int, typer.Option(help="Tokens on which every block is tuned 
 Share = Annotated[int | None, typer.Option(help="Blocks that share an input factor, low rank.")]
 Unit = Annotated[str, typer.Option(help="What keep counts: params, bytes or macs.")]
 Blocks = Annotated[int | None, typer.Option(help="Last blocks cut, for --allocation last.")]
-GradientSamples = Annotated[int, typer.Option(help="Windows used for gradients.")]
+GradientSamples = Annotated[
+    int | None, typer.Option(help="Windows used for gradients; 16 if not given.")
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(help="Text or JSONL file, for schemes that look at data.", **FILE),
 ]
-NumSamples = Annotated[int, typer.Option(help="Windows of calibration text.")]
+NumSamples = Annotated[
+    int | None, typer.Option(help="Windows of calibration text; 64 if not given.")
+]
 MaxLength = Annotated[int, typer.Option(help="Tokens in a window.")]
+MaxLengthAsked = Annotated[int | None, typer.Option(help="Tokens in a window; 512 if not given.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos", help="Begin windows with BOS; as the tokenizer does, if not given."
+    ),
+]
 CacheDir = Annotated[Path | None, typer.Option(help="Keeps calibration statistics between runs.")]
 Targets = Annotated[
     str | None, typer.Option(help="all-linear, embeddings, or a regular expression of names.")
 ]
 Ignore = Annotated[str | None, typer.Option(help="Left alone: a regular expression of names.")]
 Seed = Annotated[int, typer.Option(help="Draws the calibration windows.")]
+SeedAsked = Annotated[
+    int | None, typer.Option(help="Draws windows and all else that is random; 0 if not given.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what OUT holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

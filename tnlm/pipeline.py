@@ -246,6 +246,7 @@ def _refine_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bo
         fitting.take,
         fitting.keep,
         weigh=job.effect_root,
+        seed=job.seed,
         progress=progress,
     )
     job.seconds["refine"] = time.perf_counter() - start

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tnlm.ends import input_table, output_head
 from tnlm.errors import TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
@@ -180,8 +181,7 @@ class _Ends:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Ends:
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        return cls(table, head if isinstance(head, nn.Module) else None)
+        return cls(input_table(model), output_head(model))
 
 
 def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> bool:

@@ -181,7 +181,9 @@ def test_fingerprint_sees_ids_masks_and_shapes():
         ([[], []], "no tokens"),
         (["word0 word1"], "2 tokens, fewer than one window of max_length=512; use max_length<=2"),
         ("no-such-file.txt", r"put it in a list: \[text\]"),
-        ("a long text. " * 100, r"put it in a list: \[text\]"),
+        ("no-such-folder/text", r"put it in a list: \[text\]"),
+        ("my notes.txt", "is not an existing file: no such file"),
+        ("a long text. " * 100, "300 tokens, fewer than one window of max_length=512"),
         (["word0", 3], "mixes strings with a int"),
         (None, "is a NoneType"),
         (7, "is a int"),
@@ -221,7 +223,7 @@ def test_bad_options(option, value):
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r"a\.jsonl:2: no string 'text'"),
         ("a.jsonl", b'{"text": "x"}\n\nnot json\n', r"a\.jsonl:3: not valid JSON"),
-        ("a.jsonl", b'["x"]\n', "no string 'text'"),
+        ("a.jsonl", b'["x"]\n', "no JSON object"),
         ("a.txt", b"\xff\xfe\x00", "UTF-8"),
     ],
 )

@@ -38,7 +38,7 @@ def test_columns_can_have_other_names_and_texts_are_cut(word_tokenizer):
         ([{"text": "word1", "label": "good"}], "row 0: label='good', but classes are integers"),
         ([{"text": "word1", "label": -1}], "row 0: label=-1"),
         ([{"text": 3, "label": 1}], "row 0: 'text' is a int, not a string"),
-        ("no such file.jsonl", "no such file.jsonl: not a readable"),
+        ("no such file.jsonl", "no such file.jsonl: no such file"),
     ],
 )
 def test_what_is_no_labelled_text_is_named(data, message, word_tokenizer):

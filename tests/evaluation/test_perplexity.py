@@ -80,7 +80,8 @@ def test_a_loss_that_is_not_finite_names_the_window(tiny_llama, word_tokenizer, 
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("word0", {"window": 8}, "1 tokens, fewer than one window of 8; no file has that name"),
+        ("word0 a", {"window": 8}, "2 tokens, fewer than one window of 8; no file has that name"),
+        ("word0", {"window": 8}, "'word0' is not an existing file: no such file"),
         ("", {"window": 8}, "0 tokens"),
         ("word0", {"window": 1}, "window=1 predicts nothing"),
         ("word0", {"window": 129}, "window=129, but the model has 128 positions"),

@@ -14,10 +14,12 @@ from tnlm.analysis.curves import CurveRow, curve_rows
 from tnlm.analysis.features import FeatureRow, feature_rows
 from tnlm.analysis.result import Analysis
 from tnlm.analysis.weights import WeightRow, weight_row
-from tnlm.calibration.data import count_tokens, token_batches
+from tnlm.calibration.capacity import check_batches
+from tnlm.calibration.data import begins, count_tokens, token_batches
 from tnlm.calibration.metrics import InputMoment, Metric
 from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
+from tnlm.calibration.text import AUTO
 from tnlm.checks import check_model, check_weights
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
@@ -41,6 +43,7 @@ def analyze(
     formats: Sequence[str] = (),
     num_samples: int = 16,
     max_length: int = 512,
+    bos: bool | str = AUTO,
     seed: int = 0,
     progress: bool = True,
 ) -> Analysis:
@@ -61,6 +64,8 @@ def analyze(
             with calibration data in the norm of outputs, too.
         num_samples: windows of calibration data used.
         max_length: tokens in a window.
+        bos: whether a window of text begins with BOS: ``"auto"`` if the tokenizer does so by
+            itself; True or False.
         seed: draws the windows.
         progress: show progress bars.
 
@@ -95,12 +100,15 @@ def analyze(
     inputs = None
     protocol: dict[str, Any] = {"model": type(model).__name__, "formats": list(formats)}
     if calibration is not None:
-        cut = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
-        batches = token_batches(calibration, tokenizer, **cut)
+        cut: dict[str, int] = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
+        batches = token_batches(calibration, tokenizer, **cut, bos=bos, model=model)
+        check_batches(model, batches)
         modules = list(dict.fromkeys(t.module for t in chosen if t.kind == "linear"))
         if modules:
             inputs = collect(model, modules, batches, progress=progress)
         protocol |= {**cut, "tokens": count_tokens(batches)}
+        if begins(calibration, tokenizer, bos):
+            protocol["bos"] = True
         release()
     found = _Rows([], [], [])
     for target in tqdm(chosen, desc="analyzing", unit="matrix", disable=not progress):

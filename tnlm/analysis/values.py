@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.loss import IGNORED, make_tasks
 from tnlm.calibration.walk import run
+from tnlm.ends import output_head
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions, evaluating
 from tnlm.evaluation.perplexity import perplexity
@@ -59,7 +60,8 @@ def make_metric(
         if not isinstance(value, int) or value < 1:
             raise OptionError(f"{name}={value!r}; allowed: a whole number >= 1")
     if isinstance(metric, list | tuple) and any(isinstance(item, str) for item in metric):
-        metric = "\n\n".join(metric)
+        texts = list(metric)
+        return lambda m: perplexity(m, texts, tokenizer, window=window, windows=windows).perplexity
     if isinstance(metric, str | Path):
         return lambda m: perplexity(m, metric, tokenizer, window=window, windows=windows).perplexity
     if not isinstance(metric, Tensor | np.ndarray | list | tuple):
@@ -72,7 +74,7 @@ def make_metric(
 
 def _on_ids(model: PreTrainedModel, ids: Any, window: int, windows: int) -> Value:
     """Return the perplexity on the first windows of ids, or on the first rows."""
-    if not isinstance(model.get_output_embeddings(), nn.Module):
+    if output_head(model) is None:
         raise EvaluationError(
             f"{type(model).__name__} has no head over its vocabulary; perplexity needs one; give a "
             "function as metric="

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tnlm.calibration.text import read_text, tokenize
+from tnlm.calibration.inputs import check_columns
+from tnlm.calibration.sources import (
+    WHOLE,
+    Memory,
+    Source,
+    drawn_windows,
+    open_source,
+)
+from tnlm.calibration.text import AUTO, read_text, start_token, tokenize
 from tnlm.errors import CalibrationError, OptionError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Batch", "count_tokens", "fingerprint", "read_text", "token_batches"]
 
@@ -47,21 +55,33 @@ def token_batches(
     max_length: int = 512,
     batch_size: int = 1,
     seed: int = 0,
+    bos: bool | str = AUTO,
+    model: PreTrainedModel | None = None,
 ) -> list[Batch]:
     """Turn calibration data of any accepted kind into token batches on the CPU.
 
     Texts (strings, files, a ``text`` column) are joined by blank lines and tokenised once without
-    special tokens; these ids, and 1-D ids, are cut into full windows without overlap. Sequences
+    special tokens; these ids, and 1-D ids, are cut into full windows without overlap. Of a text of
+    more than 16 MiB only some chunks are read, and tokenised each by itself. A window of text
+    begins with the BOS token, in place of its last, if the tokenizer does so by itself. Sequences
     (2-D ids, lists, DataLoaders, an ``input_ids`` column) stay rows, with their masks and, where
     ``labels`` holds one class for each sequence, with that.
 
     Args:
-        calibration: texts, the path of a text or ``.jsonl`` file, ids, or a loader or dataset.
+        calibration: texts, the path of a text or ``.jsonl`` file, ids, or a loader or dataset. A
+            string is a text only if it cannot be meant as a file's name; give texts as a list.
         tokenizer: needed for text only.
         num_samples: sequences drawn at most, in the data's order; a DataLoader gives its first.
         max_length: tokens of a window, and at most of a row.
         batch_size: sequences in a batch; shorter rows are padded on the right and masked.
         seed: chooses the sequences when there are more than ``num_samples``.
+        bos: whether a window of text begins with BOS: ``"auto"``, True or False; see
+            :func:`tnlm.calibration.text.start_token`.
+        model: that the data is for: columns that it takes, and that would be lost, are refused.
+
+    Raises:
+        CalibrationError: for data that is empty, unreadable or of no accepted kind.
+        OptionError: for an option out of range, or ``bos=True`` without text.
 
     Example:
         >>> batches = token_batches(torch.arange(10), max_length=4)
@@ -69,12 +89,17 @@ def token_batches(
         [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     """
     _check_positive(num_samples=num_samples, max_length=max_length, batch_size=batch_size)
-    if isinstance(calibration, DataLoader):
-        rows = _first_rows(calibration, num_samples, max_length)
+    source = text_of(calibration)
+    if source is not None:
+        rows = _text_windows(source, tokenizer, max_length, num_samples, seed, bos)
+    elif bos is True:
+        raise OptionError("bos=True is for text; token ids are taken as they are")
+    elif isinstance(calibration, DataLoader):
+        rows = _first_rows(calibration, num_samples, max_length, model)
     elif hasattr(calibration, "column_names") and not isinstance(calibration, Mapping):
-        rows = _dataset_rows(calibration, tokenizer, num_samples, max_length, seed)
+        rows = _dataset_rows(calibration, num_samples, max_length, seed, model)
     else:
-        rows = _rows(calibration, tokenizer, max_length)
+        rows = _rows(calibration, max_length, model)
     if not rows:
         raise CalibrationError(f"calibration holds no tokens; give {_ALLOWED}")
     rows = _draw(rows, num_samples, seed)
@@ -115,35 +140,54 @@ def _check_positive(**options: int) -> None:
             raise OptionError(f"{name}={value!r}, but it must be an integer of at least 1")
 
 
-def _rows(data: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[_Row]:
-    """Return the sequences of data that is at hand: text, a file, ids or a list of these."""
-    if isinstance(data, str | Path):
-        return _text_windows(read_text(_existing(data)), tokenizer, max_length)
-    if isinstance(data, Mapping):
-        return _sequence_rows(data, max_length)
+def text_of(data: Any) -> Source | None:
+    """Return data as a text, or None if it holds token ids.
+
+    Example:
+        >>> text_of(["one", "two"]).size, text_of([[1, 2], [3]])
+        (8, None)
+    """
+    if not is_text(data):
+        return None
+    if isinstance(data, str | os.PathLike):
+        return open_source(data)
+    return Memory(_join(data if isinstance(data, list | tuple) else list(data["text"])))
+
+
+def is_text(data: Any) -> bool:
+    """Whether data is a text, texts, a file of them, or a dataset with no more than texts.
+
+    Example:
+        >>> is_text("text.txt"), is_text(["a text"]), is_text([1, 2])
+        (True, True, False)
+    """
     if isinstance(data, list | tuple):
-        if any(isinstance(item, str) for item in data):
-            return _text_windows(_join(data), tokenizer, max_length)
-        if not all(isinstance(item, int | np.integer) for item in data):
-            return [row for item in data for row in _sequence_rows(item, max_length)]
+        return any(isinstance(item, str) for item in data)
+    columns = () if isinstance(data, Mapping) else getattr(data, "column_names", None) or ()
+    rows = "text" in columns and "input_ids" not in columns and hasattr(data, "__len__")
+    return rows or isinstance(data, str | os.PathLike)
+
+
+def begins(data: Any, tokenizer: PreTrainedTokenizerBase | None, bos: bool | str = AUTO) -> bool:
+    """Whether windows of data begin with BOS: it must be text.
+
+    Example:
+        >>> begins([[1, 2], [3]], None)
+        False
+    """
+    return tokenizer is not None and is_text(data) and start_token(tokenizer, bos) is not None
+
+
+def _rows(data: Any, max_length: int, model: PreTrainedModel | None) -> list[_Row]:
+    """Return the sequences of data that is at hand: ids or a list of these."""
+    if isinstance(data, Mapping):
+        return _sequence_rows(data, max_length, model)
+    if isinstance(data, list | tuple) and not all(isinstance(i, int | np.integer) for i in data):
+        return [row for item in data for row in _sequence_rows(item, max_length, model)]
     if isinstance(data, list | tuple | np.ndarray | Tensor):
         ids = _token_ids(data)
         return _windows(ids, max_length) if ids.ndim == 1 else _sequence_rows(ids, max_length)
     raise CalibrationError(f"calibration is a {type(data).__name__}, but must be {_ALLOWED}")
-
-
-def _existing(path: str | Path) -> Path:
-    """Return a path that is a file; a string that is none was probably meant as a text."""
-    try:
-        found = Path(path).is_file()
-    except OSError:  # a text is longer than the system lets a file name be
-        found = False
-    if found:
-        return Path(path)
-    shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
-    raise CalibrationError(
-        f"calibration={shown!r} is not an existing file; to give a text, put it in a list: [text]"
-    )
 
 
 def _join(texts: Sequence[Any]) -> str:
@@ -157,41 +201,64 @@ def _join(texts: Sequence[Any]) -> str:
 
 
 def _text_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    count: int,
+    seed: int,
+    bos: bool | str,
 ) -> list[_Row]:
-    """Tokenise a text and cut it into windows."""
+    """Cut a text into windows: a short one whole, of a long one no more than are wanted."""
     if tokenizer is None:
         raise CalibrationError("calibration is text, which needs the model's tokenizer: tokenizer=")
-    return _windows(tokenize(text, tokenizer), max_length) if text.strip() else []
+    start = start_token(tokenizer, bos)
+    if start is not None and max_length < 2:
+        raise OptionError(f"max_length={max_length} leaves no room after BOS; use at least 2")
+    length = max_length - (start is not None)
+    if source.size > WHOLE:
+        found = drawn_windows(source, tokenizer, length, count, seed)
+        if not found:
+            raise CalibrationError(
+                f"no part of the calibration text holds a window of max_length={max_length} "
+                "tokens; use a smaller one"
+            )
+        return [_row(window, start) for window in found]
+    text = source.part(0, source.size)
+    return _windows(tokenize(text, tokenizer), length, start) if text.strip() else []
 
 
-def _windows(ids: Tensor, length: int) -> list[_Row]:
-    """Cut ids ``(tokens,)`` into full windows without overlap."""
+def _windows(ids: Tensor, length: int, start: int | None = None) -> list[_Row]:
+    """Cut ids ``(tokens,)`` into full windows without overlap, each after a start token."""
+    more = int(start is not None)
     if 0 < len(ids) < length:
         raise CalibrationError(
-            f"calibration has {len(ids)} tokens, fewer than one window of max_length={length}; "
-            f"use max_length<={len(ids)} or give more text"
+            f"calibration has {len(ids)} tokens, fewer than one window of "
+            f"max_length={length + more}; use max_length<={len(ids) + more} or give more text"
         )
     windows = ids[: len(ids) // length * length].reshape(-1, length)
-    return [_Row(window, torch.ones_like(window)) for window in windows]
+    return [_row(window, start) for window in windows]
 
 
-def _first_rows(loader: DataLoader[Any], count: int, max_length: int) -> list[_Row]:
+def _row(window: Tensor, start: int | None) -> _Row:
+    if start is not None:
+        window = torch.cat([window.new_tensor([start]), window])
+    return _Row(window, torch.ones_like(window))
+
+
+def _first_rows(
+    loader: DataLoader[Any], count: int, max_length: int, model: PreTrainedModel | None
+) -> list[_Row]:
     """Return the first sequences of a DataLoader, and read no further."""
     rows: list[_Row] = []
     for item in loader:
-        rows += _sequence_rows(item, max_length)
+        rows += _sequence_rows(item, max_length, model)
         if len(rows) >= count:
             break
     return rows[:count]
 
 
 def _dataset_rows(
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    count: int,
-    max_length: int,
-    seed: int,
+    dataset: Any, count: int, max_length: int, seed: int, model: PreTrainedModel | None
 ) -> list[_Row]:
     """Return sequences of a ``datasets.Dataset``; only the ``input_ids`` drawn are read."""
     columns = dataset.column_names or []
@@ -202,15 +269,13 @@ def _dataset_rows(
         )
     if "input_ids" in columns:
         drawn = _draw(range(len(dataset)), count, seed)
-        return [row for i in drawn for row in _sequence_rows(dataset[i], max_length)]
-    if "text" in columns:
-        return _text_windows(_join(list(dataset["text"])), tokenizer, max_length)
+        return [row for i in drawn for row in _sequence_rows(dataset[i], max_length, model)]
     raise CalibrationError(
         f"the calibration dataset has the columns {columns}; it needs 'input_ids' or 'text'"
     )
 
 
-def _sequence_rows(item: Any, max_length: int) -> list[_Row]:
+def _sequence_rows(item: Any, max_length: int, model: PreTrainedModel | None = None) -> list[_Row]:
     """Return the sequences of one item: ids ``(length,)`` or ``(rows, length)``, maybe with a mask.
 
     Padding at both ends is dropped before a row is cut to ``max_length``, so that a row padded on
@@ -220,6 +285,7 @@ def _sequence_rows(item: Any, max_length: int) -> list[_Row]:
     if isinstance(item, Mapping):
         if "input_ids" not in item:
             raise CalibrationError(f"a batch has the keys {list(item)}; it needs 'input_ids'")
+        check_columns(item, model)
         classes = item.get("labels")
         item, mask = item["input_ids"], item.get("attention_mask")
     elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tnlm.calibration.backward import stream
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.loss import make_tasks
-from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill
+from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill, products
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.errors import CalibrationError
 
@@ -51,8 +51,7 @@ class _Gradients:
     def _add(self, name: str, inputs: Tensor | None, mask: Tensor | None, gradient: Tensor) -> None:
         rows = counted_rows(name, gradient, mask)
         for part in rows.split(ROWS):
-            part = part.float()
-            self.sums[name]["gradient"] += part.T @ part
+            self.sums[name]["gradient"] += products(part.float())
         if inputs is not None:  # a module may be called more than once
             weight = rows.float().T @ inputs.float()
             self._example[name] = self._example[name] + weight if name in self._example else weight
@@ -132,7 +131,7 @@ def collect_gradients(
         rows = [(batch, i) for batch in batches for i in range(len(batch["input_ids"]))]
         batches = [{k: v[i : i + 1] for k, v in batch.items()} for batch, i in rows]
     tasks = make_tasks(model, batches, labels, seed)
-    kind = ("gradients", fisher, labels, seed)
+    kind = ("gradients", fisher, labels, seed if labels == "sampled" else 0)
     store = open_store(cache_dir, count_tokens(batches), model, modules, batches, kind)
     if store.complete:
         return store

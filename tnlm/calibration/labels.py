@@ -9,20 +9,37 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import Batch
 from tnlm.calibration.loss import IGNORED, make_tasks
+from tnlm.ends import output_head
 from tnlm.errors import CalibrationError
+
+
+def check_are_batches(batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise `CalibrationError` for what are no batches, such as the name of a file of text."""
+    listed = isinstance(batches, Sequence)
+    wrong = [each for each in (batches if listed else ()) if not isinstance(each, Mapping)]
+    if not listed or wrong:
+        what = f" of {type(wrong[0]).__name__}" if wrong else ""
+        raise CalibrationError(
+            f"a {type(batches).__name__}{what} is given for batches; give a "
+            "list of mappings of input_ids, attention_mask and labels, as "
+            "tnlm.recovery.examples.batches makes them"
+        )
 
 
 def check_labels(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
     """Raise `CalibrationError` unless there are batches with labels, which the model takes."""
     if "labels" not in inspect.signature(model.forward).parameters:
         raise CalibrationError(f"a {type(model).__name__} has no loss; load it with its head")
+    check_are_batches(batches)
     if not batches:
         raise CalibrationError("no batch was given")
     for number, batch in enumerate(batches):
         if batch.get("labels") is None:
             raise CalibrationError(f"batch {number} has no labels, only {', '.join(batch)}")
+    check_batches(model, [batch for batch in batches if "input_ids" in batch])
 
 
 def examples(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -58,7 +75,7 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[s
     """
     if batches and all("labels" in batch for batch in batches):
         return list(batches)
-    if model.get_output_embeddings() is None:
+    if output_head(model) is None:
         raise CalibrationError(
             f"gradients need a model with an output head over its vocabulary, but a "
             f"{type(model).__name__} has none; load it with its head, or use a metric without "

@@ -198,6 +198,7 @@ def lora_statistics(
     kind: str = "fisher",
     outputs: bool = False,
     rank: int = 8,
+    seed: int = 0,
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Statistics:
@@ -213,13 +214,14 @@ def lora_statistics(
         kind: ``"fisher"`` or ``"taylor"``.
         outputs: gather those of rows too, in a second pass.
         rank: of the LoRA; less where a matrix is smaller.
+        seed: draws the LoRA's start.
         cache_dir: keep the statistics there, and use them again.
         progress: show a progress bar.
     """
     sizes = {name: size_of(model.get_submodule(name)) for name in modules}
     rank = min(rank, *(min(r // modules[n], c // modules[n]) for n, (r, c) in sizes.items()))
     tokens = count_tokens(batches)
-    settings = ("lora", kind, rank, outputs)
+    settings = ("lora", kind, rank, outputs, seed)
     store = open_store(cache_dir, tokens, model, list(modules), batches, settings)
     if store.complete:
         return store
@@ -234,6 +236,7 @@ def lora_statistics(
             kind=kind,
             sees=sees,
             parts=modules,
+            seed=seed,
             progress=progress,
         )
         for name, sums in found.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tnlm.calibration.files import read_lines
 from tnlm.errors import CalibrationError
 
 Rows = Sequence[Mapping[str, Any]]
@@ -23,24 +23,9 @@ def read_rows(path: str | Path) -> Rows:
     Example:
         >>> read_rows("no such file.jsonl")
         Traceback (most recent call last):
-        tnlm.errors.CalibrationError: no such file.jsonl: not a readable UTF-8 file: ...
+        tnlm.errors.CalibrationError: no such file.jsonl: no such file; ...
     """
-    try:
-        # Not splitlines(): JSON strings may hold U+2028 and other characters that it breaks at.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as err:
-        raise CalibrationError(f"{path}: not a readable UTF-8 file: {err}") from err
-    return [_row(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as err:
-        raise CalibrationError(f"{where}: not valid JSON: {err}") from err
-    if not isinstance(row, dict):
-        raise CalibrationError(f"{where}: no JSON object; give one with named columns")
-    return row
+    return [row for _, row in read_lines(path)]
 
 
 def check_rows(rows: Sequence[Any]) -> Rows:

@@ -62,7 +62,7 @@ class _Inputs:
         self.rows[name] += len(rows)
         for part in rows.split(ROWS):
             part = part.float()
-            sums["moment"] += part.T @ part
+            sums["moment"] += products(part)
             sums["mean"] += part.sum(0, dtype=torch.float64)
             sums["magnitude"] += part.abs().sum(0, dtype=torch.float64)
 
@@ -107,6 +107,20 @@ def counted_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
             "sequences of one length without padding"
         )
     return rows[mask.reshape(-1).bool().to(x.device)]
+
+
+def products(rows: Tensor) -> Tensor:
+    """Return the sum of the rows' outer products, in float32 unless that overflows.
+
+    Example:
+        >>> products(torch.full((2, 1), 1e30))
+        tensor([[2.0000e+60]], dtype=torch.float64)
+    """
+    found = rows.T @ rows
+    if bool(found.diagonal().isfinite().all()):
+        return found
+    wide = rows.double()
+    return wide.T @ wide
 
 
 def check_finite(what: str, sums: dict[str, Tensor]) -> None:

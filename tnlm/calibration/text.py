@@ -2,60 +2,83 @@
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tnlm.errors import CalibrationError
+from tnlm.calibration.files import is_lines, read_file, read_lines
+from tnlm.errors import CalibrationError, OptionError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AUTO = "auto"
 
-def read_text(path: str | Path) -> str:
+
+def read_text(path: str | os.PathLike[str]) -> str:
     """Read a text file; a ``.jsonl`` gives the ``text`` fields of its lines, joined by blank lines.
 
     Args:
-        path: a UTF-8 file.
+        path: a file in UTF-8, or in UTF-16 with its mark; maybe gzipped.
 
     Example:
         >>> read_text("no such file.txt")
         Traceback (most recent call last):
         tnlm.errors.CalibrationError: no such file.txt: no such file; ...
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as err:
-        raise CalibrationError(
-            f"{path}: no such file; give an existing text or .jsonl file"
-        ) from err
-    except (OSError, UnicodeDecodeError) as err:
-        raise CalibrationError(f"{path}: not a readable UTF-8 text file: {err}") from err
-    if path.suffix != ".jsonl":
-        return text
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it breaks at.
-    lines = enumerate(text.split("\n"), start=1)
-    return "\n\n".join(_text_field(line, f"{path}:{n}") for n, line in lines if line.strip())
+    if not is_lines(Path(path)):
+        return read_file(path)
+    return "\n\n".join(text_field(row, where) for where, row in read_lines(path))
+
+
+def text_field(row: Mapping[str, Any], where: str) -> str:
+    """Return the ``text`` of one row; errors name the place."""
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise CalibrationError(f"{where}: no string 'text'; every line must be {{\"text\": ...}}")
+    return text
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Tokenise a whole text once, without special tokens, to ids of shape ``(tokens,)``."""
+    """Tokenise a whole text once, without special tokens, to ids of shape ``(tokens,)``.
+
+    Raises:
+        CalibrationError: for a text that is no Unicode, which JSON can hold.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise CalibrationError(f"the text holds half of a character: {err}") from err
     # verbose=False: a text longer than the model is expected, it is cut into windows later.
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
-def _text_field(line: str, where: str) -> str:
-    """Return the ``text`` of one JSON line."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as err:
-        raise CalibrationError(f"{where}: not valid JSON: {err}") from err
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise CalibrationError(f"{where}: no string 'text'; every line must be {{\"text\": ...}}")
-    return text
+def start_token(tokenizer: PreTrainedTokenizerBase, bos: bool | str = AUTO) -> int | None:
+    """Return the token that stands before every window of text, or None for none.
+
+    Args:
+        tokenizer: the model's own.
+        bos: ``"auto"`` for its BOS token if it puts that in front of a text by itself; True for
+            its BOS token, False for none.
+
+    Raises:
+        OptionError: for another ``bos``, or if the tokenizer has no BOS token to put.
+    """
+    if bos not in (AUTO, True, False):
+        hint = did_you_mean(str(bos), [AUTO])
+        raise OptionError(f"bos={bos!r}{hint}, True or False")
+    if bos is False:
+        return None
+    token = getattr(tokenizer, "bos_token_id", None)
+    if bos is True and token is None:
+        raise OptionError("bos=True, but the tokenizer has no BOS token; use bos='auto' or False")
+    if bos is True or token is None:
+        return token
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    own = tokenizer("a")["input_ids"]
+    return token if len(own) > len(plain) and own[0] == token else None

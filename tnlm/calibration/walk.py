@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tnlm.calibration.caching import caches_kept
 from tnlm.calibration.data import Batch
 from tnlm.modes import modes_kept
 
@@ -60,8 +61,8 @@ def stream(
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and restore each module's training flag after."""
-    with modes_kept(model):
+    """Put a model in eval mode without a cache, and restore both in each module after."""
+    with modes_kept(model), caches_kept(model, use=False):
         model.eval()
         yield
 
@@ -226,7 +227,7 @@ def _body(model: PreTrainedModel, modules: Sequence[str]) -> nn.Module:
     return model.base_model if all(name.startswith(inner) for name in modules) else model
 
 
-def run(model: PreTrainedModel, batch: Batch, body: nn.Module | None = None) -> Any:
+def run(model: PreTrainedModel, batch: Mapping[str, Tensor], body: nn.Module | None = None) -> Any:
     """Run a batch through a model, or a body within it, and return the output."""
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
     if model.config.is_encoder_decoder:

@@ -41,6 +41,8 @@ FINALISTS = 12
 
 SCREEN_ENTRIES = 2**15
 """About how many entries of the matrix the screening of one split looks at."""
+LARGE = 1e12
+"""Sums of squares of entries up to here are far from the end of float32."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,8 @@ def _screen(weight: Tensor, spec: KroneckerSpec) -> float:
     """Estimate the relative squared error from evenly spaced blocks of the matrix."""
     (a, b), (c, d) = spec.out_split, spec.in_split
     short = min(a * c, b * d)
-    rows = sample(weight, (a, b), (c, d), max(4 * spec.terms, SCREEN_ENTRIES // short)).float()
+    rows = sample(weight, (a, b), (c, d), max(4 * spec.terms, SCREEN_ENTRIES // short))
+    rows = _in_range(rows).float()
     if rows.shape[0] > rows.shape[1]:
         rows = rows.T
     total = float(rows.square().sum())
@@ -275,6 +278,13 @@ def _screen(weight: Tensor, spec: KroneckerSpec) -> float:
         rows = basis.T @ rows
     kept = float(energies(rows @ rows.T)[: spec.terms].sum())
     return 1.0 - kept / total if total > 0 else 0.0
+
+
+def _in_range(rows: Tensor) -> Tensor:
+    """Scale what is so large or small that its squares are not float32; leave all else alone."""
+    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    outside = largest > LARGE or 0.0 < largest < 1.0 / LARGE
+    return rows.double() / largest if outside else rows
 
 
 FORMAT = Kronecker()

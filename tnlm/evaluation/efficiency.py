@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tnlm.ends import vocabulary_of
 from tnlm.errors import OptionError
 from tnlm.evaluation.energy import meter, spent
 from tnlm.evaluation.footprint import disk_bytes, resident_bytes, weight_bytes, working_bytes
@@ -113,7 +114,7 @@ def _check(lengths: Sequence[int], new_tokens: int, repeats: int) -> None:
 
 def _prompts(models: Mapping[str, PreTrainedModel], lengths: Sequence[int]) -> list[Tensor]:
     """Draw a prompt ``(1, length)`` of each length, the shortest first."""
-    vocabulary = min(m.config.get_text_config().vocab_size for m in models.values())
+    vocabulary = min(vocabulary_of(m) or 1 for m in models.values())
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randint(vocabulary, (1, length), generator=generator) for length in sorted(lengths)

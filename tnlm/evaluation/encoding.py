@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tnlm.ends import vocabulary_of
 from tnlm.errors import EvaluationError, OptionError
-from tnlm.evaluation.mode import check_positions
+from tnlm.evaluation.mode import check_positions, room_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +48,8 @@ def window_of(
         return max_length
     config = model.config.get_text_config()
     named = [getattr(config, name, None) for name in _POSITIONS]
+    if any(named):
+        named.insert(0, room_of(model))  # a table may have less room than the config says
     named.append(getattr(tokenizer, "model_max_length", None))
     return int(next((n for n in named if n is not None and n < _UNSET), _DEFAULT))
 
@@ -136,9 +139,9 @@ def check_vocabulary(
     model: PreTrainedModel, texts: Sequence[Sequence[int]], names: Sequence[str]
 ) -> None:
     """Raise if the tokenizer gave tokens that the model does not know; names are of the items."""
-    size = model.config.get_text_config().vocab_size
+    size = vocabulary_of(model)
     for tokens, name in zip(texts, names, strict=True):
-        if (most := max(tokens)) >= size:
+        if size is not None and (most := max(tokens)) >= size:
             raise EvaluationError(
                 f"{name}: the tokenizer gives the id {most}, but the model knows {size} tokens; "
                 "use the tokenizer that belongs to the model"

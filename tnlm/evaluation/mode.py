@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tnlm.calibration.capacity import positions_of
 from tnlm.errors import EvaluationError
 from tnlm.modes import modes_kept
 
@@ -34,6 +35,19 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+def room_of(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has, by its config and its table; None if it names none.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> room_of(GPT2LMHeadModel(GPT2Config(n_positions=8, n_embd=4, n_layer=1, n_head=1)))
+        8
+    """
+    named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = [size for size in (named, positions_of(model)) if isinstance(size, int)]
+    return min(known, default=None)
+
+
 def check_positions(model: PreTrainedModel, length: int, what: str) -> None:
     """Refuse sequences longer than the model has positions.
 
@@ -42,6 +56,6 @@ def check_positions(model: PreTrainedModel, length: int, what: str) -> None:
         length: tokens of one sequence.
         what: the request, for the message, e.g. ``"window=512"``.
     """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = room_of(model)
     if most is not None and length > most:
         raise EvaluationError(f"{what}, but the model has {most} positions; use at most {most}")

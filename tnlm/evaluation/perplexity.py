@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tnlm.calibration.text import read_text, tokenize
+from tnlm.calibration.data import text_of
+from tnlm.calibration.sources import first_ids
+from tnlm.calibration.text import AUTO, start_token
+from tnlm.ends import vocabulary_of
 from tnlm.errors import CalibrationError, EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Text = str | os.PathLike[str] | Sequence[str]
+"""A file, a text, or texts."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Perplexity:
         window: tokens in a window.
         windows: windows that were measured, which may be fewer than were asked for.
         tokens: predicted tokens that the loss averages: ``windows * (window - 1)``.
+        bos: whether every window began with the tokenizer's BOS token.
 
     Example:
         >>> print(Perplexity(perplexity=25.31, loss=3.23, window=512, windows=16, tokens=8176))
@@ -40,50 +49,66 @@ class Perplexity:
     window: int
     windows: int
     tokens: int
+    bos: bool = False
 
     def __str__(self) -> str:
         return (
             f"perplexity {self.perplexity:.2f} ({self.windows} windows of {self.window} tokens, "
-            f"{self.tokens} predictions)"
+            f"{self.tokens} predictions{', after BOS' if self.bos else ''})"
         )
 
 
 def perplexity(
     model: PreTrainedModel,
-    text: str | Path,
+    text: Text,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     window: int = 512,
     windows: int = 16,
+    bos: bool | str = AUTO,
 ) -> Perplexity:
     """Measure a causal model's perplexity on the first non-overlapping windows of a text.
 
-    The text is tokenised once, without special tokens. The result is the exponential of the mean
-    token loss, in float32, over all ``window - 1`` predictions of each window.
+    The text is tokenised once, without special tokens, and no further than the windows reach. The
+    result is the exponential of the mean token loss, in float32, over all ``window - 1``
+    predictions of each window.
+
+    With BOS, a window is that token and the next ``window - 1`` tokens of the text, and each of
+    these is predicted, the first from BOS alone. Without, a window is ``window`` tokens of the
+    text, and its first is not predicted. So both have the same length and as many predictions.
 
     Args:
         model: a causal language model, left as it was.
-        text: the text, or the path of a text or ``.jsonl`` file (``text`` fields are joined by
-            blank lines); a string that names an existing file is read.
+        text: the path of a text or ``.jsonl`` file (``text`` fields are joined by blank lines), a
+            list of texts, or a text. A string that can be meant as a file's name must be one.
         tokenizer: the model's own.
         window: tokens in a window, at least 2.
         windows: windows to measure; a shorter text gives fewer, and the result counts them.
+        bos: whether every window begins with BOS: ``"auto"`` if the tokenizer puts it in front of
+            a text by itself, as Gemma's and Llama's do and GPT-2's does not; True or False.
+
+    Raises:
+        EvaluationError: for a missing file, too little text, a foreign tokenizer, a model that
+            predicts no tokens, or a loss that is not finite.
+        OptionError: for an option out of range.
     """
-    ids, losses = window_losses(model, text, tokenizer, window=window, windows=windows)
+    ids, losses = window_losses(model, text, tokenizer, window=window, windows=windows, bos=bos)
     tokens = len(ids) * (window - 1)
+    started = tokenizer is not None and start_token(tokenizer, bos) is not None
     mean = math.fsum(losses) / tokens
     if mean > math.log(1e300):
         raise EvaluationError(f"the mean loss is {mean:.0f}: its perplexity is not a float")
-    return Perplexity(math.exp(mean), mean, window, len(ids), tokens)
+    return Perplexity(math.exp(mean), mean, window, len(ids), tokens, started)
 
 
 def window_losses(
     model: PreTrainedModel,
-    text: str | Path,
+    text: Text,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     window: int,
     windows: int,
+    bos: bool | str = AUTO,
     progress: bool = False,
 ) -> tuple[Tensor, list[float]]:
     """Return the windows ``(windows found, window)`` and the summed loss of each.
@@ -95,7 +120,7 @@ def window_losses(
     if window < 2:
         raise EvaluationError(f"window={window} predicts nothing; use at least 2")
     check_positions(model, window, f"window={window}")
-    ids = _first_windows(model, text, tokenizer, window, windows)
+    ids = _first_windows(model, text, tokenizer, window, windows, bos)
     rows = tqdm(ids, desc="windows", disable=not progress)
     with evaluating(model):
         return ids, [_window_loss(model, row, index) for index, row in enumerate(rows)]
@@ -103,42 +128,44 @@ def window_losses(
 
 def _first_windows(
     model: PreTrainedModel,
-    text: str | Path,
+    text: Text,
     tokenizer: PreTrainedTokenizerBase | None,
     window: int,
     windows: int,
+    bos: bool | str,
 ) -> Tensor:
     """Tokenise the text and return ids of shape ``(windows found, window)``."""
     if tokenizer is None:
         raise EvaluationError("perplexity needs the model's tokenizer, got None")
-    source = text if isinstance(text, Path) or _is_file(text) else None
+    start = start_token(tokenizer, bos)
+    length = window - (start is not None)
     try:
-        content = str(text) if source is None else read_text(source)
+        source = text_of(text)
+        if source is None:
+            raise CalibrationError(
+                f"perplexity is measured on a text, not a {type(text).__name__}; give the path of "
+                "a file, or texts in a list"
+            )
+        ids = first_ids(source, tokenizer, windows * length)
     except CalibrationError as err:
         raise EvaluationError(str(err)) from err
-    ids = tokenize(content, tokenizer)
-    if len(ids) < window:
-        hint = "; no file has that name" if source is None and len(content) < 256 else ""
+    if len(ids) < length:
+        named = isinstance(text, str) and source.size < 256
+        hint = "; no file has that name" if named else ""
         raise EvaluationError(
             f"the text has {len(ids)} tokens, fewer than one window of {window}{hint}; "
             "use a shorter window or more text"
         )
-    ids = ids[: min(windows, len(ids) // window) * window].reshape(-1, window)
-    size = model.config.get_text_config().vocab_size
-    if int(ids.max()) >= size:
+    ids = ids[: min(windows, len(ids) // length) * length].reshape(-1, length)
+    if start is not None:
+        ids = F.pad(ids, (1, 0), value=start)
+    size = vocabulary_of(model)
+    if size is not None and int(ids.max()) >= size:
         raise EvaluationError(
             f"the tokenizer gives the id {int(ids.max())}, but the model knows {size} tokens; "
             "use the tokenizer that belongs to the model"
         )
     return ids
-
-
-def _is_file(name: str) -> bool:
-    """Whether a string names a file; a text may be longer than the system lets a name be."""
-    try:
-        return Path(name).is_file()
-    except OSError:
-        return False
 
 
 def _window_loss(model: PreTrainedModel, ids: Tensor, index: int) -> float:
@@ -149,6 +176,11 @@ def _window_loss(model: PreTrainedModel, ids: Tensor, index: int) -> float:
         raise EvaluationError(
             f"{type(model).__name__} gives no logits for every token; perplexity needs a causal "
             "language model"
+        )
+    if int(ids.max()) >= logits.shape[-1]:
+        raise EvaluationError(
+            f"window {index} (from 0) has the token id {int(ids.max())}, but the model predicts "
+            f"{logits.shape[-1]} tokens; use the tokenizer that belongs to the model"
         )
     losses = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="none")
     loss = float(losses.double().sum())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from tnlm.errors import EvaluationError
+from tnlm.calibration.files import read_lines
+from tnlm.errors import CalibrationError, EvaluationError
 from tnlm.evaluation.tasks.base import Item, Row, Task
 
 Source = str | Path | Sequence[Row]
@@ -138,12 +139,16 @@ def _draw(
     return fit[:shots] if task.sampler == "first" else draws.sample(fit, shots)
 
 
-def text_source(task: Task, data: Data) -> str | Path:
-    """Return the text, or the path of the text, of a task that measures a whole text."""
+def text_source(task: Task, data: Data) -> str | Path | list[str]:
+    """Return the text, the texts or the path of the text, of a task that measures a whole text."""
     source = _source(task, data)
-    if not isinstance(source, str | Path):
+    if isinstance(source, str | Path):
+        return source
+    given: Sequence[Any] = source
+    texts = [text for text in given if isinstance(text, str)]
+    if not texts or len(texts) < len(given):
         raise EvaluationError(f"{task.name} needs a text or the path of one, got {type(source)}")
-    return source
+    return texts
 
 
 def _source(task: Task, data: Data) -> Source:
@@ -167,15 +172,7 @@ def _source(task: Task, data: Data) -> Source:
 def _read(path: Path) -> list[Row]:
     """Read the rows of a JSONL file."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise EvaluationError(f"{path}: not a readable UTF-8 file: {err}") from err
-    rows = []
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it breaks at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as err:
-                raise EvaluationError(f"{path}:{number}: not valid JSON: {err}") from err
+        rows: list[Row] = [row for _, row in read_lines(path)]
+    except CalibrationError as err:
+        raise EvaluationError(str(err)) from err
     return rows

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tnlm.ends import vocabulary_of
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions, evaluating
 from tnlm.evaluation.prefix import cache_name, cache_of
@@ -45,7 +46,7 @@ def decode_rates(
     length = prompt_tokens + new_tokens
     for model in models.values():
         check_positions(model, length, f"prompt_tokens + new_tokens = {length}")
-    vocabulary = min(m.config.get_text_config().vocab_size for m in models.values())
+    vocabulary = min(vocabulary_of(m) or 1 for m in models.values())
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
     rates: dict[str, list[float]] = {name: [] for name in models}

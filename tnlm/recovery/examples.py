@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from tnlm.calibration.data import Batch, token_batches
+from tnlm.calibration.files import file_meant, is_lines
 from tnlm.calibration.loss import IGNORED
 from tnlm.calibration.rows import Rows, check_rows, class_at, read_rows, text_at
+from tnlm.calibration.sources import is_long
+from tnlm.calibration.text import AUTO
 from tnlm.errors import CalibrationError, OptionError, TrainingError
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ def training_set(
     masked: bool = False,
     max_tokens: int | None = None,
     seed: int = 0,
+    bos: bool | str = AUTO,
 ) -> Examples:
     """Turn data of any accepted kind into training examples.
 
@@ -76,6 +80,7 @@ def training_set(
         max_tokens: draw at random sequences of no more tokens in all (but at least one); None for
             all.
         seed: chooses the sequences and the hidden tokens.
+        bos: whether a window of text begins with BOS; see ``token_batches``.
 
     Raises:
         TrainingError: for data that is empty or of no accepted kind, naming the item at fault.
@@ -88,13 +93,17 @@ def training_set(
     """
     check_tokens(max_tokens)
     try:
-        rows = _rows(data)
+        long = is_long(data)
+        # A long file of plain texts is not read as rows: few of its lines are needed.
+        rows = None if long and label is None and text == "text" else _rows(data)
         if rows is not None and label is not None and any(label in row for row in rows):
             items = _classified(rows, tokenizer, max_length, text, label)
             return Examples(draw(items, max_tokens, seed), classes=True)
         if rows is not None and not any("input_ids" in row for row in rows):
             data = [text_at(row, index, text) for index, row in enumerate(rows)]
-        sequences = draw(_sequences(data, tokenizer, max_length, seed), max_tokens, seed)
+        most = -(-max_tokens // max_length) if max_tokens and long else sys.maxsize
+        found = _sequences(data, tokenizer, max_length, most, seed, bos)
+        sequences = draw(found, max_tokens, seed)
     except CalibrationError as err:
         raise TrainingError(f"training data: {err}") from err
     if masked:
@@ -146,8 +155,9 @@ def _rows(data: Any) -> Rows | None:
     """Return data that has columns as rows; None if it is plain text or ids."""
     if hasattr(data, "column_names") and not isinstance(data, Mapping):
         return list(data) if hasattr(data, "__len__") else None
-    if isinstance(data, str | Path) and str(data).endswith(".jsonl"):
-        return read_rows(data)
+    if isinstance(data, str | os.PathLike):
+        path = file_meant(data)
+        return read_rows(path) if path is not None and is_lines(path) else None
     if isinstance(data, list | tuple) and any(isinstance(item, Mapping) for item in data):
         return check_rows(data)
     return None
@@ -178,9 +188,16 @@ def _classified(
 
 
 def _sequences(
-    data: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, seed: int
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    most: int,
+    seed: int,
+    bos: bool | str,
 ) -> list[Example]:
-    made = token_batches(data, tokenizer, num_samples=sys.maxsize, max_length=max_length, seed=seed)
+    made = token_batches(
+        data, tokenizer, num_samples=most, max_length=max_length, seed=seed, bos=bos
+    )
     return [{"input_ids": b["input_ids"][0][b["attention_mask"][0].bool()]} for b in made]
 
 

@@ -16,6 +16,7 @@ from tnlm.adapters import Lora, attach, attached, check_bare, matrix, size_of
 from tnlm.adapters import check as check_ranks
 from tnlm.calibration.labels import check_labels
 from tnlm.calibration.metrics import Metric
+from tnlm.calibration.text import AUTO
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import OptionError, TargetError, TrainingError, did_you_mean
 from tnlm.layers.linear import FactorizedLinear
@@ -47,6 +48,7 @@ def heal(
     max_length: int = 512,
     text: str = "text",
     label: str = "label",
+    bos: bool | str = AUTO,
     modules: Sequence[str] | None = None,
     on: str = "factors",
     rank: int = 8,
@@ -85,6 +87,8 @@ def heal(
         max_length: tokens of an example, likewise.
         text: the rows' text column, likewise.
         label: the rows' column of classes, for classifiers, likewise.
+        bos: whether a window of text begins with BOS, likewise: ``"auto"`` if the tokenizer does so
+            by itself; True or False.
         modules: dotted names of the layers healed; all compressed linear ones if not given. A
             layer that is dense or was narrowed counts as one factor.
         on: ``"factors"`` or ``"layers"``. Factors that several layers share stay as they are.
@@ -138,6 +142,7 @@ def heal(
         label=label,
         max_tokens=tokens,
         seed=seed,
+        bos=bos,
     )
     merge = _check(model, batches, on, start, merge, originals, metrics)
     names = _names(model, modules)

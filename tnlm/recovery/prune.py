@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from tnlm.adapters import Adapter, attached
 from tnlm.adapters import check as check_ranks
+from tnlm.calibration.labels import check_are_batches
 from tnlm.calibration.walk import find_blocks, split
 from tnlm.checks import check_model, check_weights
 from tnlm.errors import (
@@ -117,6 +118,7 @@ def prune(
         >>> small.config.num_key_value_heads, small.config.intermediate_size
         (1, 8)
     """
+    check_are_batches(batches)
     course = _Course(
         steps=2 * len(batches) if steps is None else steps,
         learning_rate=learning_rate,

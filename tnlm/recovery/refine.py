@@ -44,6 +44,7 @@ def refine(
     *,
     weigh: Callable[[str], Tensor | None] = lambda _: None,
     learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
     progress: bool = True,
 ) -> None:
     """Tune fitted modules block by block; the model itself is not changed.
@@ -58,6 +59,7 @@ def refine(
         weigh: gives the square root of the form that measures the error of a block's output, or
             None to count all its directions the same.
         learning_rate: of Adam, at its highest.
+        seed: draws the order of the data.
         progress: show a progress bar.
 
     Raises:
@@ -80,7 +82,7 @@ def refine(
                 free = [p for m in fitted.values() for p in m.parameters() if p.requires_grad]
                 chosen = [*free, *(p for norm in norms.values() for p in norm.parameters())]
                 lesson = _Lesson(student, call, compressed, wanted, weigh(name))
-                _tune(lesson, chosen, tokens, learning_rate, name)
+                _tune(lesson, chosen, tokens, learning_rate, seed, name)
             compressed = [call_block(student, state.float(), call) for state in compressed]
             dense = wanted
             if fitted:
@@ -132,6 +134,7 @@ def _tune(
     parameters: Sequence[nn.Parameter],
     tokens: int,
     learning_rate: float,
+    seed: int,
     name: str,
 ) -> None:
     """Run Adam on the squared error of outputs; keep the start if it does not help."""
@@ -145,7 +148,7 @@ def _tune(
         raise CalibrationError(f"the output of {name} is not finite on the calibration data")
     adam = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
-    order = torch.Generator().manual_seed(0)
+    order = torch.Generator().manual_seed(seed)
     rows: list[int] = []
     with torch.enable_grad():
         for _ in range(steps):

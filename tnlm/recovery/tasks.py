@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from tnlm.calibration.sources import is_long
+from tnlm.calibration.text import AUTO
+from tnlm.ends import vocabulary_of
 from tnlm.errors import ModelError, OptionError, TrainingError
+from tnlm.evaluation.mode import room_of
 from tnlm.recovery.examples import Examples, check_tokens, draw, training_set
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ def examples_for(
     label: str = "label",
     max_tokens: int | None = None,
     seed: int = 0,
+    bos: bool | str = AUTO,
 ) -> Examples:
     """Turn data into what a model of this kind is trained on, as ``training_set`` does.
 
@@ -33,7 +38,7 @@ def examples_for(
     """
     kind, classes = model_kind(model), model_kind(model) == "classes"
     check_tokens(max_tokens)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = room_of(model)
     if most is not None and max_length > most:
         raise OptionError(
             f"max_length={max_length}, but the model has {most} positions; use at most these"
@@ -45,7 +50,9 @@ def examples_for(
         text=text,
         label=label if classes else None,
         masked=kind == "masked",
+        max_tokens=max_tokens if is_long(data) else None,  # a short text is checked as a whole
         seed=seed,
+        bos=bos,
     )
     if classes != made.classes:
         raise TrainingError(
@@ -58,10 +65,10 @@ def examples_for(
 
 def _check(model: PreTrainedModel, examples: Examples) -> None:
     """Refuse token ids and classes that the model does not have."""
-    words, choices = model.config.get_text_config().vocab_size, model.config.num_labels or 0
+    words, choices = vocabulary_of(model), model.config.num_labels or 0
     for index, item in enumerate(examples.items):
         token = int(item["input_ids"].max())
-        if token >= words:
+        if words is not None and token >= words:
             raise TrainingError(
                 f"example {index} holds the token id {token}, but the model has {words} tokens; "
                 "use the model's own tokenizer"

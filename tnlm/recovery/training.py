@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from tnlm.calibration.caching import caches_kept
 from tnlm.calibration.data import fingerprint
+from tnlm.calibration.text import AUTO
 from tnlm.errors import CheckpointError, OptionError, did_you_mean
 from tnlm.layers.made import made_layers
 from tnlm.modes import modes_kept
@@ -49,6 +51,7 @@ def finetune(
     max_length: int = 512,
     text: str = "text",
     label: str = "label",
+    bos: bool | str = AUTO,
     warmup: float = 0.1,
     weight_decay: float = 0.0,
     train: str | None = None,
@@ -78,6 +81,8 @@ def finetune(
         max_length: tokens of a sequence.
         text: the rows' text column.
         label: the rows' column of classes, for classifiers.
+        bos: whether a window of text begins with BOS: ``"auto"`` if the tokenizer does so by
+            itself; True or False.
         warmup: share of the steps in which the learning rate rises.
         weight_decay: of AdamW.
         train: ``"all"`` parameters, or the ``"factors"`` of compressed layers alone; None trains
@@ -115,6 +120,7 @@ def finetune(
         label=label,
         max_tokens=tokens,
         seed=seed,
+        bos=bos,
     )
     _check_positive(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
     if not 0 <= warmup < 1:
@@ -254,11 +260,10 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
 def _restored(model: PreTrainedModel) -> Iterator[None]:
     """Leave all but the parameters' values as it was."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    cache = getattr(model.config, "use_cache", None)
     wrapped = {name: vars(model)[name] for name in WRAPPED if name in vars(model)}
     checkpointing = model.is_activation_checkpointing
     try:
-        with modes_kept(model):
+        with modes_kept(model), caches_kept(model):
             yield
     finally:
         for parameter, wanted in flags:
@@ -267,7 +272,5 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
         for name in WRAPPED:
             vars(model).pop(name, None)
         vars(model).update(wrapped)
-        if cache is not None:
-            model.config.use_cache = cache
         if not checkpointing:
             model.activation_checkpointing_disable()

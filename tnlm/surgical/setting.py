@@ -117,8 +117,9 @@ def name_calibration(request: Request, data: Data) -> str | None:
     made = token_batches(
         data.calibration,
         data.tokenizer,
-        num_samples=data.num_samples,
-        max_length=data.max_length,
-        seed=data.seed,
+        num_samples=data.cut.num_samples,
+        max_length=data.cut.max_length,
+        seed=data.cut.seed,
+        bos=data.cut.bos,
     )
     return fingerprint(made)

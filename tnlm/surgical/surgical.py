@@ -88,11 +88,11 @@ def surgical_search(
     chunks: int = 1,
     calibration: Any = None,
     tokenizer: Any = None,
-    num_samples: int = 64,
+    num_samples: int | None = None,
     max_length: int = 512,
     cache_dir: str | Path | None = None,
     output_dir: str | Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = True,
 ) -> SearchResult:
     """Find the rank of every matrix by trial, and compress the model in place.
@@ -127,12 +127,12 @@ def surgical_search(
             stays dense. The paper's code takes 3.
         calibration: data for the fits, as for :func:`tnlm.compress`.
         tokenizer: turns texts into ids.
-        num_samples: windows of calibration data used.
+        num_samples: windows of calibration data used (64 if not given).
         max_length: tokens in a window.
         cache_dir: keeps calibration statistics between runs.
         output_dir: keeps what was measured in ``search.jsonl``, from which the same search goes on
             if it was cut off.
-        seed: draws the windows of calibration data.
+        seed: draws the windows of calibration data (0 if not given).
         progress: show a progress bar.
 
     Returns:
@@ -163,7 +163,9 @@ def surgical_search(
         check_journal(file)
     judge, splits = splits_of(model, metric, search, report, delta, growth, tokenizer, max_length)
     names, chunked = check_disjoint(*splits), chunks_of(splits[0], chunks)
-    data = Data(calibration, tokenizer, num_samples, max_length, cache_dir, seed)
+    # The splits are cut by the same length and tokenizer, so these act without calibration data.
+    shared = (tokenizer, max_length) if request.looks_at_data else (None, None)
+    data = Data(calibration, shared[0], num_samples, shared[1], cache_dir, seed)
     job = prepare(model, request, targets, ignore, data, progress)
     sites = sites_of(model, job, candidates, order)
     journal = Journal(

@@ -1,0 +1,104 @@
+"""Arguments act or are refused, and texts that list choices list all of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import tnlm
+from tnlm import cli_options
+from tnlm.allocation import allocations
+from tnlm.calibration.measures import MEASURES
+from tnlm.errors import OptionError
+from tnlm.rules import CASCADES, RECOVERIES, UNITS
+
+IDLE = {
+    "num_samples": 64,
+    "max_length": 512,
+    "gradient_samples": 16,
+    "seed": 0,
+    "bos": "auto",
+    "cache_dir": "cache",
+}
+CHOICES = {
+    "metric": MEASURES,
+    "allocation": allocations(),
+    "cascade": CASCADES,
+    "recover": RECOVERIES,
+    "unit": UNITS,
+}
+
+
+def described(function, argument):
+    """Return what a docstring says of an argument."""
+    found = re.search(
+        rf"^        {argument}: (.*?)(?=^        \w+: )", function.__doc__, re.M | re.S
+    )
+    return found[1]
+
+
+@pytest.mark.parametrize("name", [*IDLE, "tokenizer"])
+@pytest.mark.parametrize("call", [tnlm.compress, tnlm.plan])
+def test_what_is_about_data_is_refused_where_none_is_looked_at(
+    call, name, tiny_llama, word_tokenizer
+):
+    model, value = tiny_llama(), (IDLE | {"tokenizer": word_tokenizer})[name]
+    with pytest.raises(OptionError, match=f"{name}= has no effect on scheme 'svd'"):
+        call(model, "svd", rank=4, progress=False, **{name: value})
+    data = {"calibration": torch.arange(64) % 61 + 3, "max_length": 16} | {name: value}
+    if name not in ("cache_dir", "max_length"):
+        call(model, "svd-llm", rank=4, progress=False, **data)
+
+
+def test_a_plan_without_data_refuses_it_too(tiny_llama):
+    model = tiny_llama()
+    decided = tnlm.plan(model, "svd", rank=4, progress=False)
+    with pytest.raises(OptionError, match="num_samples= has no effect"):
+        tnlm.compress(model, decided, num_samples=3, progress=False)
+
+
+def test_what_is_not_given_has_its_default(tiny_llama):
+    options = {"calibration": torch.arange(2048) % 61 + 3, "rank": 4, "progress": False}
+    stated = {"num_samples": 64, "max_length": 512, "gradient_samples": 16, "seed": 0}
+    plain, same = (tnlm.compress(tiny_llama(), "svd-llm", **options, **o) for o in ({}, stated))
+    assert tnlm.report(plain).data == stated
+    pairs = zip(plain.state_dict().values(), same.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_surgical_search_without_data_refuses_what_would_not_act(tiny_llama):
+    ids = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(OptionError, match="seed= has no effect on scheme 'svd'"):
+        tnlm.surgical_search(
+            tiny_llama(),
+            "perplexity",
+            search=ids[0],
+            report=ids[1],
+            scheme="svd",
+            growth=1.1,
+            max_length=16,
+            seed=1,
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("argument", CHOICES)
+def test_docstrings_list_every_choice(argument):
+    said = set(re.findall(r'``"([\w-]+)"``', described(tnlm.compress, argument)))
+    assert said == set(CHOICES[argument])
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        (cli_options.AllocationName, allocations()),
+        (cli_options.Cascade, CASCADES),
+        (cli_options.Recover, RECOVERIES),
+        (cli_options.Unit, UNITS),
+    ],
+)
+def test_the_command_line_lists_every_choice(option, choices):
+    [told] = option.__metadata__
+    assert set(choices) <= set(re.findall(r"[\w-]+", told.help))
