@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.errors import TargetError, did_you_mean
+from tnlm.plain import oddity
 
 ALL_LINEAR = "all-linear"
 EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
@@ -221,11 +222,12 @@ def _fits(pattern: str, name: str) -> bool:
 def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> list[Target] | str:
     """Return the matrices that a module holds, or why it is left alone."""
     modules = [model.get_submodule(user) for user in users]
-    for user, other in zip(users, modules, strict=True):
-        if type(other) not in (nn.Linear, Conv1D, nn.Embedding):
-            return f"{type(other).__name__} at {user} adds behaviour of its own"
     if any(getattr(other, "_hf_hook", None) for other in modules):
         return "its weight is offloaded by accelerate; compress before dispatching"
+    for user, other in zip(users, modules, strict=True):
+        found = oddity(other)
+        if found is not None:
+            return f"{found}, at {user}"
     embeddings = [
         u for u, other in zip(users, modules, strict=True) if isinstance(other, nn.Embedding)
     ]
