@@ -71,11 +71,13 @@ def _twin(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {
         id(hooks): OrderedDict() for name, hooks in vars(module).items() if name.endswith("_hooks")
     }
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for parameter in module.parameters():
         held = parameter
         if parameter.is_meta:
-            drawn = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            drawn = torch.randn(parameter.shape, generator=generator, device="cpu").to(
+                parameter.dtype
+            )
             held = nn.Parameter(drawn, requires_grad=False)
         memo[id(parameter)] = held
     return copy.deepcopy(module, memo)
@@ -84,13 +86,15 @@ def _twin(module: nn.Module) -> nn.Module:
 def _inputs(module: nn.Module) -> list[Tensor]:
     """Return what a module is tried on: ids, or vectors in batches of two and of one axis."""
     weight: Any = module.weight
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     if isinstance(module, nn.Embedding):
-        ids = torch.randint(module.num_embeddings, (2, 5), generator=generator)
+        ids = torch.randint(module.num_embeddings, (2, 5), generator=generator, device="cpu")
         ids[0, 0], ids[1, 0] = module.padding_idx or 0, module.num_embeddings - 1
         return [ids.to(weight.device)]
     width = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
-    drawn = [scale * torch.randn(2, 3, width, generator=generator) for scale in SCALES]
+    drawn = [
+        scale * torch.randn(2, 3, width, generator=generator, device="cpu") for scale in SCALES
+    ]
     tried = [x.to(weight.device, weight.dtype) for x in drawn]
     return [*tried, tried[0][0]]
 
