@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tnlm.errors import CheckpointError, ModelError, TnlmError
 from tnlm.integrations.huggingface import GUARD, METHOD, TnlmConfig
+from tnlm.integrations.models import looks_like_path
 from tnlm.reporting import Report
 
 REPORT_FILE = "tnlm_report.json"
@@ -141,6 +142,8 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
             any tensor is missing, unexpected or of another shape.
     """
     model: PreTrainedModel
+    if not Path(directory).is_dir() and looks_like_path(directory):
+        raise CheckpointError(f"{directory}: no such file or directory")
     try:
         config = AutoConfig.from_pretrained(directory)
         quantization = getattr(config, "quantization_config", None) or {}

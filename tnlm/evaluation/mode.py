@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,23 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         for model in models:
             model.eval()
         yield
+
+
+def check_causal(model: PreTrainedModel, what: str) -> None:
+    """Raise `EvaluationError` unless a model predicts each token from those before it alone.
+
+    Args:
+        model: any transformers model, also within adapters.
+        what: what is measured, for the message, e.g. ``"perplexity"``.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    generates = getattr(base, "can_generate", lambda: True)()
+    if generates and not base.config.is_encoder_decoder:
+        return
+    raise EvaluationError(
+        f"{what} needs a causal language model; a {type(base).__name__} "
+        f"{'reads its text with an encoder' if generates else 'predicts no next token'}"
+    )
 
 
 def check_positions(model: PreTrainedModel, length: int, what: str) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tnlm.calibration.text import read_text, tokenize
 from tnlm.errors import CalibrationError, EvaluationError, OptionError
-from tnlm.evaluation.mode import check_positions, evaluating
+from tnlm.evaluation.mode import check_causal, check_positions, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +94,7 @@ def window_losses(
         raise OptionError(f"windows={windows}, but at least 1 is needed")
     if window < 2:
         raise EvaluationError(f"window={window} predicts nothing; use at least 2")
+    check_causal(model, "perplexity")
     check_positions(model, window, f"window={window}")
     ids = _first_windows(model, text, tokenizer, window, windows)
     rows = tqdm(ids, desc="windows", disable=not progress)
