@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError, OptionError
 from tnlm.integrations.huggingface import TnlmConfig
 from tnlm.job import Data, prepare
+from tnlm.keywords import check_keywords, keywords_of
 from tnlm.pipeline import carry_out, resume, settle
 from tnlm.planning import Plan
 from tnlm.reporting import Report
@@ -122,11 +124,11 @@ def compress(
         training,
     )
     if isinstance(scheme, Plan):
+        check_keywords("tnlm.compress with a plan", options, compress)
         asked = (targets, ignore, metric, allocation, cascade, damping, share, keep, keep_targets)
         _only_plan(
             *asked, tolerance, recover, recover_tokens, refine, max_macs, unit, blocks, options
         )
-        decided, job = resume(model, scheme, data, progress)
     else:
         request = make_request(
             scheme,
@@ -145,10 +147,15 @@ def compress(
             unit=unit,
             blocks=blocks,
             options=options,
+            keywords=keywords_of(compress),
         )
-        job = prepare(model, request, targets, ignore, data, progress)
-        decided = settle(model, job, predict=False, progress=progress)
-    return carry_out(model, job, decided, progress)
+    with torch.inference_mode(False):  # the model can be trained, wherever it was compressed
+        if isinstance(scheme, Plan):
+            decided, job = resume(model, scheme, data, progress)
+        else:
+            job = prepare(model, request, targets, ignore, data, progress)
+            decided = settle(model, job, predict=False, progress=progress)
+        return carry_out(model, job, decided, progress)
 
 
 def plan(
@@ -215,6 +222,7 @@ def plan(
         unit=unit,
         blocks=blocks,
         options=options,
+        keywords=keywords_of(plan),
     )
     data = Data(
         calibration,
@@ -226,8 +234,9 @@ def plan(
         gradient_samples,
         training,
     )
-    job = prepare(model, request, targets, ignore, data, progress)
-    return settle(model, job, predict=True, progress=progress)
+    with torch.inference_mode(False):
+        job = prepare(model, request, targets, ignore, data, progress)
+        return settle(model, job, predict=True, progress=progress)
 
 
 def report(model: PreTrainedModel) -> Report:
@@ -252,10 +261,11 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ModelError: if the model is not compressed.
     """
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, TnlmConfig):
         raise ModelError("the model is not compressed by tnlm")
-    dense: PreTrainedModel = model.dequantize()
+    with torch.inference_mode(False):
+        dense: PreTrainedModel = model.dequantize()
     vars(dense).pop("tnlm_report", None)
     return dense
 

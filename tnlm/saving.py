@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
@@ -152,7 +153,8 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
                 f"{directory} was not written by tnlm; use AutoModel.from_pretrained"
             )
         cls = _class_of(config, directory)
-        model, info = cls.from_pretrained(directory, output_loading_info=True, **kwargs)
+        with torch.inference_mode(False):  # the model can be trained, wherever it was loaded
+            model, info = cls.from_pretrained(directory, output_loading_info=True, **kwargs)
     except TnlmError:
         raise
     except _READ_ERRORS as error:

@@ -92,12 +92,12 @@ def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def looks_like_path(source: str | Path) -> bool:
-    """Tell whether a source that does not exist was meant as a path, and not as a hub id.
+    """Tell whether a source that does not exist was meant as a path, not a hub id.
 
     A hub id is ``name`` or ``owner/name``; where a directory has the owner's name, a path is meant.
 
     Example:
-        >>> [looks_like_path(name) for name in ("gpt2", "owner/name-1.5", "./gpt2", "a.safetensors")]
+        >>> [looks_like_path(name) for name in ("gpt2", "owner/name-1.5", "./gpt2", "a.bin")]
         [False, False, True, True]
     """
     name = str(source)
