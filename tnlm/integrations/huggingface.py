@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tnlm.errors import CheckpointError, ModelError
+from tnlm.integrations.vocabulary import install, uninstall
 from tnlm.layers.arranged import arrange_made
 from tnlm.layers.build import Entry, build, check_entry, dense_module
 from tnlm.planning import FORMAT_VERSION
@@ -101,6 +102,7 @@ class TnlmQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         arrange_made(model)  # files hold every weight by rows
+        install(model)
         # .half() and .float() stay allowed.
         model.is_quantized = False  # type: ignore[assignment]
         return model
@@ -118,6 +120,7 @@ class TnlmQuantizer(HfQuantizer):
                 f"and {len(added) - 1} others; a dense copy would not load as what it is. Keep the "
                 "model compressed, or compress with a metric that adds no bias, such as 'input'"
             )
+        uninstall(model)
         for name, entry in self.quantization_config.modules.items():
             if not _has(model, name):
                 continue  # a head that this class of model lacks
@@ -170,6 +173,7 @@ def attach(model: PreTrainedModel, config: TnlmConfig) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = TnlmQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.quantization_method = METHOD  # type: ignore[assignment]
+    install(model)
     retie(model, config.tied)
 
 
