@@ -161,6 +161,9 @@ class _Resizing:
             raise TargetError(f"{name} holds several matrices, and cannot be resized")
         entry = copy.deepcopy(entry) | {"shape": list(dense.shape)}
         try:
+            holders(old.network)
+            if "out_split" in entry["options"]:  # of one mode, as the rows stand by themselves
+                entry["options"]["out_split"] = [len(dense)]
             network_of(entry)
             made = self._made(old, entry, dense, bias)
         except TnlmError as error:

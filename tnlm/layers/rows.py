@@ -1,8 +1,8 @@
 """Tables and heads with other rows: some are cut off, or new ones are put at the end.
 
 A row of the table stands in the factors that have the vocabulary's mode. Where one factor has it,
-the others are a basis that all rows share: a new row is its best fit in that basis, and they stay as
-they are. Where every factor has it, each row is a network of its own.
+the others are a basis that all rows share: a new row is its best fit in that basis, which stays as
+it is. Where every factor has it, each row is a network of its own.
 """
 
 from __future__ import annotations
