@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.errors import TargetError, did_you_mean
+from tnlm.mixtures import expert_shares
 from tnlm.plain import oddity
 
 ALL_LINEAR = "all-linear"
@@ -38,6 +39,7 @@ class Target:
         part: which of the module's ``parts`` equal blocks of rows this is.
         parts: names of the blocks of a fused module, empty for an ordinary one.
         tied: other modules that use the same weight (a tied output head).
+        share: of the tokens that meet it: k of E for one of E experts.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Target:
     part: int = 0
     parts: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    share: float = 1.0
 
     @property
     def params(self) -> int:
@@ -128,6 +131,7 @@ def select(
     selection = Selection()
     uses = _uses(model)
     ends = _Ends.of(model)
+    shares = expert_shares(model)
     claimed: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, Matrix):
@@ -141,7 +145,8 @@ def select(
             selection.skipped[name] = found
         elif id(module.weight) not in claimed:
             claimed.add(id(module.weight))
-            selection.targets.extend(found)
+            share = shares.get(name, 1.0)
+            selection.targets.extend(replace(target, share=share) for target in found)
     if ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets):
         selection.skipped |= _stacked(model)
     if not selection.targets:
