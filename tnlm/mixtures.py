@@ -105,7 +105,7 @@ def _share(model: nn.Module, experts: int) -> float:
             return min(FIXED[config.model_type] / experts, 1.0)
         for name in ACTIVE:
             asked = getattr(config, name, None)
-            values = list(asked) if isinstance(asked, list | tuple) else [asked]
+            values: list[Any] = list(asked) if isinstance(asked, list | tuple) else [asked]
             if values and all(isinstance(k, int) and 1 <= k <= experts for k in values):
                 return float(sum(values) / len(values) / experts)
     return 1.0

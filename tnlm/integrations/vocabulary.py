@@ -96,6 +96,10 @@ def set_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> None:
         factor[ids.to(like.device)] = found[name].to(factor)
 
 
+def _is_factored(module: Any) -> bool:
+    return isinstance(module, FACTORED)
+
+
 def _fit(entry: Entry) -> Any:
     """Return what fits rows by themselves, in an entry's format."""
     structure = get_format(entry["format"])
@@ -126,10 +130,11 @@ class _Resizing:
 
     def embeddings(self, old: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the table with other rows, as transformers asks for it."""
-        if not isinstance(old, FACTORED):
+        if not _is_factored(old):
             return self._kind._get_resized_embeddings(self._model, old, *args, **kwargs)
         weight = old.to_dense().detach()
-        dense = nn.Embedding(*weight.shape, padding_idx=old.padding_idx, _weight=weight)  # type: ignore[misc]
+        padding: Any = old.padding_idx
+        dense = nn.Embedding(*weight.shape, padding_idx=padding, _weight=weight)
         found = self._kind._get_resized_embeddings(self._model, dense, *args, **kwargs)
         made: Any = self._resized(old, found.weight.detach(), None)
         if made is not old:
@@ -139,10 +144,10 @@ class _Resizing:
 
     def head(self, old: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the head with other rows, as transformers asks for it."""
-        if not isinstance(old, FACTORED):
+        if not _is_factored(old):
             return self._kind._get_resized_lm_head(self._model, old, *args, **kwargs)
         weight = old.to_dense().detach()
-        bias = None if old.bias is None else old.bias.detach()  # type: ignore[union-attr]
+        bias = None if old.bias is None else old.bias.detach()
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         dense.weight = nn.Parameter(weight)
         if bias is not None:
