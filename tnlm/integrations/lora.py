@@ -21,8 +21,8 @@ def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
 
     PEFT knows `nn.Linear` and `nn.Embedding` only, and learns of other layers from the config. What
     it saves is an ordinary adapter. ``PeftModel.from_pretrained`` reads it again, on the dense
-    model as it is, and on a compressed one with ``config=adaptable(LoraConfig.from_pretrained(...))``.
-    Merging it needs the dense model: factors have no place for a LoRA beside their product.
+    model as it is, and on a compressed one with its config made adaptable (``config=``). Merging
+    it needs the dense model: factors have no place for a LoRA beside their product.
 
     Args:
         config: with ``target_modules`` by the names that the dense model has.
