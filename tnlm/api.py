@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tnlm.errors import ModelError, OptionError
 from tnlm.integrations.huggingface import TnlmConfig
 from tnlm.job import Data, prepare
-from tnlm.keywords import check_keywords, keywords_of
+from tnlm.keywords import keywords_of, meant
 from tnlm.pipeline import carry_out, resume, settle
 from tnlm.planning import Plan
 from tnlm.reporting import Report
@@ -124,7 +124,6 @@ def compress(
         training,
     )
     if isinstance(scheme, Plan):
-        check_keywords("tnlm.compress with a plan", options, compress)
         asked = (targets, ignore, metric, allocation, cascade, damping, share, keep, keep_targets)
         _only_plan(
             *asked, tolerance, recover, recover_tokens, refine, max_macs, unit, blocks, options
@@ -273,4 +272,5 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 def _only_plan(*given: Any) -> None:
     defaults: tuple[Any, ...] = (*[None] * 12, 0, 1.0, "params", None, {})
     if given != defaults:
-        raise OptionError("a plan holds targets, budget and options already; give it alone")
+        hint = meant(given[-1], compress)
+        raise OptionError(f"a plan holds targets, budget and options already; give it alone{hint}")

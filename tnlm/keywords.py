@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
-
-from tnlm.errors import OptionError, did_you_mean
 
 
 def keywords_of(*functions: Callable[..., Any]) -> list[str]:
@@ -24,15 +23,13 @@ def keywords_of(*functions: Callable[..., Any]) -> list[str]:
     ]
 
 
-def check_keywords(name: str, given: Iterable[str], *functions: Callable[..., Any]) -> None:
-    """Raise `OptionError` for what none of the functions takes.
+def meant(given: Iterable[str], function: Callable[..., Any]) -> str:
+    """Return ``"; did you mean 'b'?"`` if a word resembles a keyword of a function, or nothing.
 
-    Args:
-        name: of the function that was called.
-        given: keywords.
-        functions: what the keywords are for.
+    Example:
+        >>> meant(["calibraton"], lambda *, calibration, keep: None)
+        "; did you mean 'calibration'?"
     """
-    known = keywords_of(*functions)
-    for word in given:
-        if word not in known:
-            raise OptionError(f"{name} takes no {word!r}{did_you_mean(word, known)}")
+    known = keywords_of(function)
+    close = [found for word in given for found in difflib.get_close_matches(word, known, n=1)]
+    return f"; did you mean {close[0]!r}?" if close else ""

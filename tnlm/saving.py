@@ -144,7 +144,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     model: PreTrainedModel
     if not Path(directory).is_dir() and looks_like_path(directory):
-        raise CheckpointError(f"{directory}: no such file or directory")
+        raise CheckpointError(f"cannot load {directory}: no such file or directory")
     try:
         config = AutoConfig.from_pretrained(directory)
         quantization = getattr(config, "quantization_config", None) or {}

@@ -134,7 +134,8 @@ class _Resizing:
             return self._kind._get_resized_embeddings(self._model, old, *args, **kwargs)
         weight = old.to_dense().detach()
         padding: Any = old.padding_idx
-        dense = nn.Embedding(*weight.shape, padding_idx=padding, _weight=weight)
+        rows, columns = weight.shape
+        dense = nn.Embedding(rows, columns, padding_idx=padding, _weight=weight)
         found = self._kind._get_resized_embeddings(self._model, dense, *args, **kwargs)
         made: Any = self._resized(old, found.weight.detach(), None)
         if made is not old:
