@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
 import tnlm
@@ -43,6 +44,21 @@ def fails(*arguments):
     with pytest.raises(tnlm.TnlmError) as caught:
         CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification, BertModel])
+def test_an_encoder_keeps_its_class(kind, tiny_bert, word_tokenizer, text, tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    kind(tiny_bert().config).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    run("compress", folder, out, "--scheme", "svd", "--keep-targets", 0.6)
+    assert type(tnlm.load(out)) is kind
+    data = ("--calibration", text, "--num-samples", 2, "--max-length", 16)
+    assert run("plan", folder, "--scheme", "svd-llm", *data)["layers"]
+    for place in (folder, out):
+        error = fails("evaluate", place, "--text", text, "--window", 16)
+        assert "perplexity needs a causal language model" in error
+        assert kind.__name__ in error
 
 
 def test_schemes_lists_every_scheme():

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tnlm.design.sweep import sweep
     from tnlm.errors import TnlmError
     from tnlm.evaluation import Efficiency, Evaluation, efficiency, evaluate, perplexity
+    from tnlm.integrations.lora import adaptable
+    from tnlm.integrations.vocabulary import set_rows
     from tnlm.layers.arranged import arrange
     from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
@@ -53,6 +55,8 @@ _HOMES = {
     "plan": "tnlm.api",
     "report": "tnlm.api",
     "to_dense": "tnlm.api",
+    "adaptable": "tnlm.integrations.lora",
+    "set_rows": "tnlm.integrations.vocabulary",
     "labelled": "tnlm.calibration.labelled",
     "Configuration": "tnlm.design.configuration",
     "Rule": "tnlm.design.rules",
@@ -92,6 +96,7 @@ __all__ = [
     "Report",
     "Rule",
     "TnlmError",
+    "adaptable",
     "analyze",
     "arrange",
     "compress",
@@ -113,6 +118,7 @@ __all__ = [
     "report",
     "save",
     "search",
+    "set_rows",
     "surgical_search",
     "sweep",
     "to_dense",

@@ -158,7 +158,7 @@ def attach(
     Raises:
         OptionError: if PEFT is not installed.
         ModelError: if the model has adapters already.
-        TargetError: if a module is not there.
+        TargetError: if a module is not there, or PEFT puts no LoRA on it.
         RankError: for a rank that a module cannot have.
     """
     check(model, ranks)
@@ -176,7 +176,10 @@ def attach(
     with torch.random.fork_rng(), warnings.catch_warnings():
         for message in _KNOWN:
             warnings.filterwarnings("ignore", message)
-        peft.inject_adapter_in_model(config, model, ADAPTER)
+        try:
+            peft.inject_adapter_in_model(config, model, ADAPTER)
+        except ValueError as error:  # of kinds of model where a module is read and not called
+            raise TargetError(f"PEFT puts no LoRA there: {error}; ignore such modules") from error
     generator = torch.Generator().manual_seed(seed)
     return {name: _adapter(model.get_submodule(name), generator) for name in ranks}
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError, OptionError
 from tnlm.integrations.huggingface import config_of
 from tnlm.job import Data, prepare
+from tnlm.keywords import keywords_of, meant
 from tnlm.pipeline import carry_out, resume, settle
 from tnlm.planning import Plan
 from tnlm.reporting import Report
@@ -133,7 +135,6 @@ def compress(
         _only_plan(
             *asked, tolerance, recover, recover_tokens, refine, max_macs, unit, blocks, options
         )
-        decided, job = resume(model, scheme, data, progress)
     else:
         request = make_request(
             scheme,
@@ -152,10 +153,15 @@ def compress(
             unit=unit,
             blocks=blocks,
             options=options,
+            keywords=keywords_of(compress),
         )
-        job = prepare(model, request, targets, ignore, data, progress)
-        decided = settle(model, job, predict=False, progress=progress)
-    return carry_out(model, job, decided, progress)
+    with torch.inference_mode(False):  # the model can be trained, wherever it was compressed
+        if isinstance(scheme, Plan):
+            decided, job = resume(model, scheme, data, progress)
+        else:
+            job = prepare(model, request, targets, ignore, data, progress)
+            decided = settle(model, job, predict=False, progress=progress)
+        return carry_out(model, job, decided, progress)
 
 
 def plan(
@@ -223,6 +229,7 @@ def plan(
         unit=unit,
         blocks=blocks,
         options=options,
+        keywords=keywords_of(plan),
     )
     data = Data(
         calibration,
@@ -235,8 +242,9 @@ def plan(
         training,
         bos,
     )
-    job = prepare(model, request, targets, ignore, data, progress)
-    return settle(model, job, predict=True, progress=progress)
+    with torch.inference_mode(False):
+        job = prepare(model, request, targets, ignore, data, progress)
+        return settle(model, job, predict=True, progress=progress)
 
 
 def report(model: PreTrainedModel) -> Report:
@@ -263,7 +271,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """
     if config_of(model) is None:
         raise ModelError("the model is not compressed by tnlm")
-    dense: PreTrainedModel = model.dequantize()
+    with torch.inference_mode(False):
+        dense: PreTrainedModel = model.dequantize()
     vars(dense).pop("tnlm_report", None)
     return dense
 
@@ -271,4 +280,5 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 def _only_plan(*given: Any) -> None:
     defaults: tuple[Any, ...] = (*[None] * 12, 0, 1.0, "params", None, {})
     if given != defaults:
-        raise OptionError("a plan holds targets, budget and options already; give it alone")
+        hint = meant(given[-1], compress)
+        raise OptionError(f"a plan holds targets, budget and options already; give it alone{hint}")

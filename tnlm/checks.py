@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +35,18 @@ def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
             )
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_model(model: Any) -> None:
     """Raise `ModelError` unless the model is an ordinary, uncompressed Hugging Face model."""
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"a transformers PreTrainedModel is wanted, not {type(model).__name__}")
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "_orig_mod"):
+        raise ModelError(
+            f"a transformers PreTrainedModel is wanted, not {type(model).__name__}{_inside(model)}"
+        )
+    _check_bare(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            "the model's weights were made inside torch.inference_mode(), so that nothing made of "
+            "them can be trained or changed; load the model outside of it"
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return
@@ -50,3 +60,35 @@ def check_model(model: PreTrainedModel) -> None:
         f"the model is quantized with {method}; load it unquantized, or call model.dequantize() "
         "first (for GGUF: quantization_config=GgufConfig(dequantize=True))"
     )
+
+
+def _inside(given: Any) -> str:
+    """Return what to give instead of something that holds a model, or names one."""
+    if isinstance(given, str | Path):
+        return "; load it first: AutoModelForCausalLM.from_pretrained(...)"
+    if callable(getattr(given, "merge_and_unload", None)):
+        return "; merge its adapters first: model = model.merge_and_unload()"
+    if hasattr(given, "_orig_mod"):
+        return "; a compiled model holds the one that is wanted: give model._orig_mod"
+    for name in ("module", "model", "auto_model"):  # DataParallel and its like, a pipeline
+        if isinstance(getattr(given, name, None), PreTrainedModel):
+            return f"; it holds one: give its .{name}"
+    if isinstance(given, nn.Module):
+        for name, module in given.named_modules():
+            if isinstance(module, PreTrainedModel):  # as in sentence-transformers
+                return f"; it holds one: give its get_submodule({name!r})"
+    return ""
+
+
+def _check_bare(model: PreTrainedModel) -> None:
+    """Raise `ModelError` if modules of a model are wrapped by adapters or by a compiler."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise ModelError(
+                f"{name} is compiled; put its _orig_mod back, and compile after compressing"
+            )
+        if type(module).__module__.startswith("peft."):
+            raise ModelError(
+                f"{name} has an adapter of PEFT: load the adapter by PeftModel.from_pretrained and "
+                "call merge_and_unload(), or remove it by model.delete_adapter(...)"
+            )

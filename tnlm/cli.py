@@ -226,7 +226,7 @@ def compress(
         return
     console.print(layers_table(report.plan.layers))
     console.print("\n".join(report.summary()), highlight=False, soft_wrap=True)
-    console.print(f"saved to {out}; load it with: import tnlm, then AutoModelForCausalLM")
+    console.print(f"saved to {out}; load it with: import tnlm, then {_loader(loaded)}")
 
 
 @app.command()
@@ -283,6 +283,12 @@ def demo(
     result = run(out, say)
     if as_json:
         print_json(result)
+
+
+def _loader(model: Any) -> str:
+    """Return the class that reads a model like this one."""
+    name = type(model).__name__
+    return "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:

@@ -46,14 +46,19 @@ class TrainingError(TnlmError, ValueError):
     """Training data that cannot be used, or training whose loss is not finite."""
 
 
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+def did_you_mean(word: str, allowed: Iterable[str], others: Iterable[str] = ()) -> str:
     """Return ``"; did you mean 'kron'? Allowed: ..."`` for an unknown ``word``.
+
+    Args:
+        word: what was given.
+        allowed: what is listed.
+        others: what may be meant besides, and is too much to list.
 
     Example:
         >>> did_you_mean("kro", ["kron", "svd"])
         "; did you mean 'kron'? Allowed: kron, svd"
     """
     names = sorted(allowed)
-    close = difflib.get_close_matches(word, names, n=1)
+    close = difflib.get_close_matches(word, {*names, *others}, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{hint} Allowed: {', '.join(names) or 'none'}"

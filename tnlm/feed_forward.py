@@ -113,6 +113,7 @@ def _pair(model: nn.Module, members: list[Target]) -> FeedForward:
         consumer.module,
         "channels",
         (consumer.shape[1], consumer.shape[0]),
+        share=consumer.share,
         producers=tuple(producers),
         consumer=consumer,
         biases=sum(producer.bias(model) is not None for producer in producers),

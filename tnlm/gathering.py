@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,12 @@ from tnlm.request import Request
 
 if TYPE_CHECKING:
     from tnlm.job import Job
+
+logger = logging.getLogger("tnlm")
+
+UNREACHED = "the data never reaches it: it is not called, or no token is sent there"
+"""Why a matrix stays dense: its weight may be read by another module, it may be an expert that no
+token chose, or stand in a tower for images where the data is text."""
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -136,17 +143,19 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
         job.tokenizer, job.lessons = data.tokenizer, _lessons(model, job, data)
         check_batches(model, job.lessons)
     job.drawn, job.fingerprint = data.drawn(), fingerprint([*batches, *job.lessons])
-    needs = job.request.needs
+    needs, before = job.request.needs, len(job.selection.targets)
     if MOVEMENT in needs:
         _prune(model, job, data, progress)
         model = job.weights_of(model)
-    modules = list(dict.fromkeys(target.module for target in job.selection.targets))
     if INPUTS in needs:
-        job.inputs = collect(model, modules, batches, cache_dir=data.cache_dir, progress=progress)
+        job.inputs = collect(
+            model, _modules(job), batches, cache_dir=data.cache_dir, progress=progress
+        )
+        _pass_over(model, job, job.inputs.leaders)
     if needs & {GRADIENTS, FISHER}:
         job.gradients = collect_gradients(
             model,
-            modules,
+            _modules(job),
             batches[: data.cut.gradient_samples],
             fisher=FISHER in needs,
             # FWSVD and TFWSVD take the data's own labels; K-FAC the model's.
@@ -155,6 +164,7 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
             cache_dir=data.cache_dir,
             progress=progress,
         )
+        _pass_over(model, job, job.gradients.leaders)
     if LORA in needs:
         job.loras = lora_statistics(
             model,
@@ -166,9 +176,35 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
             cache_dir=data.cache_dir,
             progress=progress,
         )
+        _pass_over(model, job, job.loras.leaders)
+    _warn(job, before)
     if job.request.cascade != "none" or job.request.refine:
         job.batches = batches
     release()
+
+
+def _modules(job: Job) -> list[str]:
+    return list(dict.fromkeys(target.module for target in job.selection.targets))
+
+
+def _pass_over(model: PreTrainedModel, job: Job, reached: Collection[str]) -> None:
+    """Leave the targets dense of whose modules the data says nothing."""
+    gone = [target for target in job.selection.targets if target.module not in reached]
+    if gone:
+        job.selection.skipped |= {target.name: UNREACHED for target in gone}
+        job.settle_on([t for t in job.selection.targets if t.module in reached], model)
+
+
+def _warn(job: Job, before: int) -> None:
+    gone = [name for name, reason in job.selection.skipped.items() if reason == UNREACHED]
+    if gone:
+        logger.warning(
+            "%d of %d matrices stay dense, as %s: %s",
+            len(gone),
+            before,
+            UNREACHED,
+            ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else ""),
+        )
 
 
 def _windows(model: PreTrainedModel, data: Data) -> list[Batch]:
@@ -219,4 +255,8 @@ def _prune(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
     job.movement = {
         name: column_weights(scores, found.masks[name]) for name, scores in found.scores.items()
     }
+    moved = {t.module for t in job.selection.targets if bool(found.scores[t.name].any())}
+    if not moved:
+        raise CalibrationError("training moves none of the matrices; choose other targets")
+    _pass_over(model, job, moved)
     job.seconds["prune"] = time.perf_counter() - start

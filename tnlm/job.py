@@ -79,6 +79,12 @@ class Job:
         drops = any("channels" in structure.kinds for structure in self.request.structures)
         return self.pairs if drops else ()
 
+    def settle_on(self, targets: list[Target], model: PreTrainedModel) -> None:
+        """Make these the matrices, in the stacks and pairs that they still form."""
+        self.selection.targets = targets
+        self.units = stack(targets, self.request.share)
+        self.pairs = pairs(model, targets)
+
     def weights_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model whose weights are fitted: the one given, or its pruned copy."""
         return model if self.source is None else self.source
@@ -201,9 +207,8 @@ def prepare(
     _check_kinds(request, selection)
     check_weights(model, selection.targets)
     start = time.perf_counter()
-    units = stack(selection.targets, request.share)
-    chosen = _in_words(targets=targets, ignore=ignore)
-    job = Job(request, selection, units, pairs(model, selection.targets), chosen=chosen)
+    job = Job(request, selection, chosen=_in_words(targets=targets, ignore=ignore))
+    job.settle_on(selection.targets, model)
     if request.looks_at_data:
         gather(model, job, data, progress)
     job.seconds["calibrate"] = time.perf_counter() - start - job.seconds.get("prune", 0.0)

@@ -120,7 +120,10 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
     for name, shape in wanted.items():
         if name not in found or found[name].shape != shape:
             has = found[name].shape if name in found else "no such matrix"
-            raise TargetError(f"the plan has {name} of {shape}; the model has {has}")
+            why = "".join(f": {job.selection.skipped.get(part, '')}" for part in name.split("+"))
+            raise TargetError(
+                f"the plan has {name} of {shape}; the model has {has}{why.rstrip(': ')}"
+            )
     chosen = [found[name] for name in wanted]
     covered = {member.name: member.module for unit in chosen for member in members_of(unit)}
     modules = set(covered.values())

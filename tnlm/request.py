@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tnlm.allocation import get_allocation
@@ -175,8 +175,11 @@ def make_request(
     unit: str = "params",
     blocks: int | None = None,
     options: Mapping[str, Any],
+    keywords: Iterable[str] = (),
 ) -> Request:
     """Check a request and return it.
+
+    A misspelt option may mean one of ``keywords``, which the caller takes besides.
 
     Raises:
         OptionError: for an unknown scheme, metric, allocation, cascade or option, or an ill-typed
@@ -194,7 +197,7 @@ def make_request(
     shared = get_allocation(named.allocation if allocation is None else allocation)
     chain = named.cascade if cascade is None else cascade
     given = {key: value for key, value in options.items() if value is not None}
-    check_options(scheme, structures, given)
+    check_options(scheme, structures, given, keywords)
     budgets = {"keep": keep, "keep_targets": keep_targets, "tolerance": tolerance}
     check_budgets({name: value for name, value in budgets.items() if value is not None})
     sizes = [name for name in SIZES if name in given]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tnlm.allocation.base import Allocation
@@ -41,7 +41,12 @@ def _allowed(structure: Format[Any]) -> str:
     return ", ".join(sorted(kinds))
 
 
-def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping[str, Any]) -> None:
+def check_options(
+    scheme: str,
+    structures: Sequence[Format[Any]],
+    given: Mapping[str, Any],
+    keywords: Iterable[str] = (),
+) -> None:
     """Raise `OptionError` unless every option belongs to a format, with a legal value."""
     known: set[str] = set()
     for structure in structures:
@@ -51,7 +56,8 @@ def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping
     for name in given:
         if name not in known:
             raise OptionError(
-                f"unknown option {name!r} for scheme {scheme!r}{did_you_mean(name, known)}"
+                f"unknown option {name!r} for scheme {scheme!r}"
+                f"{did_you_mean(name, known, keywords)}"
             )
 
 

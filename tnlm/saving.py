@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from tnlm.errors import CheckpointError, ModelError, TnlmError
 from tnlm.integrations.huggingface import GUARD, METHOD, description
+from tnlm.integrations.models import looks_like_path
 from tnlm.reporting import Report
 
 REPORT_FILE = "tnlm_report.json"
@@ -141,6 +143,8 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
             any tensor is missing, unexpected or of another shape.
     """
     model: PreTrainedModel
+    if not Path(directory).is_dir() and looks_like_path(directory):
+        raise CheckpointError(f"cannot load {directory}: no such file or directory")
     try:
         config = AutoConfig.from_pretrained(directory)
         quantization = getattr(config, "quantization_config", None) or {}
@@ -149,7 +153,8 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
                 f"{directory} was not written by tnlm; use AutoModel.from_pretrained"
             )
         cls = _class_of(config, directory)
-        model, info = cls.from_pretrained(directory, output_loading_info=True, **kwargs)
+        with torch.inference_mode(False):  # the model can be trained, wherever it was loaded
+            model, info = cls.from_pretrained(directory, output_loading_info=True, **kwargs)
     except TnlmError:
         raise
     except _READ_ERRORS as error:

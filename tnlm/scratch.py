@@ -20,6 +20,7 @@ from tnlm.fitting import by_module
 from tnlm.initial import allocate, draw, initialize
 from tnlm.integrations.huggingface import TnlmConfig, attach, place
 from tnlm.job import Job
+from tnlm.keywords import keywords_of
 from tnlm.layers.build import Entry, network_of
 from tnlm.pipeline import settle
 from tnlm.planning import Plan
@@ -92,8 +93,21 @@ def from_config(
         >>> model.model.layers[0].mlp.up_proj.right
         ArrangedLinear(in_features=16, out_features=4, bias=False)
     """
-    start = time.perf_counter()
     request = _request(scheme, keep, keep_targets, max_macs, options)
+    with torch.inference_mode(False):  # the model can be trained, wherever it was made
+        return _make(config, request, model_class, targets, ignore, seed, dtype)
+
+
+def _make(
+    config: PreTrainedConfig,
+    request: Request,
+    model_class: Any,
+    targets: Selector | None,
+    ignore: Selector | None,
+    seed: int,
+    dtype: torch.dtype | str | None,
+) -> PreTrainedModel:
+    start = time.perf_counter()
     model = skeleton(config, model_class, dtype)
     selection = select(model, request.scheme.targets if targets is None else targets, ignore)
     decided = settle(
@@ -136,6 +150,7 @@ def _request(
         keep_targets=keep_targets,
         max_macs=max_macs,
         options=whole | dict(options),
+        keywords=keywords_of(from_config),
     )
 
 

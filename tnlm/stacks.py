@@ -82,6 +82,7 @@ def _stacked(members: list[Target]) -> Stack:
         first.module,
         first.kind,
         (rows * len(members), columns),
+        share=first.share,
         members=tuple(members),
     )
 

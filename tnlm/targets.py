@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tnlm.ends import input_table, output_head
 from tnlm.errors import TargetError, did_you_mean
+from tnlm.mixtures import expert_shares
+from tnlm.plain import oddity
 
 ALL_LINEAR = "all-linear"
 EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
@@ -38,6 +40,7 @@ class Target:
         part: which of the module's ``parts`` equal blocks of rows this is.
         parts: names of the blocks of a fused module, empty for an ordinary one.
         tied: other modules that use the same weight (a tied output head).
+        share: of the tokens that meet it: k of E for one of E experts.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Target:
     part: int = 0
     parts: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    share: float = 1.0
 
     @property
     def params(self) -> int:
@@ -128,6 +132,7 @@ def select(
     selection = Selection()
     uses = _uses(model)
     ends = _Ends.of(model)
+    shares = expert_shares(model)
     claimed: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, Matrix):
@@ -141,7 +146,8 @@ def select(
             selection.skipped[name] = found
         elif id(module.weight) not in claimed:
             claimed.add(id(module.weight))
-            selection.targets.extend(found)
+            share = shares.get(name, 1.0)
+            selection.targets.extend(replace(target, share=share) for target in found)
     if ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets):
         selection.skipped |= _stacked(model)
     if not selection.targets:
@@ -221,11 +227,12 @@ def _fits(pattern: str, name: str) -> bool:
 def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> list[Target] | str:
     """Return the matrices that a module holds, or why it is left alone."""
     modules = [model.get_submodule(user) for user in users]
-    for user, other in zip(users, modules, strict=True):
-        if type(other) not in (nn.Linear, Conv1D, nn.Embedding):
-            return f"{type(other).__name__} at {user} adds behaviour of its own"
     if any(getattr(other, "_hf_hook", None) for other in modules):
         return "its weight is offloaded by accelerate; compress before dispatching"
+    for user, other in zip(users, modules, strict=True):
+        found = oddity(other)
+        if found is not None:
+            return f"{found}, at {user}"
     embeddings = [
         u for u, other in zip(users, modules, strict=True) if isinstance(other, nn.Embedding)
     ]

@@ -228,8 +228,7 @@ def test_modules_called_with_some_tokens_and_never(make):
         assert_close(found.tensor(name, "fisher"), squares[name])
     model.model.layers[0].mlp.gate.weight.data.zero_()  # ties go to the first expert
     for call in (gather, lambda *a: collect(*a[:1], a[2], a[1], progress=False)):
-        with pytest.raises(CalibrationError, match=r"never reached model\.layers\.0\.mlp\.exper"):
-            call(model, batches, modules)
+        assert set(call(model, batches, modules).leaders) == set(modules[:2])
 
 
 def test_a_module_that_blocks_share_has_one_weight_gradient(make, walked):
@@ -419,11 +418,12 @@ def test_a_classifier_without_labels_or_with_others_says_so(make):
         gather(model, token_batches(CLASSES), [name])
 
 
-def test_modules_never_reached_and_without_vectors_are_named(make):
-    model = make("masked-bert")
+def test_modules_never_reached_are_left_out_and_those_without_vectors_named(make):
+    model, name = make("masked-bert"), "bert.encoder.layer.0.output.dense"
     model.spare = nn.Linear(4, 4)
-    with pytest.raises(CalibrationError, match="never reached spare; ignore them"):
-        gather(model, modules=["bert.encoder.layer.0.output.dense", "spare"])
+    assert set(gather(model, modules=[name, "spare"]).leaders) == {name}
+    with pytest.raises(CalibrationError, match="reached none of the modules, such as spare"):
+        gather(model, modules=["spare"])
     with pytest.raises(CalibrationError, match=r"word_embeddings has no vectors as inputs"):
         gather(model, modules=["bert.embeddings.word_embeddings"])
 

@@ -110,5 +110,5 @@ def test_no_tokenizer_and_a_foreign_one(tiny_llama, word_tokenizer: PreTrainedTo
 
 
 def test_an_encoder_has_no_perplexity(tiny_bert, word_tokenizer, word_text):
-    with pytest.raises(EvaluationError, match="BertModel gives no logits"):
+    with pytest.raises(EvaluationError, match="a BertModel predicts no next token"):
         perplexity(tiny_bert(), word_text(20), word_tokenizer, window=8)

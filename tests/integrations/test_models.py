@@ -6,9 +6,12 @@ import json
 import gguf
 import pytest
 import torch
+import transformers
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
+import tnlm
 from tnlm.errors import CheckpointError
-from tnlm.integrations.models import load_model
+from tnlm.integrations.models import load_model, looks_like_path
 
 
 @pytest.fixture
@@ -130,10 +133,45 @@ def test_broken_config_and_missing_weights(llama_dir):
         load_model(llama_dir)
 
 
-def test_an_encoder_is_no_causal_model(tiny_bert, tmp_path):
-    tiny_bert().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="not in the checkpoint"):
-        load_model(tmp_path)
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM, BertForSequenceClassification])
+def test_an_encoder_keeps_its_class(kind, tiny_bert, tmp_path):
+    kind(tiny_bert().config).save_pretrained(tmp_path)
+    assert type(load_model(tmp_path)[0]) is kind
+
+
+@pytest.mark.parametrize("named", [[], None, ["Unheard"], ["GPT2LMHeadModel"], ["LlamaConfig"]])
+def test_a_config_that_names_no_class_of_its_own_is_a_causal_model(named, llama_dir):
+    config = llama_dir / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": named}))
+    assert type(load_model(llama_dir)[0]).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "runs/model",
+        "model/",
+        "runs\\model",
+        "~/model",
+        "weights.safetensors",
+        "a/b.bin",
+        "my model",
+    ],
+)
+def test_a_path_that_is_not_there_is_not_looked_for_on_a_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_model(name)
+    with pytest.raises(CheckpointError, match="no such file"):
+        tnlm.load(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/name", "Owner/Name-3.2-1B", "a_b/c.d-e"])
+def test_a_hub_id_is_none(name):
+    assert not looks_like_path(name)
 
 
 def test_sources_that_are_not_there(tmp_path):

@@ -148,7 +148,7 @@ def _candidates(
         for spec, error in sampled:
             network = structure.network(target.shape, spec)
             after = network_cost(target, network, size, extra)
-            if after.params > target.most or after.macs > macs:
+            if after.params > target.most or after.macs > macs * target.share:
                 continue
             layer = replace(
                 stays,

@@ -115,7 +115,7 @@ def analyze(
         weight, seen = target.weight(model).cpu(), None
         if calibration is not None and target.kind != "linear":
             skipped[target.name] = EMBEDDING
-        elif inputs is not None and not int(inputs.tensor(target.module, "count")):
+        elif inputs is not None and target.module not in inputs.leaders:
             skipped[target.name] = UNSEEN
         else:
             seen = inputs

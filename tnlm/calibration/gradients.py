@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ class _Gradients:
         self.examples = examples
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.zeros: list[str] = []
+        self._rows: Counter[str] = Counter()
         self._example: dict[str, Tensor] = {}
 
     def see(self, name: str, x: Tensor, output: Tensor, mask: Tensor | None) -> None:
@@ -45,6 +47,7 @@ class _Gradients:
             self.sums[name] = {"gradient": square}
             if self.examples is not None:
                 self.sums[name]["fisher"] = torch.zeros(rows, columns, device=device)
+        self._rows[name] += output.shape[:-1].numel()
         inputs = None if self.examples is None else counted_rows(name, x, mask)
         output.register_hook(partial(self._add, name, inputs, mask))
 
@@ -65,6 +68,8 @@ class _Gradients:
     def flush(self, store: Statistics) -> None:
         """Move all sums to a store, as means over tokens or examples, and forget them."""
         for name, sums in self.sums.items():
+            if not self._rows[name]:  # called, but with no token
+                continue
             check_finite(f"gradients at {name}", sums)
             if not bool(sums["gradient"].any()):
                 self.zeros.append(name)
@@ -98,7 +103,8 @@ def collect_gradients(
 
     Args:
         model: run in eval mode; no gradient of a parameter is taken; left as it was.
-        modules: dotted names of the modules watched.
+        modules: dotted names of the modules watched; the statistics have none of those that no
+            token reaches.
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
         fisher: whether ``fisher`` is gathered, which takes sequences one by one.
         labels: ``"sampled"``, from the model's own predictions, for the true Fisher information,
@@ -109,8 +115,8 @@ def collect_gradients(
         progress: show a progress bar.
 
     Raises:
-        CalibrationError: if the model has no output head, a module is never reached, or a
-            gradient is not finite.
+        CalibrationError: if the model has no output head, no module is reached, or a gradient is
+            not finite.
         OptionError: if ``labels`` is neither of the two.
 
     Source: G as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671); the Fisher information as in

@@ -77,13 +77,14 @@ def collect_lora(
 
     Returns:
         By module name ``outputs`` ``(out,)`` and ``inputs`` ``(in,)``, float64 on the CPU, the
-        latter ``(parts, in)`` for a fused module; and A, B and scaling at the end.
+        latter ``(parts, in)`` for a fused module, of the modules that the loss reaches; and A, B
+        and scaling at the end.
 
     Raises:
         OptionError: for an option out of range, or if PEFT is not installed.
         RankError: if a matrix is too small for the rank.
-        CalibrationError: if there is no batch, no label or no prediction, a module is never
-            reached, or a loss or gradient is not finite.
+        CalibrationError: if there is no batch, no label or no prediction, no module is reached, or
+            a loss or gradient is not finite.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -244,7 +245,8 @@ def lora_statistics(
             lost = (rows / modules[name] if sees == "inputs" else columns) / rank
             tensors[name][f"lora_{sees}"] = sums[sees] * lost
     for name, held in tensors.items():
-        store.put(name, [name], held)
+        if held:
+            store.put(name, [name], held)
     store.save_index()
     return store
 

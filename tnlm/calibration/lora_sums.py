@@ -134,6 +134,9 @@ class Sums:
             grad_A, grad_B = adapter.A.grad, adapter.B.grad
             if grad_A is None or grad_B is None:
                 continue
+            seen = bool(grad_A.any() or grad_B.any())  # an expert may be called with no token
+            if not seen and name not in self._sums:
+                continue
             rows, columns = self._of(name, adapter, grad_A, grad_B)
             if not bool(rows.isfinite().all() and columns.isfinite().all()):
                 raise CalibrationError(f"a gradient at {name} is not finite, on {where}")
@@ -172,9 +175,11 @@ class Sums:
         """Return means over examples, of gradients that are the weight's, not the LoRA's."""
         if not self._examples:
             raise CalibrationError("the batches have labels, but none that is predicted")
-        missing = [name for name in adapters if name not in self._sums]
-        if missing:
-            raise CalibrationError(f"{missing[0]} is never reached by the loss; ignore it")
+        if not self._sums:
+            raise CalibrationError(
+                f"the loss reaches none of the modules, such as {next(iter(adapters))}; choose "
+                "other targets, or give data that they see"
+            )
         decay = self._decay
         weight = self._examples if decay is None else 1.0 - decay**self._examples
         return {

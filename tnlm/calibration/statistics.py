@@ -76,7 +76,9 @@ class _Inputs:
         Most modules have one input a token, a pooler one a sequence, a shared layer several.
         """
         for leader, sums in self.sums.items():
-            count = max(1, self.rows[leader])
+            count = self.rows[leader]
+            if not count:  # called, but with no token that counts
+                continue
             members = [name for name, other in self.leaders.items() if other == leader]
             check_finite(f"inputs of {leader}", sums)
             with torch.inference_mode(False):  # the store's tensors may enter graphs later
@@ -147,14 +149,15 @@ def collect(
 
     Args:
         model: run in eval mode, without gradients; left as it was.
-        modules: dotted names of the modules watched.
+        modules: dotted names of the modules watched; the statistics have none of those that no
+            token reaches.
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
         cache_dir: keep the statistics there, under a hash of weights, modules and data, and use
             them again when the hash is the same.
         progress: show a progress bar.
 
     Raises:
-        CalibrationError: if a module is never reached, or an input is not finite.
+        CalibrationError: if no module is reached, or an input is not finite.
 
     Source: the moment as in SVD-LLM (arXiv 2403.07378), the magnitude as in AWQ (arXiv
     2306.00978) and ASVD (arXiv 2312.05821).
@@ -174,7 +177,7 @@ def collect(
     inputs = _Inputs()
     shares = stream(model, modules, batches, inputs.see)
     fill(store, inputs, shares, modules, len(batches), "calibrating" if progress else None)
-    widest = max(_width(model.get_submodule(name)) for name in modules)
+    widest = max(_width(model.get_submodule(name)) for name in store.leaders)
     if store.tokens < widest:
         logger.warning(
             "%d calibration tokens for matrices of up to %d columns: directions never seen are "
@@ -199,12 +202,12 @@ def fill(
         store: is complete afterwards.
         accumulator: called by the passes.
         shares: yields after every batch, and 0 when the modules seen so far are complete.
-        modules: all must be reached.
+        modules: one of them must be reached.
         batches: the sum of the shares.
         title: of the progress bar; None for none.
 
     Raises:
-        CalibrationError: if a module is never reached, or a sum is not finite.
+        CalibrationError: if no module is reached, or a sum is not finite.
     """
     done = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with (
@@ -217,12 +220,17 @@ def fill(
             if share == 0:  # a block is done: its sums are complete
                 accumulator.flush(store)
                 release()
-    missing = [name for name in modules if name not in store.leaders]
-    if missing:
-        raise CalibrationError(
-            f"the calibration data never reached {', '.join(missing[:3])}; ignore them"
-        )
+    check_reached(store, modules)
     store.save_index()
+
+
+def check_reached(store: Statistics, modules: Sequence[str]) -> None:
+    """Raise `CalibrationError` if the data reached none of the modules."""
+    if modules and not any(name in store.leaders for name in modules):
+        raise CalibrationError(
+            f"the calibration data reached none of the modules, such as {modules[0]}: the model "
+            "does not call them on it; choose other targets, or give data that they see"
+        )
 
 
 def _width(module: nn.Module) -> int:

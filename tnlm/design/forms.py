@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tnlm.allocation.pricing import network_cost
+from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.decompositions import get_format
 from tnlm.decompositions.low_rank import LowRankSpec
 from tnlm.decompositions.tucker import TuckerSpec
@@ -57,7 +57,7 @@ def shrinks(form: str, target: Target, rank: int) -> bool:
     if rank > min(target.shape):
         return False
     cost = stored(form, target, rank, 1)
-    return cost.params <= target.most and cost.macs <= target.params
+    return cost.params <= target.most and cost.macs <= dense_cost(target, 1).macs
 
 
 def stored(form: str, target: Target, rank: int, itemsize: int) -> Cost:

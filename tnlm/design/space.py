@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tnlm.allocation.pricing import dense_cost
 from tnlm.allocation.uniform import stay_dense
 from tnlm.api import compress, plan
 from tnlm.design.configuration import DENSE, Configuration
@@ -204,7 +205,7 @@ class DesignSpace:
             found = Cost(
                 found.params - target.params + after.params,
                 found.bytes - target.params * self._itemsize + after.bytes,
-                found.macs - target.params + after.macs,
+                found.macs - dense_cost(target, 1).macs + after.macs,
             )
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,6 +46,23 @@ def room_of(model: PreTrainedModel) -> int | None:
     named = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     known = [size for size in (named, positions_of(model)) if isinstance(size, int)]
     return min(known, default=None)
+
+
+def check_causal(model: PreTrainedModel, what: str) -> None:
+    """Raise `EvaluationError` unless a model predicts each token from those before it alone.
+
+    Args:
+        model: any transformers model, also within adapters.
+        what: what is measured, for the message, e.g. ``"perplexity"``.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    generates = getattr(base, "can_generate", lambda: True)()
+    if generates and not base.config.is_encoder_decoder:
+        return
+    raise EvaluationError(
+        f"{what} needs a causal language model; a {type(base).__name__} "
+        f"{'reads its text with an encoder' if generates else 'predicts no next token'}"
+    )
 
 
 def check_positions(model: PreTrainedModel, length: int, what: str) -> None:

@@ -17,7 +17,7 @@ from tnlm.calibration.sources import first_ids
 from tnlm.calibration.text import AUTO, start_token
 from tnlm.ends import vocabulary_of
 from tnlm.errors import CalibrationError, EvaluationError, OptionError
-from tnlm.evaluation.mode import check_positions, evaluating
+from tnlm.evaluation.mode import check_causal, check_positions, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,6 +119,7 @@ def window_losses(
         raise OptionError(f"windows={windows}, but at least 1 is needed")
     if window < 2:
         raise EvaluationError(f"window={window} predicts nothing; use at least 2")
+    check_causal(model, "perplexity")
     check_positions(model, window, f"window={window}")
     ids = _first_windows(model, text, tokenizer, window, windows, bos)
     rows = tqdm(ids, desc="windows", disable=not progress)

@@ -9,6 +9,7 @@ from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.asking import Protocol, measured, scored
 from tnlm.evaluation.comparison import compared
 from tnlm.evaluation.harness import harness
+from tnlm.evaluation.mode import check_causal
 from tnlm.evaluation.results import Evaluation
 from tnlm.evaluation.rows import Data, Source
 from tnlm.evaluation.tasks import Task, get_task
@@ -81,6 +82,7 @@ def evaluate(
     chosen = [get_task(name) for name in names]
     if tokenizer is None:
         raise EvaluationError("an evaluation needs the model's tokenizer, got None")
+    check_causal(model, "a benchmark's score")
     asked = Protocol(limit, num_fewshot, batch_size, max_length, max_new_tokens, seed, progress)
     found = _evaluate(model, chosen, tokenizer, data, examples, asked)
     if baseline is None:

@@ -22,6 +22,7 @@ from tnlm.integrations.configs import METHOD as METHOD
 from tnlm.integrations.configs import clear_guard, own_config
 from tnlm.integrations.naming import has, names_in, owner_of, rename, rename_in, with_wildcards
 from tnlm.integrations.parts import PART, around, describe_parts, submodels
+from tnlm.integrations.vocabulary import install, uninstall
 from tnlm.layers.arranged import arrange_made
 from tnlm.layers.build import Entry, build, check_entry, dense_module
 
@@ -116,6 +117,7 @@ class TnlmQuantizer(HfQuantizer):
         self.quantization_config.format_version = FORMAT_VERSION  # of what is written from now on
         vars(model).pop("_weight_conversions", None)  # of this file, not of a dense model's
         describe_parts(model, self.quantization_config)
+        install(model)
         # .half() and .float() stay allowed.
         model.is_quantized = False  # type: ignore[assignment]
         return model
@@ -133,6 +135,7 @@ class TnlmQuantizer(HfQuantizer):
                 f"and {len(added) - 1} others; a dense copy would not load as what it is. Keep the "
                 "model compressed, or compress with a metric that adds no bias, such as 'input'"
             )
+        uninstall(model)
         for name, entry in self.quantization_config.modules.items():
             if not has(model, name):
                 continue  # a head that this class of model lacks
@@ -191,6 +194,7 @@ def attach(model: PreTrainedModel, config: TnlmConfig) -> None:
     own_config(model).quantization_config = config
     model.hf_quantizer = TnlmQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.quantization_method = METHOD  # type: ignore[assignment]
+    install(model)
     retie(model, config.tied)
     describe_parts(model, config)
 

@@ -1,8 +1,9 @@
-"""Load a causal language model and its tokenizer from a directory, a GGUF file or the hub."""
+"""Load a model, in its own class, and its tokenizer from a directory, a GGUF file or the hub."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
 # is added where safetensors is imported.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_FILE_SUFFIXES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".onnx", ".zip"}
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def load_model(
     source: str | Path, *, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a causal language model that can be compressed, saved and trained, and its tokenizer.
+    """Load a model that can be compressed, saved and trained, and its tokenizer.
+
+    It is of the class that its config names, such as a masked model or a classifier; a causal
+    language model where it names none.
 
     Args:
         source: a model directory, a ``.gguf`` file (its weights are unpacked), or a hub id.
@@ -53,7 +59,7 @@ def load_model(
     if missing:  # transformers would go on with random numbers there
         raise CheckpointError(
             f"{source}: {len(missing)} tensors of {type(model).__name__} are not in the "
-            f"checkpoint, e.g. {missing[0]}; give the checkpoint of a causal language model"
+            f"checkpoint, e.g. {missing[0]}; give a whole checkpoint of that class"
         )
     return model, tokenizer
 
@@ -78,17 +84,28 @@ def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(
             f"{source}: a file that is no .gguf; give the directory that holds config.json"
         )
-    if _looks_like_path(source):
+    if looks_like_path(source):
         raise CheckpointError(
             f"{source}: no such file or directory; give a model directory, a .gguf file or a hub id"
         )
     return str(source), {}
 
 
-def _looks_like_path(source: str | Path) -> bool:
-    """Whether a source cannot be a hub id, which is ``name`` or ``owner/name``."""
+def looks_like_path(source: str | Path) -> bool:
+    """Tell whether a source that does not exist was meant as a path, not a hub id.
+
+    A hub id is ``name`` or ``owner/name``; where a directory has the owner's name, a path is meant.
+
+    Example:
+        >>> [looks_like_path(name) for name in ("gpt2", "owner/name-1.5", "./gpt2", "a.bin")]
+        [False, False, True, True]
+    """
     name = str(source)
-    return isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(name):
+        return True
+    if Path(name).suffix.lower() in _FILE_SUFFIXES:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
 
 
 def _read_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -109,14 +126,27 @@ def _read_model(
     """Load the model, and name the tensors that its checkpoint lacks."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    kind: Any = AutoModelForCausalLM
     if "gguf_file" in options:
         # Otherwise the model counts as quantized, and refuses to be saved.
         options = options | {"quantization_config": GgufConfig(dequantize=True)}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        place, dtype=dtype, output_loading_info=True, **options
-    )
+    else:
+        kind = _class_of(place) or kind
+    loaded: Any = kind.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
     model, info = loaded
     return model, sorted(info["missing_keys"])
+
+
+def _class_of(place: str) -> type[PreTrainedModel] | None:
+    """Return the class that a config names, if transformers has it and the config is its own."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(place)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return None
+    return found if isinstance(config, found.config_class or ()) else None
 
 
 def _cause(err: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,16 @@ def _weight(child: nn.Linear) -> Tensor:
     plain = type(child) in (nn.Linear, ArrangedLinear)
     if plain and not hasattr(child.weight, "__tensor_flatten__"):  # quantized: through its product
         return child.weight
-    like = child.weight
+    like: Tensor = child.weight
+    if callable(like):  # packed by torch's dynamic quantization, whose layers take float32
+        return _packed(child)
     eye = torch.eye(child.in_features, dtype=like.dtype, device=like.device)
     applied: Tensor = child(eye)
     return applied.T
+
+
+def _packed(child: nn.Linear) -> Tensor:
+    """Return the weight of a layer of `torch.ao.quantization.quantize_dynamic`."""
+    packed: Any = child.weight
+    weight: Tensor = packed()
+    return weight.dequantize()

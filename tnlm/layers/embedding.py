@@ -91,6 +91,20 @@ class FactorizedEmbedding(_Table):
     """
 
     padding_idx: int | None = None
+    max_norm: float | None = None  # as nn.Embedding has them, for what stands beside it
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
+
+    @property
+    def in_features(self) -> int:
+        """The size of the vocabulary, as a LoRA of a table counts it."""
+        return self.num_embeddings
+
+    @property
+    def out_features(self) -> int:
+        """The width of a row."""
+        return self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ids ``(...)``, giving ``(..., width)``."""

@@ -24,6 +24,17 @@ class FusedLinear(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
+    @property
+    def out_features(self) -> int:
+        """Rows of all parts."""
+        return sum(getattr(self, name).out_features for name in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        """Columns, which all parts share."""
+        width: int = getattr(self, self.parts[0]).in_features
+        return width
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply every part to ``(..., in)``."""
         return torch.cat([self.get_submodule(name)(x) for name in self.parts], dim=-1)

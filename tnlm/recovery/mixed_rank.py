@@ -121,6 +121,16 @@ class MixedRank(nn.Module):
         self.probability = probability
         self.train(factorized.training)
 
+    @property
+    def weight(self) -> Tensor:
+        """The factorized weight ``(out, in)``, for models that read it instead of calling."""
+        return self.factorized.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The factorized layer's bias."""
+        return self.factorized.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply either map to ``(..., in)``, giving ``(..., out)``."""
         if self.training and self.probability > 0 and float(torch.rand(())) < self.probability:

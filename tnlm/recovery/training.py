@@ -135,6 +135,7 @@ def finetune(
         "seed": seed,
     } | arguments
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # wherever it is called
         stack.enter_context(_own_randomness(model.device))
         stack.enter_context(_restored(model))
         _choose(model, train)
