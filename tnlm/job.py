@@ -18,7 +18,7 @@ from tnlm.calibration.metrics import Metric
 from tnlm.calibration.store import Statistics
 from tnlm.checks import check_model, check_weights
 from tnlm.errors import CalibrationError, TargetError
-from tnlm.feed_forward import FeedForward, pairs
+from tnlm.feed_forward import FeedForward, narrowable, pairs
 from tnlm.gathering import Data, check_data, gather
 from tnlm.layers.build import Entry
 from tnlm.request import Request
@@ -37,6 +37,7 @@ class Job:
         selection: the matrices.
         units: what is decided and fitted as one: the matrices, or stacks of them.
         pairs: feed-forward pairs among the matrices.
+        joint: what may take the place of several matrices: pairs that may lose channels.
         batches: calibration data, empty if none is needed.
         lessons: training data, empty if none is needed.
         tokenizer: the user's, if given.
@@ -57,6 +58,7 @@ class Job:
     selection: Selection
     units: Sequence[Target] = ()
     pairs: Sequence[FeedForward] = ()
+    joint: Sequence[FeedForward] = ()
     batches: Sequence[Batch] = ()
     lessons: Sequence[Batch] = ()
     tokenizer: Any = None
@@ -72,12 +74,6 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     ready: dict[str, tuple[Entry, nn.Module, float]] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
-
-    @property
-    def joint(self) -> Sequence[FeedForward]:
-        """What may take the place of several matrices: pairs, if channels may be dropped."""
-        drops = any("channels" in structure.kinds for structure in self.request.structures)
-        return self.pairs if drops else ()
 
     def weights_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model whose weights are fitted: the one given, or its pruned copy."""
@@ -204,6 +200,8 @@ def prepare(
     units = stack(selection.targets, request.share)
     chosen = _in_words(targets=targets, ignore=ignore)
     job = Job(request, selection, units, pairs(model, selection.targets), chosen=chosen)
+    if any("channels" in structure.kinds for structure in request.structures):
+        job.joint = narrowable(model, job.pairs)
     if request.looks_at_data:
         gather(model, job, data, progress)
     job.seconds["calibrate"] = time.perf_counter() - start - job.seconds.get("prune", 0.0)
