@@ -121,7 +121,8 @@ class Job:
             mean = float(self._statistic(target, "fisher").mean())
             # Element-wise weights are scaled to mean 1; the others are the effect itself.
             return mean if measure.is_elementwise else float(mean > 0)
-        gradient = float(self._statistic(target, "gradient").diagonal().mean())
+        squares = self._statistic(target, "gradient")
+        gradient = float((squares.diagonal() if squares.dim() == 2 else squares).mean())
         moment = float(self._statistic(target, "moment").diagonal().mean())
         if GRADIENTS in measure.needs:
             return float(gradient * moment > 0)
@@ -165,19 +166,19 @@ class Job:
             raise CalibrationError(f"{name} of {target.name} was not gathered")
         tensor = store.tensor(target.module, name)
         rows = slice(target.part * target.shape[0], (target.part + 1) * target.shape[0])
-        if name == "gradient":
+        if name == "gradient" and tensor.dim() == 2:
             return tensor[rows, rows]
         if name == "lora_inputs" and target.parts:
             return tensor[target.part]
-        return tensor[rows] if name in ("fisher", "lora_outputs") else tensor
+        return tensor[rows] if name in ("gradient", "fisher", "lora_outputs") else tensor
 
 
 def _together(name: str, parts: Sequence[Tensor]) -> Tensor:
     """Return a statistic of a stack: means of what concerns inputs, blocks of what outputs do."""
-    if name == "gradient":
+    if name == "gradient" and parts[0].dim() == 2:
         blocks: Tensor = torch.block_diag(*parts)
         return blocks
-    if name in ("fisher", "lora_outputs"):
+    if name in ("gradient", "fisher", "lora_outputs"):
         return torch.cat(list(parts))
     return torch.stack(list(parts)).mean(0)
 

@@ -109,9 +109,9 @@ def select(
         targets: ``"all-linear"`` (every linear weight in the model's blocks: no heads, poolers or
             projections around them; where there are no blocks, every one but the output head),
             ``"embeddings"``, ``"token-embeddings"`` (without those of positions and types),
-            ``"odd-blocks"`` (linear weights of every second block), a regular expression that a module's name must match in
-            full, a list of names or of their endings (as in PEFT) or of these words, or a module
-            class.
+            ``"odd-blocks"`` (linear weights of every second block), a regular expression that a
+            module's name must match in full, a list of names or of their endings (as in PEFT) or of
+            these words, or a module class.
         ignore: modules left alone, in the same words.
 
     Returns:
