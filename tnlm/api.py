@@ -74,8 +74,8 @@ def compress(
         recover: how the compressed model is trained in the end: ``"none"``; ``"lora"``, by adapters
             that are merged into the factors; ``"distill"``, all factors, to give the dense model's
             logits; ``"finetune"``, all factors, on the data itself; or ``"mixed-rank"``, the same
-            with layers that are their dense weights now and then. What tnlm did not replace stays
-            as it is.
+            with layers that are their dense weights now and then, which are trained along
+            (``"mixed-rank-frozen"`` leaves them). What tnlm did not replace stays as it is.
         recover_tokens: tokens of training data it sees, and pruning (200,000 if not given).
         keep: fraction of the whole model's parameters that remains, tied ones counted once.
         keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).

@@ -65,7 +65,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Overwrite = Annotated[bool, typer.Option(help="Replace what OUT holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Recover = Annotated[
-    str | None, typer.Option(help="Training in the end: lora, distill, finetune, mixed-rank, none.")
+    str | None,
+    typer.Option(
+        help="Training in the end: lora, distill, finetune, mixed-rank, mixed-rank-frozen, none."
+    ),
 ]
 RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that it sees.")]
 Training = Annotated[

@@ -14,7 +14,7 @@ from tnlm.errors import BudgetError, OptionError, did_you_mean
 BUDGETS = ("keep", "keep_targets", "tolerance")
 UNITS = ("params", "bytes", "macs")
 CASCADES = ("none", "sequential", "anchored")
-RECOVERIES = ("none", "lora", "distill", "finetune", "mixed-rank")
+RECOVERIES = ("none", "lora", "distill", "finetune", "mixed-rank", "mixed-rank-frozen")
 
 
 def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:

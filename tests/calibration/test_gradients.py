@@ -473,7 +473,7 @@ def test_the_fisher_information_needs_no_moment(make):
     model = make("llama")
     both, alone = gather(model, fisher=True), gather(model, fisher=True, moment="none")
     assert torch.equal(both.tensor(UP, "fisher"), alone.tensor(UP, "fisher"))
-    with pytest.raises(CalibrationError, match="'gradient' of .* was not gathered, only fisher"):
+    with pytest.raises(CalibrationError, match=r"'gradient' of .* was not gathered, only fisher"):
         alone.tensor(UP, "gradient")
 
 
@@ -500,7 +500,7 @@ def test_a_job_gathers_what_it_reads(metric, allocation, dimensions, make):
     data = Data(IDS, None, 8, 16, None, 0)
     job = prepare(make("gpt2"), request, ["c_attn"], None, data, False)
     if dimensions is None:
-        with pytest.raises(CalibrationError, match="'gradient' of .* was not gathered"):
+        with pytest.raises(CalibrationError, match=r"'gradient' of .* was not gathered"):
             job.gradients.tensor("transformer.h.0.attn.c_attn", "gradient")
     else:
         assert job.gradients.tensor("transformer.h.0.attn.c_attn", "gradient").dim() == dimensions

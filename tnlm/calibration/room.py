@@ -44,10 +44,11 @@ def check_room(model: nn.Module, modules: Sequence[str]) -> None:
         f"{size / 1e9:.1f} GB, and about {COPIES * size / 1e9:.1f} GB while it is worked with"
     )
     device = next(model.get_submodule(name).parameters()).device
-    if COPIES * size > memory_of(device):
+    memory = memory_of(device)
+    if COPIES * size > memory:
         raise CalibrationError(
-            f"{what}, of {memory_of(device) / 1e9:.1f} GB on {device}; ignore this module, or take a "
-            "metric without such moments: 'input', 'fisher-both'"
+            f"{what}, of {memory / 1e9:.1f} GB on {device}; ignore this module, or take a metric "
+            "without such moments: 'input', 'fisher-both'"
         )
     logger.warning("%s; ignore this module if that is too much", what)
 
