@@ -95,7 +95,8 @@ def compress(
         seed: draws the windows.
         progress: show progress bars.
         **options: the format's own: ``rank``, ``terms``, ``ranks``, ``out_split``, ``in_split``,
-            ``gauge``; integers or lists of integers.
+            ``gauge``; integers or lists of integers. Under ``"fisher-elements"`` also ``sweeps``,
+            the most passes of its least squares, and ``ridge``, which shrinks the factors.
 
     Returns:
         The same model, whose chosen modules are factorized.

@@ -22,6 +22,8 @@ Width = Annotated[int | None, typer.Option(help="Feed-forward channels of a bloc
 Gauge = Annotated[
     bool | None, typer.Option("--gauge/--no-gauge", help="Store an identity block implicitly.")
 ]
+Ridge = Annotated[float | None, typer.Option(help="Shrinks the factors of tfwsvd.")]
+Sweeps = Annotated[int | None, typer.Option(help="Most passes of tfwsvd over its factors.")]
 Keep = Annotated[
     float | None, typer.Option(help="Fraction of the whole model's parameters to keep.")
 ]

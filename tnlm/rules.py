@@ -55,6 +55,20 @@ def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping
             )
 
 
+def check_fitting(
+    structures: Sequence[Format[Any]], measure: Measure, given: Mapping[str, Any]
+) -> None:
+    """Raise `OptionError` if options are given that only weights of single entries ask for."""
+    fields = [item for structure in structures for item in dataclasses.fields(structure.spec)]
+    for name in (item.name for item in fields if "fitting" in item.metadata):
+        if name in given and not measure.is_elementwise:
+            allowed = ", ".join(m.name for m in MEASURES.values() if m.is_elementwise)
+            raise OptionError(
+                f"{name}={given[name]!r} has no effect on metric={measure.name!r}, which has a "
+                f"closed form; allowed with metric={allowed!r}"
+            )
+
+
 def _placeholder(item: dataclasses.Field[Any]) -> Any:
     """A legal value for a field that the user left open, so that the given ones are checked."""
     if item.default is not dataclasses.MISSING:
