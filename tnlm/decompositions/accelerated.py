@@ -1,4 +1,4 @@
-"""Alternating least squares with momentum, for weights of single entries: plain ones crawl there."""
+"""Least squares with momentum, for weights of single entries, where plain sweeps crawl."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
+from tnlm.decompositions.ties import EXACT, least
 from tnlm.errors import OptionError, RankError, did_you_mean
 from tnlm.layers.contraction import chain, pairwise
 from tnlm.network import Factors, Network
@@ -137,7 +138,7 @@ class Format(ABC, Generic[S]):
             specs = self.candidates(matrix_shape(weight), options, budget)
             if specs:
                 errors = self.errors(weight, metric, specs)
-                best = min(range(len(specs)), key=errors.__getitem__)
+                best = least(errors, EXACT)
                 found.append((specs[best], errors[best]))
         return found
 

@@ -42,6 +42,9 @@ FINALISTS = 12
 SCREEN_ENTRIES = 2**15
 """About how many entries of the matrix the screening of one split looks at."""
 
+SCREEN_ROUNDING = 1e-6
+"""Estimates, of squared relative errors in float32, are equal up to so much."""
+
 
 @dataclass(frozen=True)
 class KroneckerSpec:
@@ -172,7 +175,7 @@ class Kronecker(Format[KroneckerSpec]):
         """
         if len(specs) > FINALISTS:
             guesses = _screen_all(weight, metric, specs)
-            bar = sorted(guesses)[FINALISTS - 1]
+            bar = sorted(guesses)[FINALISTS - 1] + SCREEN_ROUNDING
         else:
             guesses, bar = [0.0] * len(specs), 0.0
         return [

@@ -14,6 +14,7 @@ from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.accelerated import SWEEPS, accelerated
 from tnlm.decompositions.base import FITTING, Budget, Format, Shape, matrix_shape
 from tnlm.decompositions.linalg import rank_for, tails, truncated_svd
+from tnlm.decompositions.ties import EXACT, least
 from tnlm.decompositions.whitening import grown
 from tnlm.errors import RankError
 from tnlm.network import Factors, Gauge, Network
@@ -160,7 +161,7 @@ def _closed_form(weight: Tensor, metric: Metric, rank: int) -> tuple[Factors, fl
     for candidate in (near, Metric(inputs=near.inputs), Metric(near.outputs), Metric()):
         left, right = candidate.low_rank(weight, rank)
         found.append(({"left": left, "right": right}, metric.relative(weight, left @ right)))
-    return min(found, key=lambda pair: pair[1])
+    return found[least([error for _, error in found], EXACT)]
 
 
 FORMAT = LowRank()
