@@ -210,6 +210,7 @@ def _recover(
         tokens=job.request.recover_tokens,
         teacher=teacher,
         dense=dense,
+        preset=job.request.scheme.distillation,
         tokenizer=job.tokenizer,
         seed=job.seed,
         progress=progress,

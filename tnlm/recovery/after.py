@@ -23,6 +23,7 @@ def recover(
     tokens: int,
     teacher: PreTrainedModel | None = None,
     dense: Mapping[str, Tensor] | None = None,
+    preset: str | None = None,
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
@@ -37,6 +38,7 @@ def recover(
         tokens: tokens it is trained on.
         teacher: the dense model, for ``"distill"``.
         dense: weights that were fitted, by the name of the layer, for the last two.
+        preset: what ``"distill"`` compares, by default the predictions.
         tokenizer: for masked language models.
         seed: of the order of the data.
         progress: show a progress bar.
@@ -59,7 +61,7 @@ def recover(
     elif kind in MIXED:
         mixed_rank(model, dense or {}, rows, train_dense=kind == MIXED[0], **common)
     elif kind == "distill" and teacher is not None:
-        distill(model, teacher, rows, train="factors", **common)
+        distill(model, teacher, rows, preset=preset, train="factors", **common)
     else:
         finetune(model, rows, train="factors", **common)
 
