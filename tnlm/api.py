@@ -73,8 +73,9 @@ def compress(
         share: consecutive blocks whose matrices share their input factor, in low rank.
         recover: how the compressed model is trained in the end: ``"none"``; ``"lora"``, by adapters
             that are merged into the factors; ``"distill"``, all factors, to give the dense model's
-            logits (after ``"kngpt2"`` its attention, states and embeddings instead, and labels); ``"finetune"``, all factors, on the data itself; or ``"mixed-rank"``, the same
-            with layers that are their dense weights now and then, which are trained along
+            logits (after ``"kngpt2"`` its embeddings, attention and states, and labels);
+            ``"finetune"``, all factors, on the data itself; or ``"mixed-rank"``, the same with
+            layers that are their dense weights now and then, which are trained along
             (``"mixed-rank-frozen"`` leaves them). What tnlm did not replace stays as it is.
         recover_tokens: tokens of training data it sees, and pruning (200,000 if not given).
         keep: fraction of the whole model's parameters that remains, tied ones counted once.

@@ -193,8 +193,9 @@ class _Run:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the layer's output, the first if there are several."""
-        output = self._layer(*args, **kwargs)
-        return output[0] if isinstance(output, tuple | list) else output
+        output: Any = self._layer(*args, **kwargs)
+        first: Tensor = output[0] if isinstance(output, tuple | list) else output
+        return first
 
     @property
     def read(self) -> list[Tensor]:
