@@ -89,10 +89,10 @@ def test_padding_does_not_count(make_model):
 def test_a_pooler_has_one_input_for_a_sequence(make_model):
     model = make_model("bert")
     batches = token_batches(IDS, max_length=32)
-    target = next(t for t in select(model).targets if "pooler" in t.name)
+    [target] = select(model, ["pooler.dense"]).targets
     y = outputs_of(model, target, batches)
     energy = torch.linalg.svdvals(y - y.mean(0)).square()
-    found = [row for row in analyze(model, IDS).features if row.name == target.name]
+    found = analyze(model, IDS, targets=["pooler.dense"]).features
     assert found[0].inputs == len(y) == 8
     stable = float(energy.sum() / energy[0])
     assert found[2].spectrum.stable_rank == pytest.approx(stable, rel=1e-4)

@@ -80,7 +80,7 @@ class _Gradients:
             check_finite(f"gradients at {name}", sums)
             if not any(bool(total.any()) for total in sums.values()):
                 self.zeros.append(name)
-            counts = {"gradient": store.tokens, "fisher": self.examples}
+            counts = {"gradient": store.tokens, "fisher": self.examples or 1}
             store.put(name, [name], {k: total.div_(counts[k]).cpu() for k, total in sums.items()})
         self.sums.clear()
 
