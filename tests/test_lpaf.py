@@ -143,6 +143,21 @@ def test_layers_are_trained_beside_the_pruned_weights(make_model, found, monkeyp
         assert torch.equal(dense != 0, mask)
 
 
+@pytest.mark.parametrize("recover", ["mixed-rank", "mixed-rank-frozen"])
+def test_the_pruned_weights_learn_too_unless_they_are_frozen(recover, make_model, monkeypatch):
+    asked, init = [], MixedRankTrainer.__init__
+
+    def start(self, **named):
+        init(self, **named)
+        asked.extend(layer.dense.requires_grad for layer in self._layers)
+
+    monkeypatch.setattr(MixedRankTrainer, "__init__", start)
+    chosen = {} if recover == "mixed-rank" else {"recover": recover}
+    model = tnlm.compress(make_model("gpt2"), "lpaf", **chosen, **LINES)
+    assert asked == [recover == "mixed-rank"] * 12
+    assert tnlm.report(model).plan.request["recover"] == recover
+
+
 def test_mixed_rank_recovery_goes_with_any_scheme(make_model):
     model = make_model("gpt2")
     tnlm.compress(model, "svd-llm", recover="mixed-rank", **LINES)

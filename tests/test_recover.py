@@ -10,6 +10,7 @@ import tnlm
 from tnlm.errors import OptionError, TrainingError
 from tnlm.layers.made import made_layers
 from tnlm.recovery import heal as healing
+from tnlm.recovery.distillation import Distiller
 from tnlm.recovery.guard import GuardedTrainer
 
 DATA = torch.arange(512) * 7 % 61 + 3
@@ -143,3 +144,24 @@ def test_a_classifier_is_compressed_by_its_classes_and_healed(make_model, word_t
             model = BertForSequenceClassification(config).eval()
             tnlm.compress(model, scheme, recover=recover, recover_tokens=256, **arguments)
             assert tnlm.report(model).seconds["recover"] > 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "compared"),
+    [("svd", {"logits"}), ("kngpt2", {"embedding", "attention", "hidden", "labels"})],
+)
+def test_a_scheme_is_distilled_by_its_own_loss(scheme, compared, make_model, monkeypatch):
+    asked, terms = [], Distiller.terms
+
+    def watched(self, *given):
+        output, found = terms(self, *given)
+        asked.append(set(found))
+        return output, found
+
+    monkeypatch.setattr(Distiller, "terms", watched)
+    model, arguments = make_model("gpt2"), {"calibration": DATA, "max_length": 32}
+    options = {"recover": "distill", "recover_tokens": 256, "progress": False}
+    tnlm.compress(model, scheme, **options, **arguments)
+    assert asked
+    assert all(found == compared for found in asked)
+    assert model.config._attn_implementation == "sdpa"

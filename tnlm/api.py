@@ -77,9 +77,10 @@ def compress(
         share: consecutive blocks whose matrices share their input factor, in low rank.
         recover: how the compressed model is trained in the end: ``"none"``; ``"lora"``, by adapters
             that are merged into the factors; ``"distill"``, all factors, to give the dense model's
-            logits; ``"finetune"``, all factors, on the data itself; or ``"mixed-rank"``, the same
-            with layers that are their dense weights now and then. What tnlm did not replace stays
-            as it is.
+            logits (after ``"kngpt2"`` its embeddings, attention and states, and labels);
+            ``"finetune"``, all factors, on the data itself; or ``"mixed-rank"``, the same with
+            layers that are their dense weights now and then, which are trained along
+            (``"mixed-rank-frozen"`` leaves them). What tnlm did not replace stays as it is.
         recover_tokens: tokens of training data it sees, and pruning (200,000 if not given).
         keep: fraction of the whole model's parameters that remains, tied ones counted once.
         keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
@@ -103,7 +104,8 @@ def compress(
             the order in which anything is trained (0 if not given).
         progress: show progress bars.
         **options: the format's own: ``rank``, ``terms``, ``ranks``, ``out_split``, ``in_split``,
-            ``gauge``; integers or lists of integers.
+            ``gauge``; integers or lists of integers. Under ``"fisher-elements"`` also ``sweeps``,
+            the most passes of its least squares, and ``ridge``, which shrinks the factors.
 
     Returns:
         The same model, whose chosen modules are factorized.

@@ -45,9 +45,11 @@ from tnlm.cli_options import (
     Recover,
     RecoverTokens,
     Refine,
+    Ridge,
     SchemeName,
     SeedAsked,
     Share,
+    Sweeps,
     Targets,
     Terms,
     Tolerance,
@@ -69,6 +71,7 @@ app = typer.Typer(
 app.add_typer(studies)
 
 
+OPTIONS = ("terms", "rank", "width", "gauge", "ridge", "sweeps")
 CHOICES = ("metric", "allocation", "cascade", "damping", "refine", "share")
 RECOVERY = ("recover", "recover_tokens")
 BUDGET = ("keep", "keep_targets", "tolerance", "max_macs", "unit", "blocks")
@@ -80,7 +83,7 @@ def _asked(values: dict[str, Any]) -> dict[str, Any]:
     """Return a command's options as arguments of `tnlm.compress`, checked before a model loads."""
     from tnlm.request import make_request
 
-    options = {name: values[name] for name in ("terms", "rank", "width", "gauge")}
+    options = {name: values[name] for name in OPTIONS}
     for name in ("ranks", "out_split", "in_split"):
         options[name] = numbers(name.replace("_", "-"), values[name])
     budget = {name: values[name] for name in (*CHOICES, *RECOVERY, *BUDGET)}
@@ -131,6 +134,8 @@ def plan(
     out_split: OutSplit = None,
     in_split: InSplit = None,
     gauge: Gauge = None,
+    ridge: Ridge = None,
+    sweeps: Sweeps = None,
     keep: Keep = None,
     keep_targets: KeepTargets = None,
     tolerance: Tolerance = None,
@@ -183,6 +188,8 @@ def compress(
     out_split: OutSplit = None,
     in_split: InSplit = None,
     gauge: Gauge = None,
+    ridge: Ridge = None,
+    sweeps: Sweeps = None,
     keep: Keep = None,
     keep_targets: KeepTargets = None,
     tolerance: Tolerance = None,

@@ -22,6 +22,8 @@ Width = Annotated[int | None, typer.Option(help="Feed-forward channels of a bloc
 Gauge = Annotated[
     bool | None, typer.Option("--gauge/--no-gauge", help="Store an identity block implicitly.")
 ]
+Ridge = Annotated[float | None, typer.Option(help="Shrinks the factors of tfwsvd.")]
+Sweeps = Annotated[int | None, typer.Option(help="Most passes of tfwsvd over its factors.")]
 Keep = Annotated[
     float | None, typer.Option(help="Fraction of the whole model's parameters to keep.")
 ]
@@ -79,7 +81,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Overwrite = Annotated[bool, typer.Option(help="Replace what OUT holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Recover = Annotated[
-    str | None, typer.Option(help="Training in the end: lora, distill, finetune, mixed-rank, none.")
+    str | None,
+    typer.Option(
+        help="Training in the end: lora, distill, finetune, mixed-rank, mixed-rank-frozen, none."
+    ),
 ]
 RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that it sees.")]
 Training = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from tnlm.layers.arranged import filled
 from tnlm.layers.build import Entry
 from tnlm.network import Factors
 from tnlm.targets import Target
+from tnlm.trial import Hidden, objection
+
+logger = logging.getLogger("tnlm")
 
 PAIRS = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, SmolLM
@@ -22,10 +26,7 @@ PAIRS = (
     (("wi_0", "wi_1"), "wo"),  # T5 v1.1
     (("wi",), "wo"),  # T5
 )
-"""Names of the matrices that produce hidden channels, and of the one that reads them.
-
-Between them these models apply functions of single channels only.
-"""
+"""Names of the matrices that produce hidden channels, and of the one that reads them."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,39 @@ def _in_between(parent: nn.Module, members: Sequence[Target]) -> bool:
     own = {member.module.rpartition(".")[2] for member in members}
     others = (p for name, p in parent.named_parameters() if name.rpartition(".")[0] not in own)
     return any(members[-1].shape[1] in parameter.shape for parameter in others)
+
+
+def narrowable(model: nn.Module, found: Sequence[FeedForward]) -> list[FeedForward]:
+    """Return the pairs that may lose channels, by trial; a warning names the first of the others.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from tnlm.targets import select
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=2, n_head=1))
+        >>> len(narrowable(model, pairs(model, select(model).targets)))
+        2
+    """
+    reasons = {pair.name: _objection(model, pair) for pair in found}
+    against = {name: reason for name, reason in reasons.items() if reason is not None}
+    if against:
+        name, reason = next(iter(against.items()))
+        logger.warning(
+            "%d of %d feed-forward layers keep all their channels, and their matrices are taken "
+            "one by one; %s: %s",
+            len(against),
+            len(found),
+            name,
+            reason,
+        )
+    return [pair for pair in found if pair.name not in against]
+
+
+def _objection(model: nn.Module, pair: FeedForward) -> str | None:
+    parent = pair.reader.module.rpartition(".")[0]
+    cut = len(parent) + 1 if parent else 0
+    producers = {member.module[cut:]: 1 for member in pair.producers}
+    hidden = Hidden(producers, pair.reader.module[cut:], size=1, count=pair.shape[0])
+    return objection(model.get_submodule(parent), hidden)
 
 
 def _pair(model: nn.Module, members: list[Target]) -> FeedForward:

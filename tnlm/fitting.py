@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tnlm.decompositions.base import from_dict
 from tnlm.decompositions.channels import FORMAT as CHANNELS
 from tnlm.decompositions.channels import ChannelsSpec
+from tnlm.decompositions.precision import is_half, rounded
 from tnlm.feed_forward import FeedForward, sliced
 from tnlm.job import Job
 from tnlm.layers.build import Entry
@@ -109,7 +110,9 @@ class Fitting:
         structure, spec = CHANNELS, from_dict(ChannelsSpec, layer.spec)
         with torch.no_grad():
             factors = structure.fit(weight, metric, spec)
-            rebuilt = structure.reconstruct(unit.shape, spec, factors)
+            rows = rounded(factors["rows"], weight.dtype, f"the reader's weight in {unit.name}")
+            seen = factors | ({"rows": rows.double()} if is_half(weight.dtype) else {})
+            rebuilt = structure.reconstruct(unit.shape, spec, seen)
             self.errors[layer.name] = metric.relative(weight, rebuilt)
         for member, entry, module in sliced(unit, self._model, factors):
             self._put(member, entry, module)

@@ -157,6 +157,7 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
             model,
             _modules(job),
             batches[: data.cut.gradient_samples],
+            moment=_moment(job.request),
             fisher=FISHER in needs,
             # FWSVD and TFWSVD take the data's own labels; K-FAC the model's.
             labels="data" if FISHER in needs else "sampled",
@@ -181,6 +182,13 @@ def gather(model: PreTrainedModel, job: Job, data: Data, progress: bool) -> None
     if job.request.cascade != "none" or job.request.refine:
         job.batches = batches
     release()
+
+
+def _moment(request: Request) -> str:
+    """Return how much of the moments of gradients is read: by the metric, or an allocation."""
+    if GRADIENTS in request.measure.needs:
+        return "full"
+    return "diagonal" if GRADIENTS in request.needs else "none"
 
 
 def _modules(job: Job) -> list[str]:

@@ -18,7 +18,7 @@ from tnlm.calibration.metrics import Metric
 from tnlm.calibration.store import Statistics
 from tnlm.checks import check_model, check_weights
 from tnlm.errors import CalibrationError, TargetError
-from tnlm.feed_forward import FeedForward, pairs
+from tnlm.feed_forward import FeedForward, narrowable, pairs
 from tnlm.gathering import Data, check_data, gather
 from tnlm.layers.build import Entry
 from tnlm.request import Request
@@ -37,6 +37,7 @@ class Job:
         selection: the matrices.
         units: what is decided and fitted as one: the matrices, or stacks of them.
         pairs: feed-forward pairs among the matrices.
+        joint: what may take the place of several matrices: pairs that may lose channels.
         batches: calibration data, empty if none is needed.
         lessons: training data, empty if none is needed.
         tokenizer: the user's, if given.
@@ -57,6 +58,7 @@ class Job:
     selection: Selection
     units: Sequence[Target] = ()
     pairs: Sequence[FeedForward] = ()
+    joint: Sequence[FeedForward] = ()
     batches: Sequence[Batch] = ()
     lessons: Sequence[Batch] = ()
     tokenizer: Any = None
@@ -73,17 +75,13 @@ class Job:
     ready: dict[str, tuple[Entry, nn.Module, float]] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = None
 
-    @property
-    def joint(self) -> Sequence[FeedForward]:
-        """What may take the place of several matrices: pairs, if channels may be dropped."""
-        drops = any("channels" in structure.kinds for structure in self.request.structures)
-        return self.pairs if drops else ()
-
     def settle_on(self, targets: list[Target], model: PreTrainedModel) -> None:
         """Make these the matrices, in the stacks and pairs that they still form."""
         self.selection.targets = targets
         self.units = stack(targets, self.request.share)
         self.pairs = pairs(model, targets)
+        names = {pair.name for pair in self.pairs}
+        self.joint = [unit for unit in self.joint if unit.name in names]
 
     def weights_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model whose weights are fitted: the one given, or its pruned copy."""
@@ -131,7 +129,8 @@ class Job:
             mean = float(self._statistic(target, "fisher").mean())
             # Element-wise weights are scaled to mean 1; the others are the effect itself.
             return mean if measure.is_elementwise else float(mean > 0)
-        gradient = float(self._statistic(target, "gradient").diagonal().mean())
+        squares = self._statistic(target, "gradient")
+        gradient = float((squares.diagonal() if squares.dim() == 2 else squares).mean())
         moment = float(self._statistic(target, "moment").diagonal().mean())
         if GRADIENTS in measure.needs:
             return float(gradient * moment > 0)
@@ -175,19 +174,19 @@ class Job:
             raise CalibrationError(f"{name} of {target.name} was not gathered")
         tensor = store.tensor(target.module, name)
         rows = slice(target.part * target.shape[0], (target.part + 1) * target.shape[0])
-        if name == "gradient":
+        if name == "gradient" and tensor.dim() == 2:
             return tensor[rows, rows]
         if name == "lora_inputs" and target.parts:
             return tensor[target.part]
-        return tensor[rows] if name in ("fisher", "lora_outputs") else tensor
+        return tensor[rows] if name in ("gradient", "fisher", "lora_outputs") else tensor
 
 
 def _together(name: str, parts: Sequence[Tensor]) -> Tensor:
     """Return a statistic of a stack: means of what concerns inputs, blocks of what outputs do."""
-    if name == "gradient":
+    if name == "gradient" and parts[0].dim() == 2:
         blocks: Tensor = torch.block_diag(*parts)
         return blocks
-    if name in ("fisher", "lora_outputs"):
+    if name in ("gradient", "fisher", "lora_outputs"):
         return torch.cat(list(parts))
     return torch.stack(list(parts)).mean(0)
 
@@ -209,6 +208,8 @@ def prepare(
     start = time.perf_counter()
     job = Job(request, selection, chosen=_in_words(targets=targets, ignore=ignore))
     job.settle_on(selection.targets, model)
+    if any("channels" in structure.kinds for structure in request.structures):
+        job.joint = narrowable(model, job.pairs)
     if request.looks_at_data:
         gather(model, job, data, progress)
     job.seconds["calibrate"] = time.perf_counter() - start - job.seconds.get("prune", 0.0)

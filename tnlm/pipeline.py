@@ -21,7 +21,7 @@ from tnlm.integrations.huggingface import TnlmConfig, attach
 from tnlm.job import Data, Job, prepare
 from tnlm.memory import release, unmap
 from tnlm.planning import Plan, total
-from tnlm.recovery.after import recover
+from tnlm.recovery.after import MIXED, recover
 from tnlm.recovery.cascade import cascade
 from tnlm.recovery.refine import refine
 from tnlm.reporting import Report, with_errors
@@ -186,7 +186,7 @@ def _report(job: Job, done: Plan) -> Report:
 
 def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[str, Tensor]:
     """Return the weights that factorized layers stand for, if the layers are trained with them."""
-    if job.request.recover != "mixed-rank":
+    if job.request.recover not in MIXED:
         return {}
     weights = {
         target.name: target.weight(read)
@@ -213,6 +213,7 @@ def _recover(
         tokens=job.request.recover_tokens,
         teacher=teacher,
         dense=dense,
+        preset=job.request.scheme.distillation,
         tokenizer=job.tokenizer,
         seed=job.seed,
         progress=progress,

@@ -19,6 +19,7 @@ from tnlm.rules import (
     check_cascade,
     check_channels,
     check_damping,
+    check_fitting,
     check_measure,
     check_options,
     check_recover,
@@ -198,6 +199,7 @@ def make_request(
     chain = named.cascade if cascade is None else cascade
     given = {key: value for key, value in options.items() if value is not None}
     check_options(scheme, structures, given, keywords)
+    check_fitting(structures, measure, given)
     budgets = {"keep": keep, "keep_targets": keep_targets, "tolerance": tolerance}
     check_budgets({name: value for name, value in budgets.items() if value is not None})
     sizes = [name for name in SIZES if name in given]

@@ -14,7 +14,7 @@ from tnlm.errors import BudgetError, OptionError, did_you_mean
 BUDGETS = ("keep", "keep_targets", "tolerance")
 UNITS = ("params", "bytes", "macs")
 CASCADES = ("none", "sequential", "anchored")
-RECOVERIES = ("none", "lora", "distill", "finetune", "mixed-rank")
+RECOVERIES = ("none", "lora", "distill", "finetune", "mixed-rank", "mixed-rank-frozen")
 
 
 def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
@@ -58,6 +58,20 @@ def check_options(
             raise OptionError(
                 f"unknown option {name!r} for scheme {scheme!r}"
                 f"{did_you_mean(name, known, keywords)}"
+            )
+
+
+def check_fitting(
+    structures: Sequence[Format[Any]], measure: Measure, given: Mapping[str, Any]
+) -> None:
+    """Raise `OptionError` if options are given that only weights of single entries ask for."""
+    fields = [item for structure in structures for item in dataclasses.fields(structure.spec)]
+    for name in (item.name for item in fields if "fitting" in item.metadata):
+        if name in given and not measure.is_elementwise:
+            allowed = ", ".join(m.name for m in MEASURES.values() if m.is_elementwise)
+            raise OptionError(
+                f"{name}={given[name]!r} has no effect on metric={measure.name!r}, which has a "
+                f"closed form; allowed with metric={allowed!r}"
             )
 
 

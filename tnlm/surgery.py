@@ -18,6 +18,7 @@ from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
 from tnlm.decompositions.gauge import expand, fix
+from tnlm.decompositions.precision import as_stored, is_half, rounded, widened
 from tnlm.integrations.configs import holders
 from tnlm.layers.arranged import filled
 from tnlm.layers.build import Entry, build, network_of
@@ -186,8 +187,12 @@ def fit_target(
         factors: every factor in full, if they were fitted already.
 
     Returns:
-        The entry, the built module on the weight's device in its dtype, and the relative error of
-        its float64 factors in the metric. A metric with a mean moves the mean error into the bias.
+        The entry, the built module on the weight's device in its dtype, and the relative error in
+        the metric: of what is stored in half precision, else of the float64 factors, which differ
+        by rounding. A metric with a mean moves the mean error into the bias.
+
+    Raises:
+        ModelError: if a number is too large for the weight's dtype.
     """
     entry = entry_of(target, layer, biased=bias is not None)
     if layer.format is None:
@@ -199,18 +204,17 @@ def fit_target(
     spec = from_dict(structure.spec, layer.spec)
     with torch.no_grad():
         stored = fix(network, factors or structure.fit(weight, metric, spec))
-        rebuilt = structure.reconstruct(target.shape, spec, expand(network, stored))
+        kept = as_stored(network, stored, weight.dtype, target.name)
+        seen = kept if is_half(weight.dtype) else stored
+        rebuilt = structure.reconstruct(target.shape, spec, expand(network, widened(seen)))
         error = metric.relative(weight, rebuilt)
         if metric.mean is not None:
             wanted = weight.double() @ metric.mean if output is None else output
             shift = wanted - rebuilt @ metric.mean
-            bias = (shift if bias is None else bias.double() + shift).to(weight.dtype)
-        module.store(_cast(stored, weight), bias)  # type: ignore[operator]
+            shift = shift if bias is None else bias.double() + shift
+            bias = rounded(shift, weight.dtype, f"the bias of {target.name}")
+        module.store(kept, bias)  # type: ignore[operator]
     return entry, module, error
-
-
-def _cast(factors: Factors, like: Tensor) -> Factors:
-    return {k: v.to(like.dtype) if v.is_floating_point() else v for k, v in factors.items()}
 
 
 def assemble(targets: Sequence[Target], modules: Mapping[str, nn.Module]) -> nn.Module:

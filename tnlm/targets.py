@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tnlm.blocks import in_blocks
 from tnlm.ends import input_table, output_head
 from tnlm.errors import TargetError, did_you_mean
 from tnlm.mixtures import expert_shares
@@ -23,6 +24,8 @@ WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS)
 Matrix = nn.Linear | Conv1D | nn.Embedding
 """The modules whose weight is a matrix."""
 Selector = str | type | Sequence["str | type"]
+
+AROUND = "outside the model's blocks, as heads are; name it in targets= to compress it"
 
 FUSED = {"c_attn": {3: ("q", "k", "v"), 2: ("k", "v")}}
 """Modules that hold several matrices side by side: by name, then by how many fit."""
@@ -108,11 +111,12 @@ def select(
 
     Args:
         model: any Hugging Face model.
-        targets: ``"all-linear"`` (every linear weight but the output head), ``"embeddings"``,
-            ``"token-embeddings"`` (without those of positions and types), ``"odd-blocks"`` (linear
-            weights of every second block), a regular expression that a module's name must match in
-            full, a list of names or of their endings (as in PEFT) or of these words, or a module
-            class.
+        targets: ``"all-linear"`` (every linear weight in the model's blocks: no heads, poolers or
+            projections around them; where there are no blocks, every one but the output head),
+            ``"embeddings"``, ``"token-embeddings"`` (without those of positions and types),
+            ``"odd-blocks"`` (linear weights of every second block), a regular expression that a
+            module's name must match in full, a list of names or of their endings (as in PEFT) or of
+            these words, or a module class.
         ignore: modules left alone, in the same words.
 
     Returns:
@@ -133,13 +137,16 @@ def select(
     uses = _uses(model)
     ends = _Ends.of(model)
     shares = expert_shares(model)
+    all_linear = ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets)
     claimed: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, Matrix):
             continue
-        if not _matches(name, module, targets, ends) or (
-            ignore and _matches(name, module, ignore, ends)
-        ):
+        if ignore and _matches(name, module, ignore, ends):
+            continue
+        if not _matches(name, module, targets, ends):
+            if all_linear and ends.is_around(name, module):
+                selection.skipped[name] = AROUND
             continue
         found = _describe(name, module, uses[id(module.weight)], model)
         if isinstance(found, str):
@@ -148,7 +155,7 @@ def select(
             claimed.add(id(module.weight))
             share = shares.get(name, 1.0)
             selection.targets.extend(replace(target, share=share) for target in found)
-    if ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets):
+    if all_linear:
         selection.skipped |= _stacked(model)
     if not selection.targets:
         raise _nothing(model, targets, ignore, selection.skipped)
@@ -180,14 +187,27 @@ def _uses(model: nn.Module) -> dict[int, list[str]]:
 
 @dataclass(frozen=True)
 class _Ends:
-    """Where tokens enter a model and where they leave it."""
+    """Where tokens enter a model, where they leave it, and what stands in its blocks between."""
 
     table: nn.Module | None
     head: nn.Module | None
+    blocks: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Ends:
-        return cls(input_table(model), output_head(model))
+        inside = in_blocks(model)
+        linear = {name for name, module in model.named_modules() if _is_linear(module)}
+        blocks = inside if inside & linear else frozenset()
+        return cls(input_table(model), output_head(model), blocks)
+
+    def is_around(self, name: str, module: nn.Module) -> bool:
+        """Tell whether a linear weight stands beside the blocks, and is not the output head."""
+        linear = _is_linear(module) and module is not self.head
+        return linear and bool(self.blocks) and name not in self.blocks
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, Matrix) and not isinstance(module, nn.Embedding)
 
 
 def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> bool:
@@ -195,7 +215,8 @@ def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> boo
         return isinstance(module, wanted)
     if isinstance(wanted, str):
         if wanted == ALL_LINEAR:
-            return not isinstance(module, nn.Embedding) and module is not ends.head
+            linear = _is_linear(module) and module is not ends.head
+            return linear and not ends.is_around(name, module)
         if wanted == EMBEDDINGS:
             return isinstance(module, nn.Embedding)
         if wanted == TOKEN_EMBEDDINGS:

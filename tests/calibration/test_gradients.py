@@ -21,6 +21,8 @@ from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.statistics import collect
 from tnlm.errors import CalibrationError, OptionError
+from tnlm.job import Data, prepare
+from tnlm.request import make_request
 from tnlm.targets import select
 
 IDS = torch.arange(96) * 7 % 61 + 3
@@ -452,3 +454,55 @@ def test_tensors_move_to_files_when_memory_is_short(make, monkeypatch):
     assert not found._memory
     for which in ("gradient", "fisher"):
         assert torch.equal(found.tensor(UP, which), expected.tensor(UP, which))
+
+
+# What is gathered
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_diagonal_alone_is_that_of_the_whole(kind, make):
+    model = make(kind)
+    whole, part = gather(model), gather(model, moment="diagonal")
+    for name in modules_of(model):
+        found = part.tensor(name, "gradient")
+        assert found.dtype == torch.float64
+        assert_close(found, whole.tensor(name, "gradient").diagonal())
+
+
+def test_the_fisher_information_needs_no_moment(make):
+    model = make("llama")
+    both, alone = gather(model, fisher=True), gather(model, fisher=True, moment="none")
+    assert torch.equal(both.tensor(UP, "fisher"), alone.tensor(UP, "fisher"))
+    with pytest.raises(CalibrationError, match=r"'gradient' of .* was not gathered, only fisher"):
+        alone.tensor(UP, "gradient")
+
+
+def test_what_is_gathered_has_caches_of_its_own(make, tmp_path):
+    model = make("llama")
+    for moment in ("full", "diagonal", "none"):
+        gather(model, fisher=True, moment=moment, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"moment": "some"}, {"moment": "none"}])
+def test_nothing_to_gather_is_refused(wrong, make):
+    with pytest.raises(OptionError, match="moment="):
+        gather(make("llama"), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("metric", "allocation", "dimensions"),
+    [("fisher-inputs", "uniform", None), ("fisher-elements", "loss", None),
+     ("input", "loss", 1), ("identity", "loss", 1), ("two-sided", "uniform", 2)],
+)  # fmt: skip
+def test_a_job_gathers_what_it_reads(metric, allocation, dimensions, make):
+    request = make_request("svd-llm", metric=metric, allocation=allocation, options={})
+    data = Data(IDS, None, 8, 16, None, 0)
+    job = prepare(make("gpt2"), request, ["c_attn"], None, data, False)
+    if dimensions is None:
+        with pytest.raises(CalibrationError, match=r"'gradient' of .* was not gathered"):
+            job.gradients.tensor("transformer.h.0.attn.c_attn", "gradient")
+    else:
+        assert job.gradients.tensor("transformer.h.0.attn.c_attn", "gradient").dim() == dimensions
+    for target in job.units:
+        assert 0 < job.importance(target) < float("inf")

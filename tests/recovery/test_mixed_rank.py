@@ -137,6 +137,30 @@ def test_the_probability_falls_along_a_line(parts_of, data_of, monkeypatch):
     assert [set(step) for step in seen] == [{0.8 * (1 - step / 4)} for step in range(4)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train_dense", [True, False])
+def test_dense_weights_learn_where_they_are_not_pruned(
+    kind, train_dense, parts_of, data_of, monkeypatch
+):
+    model, _, weights = parts_of(kind)
+    weights = {name: weight * (weight.abs() > 0.01) for name, weight in weights.items()}
+    kept = {name: weight.clone() for name, weight in weights.items()}
+    layers, train = [], MixedRankTrainer.train
+
+    def watched(self, *given, **named):
+        layers.extend(self._layers)
+        return train(self, *given, **named)
+
+    monkeypatch.setattr(MixedRankTrainer, "train", watched, raising=False)
+    options = {"start": 1.0, "learning_rate": 1e-3, "batch_size": 4, "progress": False}
+    mixed_rank(model, weights, **data_of(kind), **options, train_dense=train_dense)
+    assert len(layers) == len(weights)
+    for layer, (name, weight) in zip(layers, weights.items(), strict=True):
+        assert torch.equal(weight, kept[name])  # the caller's
+        assert torch.equal(layer.dense == 0, weight == 0)
+        assert torch.equal(layer.dense, weight) == (not train_dense)
+
+
 @pytest.mark.parametrize("start", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_learn_and_nothing_else_changes(kind, start, parts_of, data_of, loss_of):

@@ -158,6 +158,24 @@ def test_entries_are_fewer_and_fewer_along_the_cubic(pruned, monkeypatch):
     assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_count_once(kind, parts, model_of, data_of):
+    """Steps of several batches give the scores of the same steps of one large batch."""
+    model = model_of(kind)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    asked = {"targets": select(model, ENDS[kind]).targets, "learning_rate": 1e-4}
+    asked |= {"progress": False, "tokens": 128} | data_of(kind)
+    whole = movement_prune(model, batch_size=4, **asked)
+    split = movement_prune(model, batch_size=4 // parts, gradient_accumulation_steps=parts, **asked)
+    for name, scores in whole.scores.items():
+        scale = float(scores.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(split.scores[name], scores, rtol=0, atol=2e-3 * scale)
+
+
 def test_movement_leaves_lower_effective_ranks_than_magnitude(tiny_llama):
     """Of a model tuned to another task, pruned to the same share of entries."""
     lower = []

@@ -16,6 +16,7 @@ from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.allocation.uniform import name_target, options_for, stay_dense
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import to_dict
+from tnlm.decompositions.ties import RELATIVE, significant
 from tnlm.errors import BudgetError, OptionError
 from tnlm.planning import LayerPlan
 from tnlm.targets import Target, members_of
@@ -97,7 +98,7 @@ def by_multiplier(parts: Sequence[Curve]) -> Curve:
     ]
     chosen = [hull[0] for hull in hulls]
     found = [_combined(chosen)]
-    for _, index, better in sorted(steps, key=lambda step: step[0]):
+    for _, index, better in sorted(steps, key=lambda step: significant(step[0])):
         chosen[index] = better
         found.append(_combined(chosen))
     return found
@@ -166,8 +167,8 @@ def _candidates(
 def _front(found: Sequence[Candidate], harm: Harm) -> Curve:
     """Keep what no cheaper candidate equals."""
     front: Curve = []
-    for candidate in sorted(found, key=lambda c: (c.price, harm(c))):
-        if not front or harm(candidate) < harm(front[-1]):
+    for candidate in sorted(found, key=lambda c: (c.price, significant(harm(c)))):
+        if not front or harm(candidate) < harm(front[-1]) * (1.0 - RELATIVE):
             front.append(candidate)
     return front
 
@@ -236,8 +237,9 @@ def spend_rest(found: Sequence[Curve], chosen: list[Candidate], budget: float) -
         for index, (curve, now) in enumerate(zip(found, chosen, strict=True)):
             for candidate in curve:
                 step = candidate.price - now.price
-                if 0 < step <= left and (now.loss - candidate.loss) / step > best[0]:
-                    best = ((now.loss - candidate.loss) / step, index, candidate)
+                gain = (now.loss - candidate.loss) / step if 0 < step <= left else 0.0
+                if gain > best[0] * (1.0 + RELATIVE):
+                    best = (gain, index, candidate)
         if best[2] is None:
             return chosen
         left -= best[2].price - chosen[best[1]].price

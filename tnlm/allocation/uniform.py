@@ -16,6 +16,7 @@ from tnlm.allocation.unseen import roomiest
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget, Format, from_dict, to_dict
+from tnlm.decompositions.ties import EXACT, least
 from tnlm.errors import OptionError
 from tnlm.planning import LayerPlan
 from tnlm.targets import Target
@@ -61,7 +62,7 @@ def decide(
     except OptionError as error:
         raise name_target(target, error) from error
     scores = [math.inf if error is None else error for error in errors]
-    best = min(range(len(specs)), key=scores.__getitem__)
+    best = least(scores, EXACT)
     network = structure.network(target.shape, specs[best])
     after = network_cost(target, network, weight.element_size(), extra)
     return LayerPlan(
@@ -213,7 +214,7 @@ class Uniform(Allocation):
         if not found:
             return stay_dense(target, weight, f"no format here replaces a {target.kind}")
         smaller = [layer for layer in found if layer.format is not None] or found[:1]
-        return min(smaller, key=lambda layer: layer.error or 0.0)
+        return smaller[least([layer.error or 0.0 for layer in smaller], EXACT)]
 
 
 ALLOCATION = Uniform()

@@ -15,23 +15,28 @@ from transformers import PreTrainedModel
 from tnlm.calibration.backward import stream
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.loss import make_tasks
+from tnlm.calibration.room import check_room
 from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill, products
 from tnlm.calibration.store import Statistics, open_store
-from tnlm.errors import CalibrationError
+from tnlm.errors import CalibrationError, OptionError, did_you_mean
 
 logger = logging.getLogger("tnlm")
+
+MOMENTS = ("full", "diagonal", "none")
+"""How much of the second moment of gradients may be gathered."""
 
 
 class _Gradients:
     """Sums over tokens and examples for the watched modules.
 
     Args:
+        moment: one of `MOMENTS`.
         examples: sequences that there are, one in a batch, if the Fisher information is wanted;
             else None.
     """
 
-    def __init__(self, examples: int | None) -> None:
-        self.examples = examples
+    def __init__(self, moment: str, examples: int | None) -> None:
+        self.moment, self.examples = moment, examples
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.zeros: list[str] = []
         self._rows: Counter[str] = Counter()
@@ -43,8 +48,11 @@ class _Gradients:
             raise CalibrationError(f"{name} has no vectors as inputs; ignore it")
         if name not in self.sums:
             rows, columns, device = output.shape[-1], x.shape[-1], output.device
-            square = torch.zeros(rows, rows, dtype=torch.float64, device=device)
-            self.sums[name] = {"gradient": square}
+            self.sums[name] = {}
+            if self.moment != "none":
+                shape = (rows, rows) if self.moment == "full" else (rows,)
+                square = torch.zeros(shape, dtype=torch.float64, device=device)
+                self.sums[name]["gradient"] = square
             if self.examples is not None:
                 self.sums[name]["fisher"] = torch.zeros(rows, columns, device=device)
         self._rows[name] += output.shape[:-1].numel()
@@ -53,8 +61,11 @@ class _Gradients:
 
     def _add(self, name: str, inputs: Tensor | None, mask: Tensor | None, gradient: Tensor) -> None:
         rows = counted_rows(name, gradient, mask)
-        for part in rows.split(ROWS):
-            self.sums[name]["gradient"] += products(part.float())
+        for part in rows.split(ROWS) if self.moment != "none" else ():
+            if self.moment == "full":
+                self.sums[name]["gradient"] += products(part.float())
+            else:
+                self.sums[name]["gradient"] += part.double().square().sum(0)
         if inputs is not None:  # a module may be called more than once
             weight = rows.float().T @ inputs.float()
             self._example[name] = self._example[name] + weight if name in self._example else weight
@@ -71,12 +82,10 @@ class _Gradients:
             if not self._rows[name]:  # called, but with no token
                 continue
             check_finite(f"gradients at {name}", sums)
-            if not bool(sums["gradient"].any()):
+            if not any(bool(total.any()) for total in sums.values()):
                 self.zeros.append(name)
-            means = {"gradient": sums["gradient"].div_(store.tokens).cpu()}
-            if self.examples is not None:
-                means["fisher"] = sums["fisher"].div_(self.examples).cpu()
-            store.put(name, [name], means)
+            counts = {"gradient": store.tokens, "fisher": self.examples or 1}
+            store.put(name, [name], {k: total.div_(counts[k]).cpu() for k, total in sums.items()})
         self.sums.clear()
 
 
@@ -85,6 +94,7 @@ def collect_gradients(
     modules: Sequence[str],
     batches: Sequence[Batch],
     *,
+    moment: str = "full",
     fisher: bool = False,
     labels: str = "sampled",
     seed: int = 0,
@@ -96,7 +106,8 @@ def collect_gradients(
     The loss is the cross-entropy, summed over a sequence: of next tokens, or for a masked language
     model of all its tokens. With g its gradient at a module's output at one token, there are
 
-    - ``gradient`` G = E[g g.T], ``(out, out)``, float64, a mean over all tokens;
+    - ``gradient`` G = E[g g.T], ``(out, out)``, float64, a mean over all tokens, or its diagonal
+      E[g²], ``(out,)``;
     - ``fisher``, ``(out, in)``, float32, the mean over sequences of the weight's squared gradient.
 
     Both are of a module's whole output, and so is ``fisher`` for GPT-2's ``(in, out)`` weights.
@@ -106,6 +117,7 @@ def collect_gradients(
         modules: dotted names of the modules watched; the statistics have none of those that no
             token reaches.
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
+        moment: how much of ``gradient`` is gathered: ``"full"``, ``"diagonal"`` or ``"none"``.
         fisher: whether ``fisher`` is gathered, which takes sequences one by one.
         labels: ``"sampled"``, from the model's own predictions, for the true Fisher information,
             or ``"data"``, the data's own tokens, for the empirical one.
@@ -117,7 +129,7 @@ def collect_gradients(
     Raises:
         CalibrationError: if the model has no output head, no module is reached, or a gradient is
             not finite.
-        OptionError: if ``labels`` is neither of the two.
+        OptionError: if ``labels`` or ``moment`` is none of these, or nothing is to be gathered.
 
     Source: G as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671); the Fisher information as in
     FWSVD (Hsu et al. 2022, arXiv 2207.00112); sampled against data's labels: Kunstner et al. 2019,
@@ -133,15 +145,21 @@ def collect_gradients(
         >>> found.tensor(name, "gradient").shape, found.tensor(name, "fisher").shape
         (torch.Size([16, 16]), torch.Size([16, 4]))
     """
+    if moment not in MOMENTS:
+        raise OptionError(f"moment={moment!r}{did_you_mean(str(moment), MOMENTS)}")
+    if moment == "none" and not fisher:
+        raise OptionError("moment='none' without fisher=True leaves nothing to gather")
+    if moment == "full":
+        check_room(model, modules)
     if fisher:
         rows = [(batch, i) for batch in batches for i in range(len(batch["input_ids"]))]
         batches = [{k: v[i : i + 1] for k, v in batch.items()} for batch, i in rows]
     tasks = make_tasks(model, batches, labels, seed)
-    kind = ("gradients", fisher, labels, seed if labels == "sampled" else 0)
+    kind = ("gradients", moment, fisher, labels, seed if labels == "sampled" else 0)
     store = open_store(cache_dir, count_tokens(batches), model, modules, batches, kind)
     if store.complete:
         return store
-    gradients = _Gradients(len(batches) if fisher else None)
+    gradients = _Gradients(moment, len(batches) if fisher else None)
     shares = stream(model, modules, tasks, gradients.see)
     fill(store, gradients, shares, modules, len(tasks), "taking gradients" if progress else None)
     if gradients.zeros:

@@ -90,10 +90,8 @@ def als(
     """
     weight = weight.detach().double()
     factors = {name: start[name].detach().double() for name in network.factors}
-    sides = dict(zip(network.out + network.inp, network_sides(network, metric), strict=True))
-    inverses = {mode: inverse(side.values) for mode, side in sides.items() if side is not None}
-    halves = [_Half.plan(network, name, metric, sides, inverses) for name in network.factors]
-    state = _State.of(weight - rebuild(network, factors), metric)
+    halves = half_steps(network, metric)
+    state = State.of(weight - rebuild(network, factors), metric)
     floor = ROUNDING * metric.norm(weight) ** 2
     history = [state.objective]
     for _ in range(sweeps):
@@ -106,12 +104,19 @@ def als(
         if before - history[-1] <= stall * before:
             break
         # The error was carried along by updates: start the next sweep without their rounding.
-        state = _State.of(weight - rebuild(network, factors), metric)
+        state = State.of(weight - rebuild(network, factors), metric)
     return Fit(factors, history)
 
 
+def half_steps(network: Network, metric: Metric) -> list[Half]:
+    """Return the least-squares problem of every factor, in order."""
+    sides = dict(zip(network.out + network.inp, network_sides(network, metric), strict=True))
+    inverses = {mode: inverse(side.values) for mode, side in sides.items() if side is not None}
+    return [Half.plan(network, name, metric, sides, inverses) for name in network.factors]
+
+
 @dataclass(frozen=True)
-class _State:
+class State:
     """The error E, what the metric pulls from it (G E C), and their product, the objective."""
 
     error: Tensor
@@ -119,13 +124,14 @@ class _State:
     objective: float
 
     @classmethod
-    def of(cls, error: Tensor, metric: Metric, pulled: Tensor | None = None) -> _State:
+    def of(cls, error: Tensor, metric: Metric, pulled: Tensor | None = None) -> State:
+        """Return the state of an error."""
         pulled = metric.pull(error) if pulled is None else pulled
         return cls(error, pulled, float((error * pulled).sum()))
 
 
 @dataclass(frozen=True)
-class _Half:
+class Half:
     """The least-squares problem of one factor, the others fixed.
 
     The other factors fall into parts that only this factor connects; each is contracted once a
@@ -148,7 +154,8 @@ class _Half:
         metric: Metric,
         sides: Mapping[str, Side | None],
         inverses: Mapping[str, Tensor],
-    ) -> _Half:
+    ) -> Half:
+        """Return the problem of a factor by name."""
         parts = tuple(_parts(network, name))
         others = {str(index): part.out for index, part in enumerate(parts)}
         modes, opened = network.factors[name], network.out + network.inp
@@ -159,14 +166,19 @@ class _Half:
         return cls(name, network, metric, parts, *plans, normal)
 
     def improve(
-        self, factors: Factors, state: _State, steps: int, spent: float
-    ) -> tuple[Tensor, _State]:
-        """Return a better factor and the state it leads to, or the present ones."""
+        self, factors: Factors, state: State, steps: int, spent: float, ridge: float = 0.0
+    ) -> tuple[Tensor, State]:
+        """Return a better factor and the state it leads to, or the present ones.
+
+        With a ridge, better is a lower objective with ``ridge`` times the factor's squares added.
+        """
         others = [pairwise(part)([factors[k] for k in part.factors]) for part in self.parts]
         precondition = self.normal.inverse(others)
         opened = [self.network.sizes[mode] for mode in self.network.out + self.network.inp]
         factor, error, pulled = factors[self.name], state.error, state.pulled
         residual = self.adjoint([pulled.reshape(opened), *others])
+        if ridge:
+            residual = residual - ridge * factor
         towards = precondition(residual)
         slope = float((residual * towards).sum())
         direction, gained = towards, 0.0
@@ -174,6 +186,8 @@ class _Half:
             change = self.forward([direction, *others]).reshape(error.shape)
             pull = self.metric.pull(change)
             curvature = float((change * pull).sum())
+            if ridge:
+                curvature += ridge * float(direction.square().sum())
             if not (slope > 0 and curvature > 0):
                 break
             step = slope / curvature
@@ -183,11 +197,14 @@ class _Half:
             if step * slope <= spent * gained and gained > step * slope:
                 break
             residual = residual - step * self.adjoint([pull.reshape(opened), *others])
+            if ridge:
+                residual = residual - step * ridge * direction
             towards = precondition(residual)
             previous, slope = slope, float((residual * towards).sum())
             direction = towards + slope / previous * direction
-        after = _State.of(error, self.metric, pulled)
-        if not after.objective < state.objective:
+        after = State.of(error, self.metric, pulled)
+        size, before = (float(f.square().sum()) for f in (factor, factors[self.name]))
+        if not after.objective + ridge * size < state.objective + ridge * before:
             return factors[self.name], state
         return factor, after
 

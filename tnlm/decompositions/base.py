@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
+from tnlm.decompositions.ties import EXACT, least
 from tnlm.errors import OptionError, RankError, did_you_mean
 from tnlm.layers.contraction import chain, pairwise
 from tnlm.network import Factors, Network
@@ -22,6 +23,9 @@ S = TypeVar("S")
 KEEPS = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Fractions of a matrix's parameters at which a format's error curve is sampled."""
 Shape = tuple[int, int]
+FITTING = types.MappingProxyType({"fitting": True})
+"""Metadata of a spec's fields that say how weights of single entries are fitted, and fix nothing of
+the network: they are left out of files at their defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Format(ABC, Generic[S]):
             specs = self.candidates(matrix_shape(weight), options, budget)
             if specs:
                 errors = self.errors(weight, metric, specs)
-                best = min(range(len(specs)), key=errors.__getitem__)
+                best = least(errors, EXACT)
                 found.append((specs[best], errors[best]))
         return found
 
@@ -147,9 +151,11 @@ class Format(ABC, Generic[S]):
 
 def to_dict(spec: Any) -> dict[str, Any]:
     """Return a spec as plain JSON values."""
+    usual = {f.name: f.default for f in dataclasses.fields(spec) if "fitting" in f.metadata}
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(spec).items()
+        if key not in usual or value != usual[key]
     }
 
 
@@ -177,13 +183,18 @@ def _check(key: str, value: Any, hint: Any) -> None:
         return
     if bool in allowed:
         good = isinstance(value, bool)
+    elif float in allowed:
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = good and 0 <= value < math.inf
     elif int in allowed:
         good = _is_count(value)
     else:
         good = isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_count, value))
     if not good:
         wanted = "true or false" if bool in allowed else "a whole number >= 1"
-        wanted = wanted if bool in allowed or int in allowed else f"a list, each {wanted}"
+        wanted = "a finite number >= 0" if float in allowed else wanted
+        plain = bool in allowed or float in allowed or int in allowed
+        wanted = wanted if plain else f"a list, each {wanted}"
         raise OptionError(f"{key}={value!r}; allowed: {wanted}")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import Budget, Format, Shape, matrix_shape
+from tnlm.decompositions.ties import greatest
 from tnlm.errors import RankError
 from tnlm.network import Factors, Network
 
@@ -149,7 +150,7 @@ def _order(
         gain = effect.square().sum(1) / spread.clamp_min(floor or 1.0)
         gain[spread <= floor] = 0.0
         gain[~free] = -1.0
-        best = gain.topk(min(batch, int(free.sum()))).indices
+        best = greatest(gain, min(batch, int(free.sum())))
         free[best] = False
         taken.append(best)
         columns, block = residual[:, best], _safe(residual[best][:, best])

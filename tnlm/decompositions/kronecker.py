@@ -44,6 +44,9 @@ SCREEN_ENTRIES = 2**15
 LARGE = 1e12
 """Sums of squares of entries up to here are far from the end of float32."""
 
+SCREEN_ROUNDING = 1e-6
+"""Estimates, of squared relative errors in float32, are equal up to so much."""
+
 
 @dataclass(frozen=True)
 class KroneckerSpec:
@@ -174,7 +177,7 @@ class Kronecker(Format[KroneckerSpec]):
         """
         if len(specs) > FINALISTS:
             guesses = _screen_all(weight, metric, specs)
-            bar = sorted(guesses)[FINALISTS - 1]
+            bar = sorted(guesses)[FINALISTS - 1] + SCREEN_ROUNDING
         else:
             guesses, bar = [0.0] * len(specs), 0.0
         return [

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tnlm.calibration.metrics import Metric
-from tnlm.decompositions.als import als
-from tnlm.decompositions.base import Budget, Format, Shape, matrix_shape
-from tnlm.decompositions.linalg import rank_for, tails
+from tnlm.decompositions.accelerated import SWEEPS, accelerated
+from tnlm.decompositions.base import FITTING, Budget, Format, Shape, matrix_shape
+from tnlm.decompositions.linalg import rank_for, tails, truncated_svd
+from tnlm.decompositions.ties import EXACT, least
 from tnlm.decompositions.whitening import grown
 from tnlm.errors import RankError
 from tnlm.network import Factors, Gauge, Network
@@ -26,10 +28,15 @@ class LowRankSpec:
     """The rank, and whether the bond is stored gauge-fixed: r(m+n-r) numbers, not r(m+n).
 
     The identity stands on the shorter side, where a layer has fewer numbers to put in order.
+
+    Under weights of single entries the fit takes at most so many ``sweeps``, and a ``ridge``, see
+    :func:`tnlm.decompositions.accelerated.accelerated`.
     """
 
     rank: int
     gauge: bool = True
+    ridge: float = field(default=0.0, metadata=FITTING)
+    sweeps: int = field(default=SWEEPS, metadata=FITTING)
 
 
 class LowRank(Format[LowRankSpec]):
@@ -39,8 +46,8 @@ class LowRank(Format[LowRankSpec]):
     ``W' = U @ U.T @ W`` where U spans the leading left singular vectors of ``W C^(1/2)``: no
     inverse of C is needed, so a singular C does no harm, and full rank is exact. Its squared error
     is the tail of the squared singular values (Eckart-Young). A form on the outputs adds its own
-    whitening. Under element-wise weights there is no closed form: alternating least squares from
-    the best of four (TFWSVD, Hua et al. 2022, arXiv 2211.09718).
+    whitening. Under element-wise weights there is no closed form: accelerated alternating least
+    squares from the best of four (TFWSVD, Hua et al. 2022, arXiv 2211.09718).
 
     Example:
         >>> import torch
@@ -72,22 +79,25 @@ class LowRank(Format[LowRankSpec]):
         start, _ = _closed_form(weight, metric, spec.rank)
         if metric.separable:
             return start
-        return als(self.network(matrix_shape(weight), spec), weight, metric, start).factors
+        network = self.network(matrix_shape(weight), spec)
+        asked: dict[str, Any] = {"sweeps": spec.sweeps, "ridge": spec.ridge}
+        start = _balanced(start) if spec.ridge else start
+        return accelerated(network, weight, metric, start, **asked).factors
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], budget: Budget
     ) -> Sequence[LowRankSpec]:
         """Return the rank asked for, or the largest within the budget."""
-        gauge = options.get("gauge", True)
+        like = _like(options)
         if options.get("rank") is not None:
-            spec = LowRankSpec(options["rank"], gauge)
+            spec = replace(like, rank=options["rank"])
             return [spec] if budget.allows(self.network(shape, spec)) else []
         low, high = 0, min(shape)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = budget.allows(self.network(shape, LowRankSpec(middle, gauge)))
+            fits = budget.allows(self.network(shape, replace(like, rank=middle)))
             low, high = (middle, high) if fits else (low, middle - 1)
-        return [LowRankSpec(low, gauge)] if low else []
+        return [replace(like, rank=low)] if low else []
 
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
@@ -97,10 +107,10 @@ class LowRank(Format[LowRankSpec]):
         Under element-wise weights the tail is that of the nearest separable metric, and no bound:
         the rank grows until it holds.
         """
-        energy, gauge = metric.start().spectrum(weight), options.get("gauge", True)
+        energy, like = metric.start().spectrum(weight), _like(options)
 
         def spec_at(bound: float) -> LowRankSpec:
-            return LowRankSpec(rank_for(energy, bound), gauge)
+            return replace(like, rank=rank_for(energy, bound))
 
         if metric.separable:
             return [spec_at(tolerance)]
@@ -116,14 +126,29 @@ class LowRank(Format[LowRankSpec]):
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
     ) -> list[tuple[LowRankSpec, float]]:
         """Return every rank, or ``RANKS`` of them, evenly spaced, with the tail of the spectrum."""
-        shape, gauge = matrix_shape(weight), options.get("gauge", True)
+        shape, like = matrix_shape(weight), _like(options)
         full = min(shape)
         ranks = sorted({math.ceil(full * k / RANKS) for k in range(1, RANKS + 1)})
         if options.get("rank") is not None:
             ranks = [options["rank"]]
-        specs = [LowRankSpec(rank, gauge) for rank in ranks]
+        specs = [replace(like, rank=rank) for rank in ranks]
         allowed = [spec for spec in specs if Budget(macs=macs).allows(self.network(shape, spec))]
         return list(zip(allowed, self.errors(weight, metric, allowed), strict=True))
+
+
+def _like(options: Mapping[str, Any]) -> LowRankSpec:
+    """Return a spec of rank 1 with the options given."""
+    names = ("gauge", "ridge", "sweeps")
+    return LowRankSpec(1, **{name: options[name] for name in names if name in options})
+
+
+def _balanced(factors: Factors) -> Factors:
+    """Return the same product, both sides scaled by the root of its singular values."""
+    q_left, r_left = torch.linalg.qr(factors["left"])
+    q_right, r_right = torch.linalg.qr(factors["right"].T)
+    svd = truncated_svd(r_left @ r_right.T, method="exact")
+    root = svd.s.sqrt()
+    return {"left": q_left @ (svd.u * root), "right": (root[:, None] * svd.vh) @ q_right.T}
 
 
 def _closed_form(weight: Tensor, metric: Metric, rank: int) -> tuple[Factors, float]:
@@ -136,7 +161,7 @@ def _closed_form(weight: Tensor, metric: Metric, rank: int) -> tuple[Factors, fl
     for candidate in (near, Metric(inputs=near.inputs), Metric(near.outputs), Metric()):
         left, right = candidate.low_rank(weight, rank)
         found.append(({"left": left, "right": right}, metric.relative(weight, left @ right)))
-    return min(found, key=lambda pair: pair[1])
+    return found[least([error for _, error in found], EXACT)]
 
 
 FORMAT = LowRank()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.metrics import Metric
@@ -15,6 +15,7 @@ from tnlm.checks import check_model, check_weights
 from tnlm.decompositions import get_format
 from tnlm.decompositions.gauge import fix
 from tnlm.decompositions.low_rank import LowRankSpec
+from tnlm.decompositions.precision import as_stored
 from tnlm.design.configuration import Configuration
 from tnlm.design.forms import network_of, shrinks
 from tnlm.design.space import DesignSpace
@@ -128,7 +129,7 @@ class Trials:
         cut = {"left": full["left"][:, :rank], "right": full["right"][:rank]}
         with torch.no_grad():
             stored = fix(network, cut)
-            return module.store({k: _cast(v, weight.dtype) for k, v in stored.items()}, bias)
+            return module.store(as_stored(network, stored, weight.dtype, target.name), bias)
 
     def _fit(self, target: Target, rank: int) -> Factors:
         """Return the factors of a matrix at a rank, or at a larger one."""
@@ -141,8 +142,3 @@ class Trials:
                 found = get_format("low-rank").fit(weight, Metric(), spec)
             self._fits[target.name] = found
         return found
-
-
-def _cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a factor in the model's dtype; the order of a gauge is whole numbers, and stays."""
-    return factor.to(dtype) if factor.is_floating_point() else factor

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from tnlm.calibration.data import Batch
 
 LABEL = "labels"
+MIXED = ("mixed-rank", "mixed-rank-frozen")
+"""Recoveries by layers that are dense now and then, with weights that are trained, or are not."""
 
 
 def recover(
@@ -21,6 +23,7 @@ def recover(
     tokens: int,
     teacher: PreTrainedModel | None = None,
     dense: Mapping[str, Tensor] | None = None,
+    preset: str | None = None,
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
@@ -29,11 +32,13 @@ def recover(
 
     Args:
         model: compressed.
-        kind: ``"lora"``, ``"distill"``, ``"finetune"`` or ``"mixed-rank"``.
+        kind: ``"lora"``, ``"distill"``, ``"finetune"``, or ``"mixed-rank"``, which trains the dense
+            weights with the factors, or ``"mixed-rank-frozen"``, which trains the factors alone.
         data: training sequences.
         tokens: tokens it is trained on.
         teacher: the dense model, for ``"distill"``.
-        dense: weights that were fitted, by the name of the layer, for ``"mixed-rank"``.
+        dense: weights that were fitted, by the name of the layer, for the last two.
+        preset: what ``"distill"`` compares, by default the predictions.
         tokenizer: for masked language models.
         seed: of the order of the data.
         progress: show a progress bar.
@@ -53,10 +58,10 @@ def recover(
     if kind == "lora":
         del common["epochs"]  # data that is short is used again
         heal(model, rows, **common)
-    elif kind == "mixed-rank":
-        mixed_rank(model, dense or {}, rows, **common)
+    elif kind in MIXED:
+        mixed_rank(model, dense or {}, rows, train_dense=kind == MIXED[0], **common)
     elif kind == "distill" and teacher is not None:
-        distill(model, teacher, rows, train="factors", **common)
+        distill(model, teacher, rows, preset=preset, train="factors", **common)
     else:
         finetune(model, rows, train="factors", **common)
 

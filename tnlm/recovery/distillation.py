@@ -56,7 +56,8 @@ def distill(
         hidden: weight of the squared error of feed-forward outputs relative to the teacher's
             (outputs of whole blocks where these have no feed-forward part), averaged over layers.
         attention: weight of KL(teacher || student) of attention maps, averaged over layers.
-        embedding: weight of the relative squared error of embedded tokens.
+        embedding: weight of the squared error, relative to the teacher's, of the tokens' rows as
+            the embedding table gives them, before positions are added.
         labels: weight of the model's own loss on the data.
         temperature: T of the logits.
         layers: pairs of a student's and a teacher's layer; each with its own by default.

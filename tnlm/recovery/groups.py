@@ -13,6 +13,7 @@ from tnlm.adapters import matrix
 from tnlm.calibration.walk import find_blocks
 from tnlm.errors import ModelError, OptionError
 from tnlm.feed_forward import PAIRS
+from tnlm.trial import Hidden, objection
 
 HEADS, CHANNELS = "heads", "channels"
 
@@ -70,6 +71,13 @@ class Groups:
         """All cuts, producers first."""
         return (*self.producers, self.consumer)
 
+    @property
+    def hidden(self) -> Hidden:
+        """The values between the producers and the consumer, named within the parent."""
+        cut = len(self.parent) + 1
+        producers = {producer.module[cut:]: producer.size for producer in self.producers}
+        return Hidden(producers, self.consumer.module[cut:], self.consumer.size, self.count)
+
     def params(self, model: nn.Module) -> int:
         """Return how many numbers one group has, with its share of the producers' biases."""
         numbers = 0
@@ -99,7 +107,8 @@ def find_groups(model: PreTrainedModel, names: Sequence[str], kind: str) -> list
 
     Raises:
         OptionError: if the model has none of this kind that are known how to cut.
-        ModelError: if a block has none or several, or if something else depends on their number.
+        ModelError: if a block has none or several, if something else depends on their number, or
+            if channels do not act one by one.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -174,7 +183,11 @@ def _channels(model: PreTrainedModel, parent: str, members: list[str]) -> Groups
             raise ModelError(
                 f"{parent}.{name} may depend on the number of channels; use channels=False"
             )
-    return Groups(CHANNELS, parent, count, tuple(Cut(n, 0, 1) for n in makers), Cut(reader, 1, 1))
+    found = Groups(CHANNELS, parent, count, tuple(Cut(n, 0, 1) for n in makers), Cut(reader, 1, 1))
+    against = objection(model.get_submodule(parent), found.hidden)
+    if against is not None:
+        raise ModelError(f"{parent}: channels cannot be cut: {against}; use channels=False")
+    return found
 
 
 def _others(model: nn.Module, parent: str, members: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tnlm.calibration.walk import eval_mode
 from tnlm.errors import TrainingError
 
 logger = logging.getLogger("tnlm")
@@ -55,6 +56,8 @@ class GuardedTrainer(Trainer):
             TrainingError: if the loss, or a parameter in the end, is not finite.
         """
         self._kept = {}
+        if self.args.gradient_accumulation_steps > 1 and self.loss_is_scaled_for_ga is None:
+            self.loss_is_scaled_for_ga = self._model_divides()
         result = super().train(*args, **arguments)
         if not all(bool(parameter.isfinite().all()) for _, parameter in self._trained()):
             self._stop("a parameter is not finite after the last update")
@@ -76,6 +79,26 @@ class GuardedTrainer(Trainer):
             self._kept = {name: p.detach().to("cpu", copy=True) for name, p in self._trained()}
             self._kept_at = step
         return loss
+
+    def _model_divides(self) -> bool | None:
+        """Tell whether the model's loss is a sum over the number of labels that it is told.
+
+        Many models take any argument and then give the mean all the same: the Trainer would add up
+        the means of the batches that it accumulates. None, the Trainer's own choice, if unknown.
+        """
+        model: Any = self.model
+        data: Any = self.train_dataset
+        if not self.model_accepts_loss_kwargs:
+            return None
+        rows = [data[i] for i in range(min(len(data), self.args.per_device_train_batch_size))]
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), eval_mode(model), torch.no_grad():
+            batch = self._prepare_inputs(self.data_collator(rows))
+            mean = model(**batch).loss
+            told = model(**batch, num_items_in_batch=2 * batch["labels"].numel()).loss
+        if not bool(mean.isfinite()):
+            return None
+        return not torch.equal(mean, told)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         model: Any = self.model  # typed as if it could be None

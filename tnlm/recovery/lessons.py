@@ -23,7 +23,7 @@ class Weights:
         logits: divergence of the predictions, at a temperature.
         hidden: error of the feed-forward outputs, averaged over layers.
         attention: divergence of the attention maps, averaged over layers.
-        embedding: error of the embedded tokens.
+        embedding: error of the tokens' rows of the embedding table, before positions are added.
         labels: cross-entropy of the data's own labels.
 
     Raises:

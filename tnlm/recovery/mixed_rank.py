@@ -30,6 +30,7 @@ def mixed_rank(
     *,
     start: float = 0.5,
     consistency: float = 1.0,
+    train_dense: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
     """Train the factors of a model in place, with layers that are dense now and then.
@@ -38,14 +39,16 @@ def mixed_rank(
     from ``start`` to 0, where the training ends. Each batch takes two passes with draws of their
     own. The loss is the mean of the model's own two losses, plus ``consistency`` times
     KL(first || second) of the predictions (as both passes are drawn alike, the other direction is
-    the same in expectation). The dense weights are not trained, and gone in the end.
+    the same in expectation). The dense weights are trained with the factors, as in the paper, but
+    for entries that are zero, which were pruned; in the end they are gone.
 
     Args:
         model: compressed.
-        dense: weights ``(out, in)`` by the name of a factorized linear layer.
+        dense: weights ``(out, in)`` by the name of a factorized linear layer; left as they are.
         data: see :func:`tnlm.recovery.training.finetune`.
         start: p at the first step.
         consistency: weight of the divergence between the passes; at 0 there is one pass.
+        train_dense: whether copies of the dense weights are trained too, or the factors alone.
         **options: as ``finetune`` takes them, but for ``train`` and ``output_dir``.
 
     Returns:
@@ -73,7 +76,13 @@ def mixed_rank(
     if "output_dir" in options:
         raise OptionError("output_dir= has no effect: this training is not resumed; leave it out")
     with mixed(model, dense) as layers:
-        make = partial(MixedRankTrainer, layers=layers, start=start, consistency=consistency)
+        make = partial(
+            MixedRankTrainer,
+            layers=layers,
+            start=start,
+            consistency=consistency,
+            train_dense=train_dense,
+        )
         return finetune(model, data, train="factors", trainer=make, **options)
 
 
@@ -86,7 +95,7 @@ class MixedRank(nn.Module):
 
     Args:
         factorized: any factorized linear layer.
-        dense: W, ``(out, in)``, which is not trained.
+        dense: W, ``(out, in)``, of which a copy is held; it requires no gradient unless asked to.
         probability: p.
 
     Raises:
@@ -104,7 +113,7 @@ class MixedRank(nn.Module):
         True
     """
 
-    dense: Tensor
+    dense: nn.Parameter
 
     def __init__(
         self, factorized: FactorizedLinear, dense: Tensor, probability: float = 0.0
@@ -117,7 +126,7 @@ class MixedRank(nn.Module):
         _check_probability("probability", probability)
         self.factorized = factorized
         like = next(factorized.parameters())
-        self.register_buffer("dense", dense.detach().to(like), persistent=False)
+        self.dense = nn.Parameter(dense.detach().to(like, copy=True), requires_grad=False)
         self.probability = probability
         self.train(factorized.training)
 
@@ -130,6 +139,13 @@ class MixedRank(nn.Module):
     def bias(self) -> nn.Parameter | None:
         """The factorized layer's bias."""
         return self.factorized.bias
+
+    def train_dense(self, wanted: bool = True) -> None:
+        """Let W learn as well, where it is not zero: what was pruned stays so. Or do not."""
+        self.dense.requires_grad_(wanted)
+        if wanted:
+            kept = self.dense != 0
+            self.dense.register_hook(lambda gradient: gradient * kept)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply either map to ``(..., in)``, giving ``(..., out)``."""
@@ -177,6 +193,7 @@ class MixedRankTrainer(GuardedTrainer):
         layers: of the model.
         start: their probability at the first step.
         consistency: weight of the divergence between the passes.
+        train_dense: whether the layers' dense weights are trained too.
         **arguments: to ``transformers.Trainer``.
     """
 
@@ -188,9 +205,12 @@ class MixedRankTrainer(GuardedTrainer):
         layers: Sequence[MixedRank],
         start: float,
         consistency: float,
+        train_dense: bool = False,
         **arguments: Any,
     ) -> None:
         """Hold the course; see the class for the arguments."""
+        for layer in layers:
+            layer.train_dense(train_dense)
         super().__init__(**arguments)
         self._layers, self._start, self._consistency = layers, start, consistency
 

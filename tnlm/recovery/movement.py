@@ -154,7 +154,7 @@ class Entries:
 
     @torch.no_grad()
     def see(self) -> None:
-        """Take in the gradients of a step, −(∂L/∂W) W."""
+        """Take in the gradients of a whole step, −(∂L/∂W) W."""
         for target in self._targets:
             weight = self._weights[target.module]
             if weight.grad is not None:
@@ -212,12 +212,16 @@ class MovementTrainer(GuardedTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Mask what has the lowest scores so far, and take the gradients of a batch."""
+        """Mask what has the lowest scores so far, and take the gradients of a batch.
+
+        Where gradients of several batches are accumulated, those of the whole step count once.
+        """
         step = self.state.global_step
         if step:  # before the first nothing is known of any entry
             self._entries.keep(self._share(step))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._entries.see()
+        if self.accelerator.sync_gradients:  # the last batch of the step
+            self._entries.see()
         return loss
 
     def _share(self, step: int) -> float:

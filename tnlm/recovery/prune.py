@@ -36,6 +36,7 @@ from tnlm.errors import (
 from tnlm.modes import modes_kept
 from tnlm.recovery.groups import CHANNELS, HEADS, find_groups
 from tnlm.recovery.importance import KINDS, importances
+from tnlm.recovery.independence import check_heads
 from tnlm.recovery.masks import Masks
 from tnlm.recovery.schedule import cubic
 from tnlm.recovery.sizes import changes, settle
@@ -103,7 +104,8 @@ def prune(
         BudgetError: if ``keep`` is out of range or cannot be reached.
         RankError: if a matrix is smaller than ``rank``.
         ModelError: if the model is compressed, not finite, not one stack of blocks, or computes no
-            loss, or if its config cannot hold the sizes.
+            loss, if its config cannot hold the sizes, or if heads or channels do not act one by
+            one, as where an activation takes a mean over channels.
         CalibrationError: if there are no batches, or they have no labels.
         TrainingError: if a loss or gradient is not finite.
 
@@ -142,6 +144,8 @@ def prune(
     values = changes(model, firsts, counts)
     every_group = [block for blocks in groups.values() for block in blocks]
     template = smaller(model, every_group, counts, values)
+    if heads:
+        check_heads(model, groups[HEADS], counts[HEADS], template, batches[0])
     masks = Masks(every_group, decay)
     sizes = {name: (block.count, counts[name]) for name, block in firsts.items()}
     logger.info("pruning every block, from and to, by kind: %s", sizes)

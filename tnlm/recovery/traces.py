@@ -30,7 +30,7 @@ class Trace:
     """What one pass left behind.
 
     Attributes:
-        embedding: embedded tokens ``(sequences, length, width)``.
+        embedding: what the embedding table gives ``(sequences, length, width)``, before positions.
         hidden: feed-forward outputs, the same shape, by block.
         maps: logarithms of attention probabilities ``(sequences, heads, queries, keys)``, by block.
     """

@@ -26,6 +26,7 @@ class Scheme:
         targets: the matrices chosen when the user names none.
         share: consecutive blocks whose matrices share their input factor.
         recover: how the whole model is trained afterwards; see `tnlm.recovery`.
+        distillation: what ``recover="distill"`` compares; a preset of `tnlm.recovery.lessons`.
         keep_targets: fraction of the targets kept when nothing says how large the result may be.
         defaults: values of the formats' options.
     """
@@ -40,6 +41,7 @@ class Scheme:
     targets: Selector = ALL_LINEAR
     share: int = 1
     recover: str = "none"
+    distillation: str = "logits"
     keep_targets: float = 0.8
     defaults: Mapping[str, Any] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tnlm.decompositions.ties import least
 from tnlm.errors import BudgetError
 
 
@@ -57,6 +58,6 @@ def choose(choices: Mapping[str, list[Choice]], wanted: int) -> dict[str, Choice
             for choice in some
             if choice.saved > now.saved
         ]
-        _, name, choice = min(steps, key=lambda step: step[0])
+        _, name, choice = steps[least([step[0] for step in steps])]
         chosen[name] = choice
     return chosen
