@@ -15,6 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tnlm.checkpoint.tensors import Arrivals
 from tnlm.errors import CheckpointError, ModelError
 from tnlm.layers.arranged import arrange_made
 from tnlm.layers.build import Entry, build, check_entry, dense_module
@@ -70,6 +71,7 @@ class TnlmQuantizer(HfQuantizer):
 
     requires_calibration = True  # refuses to compress on the fly: that is tnlm.compress
     quantization_config: TnlmConfig
+    arrivals: Arrivals | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse files of a later layout."""
@@ -92,14 +94,24 @@ class TnlmQuantizer(HfQuantizer):
             plan.pop(_with_wildcards(name), None)
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         place(model, self.quantization_config)
+        self.arrivals = Arrivals(model, self.quantization_config.modules, checkpoint_files)
         return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Note what is about to be read; the dtype stays transformers' choice."""
+        if self.arrivals is not None:
+            self.arrivals.note(converter, param)
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        if self.arrivals is not None:
+            self.arrivals.check(model)
+            self.arrivals = None
         arrange_made(model)  # files hold every weight by rows
         # .half() and .float() stay allowed.
         model.is_quantized = False  # type: ignore[assignment]
