@@ -34,10 +34,13 @@ def describe(directory: str | Path) -> dict[str, Any]:
     Example:
         >>> describe("no-such-model")
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: no-such-model has no file config.json
+        tnlm.errors.CheckpointError: no-such-model has no readable config.json: ...
     """
     folder = Path(directory)
-    config = read_object(file_of(folder, "config.json"))
+    try:
+        config = read_object(file_of(folder, "config.json"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory} has no readable config.json: {error}") from error
     try:
         quantization = quantization_of(config)
     except CheckpointError as error:

@@ -24,7 +24,7 @@ def at_most(count: int) -> Iterator[None]:
         >>> with at_most(2):
         ...     nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU())
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: config.json asks for more than 2 modules ...
+        tnlm.errors.CheckpointError: config.json asks for more than 2 modules, ...
     """
     added, thread = 0, get_ident()
 

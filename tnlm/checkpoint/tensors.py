@@ -104,22 +104,29 @@ class Arrivals:
         return next((parent for parent in parents if parent in self._made), None)
 
     def _check_missing(self, model: PreTrainedModel) -> None:
-        ties = dict(model.all_tied_weights_keys)
-        shared = {name: ties.get(name, name) for name in {*ties, *self._expected}}
-        present = {shared.get(name, name) for name in self._noted}
-        absent = [name for name in self._expected if shared[name] not in present]
+        """Raise for a tensor that the files should hold; draw those of a head that they lack."""
         whole = type(model).__name__ in (model.config.architectures or [])
         ignored = model._keys_to_ignore_on_load_missing or ()
-        prefix = f"{model.base_model_prefix}."
+        absent = self._absent(model)
         for name in absent:
-            if self._owner(name):
-                raise CheckpointError(f"the checkpoint lacks {name}")
-            if any(re.search(pattern, name) for pattern in ignored):
+            owner = self._owner(name)
+            if any(re.search(pattern, name) for pattern in ignored) and owner is None:
                 continue
-            module = name.rpartition(".")[0]
-            variants = (module, module.removeprefix(prefix), prefix + module)
-            if whole or any(variant in self._parents for variant in variants):
-                raise CheckpointError(f"the checkpoint lacks {name}, which its other tensors need")
+            if owner is None and (whole or _holds(self._parents, model, name.rpartition(".")[0])):
+                raise CheckpointError(f"the checkpoint has missing keys: {name}")
+            if owner is None:
+                continue
+            kept = [n for n in self._noted if n.startswith(f"{owner}.")]
+            if whole or kept or _in_body(model, owner):
+                raise CheckpointError(f"the checkpoint has missing keys: {name}")
+            draw(model, name)
+
+    def _absent(self, model: PreTrainedModel) -> list[str]:
+        """Return the tensors that no file brought, nor one that they are tied to."""
+        ties = dict(model.all_tied_weights_keys)
+        shared = {name: ties.get(name, name) for name in self._expected}
+        present = {shared.get(name, name) for name in self._noted}
+        return [name for name in self._expected if shared[name] not in present]
 
     def _check_dtypes(self) -> None:
         """Factors of one module are written in one dtype; another was put there later."""
@@ -134,6 +141,28 @@ class Arrivals:
                     f"{name} is stored as {kind} and {first} as {before}; allowed: one dtype for "
                     "all factors of a module"
                 )
+
+
+def draw(model: nn.Module, name: str) -> None:
+    """Start a tensor of a head that no file holds, as transformers starts new ones.
+
+    transformers itself draws what it knows, and leaves the rest as the memory was.
+
+    Raises:
+        CheckpointError: if it is not in memory.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor: Any = getattr(module, last)
+    if tensor.is_meta:
+        raise CheckpointError(f"the checkpoint has missing keys: {name}, and it is offloaded")
+    with torch.no_grad():
+        if name.endswith(ORDER):
+            tensor.copy_(torch.arange(len(tensor)))
+        elif last == "bias":
+            tensor.zero_()
+        else:
+            tensor.normal_(std=tensor.shape[-1] ** -0.5)
 
 
 def check_order(name: str, order: Tensor) -> None:
@@ -182,6 +211,18 @@ def _check_size(expected: Mapping[str, Tensor], headers: Mapping[str, Stored]) -
         raise CheckpointError(
             f"config.json asks for {needed:,} numbers that the files, with {there:,}, do not hold"
         )
+
+
+def _in_body(model: PreTrainedModel, module: str) -> bool:
+    """Tell whether a module belongs to the body, which all classes of a model share."""
+    body = model.base_model
+    return body is model or module.startswith(f"{model.base_model_prefix}.")
+
+
+def _holds(parents: Collection[str], model: PreTrainedModel, module: str) -> bool:
+    """Tell whether files hold some tensor of a module, under its name in a body or a head."""
+    prefix = f"{model.base_model_prefix}."
+    return any(n in parents for n in (module, module.removeprefix(prefix), prefix + module))
 
 
 def _parents(names: Collection[str]) -> set[str]:
