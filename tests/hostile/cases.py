@@ -40,14 +40,14 @@ class Case(NamedTuple):
         _breaker(self.name)(Draft(path, random.Random(self.id)))
 
 
-def cases() -> list[Case]:
-    """Return every case, in a fixed order."""
+def cases(times: int = 1) -> list[Case]:
+    """Return every case, in a fixed order; each way to break is drawn some times as often."""
     return [
         Case(base, f"{family}.{breaker.__name__}", draw, by_sum)
         for base in BASES
         for family, breakers in FAMILIES.items()
         for breaker, draws, by_sum in breakers
-        for draw in range(draws)
+        for draw in range(times * draws)
     ]
 
 

@@ -163,9 +163,9 @@ def nothing_said(draft: Draft) -> None:
 
 # How often each is drawn, and whether only a sum could know what it does.
 FAMILY: list[tuple[Callable[[Draft], None], int, bool]] = [
-    (odd_value, 8, True), (no_field, 4, True), (another_shape, 3, False), (another_option, 5, True),
-    (another_format, 3, True), (another_kind, 2, True), (another_order, 3, True),
-    (another_flag, 2, True), (other_parts, 3, True), (other_modules, 5, False),
-    (other_ties, 4, True), (odd_field, 4, True), (fewer_fields, 2, True), (more_fields, 2, True),
+    (odd_value, 4, True), (no_field, 2, True), (another_shape, 2, False), (another_option, 3, True),
+    (another_format, 1, True), (another_kind, 1, True), (another_order, 2, True),
+    (another_flag, 1, True), (other_parts, 2, True), (other_modules, 3, False),
+    (other_ties, 2, True), (odd_field, 2, True), (fewer_fields, 1, True), (more_fields, 1, True),
     (nothing_said, 1, False),
 ]  # fmt: skip

@@ -218,8 +218,8 @@ def odd_report(draft: Draft) -> None:
 
 
 FAMILY: list[tuple[Callable[[Draft], None], int, bool]] = [
-    (outside, 2, False), (inside, 1, False), (no_file, 3, False), (pickles, 2, False),
-    (adapter, 2, False), (code, 2, True), (more_weights, 1, False), (other_index, 5, False),
-    (odd_text, 6, True), (odd_config, 7, True), (another_number, 7, True), (another_class, 5, True),
-    (odd_report, 3, False),
+    (outside, 1, False), (inside, 1, False), (no_file, 2, False), (pickles, 1, False),
+    (adapter, 1, False), (code, 1, True), (more_weights, 1, False), (other_index, 3, False),
+    (odd_text, 3, True), (odd_config, 4, True), (another_number, 4, True), (another_class, 3, True),
+    (odd_report, 1, False),
 ]  # fmt: skip

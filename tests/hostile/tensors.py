@@ -195,8 +195,8 @@ def odd_length(draft: Draft) -> None:
 
 
 FAMILY: list[tuple[Callable[[Draft], None], int, bool]] = [
-    (another_dtype, 4, False), (cast, 2, True), (not_finite, 4, False), (broken_order, 3, False),
-    (another_order, 1, True), (another_shape, 4, False), (missing, 3, False), (extra, 3, False),
-    (renamed, 2, False), (exchanged, 2, True), (flipped_bit, 2, True), (flipped_header, 3, True),
-    (odd_header, 3, True), (odd_metadata, 2, True), (odd_length, 4, False),
+    (another_dtype, 2, False), (cast, 1, True), (not_finite, 2, False), (broken_order, 2, False),
+    (another_order, 1, True), (another_shape, 2, False), (missing, 2, False), (extra, 1, False),
+    (renamed, 1, False), (exchanged, 1, True), (flipped_bit, 1, True), (flipped_header, 2, True),
+    (odd_header, 2, True), (odd_metadata, 1, True), (odd_length, 2, False),
 ]  # fmt: skip

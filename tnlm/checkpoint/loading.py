@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 from torch import OutOfMemoryError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tnlm.checkpoint.configuration import check_config
@@ -81,6 +81,11 @@ def _load(folder: Path, trusted: bool, kwargs: dict[str, Any]) -> PreTrainedMode
     headers = read_headers(files, listed)
     if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
         _check_dtype(stored.get("dtype", stored.get("torch_dtype")), headers)
+    if not trusted and stored.get("auto_map") and not _known(stored.get("model_type")):
+        raise CheckpointError(
+            "config.json has a model_type of its own; pass trust_remote_code=True to run the code "
+            "that the checkpoint brings"
+        )
     with at_most(100 * len(headers) + 10_000):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         cls = _class_of(config, folder, trusted)
@@ -99,6 +104,10 @@ def _load(folder: Path, trusted: bool, kwargs: dict[str, Any]) -> PreTrainedMode
             raise CheckpointError(f"it has {problem.replace('_', ' ')}: {shortened(first)}")
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _known(model_type: object) -> bool:
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 def _check_dtype(named: object, headers: dict[str, Stored]) -> None:
