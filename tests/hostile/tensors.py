@@ -64,7 +64,8 @@ def broken_order(draft: Draft) -> None:
         rows = np.arange(count, dtype=np.int64)
         rows[draft.rng.randrange(count)] = draft.rng.choice([count, -1, 2**62, -(2**63)])
         twice = np.zeros(count, dtype=np.int64)
-        chosen = draft.rng.choice([rows, twice, rows.astype(np.int32), twice.astype(np.float32)])
+        wrong = [rows, twice, rows.astype(np.int32), twice.astype(np.float32)]
+        chosen = draft.rng.choice(wrong if tensors[name][0] == "I64" else wrong[:3])
         kind = {"int64": "I64", "int32": "I32", "float32": "F32"}[str(chosen.dtype)]
         tensors[name] = (kind, tensors[name][1], chosen.tobytes())
 

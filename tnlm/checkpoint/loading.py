@@ -136,9 +136,9 @@ def _class_of(config: Any, folder: Path, trusted: bool) -> Any:
     own = getattr(config, "auto_map", None) or {}
     for kind, reference in own.items() if trusted else ():
         if isinstance(reference, str) and reference.rpartition(".")[2] == name:
-            cls = get_class_from_dynamic_module(reference, str(folder))
-            cls.register_for_auto_class(kind)  # so that saving it again writes its code
-            return cls
+            brought: Any = get_class_from_dynamic_module(reference, str(folder))
+            brought.register_for_auto_class(kind)  # so that saving it again writes its code
+            return brought
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         hint = "; pass trust_remote_code=True to run the code it brings" if own else ""
