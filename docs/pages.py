@@ -25,6 +25,7 @@ PACKAGES = {
     "tnlm.allocation": "Allocation",
     "tnlm.analysis": "Analysis",
     "tnlm.calibration": "Calibration and metrics",
+    "tnlm.checkpoint": "Reading checkpoints",
     "tnlm.decompositions": "Formats",
     "tnlm.design": "Design space",
     "tnlm.evaluation": "Evaluation",

@@ -114,6 +114,7 @@ def test_the_report_and_the_tokenizer_lie_beside_the_weights(compressed, word_to
     directory = tnlm.save(model, str(tmp_path / "new" / "model"), tokenizer=word_tokenizer)
     assert isinstance(directory, Path)
     record = json.loads((directory / "tnlm_report.json").read_text())
+    assert record.pop("sha256").keys() == {"config.json", "model.safetensors"}
     assert record == json.loads(json.dumps(tnlm.report(model).to_dict()))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.get_vocab() == word_tokenizer.get_vocab()

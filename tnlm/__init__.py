@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tnlm.analysis.truncation import truncate_groups
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
+    from tnlm.checkpoint.loading import load
+    from tnlm.checkpoint.sums import verify
     from tnlm.design.configuration import Configuration
     from tnlm.design.rules import Rule
     from tnlm.design.space import DesignSpace
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from tnlm.recovery.prune import prune
     from tnlm.recovery.training import finetune
     from tnlm.reporting import Report
-    from tnlm.saving import load, save
+    from tnlm.saving import save
     from tnlm.schemes import list_schemes
     from tnlm.scratch import from_config
     from tnlm.surgical.surgical import surgical_search
@@ -79,11 +81,12 @@ _HOMES = {
     "prune": "tnlm.recovery.prune",
     "finetune": "tnlm.recovery.training",
     "Report": "tnlm.reporting",
-    "load": "tnlm.saving",
+    "load": "tnlm.checkpoint.loading",
     "save": "tnlm.saving",
     "list_schemes": "tnlm.schemes",
     "from_config": "tnlm.scratch",
     "surgical_search": "tnlm.surgical.surgical",
+    "verify": "tnlm.checkpoint.sums",
 }
 
 __all__ = [
@@ -123,6 +126,7 @@ __all__ = [
     "sweep",
     "to_dense",
     "truncate_groups",
+    "verify",
     "write_page",
 ]
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 from typer.main import get_command
 
@@ -57,7 +58,7 @@ from tnlm.cli_options import (
     Unit,
     Width,
 )
-from tnlm.cli_output import console, layers_table, numbers, print_json
+from tnlm.cli_output import console, layers_table, numbers, print_json, printable
 from tnlm.cli_studies import studies
 from tnlm.cli_words import in_options
 from tnlm.errors import TnlmError
@@ -265,7 +266,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Describe a compressed model from its files, without loading it."""
-    from tnlm.saving import describe
+    from tnlm.checkpoint.describing import describe
 
     found = describe(directory)
     if as_json:
@@ -273,9 +274,22 @@ def info(
         return
     table = Table("", "", show_header=False)
     for key, value in found.items():
-        shown = json.dumps(value) if isinstance(value, dict) else str(value)
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else shown)
+        shown = json.dumps(value) if isinstance(value, dict) else printable(value)
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else escape(shown))
     console.print(table)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A directory written by tnlm.")],
+    as_json: Json = False,
+) -> None:
+    """Compare every file of a compressed model with the sum taken when it was saved."""
+    sums = tnlm.verify(directory)
+    if as_json:
+        print_json(sums)
+        return
+    console.print(f"{len(sums)} files are as they were saved: {', '.join(sums)}", soft_wrap=True)
 
 
 @app.command()

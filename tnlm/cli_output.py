@@ -25,6 +25,16 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
+def printable(value: object) -> str:
+    r"""Return a value as text that every terminal can print.
+
+    Example:
+        >>> printable("a\x1b[2J\ud800")
+        'a?[2J?'
+    """
+    return "".join(sign if sign.isprintable() else "?" for sign in str(value))
+
+
 def numbers(name: str, text: str | None, kind: type[T] = int) -> list[T] | None:
     """Return the numbers of an option such as ``48,32``.
 

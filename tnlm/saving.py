@@ -1,38 +1,20 @@
-"""save and load: a directory is written whole or not at all, and read strictly."""
+"""save: a directory is written whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-from tnlm.errors import CheckpointError, ModelError, TnlmError
-from tnlm.integrations.huggingface import GUARD, METHOD, description
-from tnlm.integrations.models import looks_like_path
+from tnlm.checkpoint.sums import REPORT_FILE, record_sums
+from tnlm.errors import CheckpointError, ModelError
+from tnlm.integrations.huggingface import GUARD, description
 from tnlm.reporting import Report
-
-REPORT_FILE = "tnlm_report.json"
-
-# What readers of configs and safetensors raise on broken files; a config may hold any JSON.
-_READ_ERRORS = (
-    OSError,
-    SafetensorError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-)
 
 
 def save(
@@ -78,6 +60,7 @@ def save(
             report = getattr(model, "tnlm_report", None)
             if isinstance(report, Report):
                 (new / REPORT_FILE).write_text(report.to_json())
+            record_sums(new)
             move_into_place(new, target, Path(scratch) / "old")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -129,101 +112,3 @@ def _set_guard(directory: Path) -> None:
     config = json.loads(path.read_text())
     config["transformers_weights"] = GUARD
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a compressed model, every tensor of it, in the class it was saved from.
-
-    Args:
-        directory: written by :func:`save` or ``save_pretrained``; or a hub id.
-        **kwargs: passed to ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
-
-    Raises:
-        CheckpointError: if the directory is no tnlm checkpoint, a file is missing or truncated, or
-            any tensor is missing, unexpected or of another shape.
-    """
-    model: PreTrainedModel
-    if not Path(directory).is_dir() and looks_like_path(directory):
-        raise CheckpointError(f"cannot load {directory}: no such file or directory")
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        quantization = getattr(config, "quantization_config", None) or {}
-        if dict(quantization).get("quant_method") != METHOD:
-            raise CheckpointError(
-                f"{directory} was not written by tnlm; use AutoModel.from_pretrained"
-            )
-        cls = _class_of(config, directory)
-        with torch.inference_mode(False):  # the model can be trained, wherever it was loaded
-            model, info = cls.from_pretrained(directory, output_loading_info=True, **kwargs)
-    except TnlmError:
-        raise
-    except _READ_ERRORS as error:
-        raise CheckpointError(f"cannot load {directory}: {error}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            first = ", ".join(str(item) for item in sorted(info[problem], key=str)[:3])
-            raise CheckpointError(f"{directory} has {problem.replace('_', ' ')}: {first}")
-    return model
-
-
-def _class_of(config: Any, directory: str | Path) -> Any:
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise CheckpointError(f"{directory}/config.json names no known architecture: {names}")
-    return cls
-
-
-def describe(directory: str | Path) -> dict[str, Any]:
-    """Return what a compressed directory's files say about it, without loading weights.
-
-    Raises:
-        CheckpointError: if it is no directory written by tnlm.
-    """
-    folder = Path(directory)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no readable config.json: {error}") from error
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != METHOD:
-        raise CheckpointError(f"{directory} was not written by tnlm")
-    files = sorted(folder.glob("*.safetensors"))
-    kinds = Counter(_formats_of(quantization["modules"]))
-    return {
-        "architecture": (config.get("architectures") or [None])[0],
-        "scheme": quantization["scheme"],
-        "options": quantization["options"],
-        "format_version": quantization["format_version"],
-        "modules": dict(sorted(kinds.items())),
-        "parameters": sum(_parameters(file) for file in files),
-        "bytes_on_disk": sum(file.stat().st_size for file in files),
-        **_reported(folder),
-    }
-
-
-def _formats_of(modules: dict[str, Any]) -> Iterator[str]:
-    for entry in modules.values():
-        for part in entry.get("parts", [entry]):
-            yield part.get("format", part.get("kind", "dense"))
-
-
-def _parameters(file: Path) -> int:
-    """Count the numbers of a safetensors file from its header; row orders do not count."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
-            sizes = [math.prod(s.get_shape()) for s in slices if s.get_dtype() != "I64"]
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
-    return sum(sizes)
-
-
-def _reported(folder: Path) -> dict[str, Any]:
-    """Return the main figures of the report saved beside the model, if it is there."""
-    path = folder / REPORT_FILE
-    if not path.exists():
-        return {}
-    report = json.loads(path.read_text())
-    names = ("parameters_before", "target_parameters_before", "target_parameters_after")
-    return {name: report[name] for name in (*names, "macs_before", "macs_after", "metric")}

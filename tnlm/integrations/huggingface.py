@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tnlm.checkpoint.tensors import Arrivals
 from tnlm.errors import CheckpointError, ModelError
 from tnlm.integrations.configs import GUARD as GUARD
 from tnlm.integrations.configs import METHOD as METHOD
@@ -76,6 +77,7 @@ class TnlmQuantizer(HfQuantizer):
 
     requires_calibration = True  # refuses to compress on the fly: that is tnlm.compress
     quantization_config: TnlmConfig
+    arrivals: Arrivals | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse files of a layout that is not known."""
@@ -105,14 +107,24 @@ class TnlmQuantizer(HfQuantizer):
             plan.pop(with_wildcards(name), None)
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         place(model, self.quantization_config)
+        self.arrivals = Arrivals(model, self.quantization_config.modules, checkpoint_files)
         return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Note what is about to be read; the dtype stays transformers' choice."""
+        if self.arrivals is not None:
+            self.arrivals.note(converter, param)
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        if self.arrivals is not None:
+            self.arrivals.check(model)
+            self.arrivals = None
         arrange_made(model)  # files hold every weight by rows
         self.quantization_config.format_version = FORMAT_VERSION  # of what is written from now on
         vars(model).pop("_weight_conversions", None)  # of this file, not of a dense model's

@@ -56,6 +56,10 @@ def check_entry(name: str, entry: Any, module: nn.Module) -> None:
     """
     try:
         _check_kind(entry["kind"], module)
+        if bool(entry.get("conv1d")) != isinstance(module, Conv1D):
+            raise CheckpointError(
+                f"conv1d={entry.get('conv1d')!r}; {type(module).__name__} is there"
+            )
         parts = entry["parts"] if entry["kind"] == "fused" else [entry]
         shape = _stacked_shape(parts) if entry["kind"] != "sliced" else _uncut_shape(entry)
         if shape != shape_of(module):

@@ -11,11 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tnlm.checkpoint.describing import describe
+from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.errors import CheckpointError
 from tnlm.page.parts import facts, picture, table
 from tnlm.planning import LayerPlan
 from tnlm.reporting import Report, versions
-from tnlm.saving import REPORT_FILE, describe
 
 FILE = "report.html"
 

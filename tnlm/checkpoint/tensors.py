@@ -1,0 +1,261 @@
+"""What a checkpoint's files brought, and whether the model that holds it can be right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tnlm.checkpoint.folder import Stored, read_headers
+from tnlm.decompositions.gauge import ORDER
+from tnlm.errors import CheckpointError
+
+FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""What weights may be stored as, in the words of torch and of safetensors."""
+SPARE = 2**26
+"""Numbers that a model may hold beyond four times its files': a new head, tables of positions."""
+
+
+class Arrivals:
+    """Notes the tensors that files bring while transformers loads them, and checks them after.
+
+    transformers itself casts what it finds, draws what it misses, and goes on.
+
+    Args:
+        model: its skeleton, with the modules that the checkpoint describes.
+        made: names of those modules.
+        files: of the checkpoint, all safetensors.
+
+    Raises:
+        CheckpointError: if a file is none, or the model is out of all proportion to its files.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, made: Collection[str], files: Sequence[str] | None
+    ) -> None:
+        """Look at the files' headers."""
+        for file in files or ():
+            if not file.endswith(".safetensors"):
+                raise CheckpointError(f"{file} is no safetensors file; tnlm reads nothing else")
+        headers = read_headers([Path(file) for file in files or ()])
+        self._expected: dict[str, Tensor] = model.state_dict()
+        if files:
+            _check_size(self._expected, headers)
+        self._made = frozenset(made)
+        self._parents = _parents(headers)
+        self._noted: dict[str, str] = {}
+        self._renamed = True
+
+    def note(self, conversion: Any, tensor: Any) -> None:
+        """Note one tensor of a file, before it is read.
+
+        Args:
+            conversion: what transformers does to it.
+            tensor: a slice of a safetensors file, or a tensor.
+
+        Raises:
+            CheckpointError: if the model cannot hold it as what it is.
+        """
+        if hasattr(conversion, "operations"):  # of several tensors, or into several
+            self._renamed = False
+            return
+        name = conversion.target_patterns[0]
+        source = conversion.source_patterns[0]
+        if name in self._noted:
+            raise CheckpointError(f"the checkpoint holds two tensors for {name}, one is {source}")
+        kind = tensor.get_dtype() if hasattr(tensor, "get_dtype") else FLOATS.get(tensor.dtype, "")
+        wanted = self._expected[name].dtype
+        if wanted in FLOATS and kind not in FLOATS.values():
+            raise CheckpointError(
+                f"{name} is stored as {kind or tensor.dtype}; allowed: {', '.join(FLOATS.values())}"
+            )
+        if name.endswith(ORDER) and self._owner(name) and kind != "I64":
+            raise CheckpointError(f"{name} is stored as {kind}; the order of rows is I64")
+        self._noted[name] = kind
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check the loaded model: all there, of one dtype a module, finite, orders in order.
+
+        Every tensor is looked at once, one at a time, wherever it is kept.
+
+        Raises:
+            CheckpointError: names the first tensor that is wrong.
+        """
+        if self._renamed:
+            self._check_missing(model)
+        self._check_dtypes()
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name, tensor in _tensors(model):
+            if name.endswith(ORDER) and self._owner(name):
+                check_order(name, tensor)
+            elif tensor.is_floating_point() and (name in parameters or self._owner(name)):
+                check_finite(name, tensor)  # a foreign buffer may be a mask of infinities
+        self._expected.clear()
+
+    def _owner(self, name: str) -> str | None:
+        """Return the module, among those that tnlm made, that holds a tensor."""
+        parts = name.split(".")
+        parents = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        return next((parent for parent in parents if parent in self._made), None)
+
+    def _check_missing(self, model: PreTrainedModel) -> None:
+        """Raise for a tensor that the files should hold; draw those of a head that they lack."""
+        whole = type(model).__name__ in (model.config.architectures or [])
+        ignored = model._keys_to_ignore_on_load_missing or ()
+        absent = self._absent(model)
+        for name in absent:
+            owner = self._owner(name)
+            if any(re.search(pattern, name) for pattern in ignored) and owner is None:
+                continue
+            if owner is None and (whole or _holds(self._parents, model, name.rpartition(".")[0])):
+                raise CheckpointError(f"the checkpoint has missing keys: {name}")
+            if owner is None:
+                continue
+            kept = [n for n in self._noted if n.startswith(f"{owner}.")]
+            if whole or kept or _in_body(model, owner):
+                raise CheckpointError(f"the checkpoint has missing keys: {name}")
+            draw(model, name)
+
+    def _absent(self, model: PreTrainedModel) -> list[str]:
+        """Return the tensors that no file brought, nor one that they are tied to."""
+        ties = dict(model.all_tied_weights_keys)
+        shared = {name: ties.get(name, name) for name in self._expected}
+        present = {shared.get(name, name) for name in self._noted}
+        return [name for name in self._expected if shared[name] not in present]
+
+    def _check_dtypes(self) -> None:
+        """Factors of one module are written in one dtype; another was put there later."""
+        found: dict[str, tuple[str, str]] = {}
+        for name, kind in self._noted.items():
+            owner = self._owner(name)
+            if owner is None or name.endswith((ORDER, ".bias")):
+                continue
+            first, before = found.setdefault(owner, (name, kind))
+            if kind != before:
+                raise CheckpointError(
+                    f"{name} is stored as {kind} and {first} as {before}; allowed: one dtype for "
+                    "all factors of a module"
+                )
+
+
+def draw(model: nn.Module, name: str) -> None:
+    """Start a tensor of a head that no file holds, as transformers starts new ones.
+
+    transformers itself draws what it knows, and leaves the rest as the memory was.
+
+    Raises:
+        CheckpointError: if it is not in memory.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor: Any = getattr(module, last)
+    if tensor.is_meta:
+        raise CheckpointError(f"the checkpoint has missing keys: {name}, and it is offloaded")
+    with torch.no_grad():
+        if name.endswith(ORDER):
+            tensor.copy_(torch.arange(len(tensor)))
+        elif last == "bias":
+            tensor.zero_()
+        else:
+            tensor.normal_(std=tensor.shape[-1] ** -0.5)
+
+
+def check_order(name: str, order: Tensor) -> None:
+    """Raise `CheckpointError` unless a tensor orders its own rows.
+
+    Example:
+        >>> check_order("left_order", torch.tensor([0, 2, 2]))
+        Traceback (most recent call last):
+        tnlm.errors.CheckpointError: left_order is no order of its 3 rows: 1 is not in it
+    """
+    if order.dtype != torch.int64 or order.dim() != 1:
+        raise CheckpointError(
+            f"{name} is {order.dtype} of shape {tuple(order.shape)}, no row order"
+        )
+    rows = len(order)
+    if rows and not 0 <= int(order.min()) <= int(order.max()) < rows:
+        raise CheckpointError(f"{name} orders {rows} rows, but names others")
+    seen = torch.zeros(rows, dtype=torch.bool, device=order.device)
+    seen[order] = True
+    if not bool(seen.all()):
+        missing = int((~seen).nonzero()[0])
+        raise CheckpointError(f"{name} is no order of its {rows} rows: {missing} is not in it")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise `CheckpointError` if a tensor holds NaN or an infinity; takes no memory of its size.
+
+    Example:
+        >>> check_finite("weight", torch.tensor([1.0, float("nan")]))
+        Traceback (most recent call last):
+        tnlm.errors.CheckpointError: weight holds values that are not finite ...
+    """
+    if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        raise CheckpointError(f"{name} holds values that are not finite in {tensor.dtype}")
+
+
+def _check_size(expected: Mapping[str, Tensor], headers: Mapping[str, Stored]) -> None:
+    """Raise unless a model is of the size of its files: what they lack would be made up."""
+    there = sum(torch.Size(stored.shape).numel() for stored in headers.values())
+    needed = sum(
+        tensor.numel()
+        for name, tensor in expected.items()
+        if name not in headers or headers[name].shape != tuple(tensor.shape)
+    )
+    if needed > 4 * there + SPARE:
+        raise CheckpointError(
+            f"config.json asks for {needed:,} numbers that the files, with {there:,}, do not hold"
+        )
+
+
+def _in_body(model: PreTrainedModel, module: str) -> bool:
+    """Tell whether a module belongs to the body, which all classes of a model share."""
+    body = model.base_model
+    return body is model or module.startswith(f"{model.base_model_prefix}.")
+
+
+def _holds(parents: Collection[str], model: PreTrainedModel, module: str) -> bool:
+    """Tell whether files hold some tensor of a module, under its name in a body or a head."""
+    prefix = f"{model.base_model_prefix}."
+    return any(n in parents for n in (module, module.removeprefix(prefix), prefix + module))
+
+
+def _parents(names: Collection[str]) -> set[str]:
+    """Return every module that holds one of several tensors, in itself or deeper."""
+    found: set[str] = set()
+    for name in names:
+        parts = name.split(".")[:32]  # no model nests deeper
+        found.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    return found
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's saved tensors; those that are offloaded are brought one at a time."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        held = {**module._parameters, **module._buffers}
+        for name, tensor in held.items():
+            if tensor is None or id(tensor) in seen or name in module._non_persistent_buffers_set:
+                continue
+            seen.add(id(tensor))
+            value = _brought(module, name, tensor)
+            if not value.is_meta:  # a skeleton was asked for
+                yield f"{path}.{name}" if path else name, value.detach()
+
+
+def _brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "to_local"):  # a part of a tensor that several processes hold
+        local: Tensor = tensor.to_local()
+        return local
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        weights = getattr(one, "weights_map", None)
+        stored: Tensor | None = weights.get(name) if tensor.is_meta and weights else None
+        if stored is not None:
+            return stored
+    return tensor
