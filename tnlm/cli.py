@@ -204,8 +204,8 @@ def compress(
 ) -> None:
     """Compress a model and save it."""
     asked = _asked(locals())
+    from tnlm.checkpoint.exchange import check_writable
     from tnlm.integrations.models import load_model
-    from tnlm.saving import check_writable
 
     check_writable(out, overwrite=overwrite)
     loaded, tokenizer = load_model(model, dtype=dtype)
