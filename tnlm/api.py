@@ -15,8 +15,10 @@ from tnlm.planning import Plan
 from tnlm.reporting import Report
 from tnlm.request import make_request
 from tnlm.targets import Selector
+from tnlm.undo import leaves_model
 
 
+@leaves_model
 def compress(
     model: PreTrainedModel,
     scheme: str | Plan,
@@ -151,6 +153,7 @@ def compress(
     return carry_out(model, job, decided, progress)
 
 
+@leaves_model
 def plan(
     model: PreTrainedModel,
     scheme: str,
