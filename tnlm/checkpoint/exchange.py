@@ -176,7 +176,6 @@ class _Exchange:
                     f"{self._target} was empty, and is not any more; nothing was changed there"
                 )
             self._swap(work)
-        self.outcome = "the new files stand there"
         self.end()
 
     def _swap(self, work: Path) -> None:
@@ -184,17 +183,19 @@ class _Exchange:
         (work / "old").mkdir()
         _move(work / "old", _config_first(_entries(self._target)))
         (work / "new").replace(work / "next")
-        self.outcome = f"the new files are in {work}; the next save or load moves them"
+        self.outcome = "the new files stand there"
         _sync_folder(work)
         _settle(work, self._target)
 
     def end(self) -> None:
         """Bring what was begun to its end, or undo it, and let others write."""
         work = self._lock.path.parent
-        if self._lock.stands():
-            _settle(work, self._target)
-        self._lock.close()
-        recover(self._target)  # a folder that was made, and not locked yet
+        try:
+            if self._lock.stands():
+                _settle(work, self._target)
+        finally:
+            self._lock.close()
+        recover(self._target)  # if the above was interrupted, or came before the lock
         for folder in self._made:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
