@@ -90,7 +90,9 @@ def test_the_next_call_finds_the_old_or_the_new_files(step, next_call, old, capl
         replace_directory(old, writer({"config.json": "newest"}), overwrite=True)
         assert contents(old) == {"config.json": "newest"}
     assert alone(old)
-    halfway = STEPS.index("notes -> old") <= STEPS.index(step) <= STEPS.index("config.json -> model")
+    halfway = (
+        STEPS.index("notes -> old") <= STEPS.index(step) <= STEPS.index("config.json -> model")
+    )
     assert ("put in order" in caplog.text) == halfway
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 import tnlm
@@ -43,8 +42,12 @@ def portrait(model):
         if isinstance(value, torch.Tensor):
             grad = value.grad if value.is_leaf else None
             content = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            return id(value), value.dtype, value.requires_grad, content, None if grad is None else (
-                id(grad), grad.numpy().tobytes()
+            return (
+                id(value),
+                value.dtype,
+                value.requires_grad,
+                content,
+                None if grad is None else (id(grad), grad.numpy().tobytes()),
             )
         if isinstance(value, dict):
             return id(value), {key: seen(item) for key, item in value.items()}
@@ -161,3 +164,153 @@ def test_a_few_errors_leave_the_model_as_it_was(scheme, make_model, scratch):
 def test_errors_at_any_line_leave_the_model_as_it_was(scheme, make_model, scratch):
     count = -(-INJECTIONS // len(tnlm.list_schemes()))
     assert compress_with_injections(scheme, "tied-llama", count, 1, make_model, scratch) == []
+
+
+# Saves
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def stage(compressed, tmp_path, word_tokenizer):
+    """Saves of one model over another, and what a directory then holds."""
+
+    class Stage:
+        folder = tmp_path / "out" / "model"
+
+        def save(self, which):
+            model = compressed("tied-llama", which)
+            tnlm.save(model, self.folder, tokenizer=word_tokenizer, overwrite=True)
+            return files(self.folder)
+
+        def __init__(self):
+            self.new, self.old = self.save("svd"), self.save("kron")
+
+        def problem(self):
+            """What is wrong now: the files must be old or new, and alone; then the old again."""
+            found = files(self.folder.parent)
+            whole = [{f"model/{k}": v for k, v in kept.items()} for kept in (self.old, self.new)]
+            try:
+                if found not in whole or len(list(self.folder.parent.iterdir())) > 1:
+                    return sorted(found)
+                return None
+            finally:
+                self.save("kron")
+
+    return Stage()
+
+
+def save_with_injections(stage, count, seed):
+    generator, failures = random.Random(seed), []
+    with Lines() as lines:
+        stage.save("svd")
+    stage.save("kron")
+    for _ in range(count):
+        at, error = draw(lines.seen, generator), generator.choice(ERRORS)
+        try:
+            with Lines(at, raising(error)):
+                stage.save("svd")
+        except (error, tnlm.errors.TnlmError):
+            pass
+        gc.collect()
+        problem = stage.problem()
+        if problem:
+            failures.append((at, error.__name__, problem))
+    return failures
+
+
+def test_a_few_errors_in_a_save_leave_old_or_new_files(stage):
+    assert save_with_injections(stage, 8, 0) == []
+
+
+@pytest.mark.hostile
+def test_errors_at_any_line_of_a_save_leave_old_or_new_files(stage):
+    assert save_with_injections(stage, INJECTIONS, 1) == []
+
+
+# Ctrl-C, at any time, twice
+
+
+def interrupted(work, first, second):
+    """Run some work, with two interruptions; return whether either was raised."""
+    delays = [second]
+
+    def ring(*_):
+        if delays:
+            signal.setitimer(signal.ITIMER_REAL, delays.pop())
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, first)
+            work()
+            return False
+        except (KeyboardInterrupt, tnlm.errors.TnlmError):
+            return True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:  # the second one, just now
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measured(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compress_with_interruptions(scheme, count, make_model, scratch):
+    generator, failures = random.Random(f"{scheme} interrupted"), []
+
+    def work():
+        tnlm.compress(model, scheme, **arguments(scheme))
+
+    model = make_model("gpt2")
+    work()
+    model = make_model("gpt2")
+    most = measured(work)
+    for _ in range(count):
+        model = prepared(make_model, "gpt2")
+        before = portrait(model)
+        delays = generator.uniform(1e-4, most), 10 ** generator.uniform(-5, -2)
+        broken = interrupted(work, *delays)
+        if broken and portrait(model) != before:
+            failures.append((delays, "the model has changed"))
+        gc.collect()
+        if list(scratch.iterdir()):
+            failures.append((delays, [p.name for p in scratch.iterdir()]))
+    return failures
+
+
+def save_with_interruptions(stage, count):
+    generator, failures = random.Random("save interrupted"), []
+    most = measured(lambda: stage.save("svd"))
+    for _ in range(count):
+        delays = generator.uniform(1e-4, most), 10 ** generator.uniform(-5, -2)
+        interrupted(lambda: stage.save("svd"), *delays)
+        gc.collect()
+        problem = stage.problem()
+        if problem:
+            failures.append((delays, problem))
+    return failures
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("scheme", ["kron", "svd-llm", "aa-svd", "lpaf", "tensorgpt"])
+def test_interruptions_leave_the_model_as_it_was(scheme, make_model, scratch):
+    assert compress_with_interruptions(scheme, INTERRUPTIONS // 5, make_model, scratch) == []
+
+
+@pytest.mark.hostile
+def test_interruptions_of_a_save_leave_old_or_new_files(stage):
+    assert save_with_interruptions(stage, INTERRUPTIONS) == []
+
+
+def test_a_few_interruptions_of_a_save_leave_old_or_new_files(stage):
+    assert save_with_interruptions(stage, 4) == []

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tnlm.checkpoint.claim import Claim
 from tnlm.checkpoint.exchange import check_place
-from tnlm.checkpoint.lock import Lock
 from tnlm.errors import CheckpointError
 
 logger = logging.getLogger("tnlm")
 
-INDEX, UNFINISHED = "index.json", ".tnlm-unfinished-"
+INDEX = "index.json"
 
 
 class Folder:
@@ -50,7 +49,7 @@ class Folder:
         """Start empty; nothing is made on the disk yet."""
         self.place = place
         self._folder = place
-        self._lock: Lock | None = None
+        self._claim: Claim | None = None
         self._digests: dict[str, str] = {}
 
     def put(self, group: str, tensors: Mapping[str, Tensor]) -> None:
@@ -60,7 +59,7 @@ class Folder:
             CheckpointError: if the cache is full or cannot be written.
         """
         try:
-            if self._lock is None:
+            if self._claim is None:
                 self._open()
             path = self._file(group)
             save_file(dict(tensors), path)
@@ -99,7 +98,7 @@ class Folder:
         """
         index = {**about, "digests": self._digests}
         try:
-            if self._lock is None:
+            if self._claim is None:
                 self._open()
             text = json.dumps({**index, "digest": _digest_of(index)}, indent=1)
             (self._folder / INDEX).write_text(text, encoding="utf-8")
@@ -120,23 +119,14 @@ class Folder:
             self._folder.rename(self.place)
             shutil.rmtree(broken, ignore_errors=True)
         self._folder = self.place
-        if self._lock is not None:
-            self._lock.close()
+        if self._claim is not None:
+            self._claim.lock.close()
 
     def _open(self) -> None:
         self.place.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(self.place.parent)
-        while True:
-            folder = self.place.with_name(f"{UNFINISHED}{uuid.uuid4().hex[:12]}")
-            folder.mkdir()
-            lock = Lock(folder / "lock")
-            weakref.finalize(self, _drop, folder, lock)
-            try:
-                if lock.take():
-                    self._folder, self._lock = folder, lock
-                    return
-            except FileNotFoundError:  # another process has swept it just now
-                continue
+        self._claim = Claim(self.place.parent)
+        weakref.finalize(self, self._claim.drop)
+        self._folder = self._claim.folder
 
     def _file(self, group: str) -> Path:
         return self._folder / f"{group}.safetensors"
@@ -161,7 +151,7 @@ def read(place: Path) -> tuple[Folder, dict[str, Any]] | None:
         return None
     about = json.loads((place / INDEX).read_text(encoding="utf-8"))
     found = Folder(place)
-    found._lock, found._digests = Lock(place / "lock"), about.pop("digests")
+    found._digests = about.pop("digests")
     about.pop("digest")
     return found, about
 
@@ -204,22 +194,3 @@ def _digest(path: Path) -> str:
 
 def _digest_of(index: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
-
-def _drop(folder: Path, lock: Lock) -> None:
-    """Remove a folder that was not finished; one that was has another name now."""
-    lock.close()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(cache: Path) -> None:
-    """Remove folders that were left unfinished by processes that are gone."""
-    for folder in cache.glob(f"{UNFINISHED}*"):
-        lock = Lock(folder / "lock")
-        try:
-            if folder.is_dir() and lock.take():
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError as error:
-            logger.info("%s cannot be removed: %s", folder, error)
-        finally:
-            lock.close()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tnlm.checkpoint.files import write_file
 from tnlm.errors import CheckpointError
 from tnlm.page.parts import facts, picture, table
 from tnlm.planning import LayerPlan
@@ -184,9 +183,6 @@ def _document(title: str, body: str) -> str:
 def _replace(target: Path, text: str) -> None:
     """Write a file whole or not at all."""
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, suffix=".html")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(target)
+        write_file(target, text)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from error

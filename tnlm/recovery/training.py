@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from tnlm.calibration.data import fingerprint
+from tnlm.checkpoint.claim import temporary_folder
 from tnlm.errors import CheckpointError, OptionError, did_you_mean
 from tnlm.layers.made import made_layers
 from tnlm.modes import modes_kept
@@ -132,7 +132,7 @@ def finetune(
         stack.enter_context(_own_randomness(model.device))
         stack.enter_context(_restored(model))
         _choose(model, train)
-        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        folder = output_dir or stack.enter_context(temporary_folder())
         made = trainer(
             model=model,
             args=_training_arguments(model, folder, output_dir is not None, progress, options),

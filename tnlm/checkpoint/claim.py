@@ -1,0 +1,92 @@
+"""Folders for work in progress that are known to be forsaken when their process is gone."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tnlm.checkpoint.lock import Lock
+from tnlm.undo import attempt
+
+logger = logging.getLogger("tnlm")
+
+PREFIX = ".tnlm-work-"
+
+
+class Claim:
+    """A folder of a name of its own, which this process has locked.
+
+    Making one removes those beside it whose processes are gone.
+
+    Args:
+        parent: a folder that is there.
+
+    Raises:
+        OSError: if no folder can be made there.
+
+    Example:
+        >>> claim = Claim(Path(tempfile.mkdtemp()))
+        >>> (claim.folder / "file").touch()
+        >>> claim.drop()
+        >>> claim.folder.exists()
+        False
+    """
+
+    def __init__(self, parent: Path) -> None:
+        """Make and lock a folder."""
+        sweep(parent)
+        self.folder, self.lock = parent, Lock(parent)
+        attempt(lambda: self._make(parent), self.drop)
+
+    def _make(self, parent: Path) -> None:
+        while True:
+            self.folder = parent / f"{PREFIX}{uuid.uuid4().hex[:12]}"
+            self.lock = Lock(self.folder / "lock")
+            self.folder.mkdir()
+            try:
+                if self.lock.take():
+                    return
+            except FileNotFoundError:  # another process has swept it just now
+                continue
+
+    def drop(self) -> None:
+        """Remove the folder, if it still has this name."""
+        self.lock.close()
+        if self.folder.name.startswith(PREFIX):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the claims of processes that are gone."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        lock = Lock(folder / "lock")
+        try:
+            if folder.is_dir() and lock.take():
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            logger.info("%s cannot be removed: %s", folder, error)
+        finally:
+            lock.close()
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give a block a folder in the temporary directory; the next one sweeps what a kill leaves.
+
+    Example:
+        >>> with temporary_folder() as folder:
+        ...     folder.is_dir()
+        True
+    """
+    claim = Claim(Path(tempfile.gettempdir()))
+    try:
+        inner = claim.folder / "files"
+        inner.mkdir()
+        yield inner
+    finally:
+        claim.drop()
