@@ -247,6 +247,7 @@ def report(model: PreTrainedModel) -> Report:
     return found
 
 
+@leaves_model
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a compressed model into an ordinary dense one, in place, and return it.
 

@@ -46,7 +46,7 @@ class Spill:
             CheckpointError: if the temporary directory is full or cannot be written.
         """
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        rest = memoryview(flat.numpy())
+        rest = flat.numpy().data
         try:
             if self._file is None:  # unbuffered, so that a full disk is met here and not later
                 self._file = tempfile.TemporaryFile(prefix="tnlm-", buffering=0)  # noqa: SIM115
@@ -70,7 +70,7 @@ class Spill:
         """
         size = slot.shape.numel() * slot.dtype.itemsize
         held = torch.empty(size, dtype=torch.uint8)
-        rest = memoryview(held.numpy())
+        rest = held.numpy().data
         try:
             self._file.seek(slot.offset)
             while rest:

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
@@ -69,7 +69,7 @@ def signals_held() -> Iterator[None]:
 
     Signals that the program leaves to the system's own handling are not touched.
     """
-    held: dict[int, _Later] = {}
+    held: dict[signal.Signals, _Later] = {}
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -133,18 +133,21 @@ class Snapshot:
                 tensor.grad = gradient
 
 
-def leaves_model(
-    function: Callable[Concatenate[Any, P], T],
-) -> Callable[Concatenate[Any, P], T]:
-    """Leave the model, a function's first argument, as it was if the function fails.
+def leaves_model(function: Callable[P, T]) -> Callable[P, T]:
+    """Leave every model that a function is given as it was, if the function fails.
 
     Values of tensors are the function's own care, see `tnlm.surgery.Swap`.
     """
 
     @functools.wraps(function)
-    def guarded(model: Any, *args: P.args, **kwargs: P.kwargs) -> T:
-        if not isinstance(model, nn.Module):
-            return function(model, *args, **kwargs)
-        return attempt(lambda: function(model, *args, **kwargs), Snapshot(model).restore)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = (*args, *kwargs.values())
+        before = [Snapshot(model) for model in given if isinstance(model, nn.Module)]
+
+        def undo() -> None:
+            for snapshot in before:
+                snapshot.restore()
+
+        return attempt(lambda: function(*args, **kwargs), undo)
 
     return guarded

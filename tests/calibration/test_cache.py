@@ -96,7 +96,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(cache, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"cache .* cannot be written: .*no space.*cache_dir="):
+    with pytest.raises(CheckpointError, match=r"cache .* cannot be written: .*no space.*cache_dir"):
         Folder(tmp_path / "entry").put("a", ONES)
     assert not list(tmp_path.iterdir())
 
@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_a_cache_is_refused_before_any_work(
         path.write_text("mine")
     path = path / "below" if kind == "below a file" else path
     monkeypatch.setattr("tnlm.gathering.collect", None)
-    with pytest.raises(CheckpointError, match="file|nowhere|permission"):
+    with pytest.raises(CheckpointError, match=r"file|nowhere|permission"):
         tnlm.compress(
             make_model("llama"), "svd-llm", calibration=torch.arange(64) % 61, cache_dir=path
         )

@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_the_old_files(mount):
     def large(new):
         (new / "weights").write_bytes(bytes(2**21))
 
-    with pytest.raises(CheckpointError, match="No space left .*nothing was changed there"):
+    with pytest.raises(CheckpointError, match=r"No space left .*nothing was changed there"):
         replace_directory(mount, large, overwrite=True)
     assert contents(mount) == OLD
 

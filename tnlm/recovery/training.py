@@ -24,6 +24,7 @@ from tnlm.modes import modes_kept
 from tnlm.recovery.examples import Examples, batches, collate
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.tasks import examples_for, padding_for
+from tnlm.undo import leaves_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ WRAPPED = ("forward", "_original_forward")
 """What accelerate puts on a model that it runs in mixed precision."""
 
 
+@leaves_model
 def finetune(
     model: PreTrainedModel,
     data: Any,
