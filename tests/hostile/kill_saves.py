@@ -10,10 +10,12 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tnlm
@@ -65,6 +67,8 @@ def killed(save, line, delay):
 
 
 def main(place, count, seed):
+    # The usual lock is shared with the children, and stays locked if one is killed with it.
+    tqdm.set_lock(threading.RLock())
     generator, folder = random.Random(seed), place / "model"
     models = {scheme: made(scheme) for scheme in ("svd", "kron")}
     known = {}
