@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,6 @@ class Folder:
     def _open(self) -> None:
         self.place.parent.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(self.place.parent)
-        weakref.finalize(self, self._claim.drop)
         self._folder = self._claim.folder
 
     def _file(self, group: str) -> Path:

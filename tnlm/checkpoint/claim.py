@@ -6,12 +6,12 @@ import logging
 import shutil
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tnlm.checkpoint.lock import Lock
-from tnlm.undo import attempt
 
 logger = logging.getLogger("tnlm")
 
@@ -40,13 +40,12 @@ class Claim:
     def __init__(self, parent: Path) -> None:
         """Make and lock a folder."""
         sweep(parent)
-        self.folder, self.lock = parent, Lock(parent)
-        attempt(lambda: self._make(parent), self.drop)
-
-    def _make(self, parent: Path) -> None:
+        self._made: list[Path] = []
+        self._locks: list[Lock] = []
+        weakref.finalize(self, _remove, self._made, self._locks)  # if nobody drops it
         while True:
-            self.folder = parent / f"{PREFIX}{uuid.uuid4().hex[:12]}"
-            self.lock = Lock(self.folder / "lock")
+            self._made.append(parent / f"{PREFIX}{uuid.uuid4().hex[:12]}")
+            self._locks.append(Lock(self.folder / "lock"))
             self.folder.mkdir()
             try:
                 if self.lock.take():
@@ -54,11 +53,26 @@ class Claim:
             except FileNotFoundError:  # another process has swept it just now
                 continue
 
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        return self._made[-1]
+
+    @property
+    def lock(self) -> Lock:
+        """What keeps others from removing it."""
+        return self._locks[-1]
+
     def drop(self) -> None:
         """Remove the folder, if it still has this name."""
-        self.lock.close()
-        if self.folder.name.startswith(PREFIX):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self._made, self._locks)
+
+
+def _remove(made: list[Path], locks: list[Lock]) -> None:
+    for lock in locks:
+        lock.close()
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(parent: Path) -> None:
