@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import tnlm
 from tnlm import cli
+from tnlm.checkpoint.claim import temporary_folder
 
 
 @pytest.fixture
@@ -314,3 +316,35 @@ def test_a_searched_model_has_a_page(source, text, tmp_path, word_text):
     page = run("report", out, "--out", tmp_path / "page.html")["page"]
     assert "<!doctype html>" in (tmp_path / "page.html").read_text()
     assert page == str(tmp_path / "page.html")
+
+
+def test_a_terminated_command_ends_as_after_ctrl_c(monkeypatch, tmp_path):
+    def command():
+        with temporary_folder() as folder:
+            (folder / "file").touch()
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(cli, "app", command)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_and_caches_that_cannot_be_are_refused_before_the_model_loads(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to("nowhere")
+    text = ["--calibration", str(file), "--cache-dir", str(file)]
+    for out, more, told in (
+        (link, [], "is a link to nowhere"),
+        (file, [], "is a file"),
+        (file / "below", [], "is a file"),
+        (tmp_path / "out", text, "is a file"),
+    ):
+        assert told in fails("compress", "no/such", out, "-s", "svd-llm", *more)

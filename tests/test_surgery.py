@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import errno
+import os
+import re
+import tempfile
+
 import pytest
 import torch
 from torch import nn
 
+from tnlm.errors import CheckpointError
+from tnlm.spill import Spill
 from tnlm.surgery import Shelf, Swap
+from tnlm.undo import Snapshot, attempt
 
 IDS = torch.arange(12)[None] + 3
 
@@ -41,7 +49,8 @@ def test_replaced_weights_wait_in_a_file(scratch):
     with Swap(model) as swap:
         swap.replace("0", nn.Identity())
         assert weight.numel() == 0
-        assert sum(path.stat().st_size for path in scratch.rglob("*.safetensors")) > 4 * 900
+        assert os.fstat(swap._spill._file.fileno()).st_size == 4 * 900
+        assert not list(scratch.iterdir())  # it has no name, and ends with the process
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -82,13 +91,14 @@ def test_the_same_place_may_be_replaced_twice():
 
 
 def test_a_file_that_cannot_be_written_leaves_the_module(monkeypatch):
-    def full(*args):
-        raise OSError("disk full")
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     model = nn.Sequential(nn.Linear(2, 2))
     module, weight = model[0], model[0].weight.clone()
-    monkeypatch.setattr("tnlm.surgery.save_file", full)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    place = re.escape(tempfile.gettempdir())
+    with pytest.raises(CheckpointError, match=rf"{place} cannot hold .*no space left.*TMPDIR"):
         fail(model, RuntimeError, "0")
     assert model[0] is module
     assert torch.equal(module.weight, weight)
@@ -109,11 +119,12 @@ def test_a_shelf_gives_back_what_was_put_there(scratch):
     module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
     module[0].weight.requires_grad_(False)
     tensors = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with Shelf() as shelf:
-        shelf.put("model.layers.0.a", module)
-        assert all(tensor.is_meta for tensor in module.state_dict().values())
-        taken = shelf.take("model.layers.0.a")
-        assert taken is module
+    shelf = Shelf()
+    shelf.put("model.layers.0.a", module)
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+    assert not list(scratch.iterdir())
+    taken = shelf.take("model.layers.0.a")
+    assert taken is module
     assert taken.state_dict().keys() == tensors.keys()
     assert all(torch.equal(taken.state_dict()[name], tensors[name]) for name in tensors)
     assert not taken.training
@@ -121,13 +132,30 @@ def test_a_shelf_gives_back_what_was_put_there(scratch):
     assert not list(scratch.iterdir())
 
 
-def test_a_shelf_is_emptied_after_a_failure(scratch):
-    def interrupted():
-        with Shelf() as shelf:
-            shelf.put("a", nn.Linear(2, 2))
-            assert len(list(scratch.rglob("*.safetensors"))) == 1
-            raise KeyboardInterrupt
+def test_parameters_that_share_memory_still_do_after_an_undo():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    with pytest.raises(RuntimeError):
+        fail(model, RuntimeError, "0")
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
 
+
+@pytest.mark.parametrize("where", ["take", "restore"])
+def test_an_undo_that_is_interrupted_is_done_again(where, monkeypatch):
+    def interrupted(self, *args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    module, weight = model[0], model[0].weight.clone()
+    swap = Swap(model)
+
+    def work():
+        swap.replace("0", nn.Identity())
+        raise RuntimeError
+
+    monkeypatch.setattr(Spill if where == "take" else Snapshot, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert not list(scratch.iterdir())
+        attempt(work, swap.undo)
+    assert model[0] is module
+    assert torch.equal(module.weight, weight)

@@ -17,8 +17,10 @@ from tnlm.planning import Plan
 from tnlm.reporting import Report
 from tnlm.request import make_request
 from tnlm.targets import Selector
+from tnlm.undo import leaves_model
 
 
+@leaves_model
 def compress(
     model: PreTrainedModel,
     scheme: str | Plan,
@@ -166,6 +168,7 @@ def compress(
         return carry_out(model, job, decided, progress)
 
 
+@leaves_model
 def plan(
     model: PreTrainedModel,
     scheme: str,
@@ -263,6 +266,7 @@ def report(model: PreTrainedModel) -> Report:
     return found
 
 
+@leaves_model
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a compressed model into an ordinary dense one, in place, and return it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -82,8 +83,11 @@ DATA = ("targets", "ignore", "calibration", "training", "cache_dir", *CUT)
 
 def _asked(values: dict[str, Any]) -> dict[str, Any]:
     """Return a command's options as arguments of `tnlm.compress`, checked before a model loads."""
+    from tnlm.calibration.cache import check_cache
     from tnlm.request import make_request
 
+    if values["cache_dir"] is not None:
+        check_cache(values["cache_dir"])
     options = {name: values[name] for name in OPTIONS}
     for name in ("ranks", "out_split", "in_split"):
         options[name] = numbers(name.replace("_", "-"), values[name])
@@ -221,8 +225,8 @@ def compress(
 ) -> None:
     """Compress a model and save it."""
     asked = _asked(locals())
+    from tnlm.checkpoint.exchange import check_writable
     from tnlm.integrations.models import load_model
-    from tnlm.saving import check_writable
 
     check_writable(out, overwrite=overwrite)
     loaded, tokenizer = load_model(model, dtype=dtype)
@@ -322,6 +326,8 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 def main() -> None:
     """Run the command line; an error of tnlm is one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # Terminated, it ends as after Ctrl-C, and leaves nothing behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     failed = ""
     try:
         app()

@@ -61,8 +61,8 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Show where a model is compressible: spectra of its weights, and of its features on data."""
+    from tnlm.checkpoint.exchange import check_writable
     from tnlm.integrations.models import load_model
-    from tnlm.saving import check_writable
 
     check_writable(out, overwrite=overwrite)
     loaded, tokenizer = load_model(model, dtype=dtype)
@@ -193,8 +193,8 @@ def surgical(
     as_json: Json = False,
 ) -> None:
     """Find the rank of every matrix by trial, and save the model."""
+    from tnlm.checkpoint.exchange import check_writable
     from tnlm.integrations.models import load_model
-    from tnlm.saving import check_writable
     from tnlm.surgical.ladder import CANDIDATES
 
     check_writable(out, overwrite=overwrite)

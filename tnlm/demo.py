@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 import tnlm
 from tnlm.allocation.pricing import model_cost
+from tnlm.checkpoint.exchange import check_writable
+from tnlm.checkpoint.files import write_file
 from tnlm.errors import CheckpointError
 from tnlm.evaluation import decode_rates, perplexity
 from tnlm.integrations.models import load_model
@@ -49,6 +51,8 @@ def run(out: Path, say: Say) -> dict[str, Any]:
         CheckpointError: if the package with the model is not installed, or ``out`` is not writable.
     """
     start = time.perf_counter()
+    for folder in (out, *(out / options["scheme"] for options in RUNS.values())):
+        check_writable(folder, overwrite=True)
     out.mkdir(parents=True, exist_ok=True)
     source = find_model()
     say(f"loading {source.name}")
@@ -86,7 +90,7 @@ def run(out: Path, say: Say) -> dict[str, Any]:
         "reload_difference": reloads,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    (out / "demo.json").write_text(json.dumps(result, indent=1))
+    write_file(out / "demo.json", json.dumps(result, indent=1))
     say(f"everything is in {out}, after {result['seconds']:.0f} s")
     return result
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from tnlm.calibration.cache import check_cache
 from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import Batch, begins, fingerprint, token_batches
 from tnlm.calibration.gradients import collect_gradients
@@ -113,6 +114,8 @@ def check_data(request: Request, data: Data) -> None:
         raise OptionError(
             f"cache_dir= keeps calibration statistics; metric={metric!r} trains, and keeps none"
         )
+    if data.cache_dir is not None:
+        check_cache(data.cache_dir)
     if not request.trains and data.training is not None:
         raise OptionError("training= has no effect without recover=; leave it out")
     check_unused(request, data)

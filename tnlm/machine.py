@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tnlm.checkpoint.files import write_file
 
 logger = logging.getLogger("tnlm")
 
@@ -198,8 +199,6 @@ def _write(path: Path, known: dict[str, Any]) -> None:
     """Write the file whole, or not at all: other processes may be reading it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as scratch:
-            scratch.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        Path(scratch.name).replace(path)
+        write_file(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
     except OSError as error:
         logger.info("the measurements of this machine cannot be kept in %s: %s", path, error)

@@ -29,6 +29,7 @@ from tnlm.request import make_request
 from tnlm.stacks import tie
 from tnlm.surgery import Shelf, Swap, install, replace_norm
 from tnlm.targets import members_of
+from tnlm.undo import attempt
 
 logger = logging.getLogger("tnlm")
 
@@ -147,36 +148,48 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     teacher = copy.deepcopy(model) if job.request.recover == "distill" else None
     read = job.weights_of(model)
-    with Shelf() as shelf:
-        fitting = Fitting(read, job, decided, shelf)
-        _fit_all(read, job, fitting, progress)
-        if job.request.refine:
-            _refine_all(read, job, fitting, progress)
-        entries = fitting.entries
-        job.forget()
-        dense = _dense_weights(read, job, fitting)
-        with Swap(model) as swap:
-            for target in job.selection.targets:
-                if target.name in entries:
-                    swap.spill(target.module)
-            unmap(model)
-            release()
-            for group in by_module(job.selection.targets):
-                if group[0].name in entries:
-                    modules, tied = install(model, swap, group, entries, shelf)
-                    config.modules.update(modules)
-                    config.tied.update(tied)
-            for name, norm in fitting.norms.items():
-                replace_norm(model, swap, name, norm)
-            tie(model, fitting.ties)
-            config.tied.update(fitting.ties)
-            attach(model, config)
-            if job.request.recover != "none":
-                _recover(model, job, teacher, dense, progress)
-    spent = time.perf_counter() - start
-    job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
-    model.tnlm_report = _report(job, with_errors(decided, fitting.errors))  # type: ignore[assignment]
-    return model
+    shelf = Shelf()
+    fitting = Fitting(read, job, decided, shelf)
+    _fit_all(read, job, fitting, progress)
+    if job.request.refine:
+        _refine_all(read, job, fitting, progress)
+    job.forget()
+    dense = _dense_weights(read, job, fitting)
+    swap = Swap(model)
+
+    def finish() -> PreTrainedModel:
+        _swap_in(model, job, fitting, swap, shelf, config)
+        if job.request.recover != "none":
+            _recover(model, job, teacher, dense, progress)
+        spent = time.perf_counter() - start
+        job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
+        report = _report(job, with_errors(decided, fitting.errors))
+        model.tnlm_report = report  # type: ignore[assignment]
+        return model
+
+    return attempt(finish, swap.undo)
+
+
+def _swap_in(
+    model: PreTrainedModel, job: Job, fitting: Fitting, swap: Swap, shelf: Shelf, config: TnlmConfig
+) -> None:
+    """Put all that was fitted into the model."""
+    entries = fitting.entries
+    for target in job.selection.targets:
+        if target.name in entries:
+            swap.spill(target.module)
+    unmap(model)
+    release()
+    for group in by_module(job.selection.targets):
+        if group[0].name in entries:
+            modules, tied = install(model, swap, group, entries, shelf)
+            config.modules.update(modules)
+            config.tied.update(tied)
+    for name, norm in fitting.norms.items():
+        replace_norm(model, swap, name, norm)
+    tie(model, fitting.ties)
+    config.tied.update(fitting.ties)
+    attach(model, config)
 
 
 def _report(job: Job, done: Plan) -> Report:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +16,6 @@ from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
 from tnlm.decompositions.gauge import expand, fix
 from tnlm.decompositions.precision import as_stored, is_half, rounded, widened
-from tnlm.integrations.configs import holders
 from tnlm.layers.arranged import filled
 from tnlm.layers.build import Entry, build, network_of
 from tnlm.layers.contraction import chain
@@ -27,13 +23,15 @@ from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
 from tnlm.layers.fused import FusedLinear
 from tnlm.network import Factors
 from tnlm.planning import LayerPlan
+from tnlm.spill import Slot, Spill
 from tnlm.targets import Target
+from tnlm.undo import Snapshot, signals_held
 
 
 class Swap:
     """Replaces modules; undoes it all if the block it guards fails, attributes and config too.
 
-    The tensors of replaced modules wait in temporary files, so that memory holds the model once.
+    The weights of replaced modules wait in a temporary file, so that memory holds the model once.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -49,96 +47,87 @@ class Swap:
     def __init__(self, model: nn.Module) -> None:
         """Guard a model."""
         self._model = model
-        self._replaced: list[tuple[str, nn.Module]] = []
-        self._spilled: dict[nn.Parameter, Path] = {}
-        self._biases: list[tuple[nn.Parameter, Tensor]] = []
-        inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-        with_config = (module for module, _ in holders(model))
-        owners = {id(o): o for o in (model, getattr(model, "config", None), *inner, *with_config)}
-        self._attributes = [(vars(o), dict(vars(o))) for o in owners.values() if o is not None]
-        self._directory = tempfile.TemporaryDirectory(prefix="tnlm-")
+        self._before = Snapshot(model)
+        self._spill = Spill()
+        self._weights: dict[nn.Parameter, Slot | Tensor] = {}
+        self._biases: dict[nn.Parameter, Tensor] = {}
+        self._uses = Counter(p.untyped_storage().data_ptr() for p in model.parameters())
 
     def spill(self, name: str) -> None:
-        """Move a module's weight to a file, ahead of its replacement."""
+        """Move a module's weight to a file, ahead of its replacement.
+
+        A weight whose memory another parameter uses too would free none, and stays.
+
+        Raises:
+            CheckpointError: if the disk is full.
+        """
         weight = self._model.get_submodule(name)._parameters.get("weight")
-        if weight is not None and weight not in self._spilled:
-            path = Path(self._directory.name) / f"{len(self._spilled)}.safetensors"
-            save_file({"weight": weight.detach().contiguous()}, path)
-            self._spilled[weight] = path
+        if weight is not None and weight not in self._weights:
+            shared = self._uses[weight.untyped_storage().data_ptr()] > 1
+            self._weights[weight] = weight.data if shared else self._spill.put(weight)
             weight.data = weight.data.new_empty(0)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module in the place of another, whose weight moves to a file."""
         self.spill(name)
-        old = self._model.get_submodule(name)
-        bias = old._parameters.get("bias")
-        if bias is not None:  # the new module may hold it, and train it
-            self._biases.append((bias, bias.detach().clone()))
-        self._replaced.append((name, old))
+        bias = self._model.get_submodule(name)._parameters.get("bias")
+        if bias is not None and bias not in self._biases:
+            # The new module may hold it, and train it.
+            self._biases[bias] = bias.detach().clone()
         self._model.set_submodule(name, module)
+
+    def undo(self) -> None:
+        """Restore every module and weight; again if it was interrupted."""
+        for weight, held in self._weights.items():
+            weight.data = held if isinstance(held, Tensor) else self._spill.take(held)
+        for bias, values in self._biases.items():
+            bias.data.copy_(values)
+        self._before.restore()
 
     def __enter__(self) -> Swap:
         """Start."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        """Restore every module and weight if there was an error; drop the files."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Restore everything if there was an error."""
         if kind is not None:
-            for weight, path in self._spilled.items():
-                # A copy: the file is about to go.
-                weight.data = load_file(path)["weight"].clone().to(weight.data.device)
-            for bias, values in self._biases:
-                bias.data.copy_(values)
-            for name, module in reversed(self._replaced):
-                self._model.set_submodule(name, module)
-            for now, before in self._attributes:
-                now.clear()
-                now.update(before)
-        self._spilled.clear()
-        self._directory.cleanup()
+            with signals_held():
+                self.undo()
 
 
 class Shelf:
-    """Keeps fitted modules in temporary files until all are ready to be put into the model.
+    """Keeps fitted modules in a temporary file until all are ready to be put into the model.
 
     Example:
-        >>> with Shelf() as shelf:
-        ...     shelf.put("a", nn.Linear(2, 3))
-        ...     shelf.take("a")
+        >>> shelf = Shelf()
+        >>> shelf.put("a", nn.Linear(2, 3))
+        >>> shelf.take("a")
         Linear(in_features=2, out_features=3, bias=True)
     """
 
     def __init__(self) -> None:
         """Start empty."""
         self._modules: dict[str, tuple[nn.Module, torch.device]] = {}
-        self._directory = tempfile.TemporaryDirectory(prefix="tnlm-")
+        self._slots: dict[str, dict[str, Slot]] = {}
+        self._spill = Spill()
 
     def put(self, name: str, module: nn.Module) -> None:
-        """Move a module's tensors to a file."""
+        """Move a module's tensors to a file.
+
+        Raises:
+            CheckpointError: if the disk is full.
+        """
         device = next(module.parameters()).device
-        tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
-        save_file(tensors, self._path(name))
+        self._slots[name] = {k: self._spill.put(v) for k, v in module.state_dict().items()}
         self._modules[name] = module.to("meta"), device
 
     def take(self, name: str) -> nn.Module:
         """Return a module with its tensors on their device again."""
         module, device = self._modules.pop(name)
         module.to_empty(device=device)
-        module.load_state_dict(load_file(self._path(name)))
+        slots = self._slots.pop(name)
+        module.load_state_dict({key: self._spill.take(slot) for key, slot in slots.items()})
         return module
-
-    def _path(self, name: str) -> Path:
-        return Path(self._directory.name) / f"{name}.safetensors"
-
-    def __enter__(self) -> Shelf:
-        """Start."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Drop the files."""
-        self._directory.cleanup()
 
 
 def entry_of(target: Target, layer: LayerPlan, *, biased: bool) -> Entry:

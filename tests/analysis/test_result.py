@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import tnlm
-from tnlm.analysis import result
 from tnlm.errors import CheckpointError, OptionError
 
 IDS = torch.arange(96) % 61 + 3
@@ -113,7 +112,7 @@ def test_a_failed_save_leaves_the_old_files(found, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(result, "move_into_place", fail)
+    monkeypatch.setattr(tnlm.Analysis, "to_csv", fail)
     with pytest.raises(CheckpointError, match=r"cannot write .*no space left; nothing was changed"):
         found.save(folder, overwrite=True)
     assert (folder / "analysis.json").read_text() == before

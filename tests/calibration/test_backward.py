@@ -214,7 +214,7 @@ def test_spilled_states_are_removed(error, make_model, walked, tmp_path, monkeyp
     model, spilled = make_model("llama"), []
 
     def see(*_):
-        spilled.append(len(list(tmp_path.glob("*/*.safetensors"))))
+        spilled.append(len(list(tmp_path.iterdir())))
         if error is not None:
             raise error
 
@@ -227,7 +227,7 @@ def test_spilled_states_are_removed(error, make_model, walked, tmp_path, monkeyp
         with pytest.raises(RuntimeError, match="broken"):
             run()
     assert walked == [2]
-    assert set(spilled) == {len(BATCHES)}
+    assert set(spilled) == {0}  # the file has no name
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from tnlm.analysis.curves import CurveRow
 from tnlm.analysis.features import FeatureRow
 from tnlm.analysis.spectra import Spectrum
 from tnlm.analysis.weights import WeightRow
-from tnlm.errors import CheckpointError, OptionError, did_you_mean
-from tnlm.saving import check_writable, move_into_place
+from tnlm.checkpoint.exchange import replace_directory
+from tnlm.errors import OptionError, did_you_mean
 
 VERSION = 1
 """Counts the layouts of the JSON."""
@@ -140,20 +139,13 @@ class Analysis:
             CheckpointError: if the directory is not empty or cannot be written.
         """
         target = Path(directory)
-        check_writable(target, overwrite=overwrite)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as place:
-                new = Path(place) / "new"
-                new.mkdir()
-                (new / JSON_FILE).write_text(self.to_json() + "\n")
-                for table in TABLES:
-                    (new / f"{table}.csv").write_text(self.to_csv(table))
-                move_into_place(new, target, Path(place) / "old")
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {target}: {error}; nothing was changed there"
-            ) from error
+
+        def write(new: Path) -> None:
+            (new / JSON_FILE).write_text(self.to_json() + "\n")
+            for table in TABLES:
+                (new / f"{table}.csv").write_text(self.to_csv(table))
+
+        replace_directory(target, write, overwrite=overwrite)
         return target
 
     def __str__(self) -> str:

@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,6 +35,7 @@ from tnlm.calibration.walk import (
     split,
     take_state,
 )
+from tnlm.spill import Spill
 
 logger = logging.getLogger("tnlm")
 
@@ -107,21 +104,20 @@ def _walk(
     inside = [[m for m in modules if m.startswith(f"{name}.")] for name, _ in blocks]
     lowest = next(number for number, found in enumerate(inside) if found)
     gradients = []
-    with tempfile.TemporaryDirectory(prefix="tnlm-") as folder:
-        files = [Path(folder) / f"{index}.safetensors" for index in range(len(tasks))]
-        for task, file in zip(tasks, files, strict=True):
-            states, gradient = _top(model, blocks, task)
-            save_file({str(n): s.cpu() for n, s in enumerate(states) if n >= lowest}, file)
-            gradients.append(gradient)
-            yield 1 / 3
-        for number in reversed(range(lowest, len(blocks))):
-            block, call = blocks[number][1], calls[number]
-            with _watched(model, inside[number], see, None):
-                for index, file in enumerate(files):
-                    state = _read(file, number).to(model.device)
-                    gradients[index] = _pull(block, call, state, gradients[index])
-                    yield 2 / 3 / (len(blocks) - lowest)
-            yield 0.0
+    spill, slots = Spill(), []
+    for task in tasks:
+        states, gradient = _top(model, blocks, task)
+        slots.append({n: spill.put(s) for n, s in enumerate(states) if n >= lowest})
+        gradients.append(gradient)
+        yield 1 / 3
+    for number in reversed(range(lowest, len(blocks))):
+        block, call = blocks[number][1], calls[number]
+        with _watched(model, inside[number], see, None):
+            for index, held in enumerate(slots):
+                state = spill.take(held[number]).to(model.device)
+                gradients[index] = _pull(block, call, state, gradients[index])
+                yield 2 / 3 / (len(blocks) - lowest)
+        yield 0.0
 
 
 def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> list[Call] | None:
@@ -211,12 +207,6 @@ def _back(output: Tensor, gradient: Tensor | None = None) -> None:
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _read(file: Path, number: int) -> Tensor:
-    with safe_open(file, framework="pt") as states:
-        state: Tensor = states.get_tensor(str(number))
-    return state
 
 
 @contextlib.contextmanager

@@ -5,28 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tnlm.calibration import cache
 from tnlm.calibration.data import Batch, fingerprint
 from tnlm.calibration.metrics import InputMoment
 from tnlm.errors import CalibrationError
+from tnlm.spill import Slot, Spill
 
 logger = logging.getLogger("tnlm")
 
 IN_MEMORY = 2**25
-"""Bytes of tensors held in memory; further ones go to files and are read when needed."""
+"""Bytes of tensors held in memory; further ones go to a file and are read when needed."""
 
-VERSION = 4
+VERSION = 5
 """Counts the layouts that cache directories have had: none is read under another's name."""
 
 _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
@@ -37,8 +34,8 @@ class Statistics:
     """Named tensors of modules, shared by modules that share what they describe.
 
     Args:
-        directory: where tensors are kept, one file for those that are shared; a temporary one is
-            made when memory is short.
+        folder: of a cache, where tensors are kept; without one they go to a temporary file when
+            memory is short.
         tokens: how many tokens were seen.
 
     Example:
@@ -48,24 +45,32 @@ class Statistics:
         torch.Size([2, 2])
     """
 
-    def __init__(self, directory: Path | None = None, tokens: int = 0) -> None:
+    def __init__(self, folder: cache.Folder | None = None, tokens: int = 0) -> None:
         """Start with no tensors."""
         self.tokens = tokens
         self.leaders: dict[str, str] = {}
         self.complete = False
-        self._directory = directory
+        self._folder = folder
         self._memory: dict[str, Mapping[str, Tensor]] = {}
+        self._spill = Spill()
+        self._slots: dict[str, dict[str, Slot]] = {}
         self._latest: tuple[str, InputMoment] | None = None
 
     def put(self, leader: str, members: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under their leader, for all modules that share them."""
+        """Keep tensors under their leader, for all modules that share them.
+
+        Raises:
+            CheckpointError: if the disk is full.
+        """
         self.leaders.update(dict.fromkeys(members, leader))
         held = sum(tensor.nbytes for kept in self._memory.values() for tensor in kept.values())
         added = sum(tensor.nbytes for tensor in tensors.values())
-        if self._directory is None and held + added <= IN_MEMORY:
+        if self._folder is not None:
+            self._folder.put(leader, tensors)
+        elif held + added <= IN_MEMORY:
             self._memory[leader] = tensors
-            return
-        save_file(dict(tensors), self._file(leader))
+        else:
+            self._slots[leader] = {name: self._spill.put(t) for name, t in tensors.items()}
 
     def tensor(self, module: str, name: str) -> Tensor:
         """Return a tensor of a module.
@@ -76,21 +81,25 @@ class Statistics:
 
         Raises:
             CalibrationError: if it was not gathered.
+            CheckpointError: if it cannot be read, or is not what was written.
         """
         leader = self.leaders.get(module)
         if leader is None:
             raise CalibrationError(f"no statistics of {module} were gathered")
+        found, names = self._find(leader, name)
+        if found is None:
+            raise CalibrationError(f"{name!r} of {module} was not gathered, only {names}")
+        return found
+
+    def _find(self, leader: str, name: str) -> tuple[Tensor | None, str]:
+        """Return a tensor, and the names of all that are there if there is no such one."""
+        if self._folder is not None:
+            found = self._folder.tensor(leader, name)
+            return found, "" if found is not None else ", ".join(self._folder.names(leader))
         if leader in self._memory:
-            names = list(self._memory[leader])
-            if name in names:
-                return self._memory[leader][name]
-        else:
-            with safe_open(self._file(leader), framework="pt") as file:
-                names = list(file.keys())
-                if name in names:
-                    found: Tensor = file.get_tensor(name)
-                    return found
-        raise CalibrationError(f"{name!r} of {module} was not gathered, only {', '.join(names)}")
+            return self._memory[leader].get(name), ", ".join(self._memory[leader])
+        slots = self._slots[leader]
+        return self._spill.take(slots[name]) if name in slots else None, ", ".join(slots)
 
     def moment(self, module: str) -> Tensor:
         """Return the second moment ``(in, in)`` of a module's input, float64."""
@@ -108,30 +117,22 @@ class Statistics:
         """Drop the latest metric from memory."""
         self._latest = None
 
-    def _file(self, leader: str) -> Path:
-        if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix="tnlm-"))
-            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
-        return self._directory / f"{leader}.safetensors"
-
     def save_index(self) -> None:
-        """Mark the statistics as complete; in a cache directory, by an index of who shares what."""
+        """Mark the statistics as complete; in a cache, for other processes too."""
         self.complete = True
-        index = {"tokens": self.tokens, "leaders": self.leaders}
-        if self._directory is not None:
-            (self._directory / "index.json").write_text(json.dumps(index, indent=1))
+        if self._folder is not None:
+            self._folder.finish({"tokens": self.tokens, "leaders": self.leaders})
 
     @classmethod
-    def read(cls, directory: Path) -> Statistics | None:
-        """Return the statistics of a complete cache directory, or None."""
-        try:
-            index = json.loads((directory / "index.json").read_text())
-            found = cls(directory, index["tokens"])
-            found.leaders = index["leaders"]
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
-            return None  # never finished, or not ours
-        found.complete = True
-        return found
+    def read(cls, place: Path) -> Statistics | None:
+        """Return the statistics of a complete entry of a cache, or None."""
+        found = cache.read(place)
+        if found is None:
+            return None
+        made = cls(found[0], found[1]["tokens"])
+        made.leaders = found[1]["leaders"]
+        made.complete = True
+        return made
 
 
 def open_store(
@@ -151,16 +152,19 @@ def open_store(
         modules: dotted names.
         batches: the data.
         kind: which statistics, with all that they depend on besides; known by its ``repr``.
+
+    Raises:
+        CheckpointError: if ``cache_dir`` cannot be a cache.
     """
     if cache_dir is None:
         return Statistics(None, tokens)
-    folder = Path(cache_dir) / content_hash(model, modules, batches, kind)
-    cached = Statistics.read(folder)
+    cache.check_cache(cache_dir)
+    place = Path(cache_dir) / content_hash(model, modules, batches, kind)
+    cached = Statistics.read(place)
     if cached is not None:
         logger.info("statistics of %d tokens read from the cache", cached.tokens)
         return cached
-    folder.mkdir(parents=True, exist_ok=True)
-    return Statistics(folder, tokens)
+    return Statistics(cache.Folder(place), tokens)
 
 
 def content_hash(

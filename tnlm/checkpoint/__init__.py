@@ -1,1 +1,1 @@
-"""Reading checkpoints: files of a stranger, checked before and after they become a model."""
+"""Compressed models on disk: how they are written, checked and read."""

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from tnlm.checkpoint.exchange import recover
 from tnlm.checkpoint.folder import INDEX, WEIGHTS, named, read_index
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.errors import CheckpointError
@@ -36,6 +37,7 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
     subfolder = kwargs.pop("subfolder", None) or ""
     place = Path(source)
+    recover(place)
     if place.is_dir():
         folder = place / subfolder
         if not folder.is_dir() or not folder.resolve().is_relative_to(place.resolve()):
@@ -43,7 +45,7 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
         return folder
     if place.exists() or looks_like_path(source):
         raise CheckpointError("there is no such directory")
-    return _fetch(source, subfolder, hub, kwargs.get("variant"), code)
+    return _fetch(str(source), subfolder, hub, kwargs.get("variant"), code)
 
 
 def _fetch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tnlm.checkpoint.claim import temporary_folder
 from tnlm.errors import EvaluationError
 from tnlm.memory import release
 
@@ -104,8 +104,8 @@ def disk_bytes(
     from tnlm.integrations.huggingface import description
     from tnlm.saving import save
 
-    with tempfile.TemporaryDirectory(prefix="tnlm-") as scratch:
-        folder = Path(scratch) / "model"
+    with temporary_folder() as scratch:
+        folder = scratch / "model"
         if description(model) is not None:
             save(model, folder, tokenizer=tokenizer)
         else:

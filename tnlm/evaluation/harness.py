@@ -7,13 +7,13 @@ import copy
 import importlib
 import io
 import random
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from tnlm.checkpoint.claim import temporary_folder
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.comparison import digest, figures
 from tnlm.evaluation.encoding import window_of
@@ -87,7 +87,7 @@ def harness(
             }
             if task.kind == "generation":
                 request["gen_kwargs"] = {"max_gen_toks": max_new_tokens}
-            with tempfile.TemporaryDirectory(prefix="tnlm-") as folder:
+            with temporary_folder() as folder:
                 request["tasks"] = [task.online]
                 if data is not None:
                     request["tasks"] = configs(

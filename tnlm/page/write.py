@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from html import escape
 from importlib import resources
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tnlm.checkpoint.describing import describe
+from tnlm.checkpoint.files import write_file
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.errors import CheckpointError
 from tnlm.page.parts import facts, picture, table
@@ -185,9 +184,6 @@ def _document(title: str, body: str) -> str:
 def _replace(target: Path, text: str) -> None:
     """Write a file whole or not at all."""
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, suffix=".html")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(target)
+        write_file(target, text)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from error

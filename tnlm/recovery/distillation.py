@@ -19,11 +19,13 @@ from tnlm.recovery.lessons import Weights, logit_loss, map_loss, preset_weights,
 from tnlm.recovery.tasks import model_kind
 from tnlm.recovery.traces import Trace, Traces, model_blocks
 from tnlm.recovery.training import finetune
+from tnlm.undo import leaves_model
 
 Pairs = Sequence[tuple[int, int]]
 """A layer of the student, and the layer of the teacher that it learns from."""
 
 
+@leaves_model
 def distill(
     student: PreTrainedModel,
     teacher: PreTrainedModel,

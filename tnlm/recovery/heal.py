@@ -26,6 +26,7 @@ from tnlm.recovery.examples import batches as in_batches
 from tnlm.recovery.lora_training import schedule_of, train
 from tnlm.recovery.merging import charge, check_merge, merge_layers
 from tnlm.recovery.tasks import examples_for, padding_for
+from tnlm.undo import attempt, leaves_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ MERGES = {
 STARTS = ("zero", "residual")
 
 
+@leaves_model
 def heal(
     model: PreTrainedModel,
     data: Any,
@@ -161,15 +163,25 @@ def heal(
     for name, lora in loras.items():
         if not bool(lora.A.isfinite().all() and lora.B.isfinite().all()):
             raise TrainingError(f"the LoRA at {name} is not finite; lower learning_rate")
-    if merge == "factors":
-        _add(model, loras)
-    elif merge == "adapter":
-        for name, adapter in attach(model, ranks, alpha / rank, seed).items():
-            adapter.fill(loras[name])
-    else:
-        merge_layers(model, loras, merge, metrics or {})
-    charge(model, names, loras if merge == "adapter" else {}, time.perf_counter() - began)
-    return model
+    changed = loras if merge == "factors" else ()
+    before = {name: matrix(model.get_submodule(name)).clone() for name in changed}
+
+    def finish() -> PreTrainedModel:
+        if merge == "factors":
+            _add(model, loras)
+        elif merge == "adapter":
+            for name, adapter in attach(model, ranks, alpha / rank, seed).items():
+                adapter.fill(loras[name])
+        else:
+            merge_layers(model, loras, merge, metrics or {})
+        charge(model, names, loras if merge == "adapter" else {}, time.perf_counter() - began)
+        return model
+
+    def undo() -> None:
+        for name, weight in before.items():
+            matrix(model.get_submodule(name)).copy_(weight)
+
+    return attempt(finish, undo)
 
 
 def _batches(

@@ -21,8 +21,10 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.lessons import logit_loss
 from tnlm.recovery.training import finetune
+from tnlm.undo import leaves_model
 
 
+@leaves_model
 def mixed_rank(
     model: PreTrainedModel,
     dense: Mapping[str, Tensor],

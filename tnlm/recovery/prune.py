@@ -42,6 +42,7 @@ from tnlm.recovery.schedule import cubic
 from tnlm.recovery.sizes import changes, settle
 from tnlm.recovery.slicing import cut_groups, smaller
 from tnlm.targets import select
+from tnlm.undo import leaves_model
 
 logger = logging.getLogger("tnlm")
 
@@ -49,6 +50,7 @@ LARGEST = 1.0
 """Norm to which the gradients of all adapters together are clipped."""
 
 
+@leaves_model
 def prune(
     model: PreTrainedModel,
     batches: Sequence[Mapping[str, Tensor]],

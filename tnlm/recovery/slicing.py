@@ -15,6 +15,7 @@ from tnlm.integrations.configs import own_config
 from tnlm.recovery.groups import Cut, Groups
 from tnlm.recovery.sizes import resized
 from tnlm.surgery import Swap
+from tnlm.undo import attempt
 
 Kept = Mapping[Groups, Tensor]
 """The indices of the groups that stay, for every block and kind."""
@@ -78,7 +79,9 @@ def cut_groups(
         TrainingError: if a weight is not finite in the model's dtype.
     """
     cuts = {cut.module: (cut, index) for block, index in kept.items() for cut in block.cuts}
-    with Swap(model) as swap:
+    swap = Swap(model)
+
+    def cut() -> None:
         for name, make in weights.items():
             old, empty = model.get_submodule(name), template.get_submodule(name)
             made = _fill(empty, old, make(), *cuts.get(name, (None, None)))
@@ -88,8 +91,10 @@ def cut_groups(
         config = own_config(model)  # others that share it keep their sizes
         for name, value in values.items():
             setattr(config, name, value)
-    for block in kept:
-        _copy_sizes(model.get_submodule(block.parent), template.get_submodule(block.parent))
+        for block in kept:
+            _copy_sizes(model.get_submodule(block.parent), template.get_submodule(block.parent))
+
+    attempt(cut, swap.undo)
 
 
 def _fill(made: Any, old: Any, weight: Tensor, cut: Cut | None, kept: Tensor | None) -> Any:

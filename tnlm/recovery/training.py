@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,12 +19,14 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from tnlm.calibration.caching import caches_kept
 from tnlm.calibration.data import fingerprint
 from tnlm.calibration.text import AUTO
+from tnlm.checkpoint.claim import temporary_folder
 from tnlm.errors import CheckpointError, OptionError, did_you_mean
 from tnlm.layers.made import made_layers
 from tnlm.modes import modes_kept
 from tnlm.recovery.examples import Examples, batches, collate
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.tasks import examples_for, padding_for
+from tnlm.undo import leaves_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ WRAPPED = ("forward", "_original_forward")
 """What accelerate puts on a model that it runs in mixed precision."""
 
 
+@leaves_model
 def finetune(
     model: PreTrainedModel,
     data: Any,
@@ -139,7 +141,7 @@ def finetune(
         stack.enter_context(_own_randomness(model.device))
         stack.enter_context(_restored(model))
         _choose(model, train)
-        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        folder = output_dir or stack.enter_context(temporary_folder())
         made = trainer(
             model=model,
             args=_training_arguments(model, folder, output_dir is not None, progress, options),

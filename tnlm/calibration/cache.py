@@ -1,0 +1,194 @@
+"""Folders of tensors that processes share: written aside, renamed when complete, and verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tnlm.checkpoint.claim import Claim
+from tnlm.checkpoint.exchange import check_place
+from tnlm.errors import CheckpointError
+
+logger = logging.getLogger("tnlm")
+
+INDEX = "index.json"
+
+
+class Folder:
+    """One entry of a cache: a file for each group of tensors, and an index with their digests.
+
+    It is filled under a name of its own, which no reader knows, and gets its place when it is
+    complete; what is at its place is never written again. A folder that a killed process left is
+    removed by the next one that fills another beside it.
+
+    Args:
+        place: where it is when it is complete.
+
+    Example:
+        >>> import tempfile, torch
+        >>> place = Path(tempfile.mkdtemp()) / "entry"
+        >>> folder = Folder(place)
+        >>> folder.put("a", {"moment": torch.ones(2)})
+        >>> folder.finish({"tokens": 3})
+        >>> found, about = read(place)
+        >>> found.tensor("a", "moment"), about
+        (tensor([1., 1.]), {'tokens': 3})
+    """
+
+    def __init__(self, place: Path) -> None:
+        """Start empty; nothing is made on the disk yet."""
+        self.place = place
+        self._folder = place
+        self._claim: Claim | None = None
+        self._digests: dict[str, str] = {}
+
+    def put(self, group: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a group of tensors.
+
+        Raises:
+            CheckpointError: if the cache is full or cannot be written.
+        """
+        try:
+            if self._claim is None:
+                self._open()
+            path = self._file(group)
+            save_file(dict(tensors), path)
+            self._digests[group] = _digest(path)
+        except (OSError, SafetensorError) as error:
+            raise self._failed(error) from error
+
+    def tensor(self, group: str, name: str) -> Tensor | None:
+        """Return a copy of a tensor, None if the group has no such one.
+
+        Raises:
+            CheckpointError: if the file is not what was written any more.
+        """
+        try:
+            path = self._file(group)
+            if _digest(path) == self._digests[group]:
+                with safe_open(path, framework="pt") as file:
+                    # A copy: a mapped file that another process cuts short ends this one.
+                    return file.get_tensor(name).clone() if name in self.names(group) else None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"the cache {self._folder} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path} has changed since it was written; remove {self._folder}, and run again"
+        )
+
+    def names(self, group: str) -> list[str]:
+        """Return the names of a group's tensors."""
+        with safe_open(self._file(group), framework="pt") as file:
+            return list(file.keys())
+
+    def finish(self, about: Mapping[str, Any]) -> None:
+        """Write the index, and put the folder in its place, unless another process was first.
+
+        Raises:
+            CheckpointError: if the cache is full or cannot be written.
+        """
+        index = {**about, "digests": self._digests}
+        try:
+            if self._claim is None:
+                self._open()
+            text = json.dumps({**index, "digest": _digest_of(index)}, indent=1)
+            (self._folder / INDEX).write_text(text, encoding="utf-8")
+            self._take_place()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _take_place(self) -> None:
+        try:
+            self._folder.rename(self.place)
+        except OSError:
+            if not self.place.exists():
+                raise
+            if _problem(self.place) is None:
+                return  # complete, by another process; this one goes on with its own
+            broken = self._folder.with_name(f"{self._folder.name}-broken")
+            self.place.rename(broken)
+            self._folder.rename(self.place)
+            shutil.rmtree(broken, ignore_errors=True)
+        self._folder = self.place
+        if self._claim is not None:
+            self._claim.lock.close()
+
+    def _open(self) -> None:
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self.place.parent)
+        self._folder = self._claim.folder
+
+    def _file(self, group: str) -> Path:
+        return self._folder / f"{group}.safetensors"
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"the cache {self.place.parent} cannot be written: {error}; make room, or give another "
+            "cache_dir= or none"
+        )
+
+
+def read(place: Path) -> tuple[Folder, dict[str, Any]] | None:
+    """Return a complete folder that is as it was written, and what its index says; or None.
+
+    A folder that is there and is not right is named in a warning.
+    """
+    problem = _problem(place)
+    if problem == "":
+        return None
+    if problem is not None:
+        logger.warning("%s is passed over, and made again: %s", place, problem)
+        return None
+    about = json.loads((place / INDEX).read_text(encoding="utf-8"))
+    found = Folder(place)
+    found._digests = about.pop("digests")
+    about.pop("digest")
+    return found, about
+
+
+def check_cache(directory: str | Path) -> None:
+    """Raise `CheckpointError` unless a directory can be a cache.
+
+    Example:
+        >>> check_cache("a-new-directory")
+    """
+    path = Path(directory)
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"cache_dir={str(directory)!r} is a link that leads nowhere")
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"cache_dir={str(directory)!r} is a file; name a directory")
+    check_place(path)
+
+
+def _problem(place: Path) -> str | None:
+    """Return what is wrong with a folder; "" if it is not there, None if nothing is."""
+    try:
+        index = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        given = index.pop("digest")
+        if given != _digest_of(index):
+            return "its index has changed since it was written"
+        for group, digest in index["digests"].items():
+            if _digest(place / f"{group}.safetensors") != digest:
+                return f"{group}.safetensors has changed since it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing" if place.exists() else ""
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"it cannot be read: {error!r}"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+
+
+def _digest_of(index: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(index, sort_keys=True).encode()).hexdigest()

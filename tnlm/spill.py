@@ -1,0 +1,90 @@
+"""Tensors that wait on the disk, in a file that has no name and so never outlives the process."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnlm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies in a `Spill`."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Spill:
+    """One temporary file for many tensors, made when the first one comes.
+
+    The system frees its space with the last reference, also if the process is killed.
+
+    Example:
+        >>> spill = Spill()
+        >>> slot = spill.put(torch.arange(3))
+        >>> spill.take(slot)
+        tensor([0, 1, 2])
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._file: Any = None
+
+    def put(self, tensor: Tensor) -> Slot:
+        """Write a copy of a tensor.
+
+        Raises:
+            CheckpointError: if the temporary directory is full or cannot be written.
+        """
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        rest = flat.numpy().data
+        try:
+            if self._file is None:  # unbuffered, so that a full disk is met here and not later
+                self._file = tempfile.TemporaryFile(prefix="tnlm-", buffering=0)  # noqa: SIM115
+                weakref.finalize(self, self._file.close)
+            offset = self._file.seek(0, 2)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise CheckpointError(
+                f"the temporary directory {_place()} cannot hold {flat.numel() / 2**20:,.1f} MiB "
+                f"more: {error}; the environment variable TMPDIR names another place"
+            ) from error
+        return Slot(offset, tensor.shape, tensor.dtype, tensor.device)
+
+    @torch.inference_mode(False)  # what is read may enter graphs later
+    def take(self, slot: Slot) -> Tensor:
+        """Return a copy of what was put there, on the device where it was.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        size = slot.shape.numel() * slot.dtype.itemsize
+        held = torch.empty(size, dtype=torch.uint8)
+        rest = held.numpy().data
+        try:
+            self._file.seek(slot.offset)
+            while rest:
+                count = self._file.readinto(rest)
+                if not count:
+                    raise OSError("the file ends too early")
+                rest = rest[count:]
+        except OSError as error:
+            raise CheckpointError(f"a file in {_place()} cannot be read: {error}") from error
+        return held.view(slot.dtype).reshape(slot.shape).to(slot.device)
+
+
+def _place() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # none of the places that Python tries
+        return "of this machine"
