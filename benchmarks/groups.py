@@ -16,8 +16,8 @@ from pathlib import Path
 from timing import table, write
 
 import tnlm
-from tnlm.analysis.truncation import WEIGHTINGS, GroupTruncation
 from tnlm.integrations.models import load_model
+from tnlm.studies.analysis.truncation import WEIGHTINGS, GroupTruncation
 
 
 def main() -> None:

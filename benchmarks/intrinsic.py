@@ -22,8 +22,8 @@ from timing import table, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tnlm
-from tnlm.analysis.subspace import KINDS
 from tnlm.calibration.rows import read_rows
+from tnlm.studies.analysis.subspace import KINDS
 
 Row = dict[str, Any]
 COURSE = ("dims", "seeds", "steps", "learning_rate", "batch_size", "max_length", "text", "label")

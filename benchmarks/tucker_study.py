@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 
 import tnlm
 from tnlm import Configuration, DesignSpace
-from tnlm.design.measuring import Measure
-from tnlm.design.schedules import PUBLISHED_PERCENT
-from tnlm.design.series import published
-from tnlm.design.sweep import Sweep
 from tnlm.errors import EvaluationError
 from tnlm.integrations.models import load_model
+from tnlm.studies.design.schedules import PUBLISHED_PERCENT
+from tnlm.studies.design.scores import Measure
+from tnlm.studies.design.series import published
+from tnlm.studies.design.sweep import Sweep
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc1", "winogrande")
 

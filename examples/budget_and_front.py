@@ -16,7 +16,7 @@ import importlib.util
 import tiny
 
 import tnlm
-from tnlm.design.front import pareto as unbeaten
+from tnlm.studies.design.front import pareto as unbeaten
 
 given = tiny.setting(__doc__, "figure")
 dense = given.model

@@ -191,7 +191,7 @@ def surgical(
     """Find the rank of every matrix by trial, and save the model."""
     from tnlm.integrations.models import load_model
     from tnlm.saving import check_writable
-    from tnlm.surgical.ladder import CANDIDATES
+    from tnlm.studies.nested_ranks import CANDIDATES
 
     check_writable(out, overwrite=overwrite)
     parts = numbers("candidates", candidates, float)

@@ -1,0 +1,1 @@
+"""The structure of a model: spectra, groups of singular values, intrinsic dimension."""
