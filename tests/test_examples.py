@@ -115,7 +115,7 @@ def analyze_model(printed: str) -> None:
 
 
 @check
-def surgical_search(printed: str) -> None:
+def rank_search(printed: str) -> None:
     assert "searched on:" in printed
     share = re.search(rf"with a budget: {NUMBER} of the parameters", printed)
     assert share is not None

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tnlm.studies.design.space import DesignSpace
     from tnlm.studies.design.sweep import sweep
     from tnlm.studies.page.write import write_page
-    from tnlm.studies.rank_search.search import surgical_search
+    from tnlm.studies.rank_search.search import rank_search
 
 __version__ = "0.1.0"
 
@@ -79,7 +79,7 @@ _HOMES = {
     "save": "tnlm.saving",
     "list_schemes": "tnlm.schemes",
     "from_config": "tnlm.scratch",
-    "surgical_search": "tnlm.studies.rank_search.search",
+    "rank_search": "tnlm.studies.rank_search.search",
 }
 
 __all__ = [
@@ -110,10 +110,10 @@ __all__ = [
     "plan",
     "predict_speed",
     "prune",
+    "rank_search",
     "report",
     "save",
     "search",
-    "surgical_search",
     "sweep",
     "to_dense",
     "truncate_groups",

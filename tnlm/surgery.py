@@ -202,11 +202,12 @@ def fit_target(
             wanted = weight.double() @ metric.mean if output is None else output
             shift = wanted - rebuilt @ metric.mean
             bias = (shift if bias is None else bias.double() + shift).to(weight.dtype)
-        module.store(_cast(stored, weight), bias)  # type: ignore[operator]
+        module.store(cast_factors(stored, weight), bias)  # type: ignore[operator]
     return entry, module, error
 
 
-def _cast(factors: Factors, like: Tensor) -> Factors:
+def cast_factors(factors: Factors, like: Tensor) -> Factors:
+    """Return factors in another tensor's dtype; the integers of a gauge stay as they are."""
     return {k: v.to(like.dtype) if v.is_floating_point() else v for k, v in factors.items()}
 
 

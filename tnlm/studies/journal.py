@@ -1,4 +1,4 @@
-"""A journal: one JSON line a finished trial, so that a run which is killed loses none."""
+"""A journal of finished trials, one JSON line each, so that a killed run loses none."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """A file of finished trials, each under a key; opened for more, or made.
+    """Opens or creates a file of finished trials, each under a key.
 
     Args:
-        path: the file; its folder is made, and one process writes at a time. None keeps trials in
-            memory alone.
-        about: what the trials are of, plain JSON values; a file about anything else is refused.
+        path: the file, to which one process writes at a time; its folder is created. None keeps
+            trials in memory only.
+        about: what the trials depend on, as plain JSON values; a file about anything else is
+            refused.
 
     Attributes:
         rows: the finished trials, by key.
 
     Raises:
-        CheckpointError: if the file cannot be written, or is about something else; before any work.
+        CheckpointError: if the file cannot be written, or is about something else.
 
     Example:
         >>> import tempfile
@@ -37,7 +38,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path | None, about: Mapping[str, Any]) -> None:
-        """Open the file and read what is there."""
+        """Open the file and read its trials."""
         self._path = None if path is None else Path(path)
         self.rows: dict[str, Row] = {}
         if self._path is None:
@@ -53,7 +54,7 @@ class Journal:
         """Write a finished trial; it is on the disk when this returns.
 
         Raises:
-            CheckpointError: if the file cannot be written any more.
+            CheckpointError: if the file can no longer be written.
         """
         self._write({"key": key, "row": row})
         self.rows[key] = row
@@ -68,7 +69,7 @@ class Journal:
         if differs:
             raise CheckpointError(
                 f"{self._path} is the journal of other trials, which differ in {differs}; "
-                "give another place, or the same settings"
+                "use another file, or the same settings"
             )
 
     def _write(self, line: Mapping[str, Any]) -> None:
@@ -84,7 +85,7 @@ class Journal:
 
 
 def check_journal(path: str | Path) -> bytes:
-    """See that a journal can be written, and return its whole lines; a torn last one is cut off.
+    """Check that a journal can be written, and return its lines without an incomplete last one.
 
     Raises:
         CheckpointError: if it cannot be.
@@ -96,7 +97,7 @@ def check_journal(path: str | Path) -> bytes:
             file.seek(0)
             content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):  # a process was killed as it wrote its last line
+            if len(whole) < len(content):  # a process was killed while writing its last line
                 file.truncate(len(whole))
     except OSError as error:
         raise CheckpointError(f"the journal {path} cannot be written: {error}") from error
@@ -104,7 +105,7 @@ def check_journal(path: str | Path) -> bytes:
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Return the names of what two headers say differently."""
+    """Return the names of the settings in which two headers differ."""
     if found["format_version"] != wanted["format_version"]:
         return "format_version"
     old, new = found["about"], wanted["about"]

@@ -1,71 +1,82 @@
-"""A model on which modules are tried, and which has all its own back in the end."""
+"""Mounts replacements of matrices on a model for a trial, and restores the model afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from tnlm.layers.arranged import filled
-from tnlm.studies.nested_ranks import Rung
 from tnlm.surgery import assemble
 from tnlm.targets import Target
+from tnlm.utils.mounting import modules_kept
 
 
-class Patient:
-    """Puts matrices of a rank into a model and takes them out; on leaving, all are out.
+@contextmanager
+def mounting(model: nn.Module, targets: Sequence[Target]) -> Iterator[Mounted]:
+    """Restore the modules of all targets after a block in which replacements are mounted.
 
     Args:
-        model: what is tried on.
-        targets: its matrices, of which some may share a module.
+        model: any model; its own modules are left untouched.
+        targets: the matrices that may be replaced. All parts of a fused module must be listed.
+
+    Yields:
+        What mounts and removes the replacements.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> with mounting(model, [Target("0", "0", "linear", (2, 2))]) as mounted:
+        ...     mounted.put({"0": nn.Linear(2, 2, bias=False)})
+        ...     model[0].bias is None
+        True
+        >>> model[0].bias is None
+        False
     """
+    with modules_kept(model, dict.fromkeys(target.module for target in targets)) as own:
+        yield Mounted(model, targets, own)
 
-    def __init__(self, model: PreTrainedModel, targets: Sequence[Target]) -> None:
-        """Remember the model's own modules."""
-        self.model = model
-        self.rungs: dict[str, Rung] = {}
-        self._groups: dict[str, list[Target]] = {}
-        for target in targets:
-            self._groups.setdefault(target.module, []).append(target)
-        self._own = {module: model.get_submodule(module) for module in self._groups}
 
-    def put(self, target: Target, rung: Rung) -> None:
-        """Put a matrix at some rank in the place of its own, or of another rank."""
-        self.rungs[target.name] = rung
-        self._place(target.module)
+class Mounted:
+    """A model with some of its matrices replaced; see :func:`mounting`."""
 
-    def drop(self, target: Target) -> None:
-        """Take a matrix out, so that the model has its own."""
-        self.rungs.pop(target.name, None)
-        self._place(target.module)
-
-    def bare(self, module: str) -> None:
-        """Give the model a module of its own back, until a matrix of it is put or dropped."""
-        self.model.set_submodule(module, self._own[module])
-
-    def _place(self, module: str) -> None:
-        self.bare(module)
-        group = self._groups[module]
-        if not any(target.name in self.rungs for target in group):
-            return
-        parts: dict[str, nn.Module] = {}
-        for target in group:
-            rung = self.rungs.get(target.name)
-            if rung is not None:
-                parts[target.name] = rung.fit[1]
-            else:
-                parts[target.name] = filled(target.weight(self.model), target.bias(self.model))
-        self.model.set_submodule(module, assemble(group, parts))
-
-    def __enter__(self) -> Patient:
-        """Start."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], own: Mapping[str, nn.Module]
     ) -> None:
-        """Give the model all its own modules back."""
-        for module in self._groups:
-            self.bare(module)
+        """Start with nothing replaced."""
+        self._model, self._own = model, own
+        self._targets = {target.name: target for target in targets}
+        self._replacements: dict[str, nn.Module] = {}
+
+    def put(self, replacements: Mapping[str, nn.Module]) -> None:
+        """Mount replacements, given by the names of their matrices."""
+        self._replacements.update(replacements)
+        for module in dict.fromkeys(self._targets[name].module for name in replacements):
+            self._assemble(module)
+
+    def drop(self, name: str) -> None:
+        """Remove the replacement of a matrix, if it has one."""
+        self._replacements.pop(name, None)
+        self._assemble(self._targets[name].module)
+
+    def bare(self, name: str) -> None:
+        """Restore the module of a matrix until one of its replacements is next put or dropped."""
+        module = self._targets[name].module
+        self._model.set_submodule(module, self._own[module])
+
+    def _assemble(self, module: str) -> None:
+        """Mount all replacements of one module; its other parts keep their values."""
+        own, model = self._own[module], self._model
+        model.set_submodule(module, own)
+        group = [target for target in self._targets.values() if target.module == module]
+        if not any(target.name in self._replacements for target in group):
+            return
+        parts = {
+            target.name: self._replacements[target.name]
+            if target.name in self._replacements
+            else filled(target.weight(model), target.bias(model))
+            for target in group
+        }
+        trainable = any(parameter.requires_grad for parameter in own.parameters())
+        new = assemble(group, parts).requires_grad_(trainable).train(own.training)
+        model.set_submodule(module, new)

@@ -1,7 +1,7 @@
-"""Pictures of a model's structure and of what compression did to it, with matplotlib.
+"""Plots of a model's structure and of its compression, with matplotlib.
 
-Every function draws into ``ax``, or into new axes, and returns them; numbers come from
-:func:`tnlm.analyze`, :func:`tnlm.truncate_groups`, a plan or a report, or from anywhere else.
+Every function draws into ``ax`` or into new axes, and returns them. Values come from
+:func:`tnlm.analyze`, :func:`tnlm.truncate_groups`, a plan, a report, or anywhere else.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tnlm.errors import OptionError
 from tnlm.names import place, shortened
 from tnlm.planning import Plan
 from tnlm.reporting import Report
-from tnlm.studies.design.front import pareto as unbeaten
+from tnlm.utils.pareto import pareto as pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#3b6fb6", "#d1742f", "#3f8f5f", "#a23b6b", "#8a7a5f", "#5aa9c4", "#c9a227", "#7b6bb0")
-"""Told apart by people who see no red or no green, on white and on black."""
+"""Distinct for readers with red-green colour blindness, on white and on black."""
 
 SEQUENTIAL = "viridis"
 
@@ -30,16 +30,17 @@ SEQUENTIAL = "viridis"
 def energy(
     spectra: Mapping[str, Sequence[float]], ax: Axes | None = None, *, share: float = 0.9
 ) -> Axes:
-    """Draw how much energy the leading directions hold, for one spectrum or several.
+    """Plot how much energy the leading directions hold, for one spectrum or several.
 
     Args:
-        spectra: by label: energies, as squared singular values of a weight or eigenvalues of a
-            covariance; in any order.
-        ax: drawn into.
-        share: a dotted line stands where a spectrum reaches it.
+        spectra: energies by label, such as squared singular values of a weight or eigenvalues of a
+            covariance, in any order.
+        ax: the axes to draw into.
+        share: a dotted line marks where a spectrum reaches this fraction of its energy.
 
     Raises:
-        OptionError: for a spectrum that is empty, negative or zero, or if matplotlib is missing.
+        OptionError: if a spectrum is empty, has a negative energy or none above zero, or if
+            matplotlib is missing.
 
     Example:
         >>> ax = energy({"identity": [1.0] * 10, "rank 1": [1.0] + [0.0] * 9})
@@ -50,7 +51,7 @@ def energy(
     for (label, values), color in zip(spectra.items(), _cycle(len(spectra)), strict=True):
         found = np.sort(np.asarray(values, dtype=np.float64))[::-1]
         if not len(found) or not np.isfinite(found).all() or found[-1] < 0 or found.sum() <= 0:
-            raise OptionError(f"spectrum {label!r}: energies are finite, >= 0, and not all zero")
+            raise OptionError(f"spectrum {label!r}: energies must be finite, >= 0, not all zero")
         kept = np.concatenate([[0.0], np.cumsum(found) / found.sum()])
         ranks = np.arange(len(kept)) / len(found)
         ax.plot(ranks, kept, color=color, label=label, linewidth=2)
@@ -64,14 +65,14 @@ def energy(
 def heatmap(
     values: Mapping[str, float], ax: Axes | None = None, *, label: str = "", annotate: bool = True
 ) -> Axes:
-    """Draw one number for each matrix: blocks from left to right, kinds of matrices below another.
+    """Plot one value per matrix as a heatmap: one column per block, one row per kind of matrix.
 
     Args:
-        values: by dotted name; the first number in a name is its block. Others have column "-".
-            Names joined by "+" share a number.
-        ax: drawn into.
-        label: what the numbers are.
-        annotate: write the numbers into the cells, where there are few.
+        values: by dotted name. The first number in a name is its block; names without one are in
+            column "-". Names joined by "+" share a value.
+        ax: the axes to draw into.
+        label: label of the colour bar.
+        annotate: write the values into the cells, unless there are many.
 
     Raises:
         OptionError: if there are no values, or if matplotlib is missing.
@@ -82,7 +83,7 @@ def heatmap(
         ['q', 'v']
     """
     if not values:
-        raise OptionError("heatmap: no values; give numbers by the names of matrices")
+        raise OptionError("heatmap: no values; give them by the names of matrices")
     ax = _axes(ax)
     values = {member: value for name, value in values.items() for member in name.split("+")}
     places = {name: place(name) for name in values}
@@ -107,7 +108,7 @@ def heatmap(
 
 
 def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
-    """Draw how many numbers every block keeps, a colour for each matrix, and how many it had.
+    """Plot the parameters that each block keeps, by kind of matrix, and those it had.
 
     Raises:
         OptionError: if matplotlib is missing.
@@ -119,7 +120,7 @@ def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
         ...                    num_hidden_layers=1, num_attention_heads=2)
         >>> decided = tnlm.plan(LlamaForCausalLM(tiny), "svd", progress=False)
         >>> allocation(decided).get_ylabel()
-        'numbers'
+        'parameters'
     """
     ax = _axes(ax)
     layers = (plan.plan if isinstance(plan, Report) else plan).layers
@@ -144,7 +145,7 @@ def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
         linewidth=0.6,
         label="dense",
     )
-    ax.set(xlabel="block", ylabel="numbers")
+    ax.set(xlabel="block", ylabel="parameters")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     return ax
 
@@ -158,18 +159,18 @@ def pareto(
     size: str = "parameters",
     quality: str = "perplexity",
 ) -> Axes:
-    """Draw quality against size for several methods, with the points that none beats marked.
+    """Plot quality against size for several methods, and mark the Pareto front.
 
     Args:
         points: ``(size, quality)`` pairs by method.
-        ax: drawn into.
+        ax: the axes to draw into.
         dense: the pair of the dense model.
-        lower_is_better: of the quality; smaller sizes always are.
-        size: what the sizes are.
-        quality: what the qualities are.
+        lower_is_better: whether a lower quality is better; smaller sizes always are.
+        size: label of the sizes.
+        quality: label of the qualities.
 
     Raises:
-        OptionError: for no points, for one that is not finite, or if matplotlib is missing.
+        OptionError: if there are no points, if one is not finite, or if matplotlib is missing.
 
     Example:
         >>> ax = pareto({"a": [(1.0, 9.0), (2.0, 5.0)], "b": [(2.0, 7.0)]}, dense=(3.0, 4.0))
@@ -178,14 +179,14 @@ def pareto(
     """
     every = [point for pairs in points.values() for point in pairs]
     if not every or not all(map(math.isfinite, (x for point in every for x in point))):
-        raise OptionError("pareto: give at least one point, all of finite size and quality")
+        raise OptionError("pareto: give at least one point, with finite sizes and qualities")
     ax = _axes(ax)
     for (label, pairs), color in zip(points.items(), _cycle(len(points)), strict=True):
         xs, ys = zip(*sorted(pairs), strict=True)
         ax.plot(xs, ys, "o-", color=color, label=label, markersize=5, linewidth=1)
-    front = {every[index] for index in unbeaten(every, [False, not lower_is_better])}
+    front = {every[index] for index in pareto_front(every, [False, not lower_is_better])}
     xs, ys = zip(*sorted(front), strict=True)
-    ax.plot(xs, ys, "o", markersize=11, fillstyle="none", color="0.5", label="not beaten")
+    ax.plot(xs, ys, "o", markersize=11, fillstyle="none", color="0.5", label="Pareto front")
     if dense is not None:
         ax.plot(*dense, "*", markersize=13, color="0.5", label="dense")
         ax.axhline(dense[1], color="0.5", linestyle=":", linewidth=1)
@@ -196,48 +197,48 @@ def pareto(
 
 def groups(
     reconstruction: Sequence[float],
-    metric: Sequence[float],
+    scores: Sequence[float],
     ax: Axes | None = None,
     *,
-    label: str = "metric",
+    label: str = "score",
 ) -> Axes:
-    """Draw what dropping each group of singular values costs, in energy and in the metric.
+    """Plot the effect of dropping each group of singular values on the weights and on a score.
 
     Args:
-        reconstruction: loss of energy by group, the largest singular values first.
-        metric: the metric without the group.
-        ax: drawn into; the metric has a scale of its own on the right.
-        label: what the metric is.
+        reconstruction: reconstruction error per group, the largest singular values first.
+        scores: score of the model without each group.
+        ax: the axes to draw into; scores have their own scale on the right.
+        label: label of the scores.
 
     Raises:
-        OptionError: if there is not one metric for every loss, or if matplotlib is missing.
+        OptionError: if there is not one score per error, or if matplotlib is missing.
 
     Example:
         >>> groups([3.0, 2.0, 1.0], [9.0, 9.5, 8.0]).get_xlabel()
         'group of singular values that is dropped, the largest first'
     """
-    if len(reconstruction) != len(metric) or not len(metric):
-        raise OptionError(f"groups: {len(reconstruction)} losses, but {len(metric)} metrics")
+    if len(reconstruction) != len(scores) or not len(scores):
+        raise OptionError(f"groups: {len(reconstruction)} errors, but {len(scores)} scores")
     ax = _axes(ax)
-    numbers = np.arange(1, len(metric) + 1)
-    ax.bar(numbers, reconstruction, color=COLORS[0], alpha=0.7)
-    ax.set_ylabel("loss of the weights", color=COLORS[0])
+    indices = np.arange(1, len(scores) + 1)
+    ax.bar(indices, reconstruction, color=COLORS[0], alpha=0.7)
+    ax.set_ylabel("error of the weights", color=COLORS[0])
     ax.set_xlabel("group of singular values that is dropped, the largest first")
-    ax.set_xticks(numbers)
+    ax.set_xticks(indices)
     right = ax.twinx()
-    right.plot(numbers, metric, "o-", color=COLORS[1])
+    right.plot(indices, scores, "o-", color=COLORS[1])
     right.set_ylabel(label, color=COLORS[1])
     right.spines[["top"]].set_visible(False)
     return ax
 
 
 def shapes(errors: Mapping[tuple[int, int], float], ax: Axes | None = None) -> Axes:
-    """Draw the error of a Kronecker sum for every shape of its inner factor.
+    """Plot the error of a Kronecker sum for every shape of its inner factor.
 
     Args:
-        errors: relative error by ``(rows, columns)``, as from
+        errors: relative errors by ``(rows, columns)``, as returned by
             :func:`tnlm.studies.analysis.shapes.kronecker_errors`.
-        ax: drawn into.
+        ax: the axes to draw into.
 
     Raises:
         OptionError: if there are no errors, or if matplotlib is missing.
@@ -264,14 +265,14 @@ def shapes(errors: Mapping[tuple[int, int], float], ax: Axes | None = None) -> A
 
 
 def _axes(ax: Axes | None) -> Axes:
-    """Return axes, new ones if none are given, without a frame."""
+    """Return the axes, or new ones, without a frame."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise OptionError(
-            "pictures need matplotlib, which is not installed: pip install 'tnlm[plot]'"
+            "plots need matplotlib, which is not installed: pip install 'tnlm[plot]'"
         ) from error
-    # A Figure of its own, not pyplot's: no backend is chosen, and none is kept alive.
+    # Not pyplot's figure, which would choose a backend and stay in memory.
     made = Figure(figsize=(6.4, 4.0), layout="constrained").subplots() if ax is None else ax
     made.spines[["top", "right"]].set_visible(False)
     return made

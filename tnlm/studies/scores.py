@@ -1,10 +1,9 @@
-"""How well a model does on data, and which score counts as well enough."""
+"""Scores of a model: its loss or accuracy on data, or whatever a callable returns."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,121 +14,64 @@ from tnlm.errors import EvaluationError, OptionError, did_you_mean
 from tnlm.evaluation.mode import evaluating
 from tnlm.evaluation.number import finite
 
-METRICS = ("accuracy", "loss")
+SCORES = ("accuracy", "loss")
 
-Metric = str | Callable[[Any], float]
-"""``"loss"``, ``"accuracy"``, or what returns the score of a model, higher for a better one."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """The score from which a training counts as good as a full one.
-
-    Attributes:
-        target: the score.
-        falls: whether lower scores are better.
-    """
-
-    target: float
-    falls: bool
-
-    def met(self, score: float) -> bool:
-        """Tell whether a score is good enough."""
-        return score <= self.target if self.falls else score >= self.target
+Score = str | Callable[[Any], float]
+"""``"loss"``, ``"accuracy"``, or a callable that takes a model; its score is higher if better."""
 
 
-def measure(model: Any, metric: Metric, batches: Sequence[Batch]) -> float:
-    """Return a model's score: mean loss of a prediction, share of classes right, or a callable's.
+def measure(model: Any, score: Score, batches: Sequence[Batch]) -> float:
+    """Return a model's mean loss per prediction, its accuracy, or the score of a callable.
 
     Raises:
-        EvaluationError: if the score is no finite number.
+        EvaluationError: if the score is not a finite number.
 
     Example:
         >>> measure(None, lambda model: 0.5, [])
         0.5
     """
     with evaluating(*([model] if isinstance(model, nn.Module) else [])):
-        if callable(metric):
-            score = metric(model)
-        elif metric == "accuracy":
-            score = _accuracy(model, batches)
+        if callable(score):
+            value = score(model)
+        elif score == "accuracy":
+            value = _accuracy(model, batches)
         else:
-            score = _loss(model, batches)
-    name = name_of(metric)
-    if isinstance(score, bool):
-        raise EvaluationError(f"{name} of {type(model).__name__} is {score}; it must be a number")
-    return finite(score, f"{name} of {type(model).__name__}")
+            value = _loss(model, batches)
+    what = f"{name_of(score)} of {type(model).__name__}"
+    if isinstance(value, bool):
+        raise EvaluationError(f"{what} is {value}; it must be a number")
+    return finite(value, what)
 
 
-def name_of(metric: Metric) -> str:
-    """Return what a metric is called.
+def name_of(score: Score) -> str:
+    """Return the name of a score.
 
     Example:
         >>> name_of("loss"), name_of(len)
         ('loss', 'len')
     """
-    return metric if isinstance(metric, str) else getattr(metric, "__name__", "callable")
+    return score if isinstance(score, str) else getattr(score, "__name__", "callable")
 
 
-def check_metric(metric: Metric, kind: str) -> None:
-    """Refuse a metric that is unknown, or that a kind of model does not have.
+def check_score(score: Score, kind: str) -> None:
+    """Raise `OptionError` if a score is unknown, or if a kind of model does not have it.
 
     Args:
-        metric: as asked for.
-        kind: as `tnlm.recovery.tasks.model_kind` says.
+        score: as given by the user.
+        kind: as returned by `tnlm.recovery.tasks.model_kind`.
 
     Example:
-        >>> check_metric("loss", "causal")
+        >>> check_score("loss", "causal")
     """
-    if callable(metric):
+    if callable(score):
         return
-    if metric not in METRICS:
-        raise OptionError(f"metric={metric!r}{did_you_mean(str(metric), METRICS)}, or a callable")
-    if metric == "accuracy" and kind != "classes":
+    if score not in SCORES:
+        raise OptionError(f"score={score!r}{did_you_mean(str(score), SCORES)}, or a callable")
+    if score == "accuracy" and kind != "classes":
         raise OptionError(
-            f"metric='accuracy' counts classes, but the model is a {kind} language model; use "
+            f"score='accuracy' needs a classifier, but the model is a {kind} language model; use "
             "'loss', or a callable that takes the model"
         )
-
-
-def goal_of(metric: Metric, start: float, full: float, threshold: float) -> Goal:
-    """Return the score to be met.
-
-    An accuracy, or a callable's score, is to reach ``threshold`` times that of the full training,
-    as published. A loss has no natural zero: it is to fall by ``threshold`` times as much as in
-    the full training.
-
-    Args:
-        metric: what the scores are.
-        start: score before any training.
-        full: score after training all parameters.
-        threshold: e.g. 0.9.
-
-    Raises:
-        EvaluationError: if the full training is no better than none, or nothing needs training.
-
-    Example:
-        >>> goal_of("loss", 4.0, 2.0, 0.75), goal_of("accuracy", 0.5, 0.9, 0.9).target
-        (Goal(target=2.5, falls=True), 0.81)
-    """
-    falls = metric == "loss"
-    if full == start or (full > start) is falls:
-        raise EvaluationError(
-            f"training all parameters takes the score from {start:.6g} to {full:.6g}, no better: "
-            "it says nothing about a subspace; use more steps, another learning_rate, or another "
-            "metric"
-        )
-    if not falls and full <= 0:
-        raise EvaluationError(
-            f"the full training scores {full:.6g}; a share of that has no meaning: need above 0"
-        )
-    goal = Goal(start + threshold * (full - start) if falls else threshold * full, falls)
-    if goal.met(start):
-        raise EvaluationError(
-            f"the score is {start:.6g} without any training, and {goal.target:.6g} is enough "
-            f"({threshold:g} of the full training's {full:.6g}); use a higher threshold="
-        )
-    return goal
 
 
 def _loss(model: Any, batches: Sequence[Batch]) -> float:

@@ -1,1 +1,1 @@
-"""What every part of the library may use, and what knows none of them."""
+"""Helpers that any part of the library may use; they import none of it but the errors."""

@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification
 import tnlm
 from tnlm.errors import CheckpointError, EvaluationError, OptionError, TrainingError
 from tnlm.studies.analysis.intrinsic import intrinsic_dimension
-from tnlm.studies.analysis.subspace_search import Run, Trials
+from tnlm.studies.analysis.subspace_search import SubspaceRun, SubspaceSearch
 from tnlm.studies.scores import Goal, goal_of, measure
 
 IDS = torch.arange(128) % 4 + 3
@@ -73,7 +73,7 @@ def test_a_language_model_is_searched(kind, gpt2):
 
 def test_a_classifier_is_searched_by_accuracy(classifier):
     before = state(classifier)
-    found = find(classifier, ROWS, metric="accuracy", dims=[16, 256], learning_rate=[1e-3, 5e-3])
+    found = find(classifier, ROWS, score="accuracy", dims=[16, 256], learning_rate=[1e-3, 5e-3])
     assert found.full == 1.0
     assert found.target == pytest.approx(0.9)
     assert set(found.by_seed) <= {16, 256}
@@ -90,10 +90,10 @@ def test_a_callable_scores_the_trained_model_on_what_is_held_out(classifier):
         logits = model(input_ids=torch.tensor([[3] * 6, [4] * 6])).logits.softmax(-1)
         return float(logits.diagonal().mean())
 
-    found = find(classifier, ROWS, metric=confidence, dims=[300], learning_rate=5e-3, steps=30)
+    found = find(classifier, ROWS, score=confidence, dims=[300], learning_rate=5e-3, steps=30)
     assert all(model is classifier for model in seen)
     assert len(seen) == 1 + 3 + 3
-    assert found.metric == "confidence"
+    assert found.score == "confidence"
 
 
 def test_scores_are_measured_on_what_is_held_out(gpt2):
@@ -130,8 +130,8 @@ def test_said_leaves_room_for_its_scales(gpt2):
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"kind": "dod"}, "kind='dod'; did you mean 'did'"),
         ({"projection": "sparse"}, "projection='sparse'"),
-        ({"metric": "los"}, "metric='los'; did you mean 'loss'.*or a callable"),
-        ({"metric": "accuracy"}, "metric='accuracy' counts classes, but the model is a causal"),
+        ({"score": "los"}, "score='los'; did you mean 'loss'.*or a callable"),
+        ({"score": "accuracy"}, "score='accuracy' counts classes, but the model is a causal"),
         ({"steps": 0}, "steps=0"),
         ({"learning_rate": []}, r"learning_rate=\[\]"),
         ({"learning_rate": [1e-3, 0.0]}, "learning_rate=0.0"),
@@ -152,7 +152,7 @@ def test_no_data_is_refused(data, gpt2):
 def test_a_constant_metric_is_refused(gpt2):
     before = state(gpt2)
     with pytest.raises(EvaluationError, match=r"from 0.5 to 0.5, no better"):
-        find(gpt2, metric=lambda model: 0.5)
+        find(gpt2, score=lambda model: 0.5)
     assert same(gpt2, before)
 
 
@@ -162,7 +162,7 @@ def test_a_score_that_is_no_number_is_refused(score, gpt2):
     with pytest.raises(
         EvaluationError, match=r"of GPT2LMHeadModel is .*(not a finite|must be a) number"
     ):
-        find(gpt2, metric=lambda model: score)
+        find(gpt2, score=lambda model: score)
     assert same(gpt2, before)
 
 
@@ -176,7 +176,7 @@ def test_the_model_is_as_it_was_when_a_metric_fails(gpt2):
         return 0.1 * len(calls)
 
     with pytest.raises(KeyboardInterrupt):
-        find(gpt2, metric=fails)
+        find(gpt2, score=fails)
     assert same(gpt2, before)
     assert not gpt2.training
 
@@ -205,11 +205,11 @@ def test_a_seed_for_which_no_size_is_enough_counts_as_one_that_needs_more(
         if d is None:
             return 1.0
         good = enough[seed] is not None and d >= enough[seed]
-        trials.runs.append(Run(d, seed, 1.0 if good else 0.0))
+        trials.runs.append(SubspaceRun(d, seed, 1.0 if good else 0.0))
         return trials.runs[-1].score
 
-    monkeypatch.setattr(Trials, "score", score)
-    found = find(gpt2, dims=[1, 2, 4], metric=lambda model: 0.1)
+    monkeypatch.setattr(SubspaceSearch, "score", score)
+    found = find(gpt2, dims=[1, 2, 4], score=lambda model: 0.1)
     assert found.dimension == dimension
     assert found.by_seed == tuple(enough.values())
     assert found.interval == (2, None)
@@ -226,23 +226,23 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(gpt2, tmp_path):
         return 10.0 - loss_of(model, IDS)
 
     with pytest.raises(KeyboardInterrupt):
-        find(gpt2, metric=score, **asked)
-    first = find(gpt2, metric=score, **asked)
+        find(gpt2, score=score, **asked)
+    first = find(gpt2, score=score, **asked)
     assert len(calls) == 7 + 1 + 4  # the score before training, and what was not there
-    assert first == find(gpt2, metric=score, **(asked | {"output_dir": None}))
+    assert first == find(gpt2, score=score, **(asked | {"output_dir": None}))
     calls.clear()
-    more = find(gpt2, metric=score, **(asked | {"dims": [8, 20, 700]}))
+    more = find(gpt2, score=score, **(asked | {"dims": [8, 20, 700]}))
     assert len(calls) == 1 + 3  # only the new size is trained
     assert len(more.runs) == 9
     with pytest.raises(CheckpointError, match="other trials, which differ in steps"):
-        find(gpt2, metric=score, steps=11, **asked)
+        find(gpt2, score=score, steps=11, **asked)
 
 
 def test_scores_of_another_callable_of_the_same_name_are_refused(gpt2, tmp_path):
     asked = {"dims": [8, 700], "threshold": 0.95, "output_dir": tmp_path}
-    find(gpt2, metric=lambda model: 10.0 - loss_of(model, IDS), **asked)
+    find(gpt2, score=lambda model: 10.0 - loss_of(model, IDS), **asked)
     with pytest.raises(CheckpointError, match="other trials, which differ in before"):
-        find(gpt2, metric=lambda model: 2.0 - loss_of(model, IDS), **asked)
+        find(gpt2, score=lambda model: 2.0 - loss_of(model, IDS), **asked)
 
 
 def test_accuracy_of_logits_that_are_not_finite_is_refused(classifier):

@@ -17,7 +17,7 @@ from tnlm.errors import (
     TnlmError,
 )
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.studies.rank_search.search import surgical_search
+from tnlm.studies.rank_search.search import rank_search
 
 SEARCH, REPORT = list(range(20)), list(range(20, 50))
 IDS = torch.randint(3, 60, (640,), generator=torch.Generator().manual_seed(0))
@@ -35,9 +35,9 @@ def small(tiny_llama, tiny_gpt2):
     return lambda kind="llama": makers[kind]()
 
 
-def find(model, metric, **given):
+def find(model, score, **given):
     given = {"search": SEARCH, "report": REPORT, "scheme": "svd", "progress": False} | given
-    return surgical_search(model, metric, **given)
+    return rank_search(model, score, **given)
 
 
 def state(model):
@@ -50,7 +50,7 @@ def same(model, before):
 
 
 def agreement(dense):
-    """Make a metric: whether a model predicts what the dense one does after each token."""
+    """Make a score: whether a model predicts what the dense one does after each token."""
     with torch.no_grad():
         wanted = dense(input_ids=torch.arange(64)[:, None]).logits[:, -1].argmax(-1)
 
@@ -93,7 +93,7 @@ def test_a_searched_model_saves_and_loads(kind, scheme, small, tmp_path):
     assert found.plan.model_after.params == sum(p.numel() for p in model.parameters())
     assert tnlm.report(model).parameters_after == found.plan.model_after.params
     assert not model.training
-    assert json.loads(found.to_json())["metric"] == "perplexity"
+    assert json.loads(found.to_json())["score"] == "perplexity"
     assert f"trials:  {len(found.trials)}" in str(found)
 
 
@@ -155,7 +155,7 @@ def test_a_violation_is_never_accepted(seed, delta, small):
         return
     assert arbitrary(model, SEARCH) >= dense - delta
     assert found.search == (dense, arbitrary(model, SEARCH))
-    assert all(-trial.damage >= dense - delta for trial in found.trials if trial.accepted)
+    assert all(-trial.loss >= dense - delta for trial in found.trials if trial.accepted)
 
 
 @given(seed=st.integers(0, 10_000), delta=st.sampled_from([0.1, 0.4]))
@@ -186,7 +186,7 @@ def test_with_chunks_a_rank_is_good_enough_on_each_and_on_the_whole(seed, delta,
             assert name not in chosen
             continue
         assert [trial.rank for trial in whole] == [max(firsts)]
-        assert whole[0].accepted == (-whole[0].damage >= 0.5 - delta) == (name in chosen)
+        assert whole[0].accepted == (-whole[0].loss >= 0.5 - delta) == (name in chosen)
 
 
 def hash_of(ranks, seed):
@@ -200,7 +200,7 @@ def test_the_limit_of_the_perplexity_grows_with_every_matrix(small):
     limits = dict.fromkeys(t.layer for t in found.trials)
     for trial in found.trials:
         limits[trial.layer] = trial.limit
-        assert trial.accepted == (trial.damage <= trial.limit)
+        assert trial.accepted == (trial.loss <= trial.limit)
     start = torch.tensor(found.search[0]).double().log()
     expected = [float(start) + k * 0.00995033 for k in range(1, len(limits) + 1)]
     assert list(limits.values()) == pytest.approx(expected)
@@ -208,9 +208,9 @@ def test_the_limit_of_the_perplexity_grows_with_every_matrix(small):
 
 def test_items_that_flip_are_counted(small):
     model = small()
-    metric = agreement(model)
-    found = find(model, metric, delta=0.5)
-    now = [bool(score) for score in metric(model, REPORT)]
+    score = agreement(model)
+    found = find(model, score, delta=0.5)
+    now = [bool(score) for score in score(model, REPORT)]
     assert found.flips.learned == found.flips.wrong == ()
     assert found.flips.right == tuple(i for i, good in enumerate(now) if good)
     assert found.flips.unlearned == tuple(i for i, good in enumerate(now) if not good)
@@ -235,9 +235,9 @@ def test_a_budget_is_met(keep, small):
 def test_a_budget_out_of_reach_is_refused_before_any_trial(small):
     model = small()
     before, calls = state(model), []
-    metric = lambda model, items: calls.append(0) or 1.0  # noqa: E731
+    score = lambda model, items: calls.append(0) or 1.0  # noqa: E731
     with pytest.raises(BudgetError, match=r"the smallest candidates of all matrices save"):
-        find(model, metric, keep=0.05)
+        find(model, score, keep=0.05)
     assert len(calls) == 2  # the dense model on both splits
     assert same(model, before)
 
@@ -266,28 +266,28 @@ def test_a_killed_search_goes_on_without_a_lost_trial(keep, small, tmp_path):
     def counted(model, stop):
         plain, calls = agreement(model), []
 
-        def metric(model, items):
+        def score(model, items):
             if len(calls) == stop:
                 raise Killed
             calls.append(0)
             return plain(model, items)
 
-        return metric, calls
+        return score, calls
 
     options = {"keep": keep, "candidates": [0.2, 0.7]} | ({} if keep else {"delta": 0.2})
     whole = small("two")
-    metric, calls = counted(whole, None)
-    expected = find(whole, metric, **options)
+    score, calls = counted(whole, None)
+    expected = find(whole, score, **options)
     killed = small("two")
     before = state(killed)
-    metric, first = counted(killed, 2 + 5)
+    score, first = counted(killed, 2 + 5)
     with pytest.raises(Killed):
-        find(killed, metric, output_dir=tmp_path / "run", **options)
+        find(killed, score, output_dir=tmp_path / "run", **options)
     assert same(killed, before)
     with (tmp_path / "run" / "search.jsonl").open("a") as file:
         file.write('{"key": "cut o')  # as if the process had died while writing
-    metric, second = counted(killed, None)
-    found = find(killed, metric, output_dir=tmp_path / "run", **options)
+    score, second = counted(killed, None)
+    found = find(killed, score, output_dir=tmp_path / "run", **options)
     assert found == expected
     assert same(killed, state(whole))
     assert len(first) + len(second) == len(calls) + 2  # the dense model twice more, no trial
@@ -322,9 +322,9 @@ def test_a_file_that_is_no_journal_is_refused(text, small, tmp_path):
 def test_a_directory_that_cannot_be_written_is_refused_before_any_work(small, tmp_path):
     (tmp_path / "file").write_text("")
     calls = []
-    metric = lambda model, items: calls.append(0) or 1.0  # noqa: E731
+    score = lambda model, items: calls.append(0) or 1.0  # noqa: E731
     with pytest.raises(CheckpointError, match=r"search.jsonl cannot be written"):
-        find(small(), metric, output_dir=tmp_path / "file" / "run")
+        find(small(), score, output_dir=tmp_path / "file" / "run")
     assert not calls
 
 
@@ -350,18 +350,18 @@ def test_a_failure_at_any_time_leaves_the_model_as_it_was(at, small):
 def test_nothing_good_enough_is_an_error_and_leaves_the_model(small):
     model = small()
     before = state(model)
-    metric = lambda model, items: 0.0 if ranks_in(model) else 1.0  # noqa: E731
+    score = lambda model, items: 0.0 if ranks_in(model) else 1.0  # noqa: E731
     with pytest.raises(BudgetError, match=r"no rank of any of 7 matrices is good enough.*delta="):
-        find(model, metric)
+        find(model, score)
     assert same(model, before)
 
 
 def test_a_metric_that_changes_its_mind_is_an_error(small):
     model, calls = small(), []
     before = state(model)
-    metric = lambda model, items: calls.append(0) or (0.0 if len(calls) > 9 else 1.0)  # noqa: E731
+    score = lambda model, items: calls.append(0) or (0.0 if len(calls) > 9 else 1.0)  # noqa: E731
     with pytest.raises(EvaluationError, match="does not give the same for the same model"):
-        find(model, metric)
+        find(model, score)
     assert same(model, before)
 
 
@@ -373,7 +373,7 @@ def test_a_metric_that_changes_its_mind_is_an_error(small):
         ({"report": []}, EvaluationError, "report= holds no items"),
         ({"report": "text"}, EvaluationError, "report= is a str; give a list of items"),
         ({"report": [object()]}, EvaluationError, "an item is a object whose contents cannot"),
-        ({"growth": 1.1}, OptionError, "growth= has no effect on metric="),
+        ({"growth": 1.1}, OptionError, "growth= has no effect on score="),
         ({"delta": -0.1}, OptionError, "delta=-0.1; allowed: a finite number of at least 0"),
         ({"delta": 0.1, "keep": 0.9}, OptionError, "delta= has no effect with keep="),
         ({"chunks": 0}, OptionError, "chunks=0; allowed: whole numbers from 1 on"),
@@ -403,7 +403,7 @@ def test_impossible_choices_are_refused(given, error, message, small):
     ("given", "error", "message"),
     [
         ({"growth": 0.9}, OptionError, "growth=0.9; allowed: a finite factor of at least 1"),
-        ({"delta": 0.1}, OptionError, "delta= has no effect on metric='perplexity'"),
+        ({"delta": 0.1}, OptionError, "delta= has no effect on score='perplexity'"),
         ({"report": IDS[32:96]}, EvaluationError, "item 0 of report= is item 1 of search="),
         ({"search": IDS[:0]}, TnlmError, "holds no tokens"),
     ],
@@ -416,7 +416,7 @@ def test_impossible_perplexities_are_refused(given, error, message, small):
 def test_an_unknown_metric_is_refused(small, make_model):
     with pytest.raises(OptionError, match=r"'perplexty'; did you mean 'perplexity'.*callable"):
         find(small(), "perplexty")
-    with pytest.raises(OptionError, match="metric='perplexity' of a BertForMaskedLM"):
+    with pytest.raises(OptionError, match="score='perplexity' of a BertForMaskedLM"):
         find(make_model("masked-bert"), "perplexity", **WINDOWS)
 
 
@@ -441,4 +441,4 @@ def test_scores_may_be_right_or_wrong(small):
 
 
 def test_it_is_public():
-    assert tnlm.surgical_search is surgical_search
+    assert tnlm.rank_search is rank_search

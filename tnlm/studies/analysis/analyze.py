@@ -25,10 +25,10 @@ from tnlm.studies.analysis.result import Analysis
 from tnlm.studies.analysis.weights import WeightRow, weight_row
 from tnlm.targets import ALL_LINEAR, Selector, Target, select
 
-EMBEDDING = "features: an embedding has no input to measure"
-UNSEEN = "features: it saw no input"
+EMBEDDING = "features: an embedding has no inputs to measure"
+UNSEEN = "features: the calibration data gave it no inputs"
 MEASURED = ("moment", "mean", "count")
-"""What is measured of the inputs of a matrix."""
+"""Statistics of the inputs of a matrix."""
 
 
 def analyze(
@@ -44,23 +44,23 @@ def analyze(
     seed: int = 0,
     progress: bool = True,
 ) -> Analysis:
-    """Describe the weights of a model's matrices, their outputs on data, and what formats cost.
+    """Describe the weights of a model's matrices, their outputs on data, and errors of formats.
 
-    Only singular values and eigenvalues are computed, of one matrix at a time. The model is left as
-    it was.
+    Only singular values and eigenvalues are computed, for one matrix at a time. The model is left
+    unchanged.
 
     Args:
         model: any Hugging Face model, not compressed or quantized.
-        calibration: texts, a file, token ids or a dataset, to look at outputs on; see
+        calibration: texts, a file, token ids or a dataset, on which outputs are measured; see
             :func:`tnlm.calibration.data.token_batches`.
         tokenizer: turns texts into ids.
-        targets: the matrices chosen, all linear ones if not given; see
+        targets: the matrices to analyze, all linear ones if not given; see
             :func:`tnlm.targets.select`.
-        ignore: matrices left alone, in the same words.
-        formats: names of formats whose error is found at many sizes: in the Frobenius norm, and
-            with calibration data in the norm of outputs, too.
-        num_samples: windows of calibration data used.
-        max_length: tokens in a window.
+        ignore: matrices left alone, in the same form.
+        formats: names of formats to compute errors for at many sizes: in the Frobenius norm, and
+            with calibration data also in the norm of outputs.
+        num_samples: how many windows of calibration data to use.
+        max_length: tokens per window.
         seed: draws the windows.
         progress: show progress bars.
 
@@ -68,12 +68,12 @@ def analyze(
         The rows, which print as a table and save as JSON and CSV.
 
     Raises:
-        ModelError: if a weight holds NaN or infinity; names the matrix.
-        OptionError: for an unknown format, or one that can replace none of the matrices.
-        CalibrationError: for calibration data that cannot be used.
+        ModelError: if a weight has NaN or infinite entries; names the matrix.
+        OptionError: if a format is unknown or can replace none of the matrices.
+        CalibrationError: if calibration data cannot be used.
 
-    Source: the share of directions that hold 90 % of the energy, of weights and of features: Yu and
-        Wu, AAAI 2023; the random matrix beside it: Marchenko and Pastur, 1967.
+    Source: Yu and Wu, AAAI 2023, for the fraction of directions that hold 90 % of the energy of
+        weights and features; Marchenko and Pastur, 1967, for random matrices.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,7 +118,7 @@ def analyze(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows found so far."""
+    """The rows computed so far."""
 
     weights: list[WeightRow]
     features: list[FeatureRow]
@@ -131,7 +131,7 @@ class _Rows:
         inputs: Statistics | None,
         structures: Sequence[Format[Any]],
     ) -> None:
-        """Analyze one matrix; ``inputs`` are None if its outputs are not looked at."""
+        """Analyze one matrix; ``inputs`` is None if its outputs are not analyzed."""
         row = weight_row(target.name, weight)
         self.weights.append(row)
         metrics = {"identity": Metric()}
@@ -156,7 +156,7 @@ def _check_kinds(structures: Sequence[Format[Any]], targets: Sequence[Target]) -
     for structure in structures:
         if not kinds & structure.kinds:
             raise OptionError(
-                f"formats= has {structure.name!r}, which replaces "
-                f"{' and '.join(sorted(structure.kinds))} only; the targets are "
+                f"formats= has {structure.name!r}, which only replaces "
+                f"{' and '.join(sorted(structure.kinds))}; the targets are "
                 f"{' and '.join(sorted(kinds))}"
             )

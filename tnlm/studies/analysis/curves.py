@@ -1,4 +1,4 @@
-"""Error against size of one matrix, for every format asked for."""
+"""Error against size of one matrix, in several formats."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tnlm.targets import Target
 
 @dataclass(frozen=True)
 class CurveRow:
-    """What one format makes of a matrix at one size.
+    """One matrix in one format at one size.
 
     Attributes:
-        name: of the target.
+        name: name of the target.
         format: name of the format.
-        spec: its sizes.
-        metric: how the error is measured: ``"identity"``, or ``"input"`` on data.
-        params: numbers stored.
-        keep: ``params`` over those of the matrix.
+        spec: sizes of the format.
+        metric: norm of the error: ``"identity"``, or ``"input"`` on data.
+        params: parameters stored.
+        keep: ``params`` over the parameters of the matrix.
         macs: multiply-adds per token.
-        error: relative, in the metric.
-        damage: share of the numbers removed, times the stable rank of the weight.
+        error: relative error in the metric.
+        damage: fraction of the parameters removed, times the stable rank of the weight.
     """
 
     name: str
@@ -52,21 +52,21 @@ def curve_rows(
     metrics: Mapping[str, Metric],
     stable_rank: float,
 ) -> Iterator[CurveRow]:
-    """Yield the curve of every format that can replace a matrix, by size, under every metric.
+    """Yield the errors of a matrix in every suitable format, by size, in every metric.
 
-    A format that is larger than the matrix, or does more multiply-adds, is passed over.
+    Sizes that are larger or slower than the matrix itself are left out.
 
     Args:
         target: the matrix.
         weight: ``(out, in)``.
-        formats: may include some for other kinds of targets.
-        metrics: by name.
-        stable_rank: of the weight.
+        formats: the formats; those for other kinds of targets are ignored.
+        metrics: norms of the error, by name.
+        stable_rank: stable rank of the weight.
 
     Raises:
-        OptionError: if a format cannot be had; names the target.
+        OptionError: if a format is not possible; names the target.
 
-    Source: the damage is that of Xu 2026, arXiv 2604.18085: compression ratio times stable rank.
+    Source: Xu 2026, arXiv 2604.18085, for the damage: compression ratio times stable rank.
 
     Example:
         >>> import torch

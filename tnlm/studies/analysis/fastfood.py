@@ -1,4 +1,4 @@
-"""Fastfood: a random matrix that is applied in n log n steps."""
+"""Fastfood: a random matrix that is applied in O(n log n) time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tnlm.errors import OptionError
 from tnlm.studies.analysis.projections import Projection
 
 CHUNK = 64
-"""Size of the Hadamard matrices that are multiplied by; a large one is a product of these."""
+"""Size of the Hadamard matrices to multiply by; larger ones are Kronecker products of these."""
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Return the Walsh-Hadamard transform of the last axis, not normalised: H(H(x)) = n x.
+    """Return the unnormalized Walsh-Hadamard transform of the last axis: H(H(x)) = n x.
 
     Args:
-        x: ``(..., n)``, n a power of 2.
+        x: ``(..., n)``, where n is a power of 2.
 
     Raises:
-        OptionError: for another n.
+        OptionError: if n is not a power of 2.
 
     Example:
         >>> hadamard(torch.tensor([1.0, 2.0, 3.0, 5.0])).tolist()
@@ -33,10 +33,10 @@ def hadamard(x: Tensor) -> Tensor:
     if size < 1 or size & (size - 1):
         raise OptionError(f"a Hadamard transform of size {size}; allowed: powers of 2")
     left = size
-    while left > 1:  # H of 64 x 64 x ... is the product of one along every axis
+    while left > 1:  # H of size 64 x 64 x ... applies one H along every axis
         chunk = min(left, CHUNK)
         mixed = _table(chunk).to(x) @ x.reshape(*shape[:-1], chunk, size // chunk)
-        x = mixed.transpose(-1, -2).reshape(shape)  # the next axis to the front
+        x = mixed.transpose(-1, -2).reshape(shape)  # the next axis comes to the front
         left //= chunk
     return x
 
@@ -53,10 +53,10 @@ def _table(size: int) -> Tensor:
 class Fastfood(Projection):
     """The first rows and columns of H G Π H B, scaled so that columns have length 1 on average.
 
-    B holds random signs, Π permutes, G holds normal numbers and H is the Hadamard transform, all
-    of size L: the least power of 2 that holds both ``size`` and ``dims``, so that no number that
-    goes in is cut off where a tensor is small. Two columns have a product of about √(3 / size) at
-    most times a few.
+    B contains random signs, Π is a permutation, G contains normal entries and H is the Hadamard
+    transform. All have size L, the smallest power of 2 that is at least ``size`` and ``dims``, so
+    that no input is cut off where a tensor is small. The inner product of two columns is of the
+    order of √(3 / size).
 
     Source: Le et al. 2013, arXiv 1408.3060; used for this by Li et al. 2018, arXiv 1804.08838.
 
@@ -67,7 +67,7 @@ class Fastfood(Projection):
     """
 
     def __init__(self, size: int, dims: int, seed: int) -> None:
-        """Remember the seed; see :class:`~tnlm.studies.analysis.projections.Projection` for the rest."""
+        """Draw nothing yet; see `Projection` for the arguments."""
         super().__init__(size, dims, seed)
         self._drawn: tuple[Tensor, Tensor, Tensor, float] | None = None
 
@@ -86,10 +86,10 @@ class Fastfood(Projection):
         return (hadamard(back) * signs)[: self.dims] * scale
 
     def _parts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Return B, Π and G, and what columns are scaled by.
+        """Return B, Π, G, and the scale of the columns.
 
-        They are drawn once, which takes several times as long as the transforms, and kept: 9 bytes
-        for each of L, at most 18 for each number that comes out.
+        They are drawn once and kept, because drawing takes several times as long as the transforms:
+        9 bytes for each of L entries, so at most 18 bytes per row where ``dims`` is smaller.
         """
         if self._drawn is None or self._drawn[0].device != device:
             generator = self.generator()

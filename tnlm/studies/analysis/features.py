@@ -1,4 +1,4 @@
-"""What the outputs of one matrix look like on data, from the moments of its inputs."""
+"""Describes the outputs of one matrix on data, from the moments of its inputs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ class FeatureRow:
     """The structure of the outputs ``y = W x`` of one matrix on data, without its bias.
 
     Attributes:
-        name: of the target.
+        name: name of the target.
         centered: whether energies are eigenvalues of the covariance ``E[y y.T] - E[y] E[y].T``, or
             of ``E[y y.T]`` itself.
-        without_top: whether the largest one is left out, which a few outliers may make.
-        inputs: how many x there were.
-        spectrum: ranks, by eigenvalues; its limit is the least of outputs, inputs of the matrix and
-            independent samples. Moments are of products in single precision, which bounds the
-            numerical rank where a few directions have almost all the energy.
-        top_share: share of all energy that the largest eigenvalue has.
+        without_top: whether the largest eigenvalue, which may come from a few outliers, is left
+            out.
+        inputs: number of inputs x.
+        spectrum: ranks of the eigenvalues. Its limit is the smallest of the matrix's outputs, its
+            inputs and the independent samples. Moments are accumulated in single precision, which
+            limits the numerical rank where a few directions have almost all the energy.
+        top_share: fraction of the energy in the largest eigenvalue.
         note: a reason to doubt the ranks, or empty.
     """
 
@@ -45,14 +46,14 @@ def feature_rows(
     """Describe outputs with and without their mean, and with and without their top direction.
 
     Args:
-        name: goes into the rows.
+        name: name of the target, for the rows.
         weight: ``(out, in)``.
         moment: E[x x.T], ``(in, in)``.
         mean: E[x], ``(in,)``.
-        inputs: how many x the means are over.
+        inputs: number of inputs x behind the moments.
 
     Raises:
-        CalibrationError: if a moment, or the energy of the outputs, is not finite.
+        CalibrationError: if a moment or the energy of the outputs is not finite.
 
     Source: "Features Are Low-Rank, but Weights Are Not!", Yu and Wu, AAAI 2023.
 
@@ -63,14 +64,14 @@ def feature_rows(
         [(False, False, 4), (False, True, 3), (True, False, 4), (True, True, 3)]
     """
     shape, found = matrix_shape(weight), []
-    # The moments are of products in single precision: this much of the largest is rounding.
+    # Moments are accumulated in single precision: energies below this are rounding.
     floor = 0.0
     if not bool(moment.isfinite().all() & mean.isfinite().all()):
         raise CalibrationError(f"the moments of {name}'s inputs are not finite")
     for centered in (False, True):
         energy = _energies(weight, moment, mean, centered)
         if not bool(energy.sum().isfinite()):
-            raise CalibrationError(f"the outputs of {name} are too large for their energy")
+            raise CalibrationError(f"the energy of the outputs of {name} overflows")
         floor = floor or float(energy[0]) * rounding(shape)
         total = float(energy.sum())
         share = float(energy[0]) / total if total > 0 else 0.0
@@ -86,7 +87,7 @@ def feature_rows(
 def _energies(weight: Tensor, moment: Tensor, mean: Tensor, centered: bool) -> Tensor:
     """Return the eigenvalues of the outputs' second moment or covariance, largest first."""
     spread = moment.diagonal() - centered * mean.square()
-    if not bool((spread > CONSTANT * moment.diagonal()).any()):  # a metric would make it even
+    if not bool((spread > CONSTANT * moment.diagonal()).any()):  # a metric would even it out
         return weight.new_zeros(min(weight.shape), dtype=torch.float64)
     statistics = {"moment": moment, "mean": mean}
     measure = get_measure("covariance" if centered else "input")
@@ -96,4 +97,4 @@ def _energies(weight: Tensor, moment: Tensor, mean: Tensor, centered: bool) -> T
 def _note(samples: int, inputs: int, outputs: int) -> str:
     if samples >= outputs:
         return ""
-    return f"{inputs} inputs for {outputs} outputs: their rank is at most {samples}"
+    return f"only {inputs} inputs for {outputs} outputs, whose rank is therefore at most {samples}"

@@ -1,4 +1,4 @@
-"""What a model is worth: a user's function, or perplexity on text or token ids."""
+"""Scores of a model with a group of singular values removed: a function, or the perplexity."""
 
 from __future__ import annotations
 
@@ -17,72 +17,72 @@ from tnlm.calibration.walk import run
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions, evaluating
 from tnlm.evaluation.perplexity import perplexity
+from tnlm.utils.checks import check_whole
 
-Value = Callable[[PreTrainedModel], float]
-"""Measures a model, which it leaves as it was."""
+GroupScore = Callable[[PreTrainedModel], float]
+"""Returns the score of a model, which it leaves unchanged."""
 
 
-def make_metric(
+def make_score(
     model: PreTrainedModel,
-    metric: Any,
+    score: Any,
     tokenizer: Any,
     window: int,
     windows: int,
     higher_is_better: bool,
-) -> Value:
-    """Return a function that measures models like this one.
+) -> GroupScore:
+    """Return a function that scores models like this one.
 
     Args:
-        model: has a head over its vocabulary, for perplexity.
-        metric: a function, text, a path, a list of strings, or token ids.
-        tokenizer: for text.
-        window: tokens in a window of text or ids.
-        windows: windows measured, from the start.
-        higher_is_better: only a function may be better when larger.
+        model: needs a head over its vocabulary, for the perplexity.
+        score: a function; or text, a path, a list of strings or token ids.
+        tokenizer: needed for text.
+        window: tokens per window of text or ids.
+        windows: how many windows to measure, from the start.
+        higher_is_better: whether higher values of a function are better.
 
     Raises:
-        OptionError: if the arguments do not go together.
+        OptionError: if the arguments are invalid or do not fit together.
         EvaluationError: if the model has no head.
 
     Example:
-        >>> make_metric(nn.Linear(1, 1), "some text", None, 8, 1, higher_is_better=True)
+        >>> make_score(nn.Linear(1, 1), "some text", None, 8, 1, higher_is_better=True)
         Traceback (most recent call last):
-        tnlm.errors.OptionError: higher_is_better=True is for a function; perplexity is better ...
+        tnlm.errors.OptionError: higher_is_better=True needs a function; ...
     """
-    if callable(metric):
-        return metric  # type: ignore[no-any-return]
+    if callable(score):
+        return score  # type: ignore[no-any-return]
     if higher_is_better:
         raise OptionError(
-            "higher_is_better=True is for a function; perplexity is better when it is lower"
+            "higher_is_better=True needs a function; a perplexity is better when lower"
         )
     for name, value in (("window", window), ("windows", windows)):
-        if not isinstance(value, int) or value < 1:
-            raise OptionError(f"{name}={value!r}; allowed: a whole number >= 1")
-    if isinstance(metric, list | tuple) and any(isinstance(item, str) for item in metric):
-        metric = "\n\n".join(metric)
-    if isinstance(metric, str | Path):
-        return lambda m: perplexity(m, metric, tokenizer, window=window, windows=windows).perplexity
-    if not isinstance(metric, Tensor | np.ndarray | list | tuple):
+        check_whole(name, value)
+    if isinstance(score, list | tuple) and any(isinstance(item, str) for item in score):
+        score = "\n\n".join(score)
+    if isinstance(score, str | Path):
+        return lambda m: perplexity(m, score, tokenizer, window=window, windows=windows).perplexity
+    if not isinstance(score, Tensor | np.ndarray | list | tuple):
         raise OptionError(
-            f"metric is a {type(metric).__name__}; allowed: a function of the model, text, a path, "
+            f"score is a {type(score).__name__}; allowed: a function of the model, text, a path, "
             "or token ids"
         )
-    return _on_ids(model, metric, window, windows)
+    return _on_ids(model, score, window, windows)
 
 
-def _on_ids(model: PreTrainedModel, ids: Any, window: int, windows: int) -> Value:
-    """Return the perplexity on the first windows of ids, or on the first rows."""
+def _on_ids(model: PreTrainedModel, ids: Any, window: int, windows: int) -> GroupScore:
+    """Return a function for the perplexity on the first windows, or rows, of ids."""
     if not isinstance(model.get_output_embeddings(), nn.Module):
         raise EvaluationError(
-            f"{type(model).__name__} has no head over its vocabulary; perplexity needs one; give a "
-            "function as metric="
+            f"{type(model).__name__} has no head over its vocabulary, which the perplexity needs; "
+            "give a function as score="
         )
     check_positions(model, window, f"window={window}")
     batches = token_batches(ids, max_length=window, num_samples=2**62)[:windows]
     tasks = make_tasks(model, batches, "data")
     count = sum(int((task.labels != IGNORED).sum()) for task in tasks)
     if count == 0:
-        raise EvaluationError("the token ids predict nothing: every row has one token")
+        raise EvaluationError("there is nothing to predict: every row has only one token")
 
     def value(measured: PreTrainedModel) -> float:
         with evaluating(measured):

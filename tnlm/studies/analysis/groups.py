@@ -1,4 +1,4 @@
-"""Weights without one group of their singular values, and back again, bit for bit."""
+"""Removes one group of singular values from the weights of a model, and restores them exactly."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from tnlm.calibration.metrics import Metric
 from tnlm.calibration.store import Statistics
 from tnlm.errors import OptionError
 from tnlm.targets import Target
+from tnlm.utils.checks import check_whole
 
 
 class Truncation:
-    """Cuts one group of singular values out of all targets at once; restores them at its end.
+    """Removes one group of singular values from all targets at once; on leaving, restores them.
 
-    With U the left singular vectors of group g of ``W C^(1/2)``, where C is the metric's, the
-    weight without it is ``W - U U.T W``. Vectors and weights wait in temporary files when they are
-    more than memory should hold.
+    If U holds the left singular vectors of a group of ``W C^(1/2)``, where C belongs to the metric,
+    the weight without the group is ``W - U U.T W``. Vectors and weights are kept in temporary files
+    where they are too large for memory.
 
     Args:
         model: its weights are changed in place.
         targets: the matrices.
-        metric: weighs the columns of a target, or nothing.
-        groups: how many equal parts the singular values of a matrix are cut into, largest first.
+        metric: returns the metric of a target, which may weight its columns.
+        groups: how many equal groups the singular values of a matrix are split into, largest first.
         progress: show a progress bar.
 
     Raises:
-        OptionError: for fewer than one group, or more than a matrix has singular values.
+        OptionError: if there are no groups, or more groups than a matrix has singular values.
 
     Example:
         >>> from tnlm.targets import Target
@@ -54,14 +55,14 @@ class Truncation:
         *,
         progress: bool,
     ) -> None:
-        """Find the singular vectors; see the class for the arguments."""
+        """Compute the singular vectors; see the class for the arguments."""
         check_groups(targets, groups)
         self._model, self._targets, self._groups = model, targets, groups
         self._kept = Statistics()
         self.energy = torch.zeros(groups, dtype=torch.float64)
-        """Squared Frobenius norm of what each group takes, over all targets."""
+        """Squared Frobenius norm of what removing each group changes, summed over targets."""
         self.weighted = torch.zeros(groups, dtype=torch.float64)
-        """The same in the metric."""
+        """The same in the norm of the metric."""
         for target in tqdm(targets, desc="decomposing", unit="matrix", disable=not progress):
             self._add(target, metric(target))
 
@@ -81,7 +82,7 @@ class Truncation:
         return slice(size * group // self._groups, size * (group + 1) // self._groups)
 
     def drop(self, group: int) -> None:
-        """Give all targets their weights without a group, counted from 0, and with all others."""
+        """Set the weights of all targets to those without one group, counted from 0."""
         for target in self._targets:
             weight = self._kept.tensor(target.name, "weight").double()
             basis = self._kept.tensor(target.name, "basis")
@@ -89,7 +90,7 @@ class Truncation:
             target.weight(self._model).copy_(weight - basis @ (basis.T @ weight))
 
     def restore(self) -> None:
-        """Give all targets the weights that they had."""
+        """Restore the weights of all targets."""
         for target in self._targets:
             target.weight(self._model).copy_(self._kept.tensor(target.name, "weight"))
 
@@ -109,9 +110,8 @@ def _copy(weight: Tensor) -> Tensor:
 
 
 def check_groups(targets: Sequence[Target], groups: int) -> None:
-    """Raise `OptionError` unless every target has a singular value for each group."""
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
-        raise OptionError(f"groups={groups!r}; allowed: a whole number >= 1")
+    """Raise `OptionError` unless every target has at least one singular value per group."""
+    check_whole("groups", groups)
     for target in targets:
         most = min(target.shape)
         if groups > most:

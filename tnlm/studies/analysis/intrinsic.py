@@ -1,4 +1,4 @@
-"""Intrinsic dimension: in how few random directions a model can learn a task."""
+"""intrinsic_dimension: in how few random directions a model can learn a task."""
 
 from __future__ import annotations
 
@@ -16,48 +16,51 @@ from transformers import PreTrainedModel
 from tnlm.errors import OptionError
 from tnlm.recovery.examples import batches
 from tnlm.recovery.tasks import examples_for, model_kind, padding_for
+from tnlm.studies.analysis.goals import goal_of
 from tnlm.studies.analysis.subspace import FullSpace, check_kind, layers_of
-from tnlm.studies.analysis.subspace_search import Run, Trials
-from tnlm.studies.analysis.training import Course
+from tnlm.studies.analysis.subspace_search import SubspaceRun, SubspaceSearch
+from tnlm.studies.analysis.training import TrainingConfig
 from tnlm.studies.journal import check_journal
-from tnlm.studies.scores import Metric, check_metric, goal_of, measure, name_of
+from tnlm.studies.scores import Score, check_score, measure, name_of
+from tnlm.utils.checks import is_real, is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "intrinsic.jsonl"
-"""The journal of the scores, in an output_dir."""
+"""The journal of scores, in an output_dir."""
 SEEDS = 3
-"""The fewest: what is found depends on the subspace drawn."""
+"""The smallest number of seeds: the result depends on the subspaces drawn."""
 
 
 @dataclass(frozen=True)
 class IntrinsicDimension:
-    """How few numbers had to be trained, with the protocol.
+    """The intrinsic dimension of a task, with the protocol.
 
     Attributes:
-        dimension: median over the seeds of the least d that was enough; None if it is greater than
-            every d that was tried.
-        interval: from the greatest d below that was not enough, plus 1, of the luckiest seed, to
-            the least d that was enough of the unluckiest; None for a seed without any.
-        by_seed: the least d that was enough, of each seed; None where none was.
-        parameters: how many numbers the full training has.
+        dimension: median over the seeds of the smallest d that was enough; None if that is larger
+            than every d tried.
+        interval: lower and upper end over the seeds. The lower one is 1 more than the smallest of
+            the d that were just too small; the upper one is the largest d that was needed, None if
+            a seed needs more than was tried.
+        by_seed: the smallest d that was enough for each seed; None where none was.
+        parameters: how many parameters the full training has.
         scales: how many of d are scales of layers (SAID).
         start: score without training.
         full: score of the full training, the mean over the seeds.
         target: score that is enough.
-        threshold: share of the full training that is asked for.
+        threshold: the fraction of the full training that must be reached.
         kind: ``"did"`` or ``"said"``.
         projection: ``"fastfood"`` or ``"dense"``.
-        metric: what the scores are.
+        score: the name of what was measured.
         runs: every subspace trained, in order.
 
     Example:
         >>> found = IntrinsicDimension(8, (5, 9), (8, 8, 9), 100, 0, 0.3, 1.0, 0.9, 0.9, "did",
         ...                            "fastfood", "accuracy", ())
         >>> print(found)
-        d90 = 8 (5 to 9 over 3 seeds) of 100 parameters; did, fastfood; accuracy 0.3 before, 1
-        trained in full, 0.9 wanted
+        d90 = 8 (5 to 9 over 3 seeds) of 100 parameters; did, fastfood; accuracy: 0.3 before, 1
+        after full training, 0.9 is enough
     """
 
     dimension: int | None
@@ -71,14 +74,14 @@ class IntrinsicDimension:
     threshold: float
     kind: str
     projection: str
-    metric: str
-    runs: tuple[Run, ...]
+    score: str
+    runs: tuple[SubspaceRun, ...]
 
     def __str__(self) -> str:
         return (
             f"d{round(100 * self.threshold)} {self._found()} of {self.parameters:,} parameters; "
-            f"{self.kind}, {self.projection}; {self.metric} {self.start:.4g} before, "
-            f"{self.full:.4g} trained in full, {self.target:.4g} wanted"
+            f"{self.kind}, {self.projection}; {self.score}: {self.start:.4g} before, "
+            f"{self.full:.4g} after full training, {self.target:.4g} is enough"
         )
 
     def _found(self) -> str:
@@ -105,7 +108,7 @@ def intrinsic_dimension(
     held_out: Any = None,
     kind: str = "did",
     projection: str = "fastfood",
-    metric: Metric = "loss",
+    score: Score = "loss",
     threshold: float = 0.9,
     dims: Sequence[int] | None = None,
     seeds: int | Sequence[int] = SEEDS,
@@ -118,52 +121,54 @@ def intrinsic_dimension(
     output_dir: str | Path | None = None,
     progress: bool = True,
 ) -> IntrinsicDimension:
-    """Find the least d such that training d numbers does ``threshold`` as well as training all.
+    """Find the smallest d such that training d parameters is nearly as good as training all.
 
-    The numbers are the coordinates of the model's parameters in a random subspace; see
-    :class:`tnlm.studies.analysis.subspace.Subspace`. Every run starts at the model as it is, and the model
-    is left bit for bit as it was. What requires a gradient takes part, in the full training and in
-    the subspaces alike.
+    The d parameters are coordinates of the model's parameters in a random subspace; see
+    :class:`tnlm.studies.analysis.Subspace`. Every training starts from the model as it is, and the
+    model is left bit-identical. Only parameters that require a gradient are trained, in the full
+    training as in the subspaces.
 
-    What is found is an upper bound: a better subspace, or a better training in it, may need less.
+    The result is an upper bound: a better subspace or a better training may need fewer.
 
     Args:
         model: a causal or masked language model, or a sequence classifier.
-        data: what it is trained on: texts, a file, ids, or labelled rows; see
+        data: training data: texts, a file, ids, or labelled rows; see
             `tnlm.recovery.examples.training_set`.
         tokenizer: needed for text.
-        held_out: what scores are measured on, in the same form; ``data`` itself if None.
-        kind: ``"did"``; or ``"said"``, which spends one of d on a scale for every layer.
-        projection: ``"fastfood"``; or ``"dense"``, whose time grows with d times the parameters.
-        metric: ``"loss"`` of a prediction; ``"accuracy"``, of a classifier; or a callable that
-            takes the model and returns a score, higher for a better model.
-        threshold: share of the full training's score that is enough; of a loss, share of the full
-            training's improvement.
-        dims: all of these are tried, and the least that is enough counts; None doubles d until it
-            is enough, and then halves the gap until it is at most 10 %.
-        seeds: how many subspaces, at least 3; or their seeds. A seed draws the order of the data
-            of its full training, too.
-        steps: of every training.
-        learning_rate: of Adam in the full training; in a subspace, what moves the model as far at
-            first. Of several, the one with the best score counts, for every run by itself.
-        batch_size: examples of a step.
-        max_length: tokens of a sequence.
-        text: the rows' text column.
-        label: the rows' column of classes, for classifiers.
-        output_dir: keeps every score in ``intrinsic.jsonl``. The same call goes on from there if it
-            was cut off, and so does one with other ``dims``, ``seeds`` or ``threshold``. A callable
-            metric is known by its name and by the score before training.
+        held_out: data for the scores, in the same form; the training data if None.
+        kind: ``"did"``; or ``"said"``, which spends one of d on a scale for each layer.
+        projection: ``"fastfood"``; or ``"dense"``, which takes time in proportion to d times the
+            number of parameters.
+        score: ``"loss"``; ``"accuracy"``, for a classifier; or a callable that takes the model and
+            returns a score that is higher for better models.
+        threshold: fraction of the full training's score that is enough; for a loss, fraction of the
+            full training's improvement.
+        dims: values of d to try. None doubles d until it is enough, and then bisects until the gap
+            is at most 10 %.
+        seeds: number of subspaces, at least 3; or their seeds. A seed also draws the order of the
+            data in its full training.
+        steps: steps of each training.
+        learning_rate: learning rate of Adam in the full training; in a subspace it is scaled so
+            that the first step moves the model as far. If several are given, each training uses
+            the one with the best score.
+        batch_size: examples per step.
+        max_length: tokens per sequence.
+        text: name of the text column of the rows.
+        label: name of the class column of the rows, for classifiers.
+        output_dir: keeps every score in ``intrinsic.jsonl``. The same call resumes from there after
+            an interruption, and so does one with other ``dims``, ``seeds`` or ``threshold``. A
+            callable is identified by its name and by the score before training.
         progress: show a progress bar.
 
     Returns:
-        The dimension, with an interval over the seeds and every score; if no d is enough, the
-        scores all the same.
+        The dimension, with an interval over the seeds and every score. If no d is enough, the
+        dimension is None.
 
     Raises:
-        OptionError: for a choice that is not possible.
-        TrainingError: for data that cannot be used, or a loss that is not finite.
-        EvaluationError: if the full training is no better than none.
-        CheckpointError: if ``output_dir`` cannot be written, or holds scores of something else.
+        OptionError: if an option is invalid.
+        TrainingError: if data cannot be used, or a loss is not finite.
+        EvaluationError: if the full training does not improve the score.
+        CheckpointError: if ``output_dir`` cannot be written or holds scores of another search.
 
     Source: Li et al. 2018, arXiv 1804.08838; Aghajanyan et al. 2021, arXiv 2012.13255.
 
@@ -181,7 +186,7 @@ def intrinsic_dimension(
     if file is not None:
         check_journal(file)
     check_kind(kind, projection)
-    check_metric(metric, model_kind(model))
+    check_score(score, model_kind(model))
     chosen = _seeds(seeds)
     least, most = _bounds(model, kind)
     _check_sizes(threshold, dims, least, most)
@@ -190,16 +195,16 @@ def intrinsic_dimension(
         for rows in (data, data if held_out is None else held_out)
     )
     pad = padding_for(model, tokenizer, batch_size)
-    courses = [Course(steps, batch_size, rate, pad) for rate in _rates(learning_rate)]
+    configs = [TrainingConfig(steps, batch_size, rate, pad) for rate in _rates(learning_rate)]
     held = batches(tests, batch_size, pad)
     with tqdm(desc="training", unit="run", disable=not progress) as bar:
-        trials = Trials(model, kind, projection, metric, examples, held, courses, bar.update)
-        start = measure(model, metric, held)
+        search = SubspaceSearch(model, kind, projection, score, examples, held, configs, bar.update)
+        start = measure(model, score, held)
         if file is not None:
-            trials.open(file, start)
-        full = statistics.fmean(trials.score(None, seed) for seed in chosen)
-        goal = goal_of(metric, start, full, threshold)
-        ends = [trials.bracket(goal, seed, dims, least, most) for seed in chosen]
+            search.open(file, start)
+        full = statistics.fmean(search.score(None, seed) for seed in chosen)
+        goal = goal_of(score, start, full, threshold)
+        ends = [search.bracket(goal, seed, dims, least, most) for seed in chosen]
     highs = [math.inf if high is None else high for _, high in ends]
     return IntrinsicDimension(
         dimension=_whole(statistics.median_high(highs)),
@@ -213,8 +218,8 @@ def intrinsic_dimension(
         threshold=threshold,
         kind=kind,
         projection=projection,
-        metric=name_of(metric),
-        runs=tuple(trials.runs),
+        score=name_of(score),
+        runs=tuple(search.runs),
     )
 
 
@@ -226,8 +231,8 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if len(set(chosen)) != len(chosen) or len(chosen) < SEEDS:
         raise OptionError(
-            f"seeds={seeds!r}; allowed: at least {SEEDS} different ones, as what is found depends "
-            "on the subspace drawn"
+            f"seeds={seeds!r}; allowed: at least {SEEDS} different ones, as the result depends on "
+            "the subspaces drawn"
         )
     return chosen
 
@@ -240,19 +245,19 @@ def _rates(learning_rate: float | Sequence[float]) -> list[float]:
 
 
 def _bounds(model: PreTrainedModel, kind: str) -> tuple[int, int]:
-    """Return the least and the greatest d."""
+    """Return the smallest and the largest d."""
     space = FullSpace(model)
     return (len(layers_of(space.start)) if kind == "said" else 0) + 1, space.total
 
 
 def _check_sizes(threshold: float, dims: Sequence[int] | None, least: int, most: int) -> None:
-    if not 0 < threshold <= 1:
+    if not is_real(threshold) or not 0 < threshold <= 1:
         raise OptionError(f"threshold={threshold!r}; allowed: above 0, at most 1")
     if dims is None:
         return
     if not dims:
-        raise OptionError("dims=[]; give the sizes to try, or None to search")
+        raise OptionError("dims=[]; give the values of d to try, or None to search")
     for d in dims:
-        if not isinstance(d, int) or isinstance(d, bool) or not least <= d <= most:
-            scales = f", with {least - 1} of them for the scales of layers" if least > 1 else ""
-            raise OptionError(f"dims holds {d!r}; the model allows {least} to {most}{scales}")
+        if not is_whole(d) or not least <= d <= most:
+            scales = f", including {least - 1} scales of layers" if least > 1 else ""
+            raise OptionError(f"dims contains {d!r}; the model allows {least} to {most}{scales}")

@@ -1,4 +1,4 @@
-"""The spectrum of a random matrix, from the Marchenko-Pastur law: what no structure looks like."""
+"""The spectrum of a random matrix, from the Marchenko-Pastur law: what to expect by chance."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from scipy.optimize import brentq
 
 
 def random_directions(shape: tuple[int, int], wanted: float = 0.9) -> int:
-    """Return how many directions hold a share of the energy of a random matrix.
+    """Return how many directions hold a fraction of the energy of a random matrix.
 
-    The entries are independent, of mean 0 and any one variance. With g the shorter side over the
-    longer one and an eigenvalue of the Gram matrix written as ``1 + g + 2 sqrt(g) cos(t)``, its
-    energy has the density ``2 / pi sin(t)^2`` in t whatever g is, and its number that divided by
-    the eigenvalue.
+    The entries are independent, with mean 0 and equal variances. Let g be the shorter side over the
+    longer one, and write an eigenvalue of the Gram matrix as ``1 + g + 2 sqrt(g) cos(t)``. Then
+    energy has the density ``2 / pi sin(t)^2`` in t for every g, and the density of eigenvalues is
+    that over the eigenvalue.
 
     Args:
         shape: ``(out, in)``.
-        wanted: share of the energy, in (0, 1).
+        wanted: the fraction of the energy, in (0, 1).
 
     Source: Marchenko and Pastur, 1967.
 
@@ -38,11 +38,11 @@ def random_directions(shape: tuple[int, int], wanted: float = 0.9) -> int:
 
 
 def edge(shape: tuple[int, int], variance: float) -> float:
-    """Return the largest singular value that a large random matrix has.
+    """Return the largest singular value of a large random matrix.
 
     Args:
         shape: ``(out, in)``.
-        variance: of its entries.
+        variance: variance of its entries.
 
     Example:
         >>> edge((9, 16), variance=4.0)

@@ -1,4 +1,4 @@
-"""Random matrices that carry a few numbers into many, never held as matrices."""
+"""Random matrices with few columns and many rows, which are never stored as matrices."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**20
-"""Numbers of a dense matrix that exist at once."""
+"""Entries of a dense matrix that are in memory at once."""
 
 
 class Projection(ABC):
-    """A fixed random matrix P ``(size, dims)`` with columns of length 1, as nearly as stated.
+    """A fixed random matrix P ``(size, dims)`` whose columns have length 1, or nearly.
 
-    It is never held as a matrix. The random numbers are drawn on the CPU, so that a seed means the
+    It is never stored as a matrix. Random numbers are drawn on the CPU, so that a seed gives the
     same matrix on every device.
 
     Args:
-        size: rows: how many numbers come out.
-        dims: columns: how many go in.
-        seed: chooses the matrix.
+        size: number of rows.
+        dims: number of columns.
+        seed: draws the matrix.
     """
 
     def __init__(self, size: int, dims: int, seed: int) -> None:
@@ -38,20 +38,20 @@ class Projection(ABC):
         """Return Pᵀ y ``(dims,)`` of y ``(size,)``."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return P x, through which gradients flow as Pᵀ says."""
+        """Return P x; its gradient is multiplied by Pᵀ."""
         result: Tensor = _Apply.apply(x, self)  # type: ignore[no-untyped-call]
         return result
 
     def generator(self) -> torch.Generator:
-        """Return a new generator of the matrix's random numbers."""
+        """Return a new generator for the entries of the matrix."""
         return torch.Generator().manual_seed(self.seed)
 
 
 class Dense(Projection):
-    """Independent normal entries, each column divided by its length.
+    """Independent normal entries, with columns scaled to length 1.
 
-    Blocks of rows are drawn, used and dropped, so that it costs size x dims in time and little
-    memory.
+    Blocks of rows are drawn whenever they are used, so that it takes time in proportion to
+    size x dims and little memory.
 
     Source: Li et al. 2018, arXiv 1804.08838.
 
@@ -89,7 +89,7 @@ class Dense(Projection):
 
 
 class _Apply(torch.autograd.Function):
-    """A projection of which nothing but the object itself waits for the backward pass."""
+    """Applies a projection, and keeps only the projection itself for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, projection: Projection) -> Tensor:

@@ -1,12 +1,10 @@
-"""Analysis: what was found about every matrix, as rows, a table, JSON and CSV."""
+"""Analysis: the structure of every matrix, as rows, a table, JSON and CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ from tnlm.studies.analysis.curves import CurveRow
 from tnlm.studies.analysis.features import FeatureRow
 from tnlm.studies.analysis.spectra import Spectrum
 from tnlm.studies.analysis.weights import WeightRow
+from tnlm.studies.table import as_csv
 
 VERSION = 1
-"""Counts the layouts of the JSON."""
+"""Version of the JSON layout."""
 TABLES = ("weights", "features", "curves")
 JSON_FILE = "analysis.json"
 
@@ -31,12 +30,12 @@ class Analysis:
     """The structure of a model's matrices.
 
     Attributes:
-        weights: a row for every matrix.
-        features: four rows for every matrix with calibration data: its outputs with and without
-            their mean, with and without their top direction.
-        curves: a row for every matrix, format, metric and size.
-        skipped: what was passed over, with the reason why.
-        protocol: what was asked, and the tokens that were seen.
+        weights: one row per matrix.
+        features: four rows per matrix with calibration data: its outputs with and without their
+            mean, and with and without their top direction.
+        curves: one row per matrix, format, metric and size.
+        skipped: reasons why something was skipped, by target.
+        protocol: the options, and how many tokens were used.
     """
 
     weights: tuple[WeightRow, ...]
@@ -47,7 +46,7 @@ class Analysis:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One row of plain values for every matrix: its weight, and its features' 90 % ratios."""
+        """One row of plain values per matrix: its weight, and the 90 % ratios of its features."""
         rows = {row.name: _flat(row) for row in self.weights}
         for row in self.features:
             kind = "centered" if row.centered else "uncentered"
@@ -56,16 +55,16 @@ class Analysis:
         return list(rows.values())
 
     def damage(self, keep: float | Mapping[str, float]) -> dict[str, float]:
-        """Return what predicts the damage of compressing each matrix: what goes, times stable rank.
+        """Predict the damage of compressing each matrix: fraction removed times stable rank.
 
-        Its mean over the matrices of one kind, attention or feed-forward, is what follows the loss
-        of accuracy from one model or size to another.
+        Its mean over the matrices of one kind, attention or feed-forward, correlates with the loss
+        of accuracy over models and sizes.
 
         Args:
-            keep: fraction of the parameters that a matrix keeps, for all or by target's name.
+            keep: fraction of the parameters that each matrix keeps, or fractions by target name.
 
         Raises:
-            OptionError: for a fraction outside 0..1, or a name that was not analyzed.
+            OptionError: if a fraction is outside 0 to 1, or a name was not analyzed.
 
         Source: Xu 2026, arXiv 2604.18085: correlations of 0.89 for attention and 0.84 for MLP
             layers, over Qwen3 and Gemma3 and four methods of low rank.
@@ -88,13 +87,13 @@ class Analysis:
         """Return the analysis that :meth:`to_json` wrote.
 
         Raises:
-            OptionError: if the text is no such analysis.
+            OptionError: if the text is not an analysis.
         """
         try:
             data = json.loads(text)
             if data.pop("format_version") != VERSION:
                 raise OptionError(
-                    f"this analysis is not of format_version {VERSION}; make it with this tnlm"
+                    f"the analysis does not have format_version {VERSION}; repeat it with this tnlm"
                 )
             weights = tuple(_weight(**row) for row in data.pop("weights"))
             features = tuple(_feature(**row) for row in data.pop("features"))
@@ -117,21 +116,16 @@ class Analysis:
         if table not in TABLES:
             raise OptionError(f"table={table!r}{did_you_mean(str(table), TABLES)}")
         rows = [_flat(row) for row in getattr(self, table)]
-        text = io.StringIO()
-        if rows:
-            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
-        return text.getvalue()
+        return as_csv([{key: _cell(value) for key, value in row.items()} for row in rows])
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Write ``analysis.json`` and a CSV file for every table, all of them or none.
+        """Write ``analysis.json`` and one CSV file per table: either all of them or none.
 
-        A table without rows is an empty file.
+        The file of a table without rows is empty.
 
         Args:
             directory: new or empty, unless ``overwrite``.
-            overwrite: replace what the directory holds.
+            overwrite: replace the contents of the directory.
 
         Returns:
             The directory.
@@ -157,8 +151,8 @@ class Analysis:
         return target
 
     def __str__(self) -> str:
-        """Return a table of all matrices, and what was passed over."""
-        lines = list(table_rows(self))
+        """Return a table of all matrices, and what was skipped."""
+        lines = [_COLUMNS, *map(_line, self.rows)]
         widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         notes = {row.note: row.name for row in reversed(self.features) if row.note}
@@ -191,7 +185,7 @@ def _cell(value: Any) -> Any:
 
 
 def _line(row: Mapping[str, Any]) -> Sequence[str]:
-    """Return a row of the printed table; ratios are to the directions that there can be."""
+    """Return a row of the printed table; ratios are relative to the largest possible rank."""
     features = row.get("features_centered_ratio90")
     return (
         row["name"],
@@ -212,9 +206,3 @@ def _weight(shape: Sequence[int], spectrum: Mapping[str, Any], **rest: Any) -> W
 
 def _feature(spectrum: Mapping[str, Any], **rest: Any) -> FeatureRow:
     return FeatureRow(spectrum=Spectrum(**spectrum), **rest)
-
-
-def table_rows(analysis: Analysis) -> Iterator[Sequence[str]]:
-    """Yield the headings and then the rows of the printed table, for a command line."""
-    yield _COLUMNS
-    yield from (_line(row) for row in analysis.rows)

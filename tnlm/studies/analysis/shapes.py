@@ -1,4 +1,4 @@
-"""Which shape of the factors suits a matrix: the error of a Kronecker sum for every one."""
+"""kronecker_errors: which shape of Kronecker factors suits a matrix."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tnlm.errors import BudgetError, RankError
 def kronecker_errors(
     weight: Tensor, *, keep: float = 0.5, metric: Metric | None = None
 ) -> dict[tuple[int, int], float]:
-    """Return the relative error at one size for every shape of the inner factor.
+    """Return the relative error of a Kronecker sum for every shape of its inner factor.
 
-    Each shape gets as many terms as fit; shapes of which not even one fits are left out. Draw the
-    result with :func:`tnlm.studies.plot.shapes`.
+    Each shape gets as many terms as the size allows; shapes that do not even allow one are left
+    out. :func:`tnlm.plot.shapes` draws the result.
 
     Args:
         weight: ``(out, in)``.
-        keep: share of the matrix's numbers that the factors may have, in (0, 1).
-        metric: how the error is measured; the Frobenius norm if not given.
+        keep: fraction of the matrix's parameters that the factors may have, in (0, 1).
+        metric: norm of the error; the Frobenius norm if None.
 
     Returns:
-        By ``(rows, columns)`` of the inner factor, which divide those of the matrix.
+        Errors by ``(rows, columns)`` of the inner factor, which divide those of the matrix.
 
     Raises:
-        BudgetError: if ``keep`` is out of range, or no shape fits.
+        BudgetError: if ``keep`` is out of range, or no shape is small enough.
 
     Source: Van Loan and Pitsianis, "Approximation with Kronecker products", 1993.
 
@@ -41,7 +41,7 @@ def kronecker_errors(
         (2, 2)
     """
     if not 0 < keep < 1:
-        raise BudgetError(f"keep={keep}; allowed: a share of the numbers, between 0 and 1")
+        raise BudgetError(f"keep={keep}; allowed: a fraction of the parameters, between 0 and 1")
     rows, columns = matrix_shape(weight)
     chosen = {
         (p, q): spec
@@ -51,14 +51,16 @@ def kronecker_errors(
         if spec is not None
     }
     if not chosen:
-        raise BudgetError(f"keep={keep}: no Kronecker product of a {rows}x{columns} matrix fits")
+        raise BudgetError(
+            f"keep={keep}; no Kronecker factors of a {rows}x{columns} matrix are so small"
+        )
     exact, how = weight.detach().double(), metric or Metric()
-    # One by one: of several, the format measures only those that promise most.
+    # One at a time: given several, the format only measures the most promising ones.
     return {shape: FORMAT.errors(exact, how, [spec])[0] for shape, spec in chosen.items()}
 
 
 def divisors(number: int) -> Iterator[int]:
-    """Yield the divisors of a number, from 1 up.
+    """Yield the divisors of a number in ascending order.
 
     Example:
         >>> list(divisors(12))
@@ -68,7 +70,7 @@ def divisors(number: int) -> Iterator[int]:
 
 
 def _largest(shape: tuple[int, int], inner: tuple[int, int], keep: float) -> KroneckerSpec | None:
-    """Return the spec with the most terms that fit, None if not even one does."""
+    """Return the spec with as many terms as the size allows; None if that is not even one."""
     (rows, columns), (p, q) = shape, inner
     best = None
     for terms in range(1, min(p * q, rows * columns // (p * q)) + 1):

@@ -1,4 +1,4 @@
-"""What the spectrum of a matrix says about how many directions it needs."""
+"""Ranks of a matrix, computed from its spectrum."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from tnlm.errors import ModelError
 
 ROWS = 4096
-"""Rows put into double precision at once."""
+"""Rows converted to double precision at once."""
 SLACK = 1e-9
-"""Energy, as a share of all, that rounding may hide: 90 % of ten equal values are nine of them."""
+"""Fraction of the energy allowed for rounding: 90 % of ten equal values are nine of them."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Spectrum:
     """Ranks of a matrix, from its energies: squared singular values, or eigenvalues.
 
     Attributes:
-        numerical_rank: energies above what rounding leaves.
-        stable_rank: all energy over the largest.
-        effective_rank: exponential of the entropy of the energies as shares.
-        k90: least number of directions that hold 90 % of the energy.
+        numerical_rank: number of energies above rounding.
+        stable_rank: total energy over the largest one.
+        effective_rank: exponential of the entropy of the normalized energies.
+        k90: smallest number of directions that hold 90 % of the energy.
         k99: the same for 99 %.
-        limit: most directions that there can be.
+        limit: largest rank that is possible.
         ratio90: ``k90 / limit``.
         ratio99: ``k99 / limit``.
     """
@@ -41,18 +41,18 @@ class Spectrum:
 
 
 def summarize(energy: Tensor, limit: int, floor: float) -> Spectrum:
-    """Return the ranks that energies speak of; all are 0 where there is no energy.
+    """Return the ranks behind energies; all are 0 if there is no energy.
 
     Args:
-        energy: squared singular values, or eigenvalues, largest first, none negative.
-        limit: most directions that there can be.
-        floor: energy up to which a direction is rounding.
+        energy: squared singular values or eigenvalues, in descending order, none negative.
+        limit: largest rank that is possible.
+        floor: energies up to this are rounding.
 
     Raises:
         ModelError: if an energy is not finite.
 
-    Source: stable rank: Rudelson and Vershynin 2007; effective rank: Roy and Vetterli 2007, here of
-        energies.
+    Source: stable rank: Rudelson and Vershynin 2007; effective rank: Roy and Vetterli 2007, here
+        computed from energies.
 
     Example:
         >>> found = summarize(torch.tensor([8.0, 1.0, 1.0, 0.0]), limit=4, floor=1e-12)
@@ -80,11 +80,11 @@ def summarize(energy: Tensor, limit: int, floor: float) -> Spectrum:
 
 
 def directions(shares: Tensor, wanted: float) -> int:
-    """Return the least number of directions that hold a share of the energy.
+    """Return the smallest number of directions that hold a fraction of the energy.
 
     Args:
-        shares: energies over their sum, largest first.
-        wanted: share of all, in (0, 1].
+        shares: energies over their sum, in descending order.
+        wanted: the fraction, in (0, 1].
 
     Example:
         >>> directions(torch.full((10,), 0.1, dtype=torch.float64), 0.9)
@@ -95,7 +95,7 @@ def directions(shares: Tensor, wanted: float) -> int:
 
 
 def smaller_gram(weight: Tensor) -> Tensor:
-    """Return the Gram matrix of the shorter side, float64, without a double copy of the weight.
+    """Return the Gram matrix of the shorter side in float64, without a float64 copy of the weight.
 
     Args:
         weight: ``(out, in)``, any float dtype.
@@ -117,9 +117,9 @@ def smaller_gram(weight: Tensor) -> Tensor:
 
 
 def rounding(shape: tuple[int, int]) -> float:
-    """Return the share of the largest singular value that single precision cannot tell from 0.
+    """Return the relative singular value below which single precision only has rounding.
 
-    It is the same for weights of every dtype, so that their ranks can be compared.
+    It does not depend on the dtype of the weight, so that ranks can be compared.
 
     Example:
         >>> rounding((2, 8)) == 8 * torch.finfo(torch.float32).eps

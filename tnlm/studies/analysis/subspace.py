@@ -1,8 +1,7 @@
-"""A model whose parameters move in a random subspace only: θ = θ₀ + P θ_d."""
+"""A model whose parameters only move in a random subspace: θ = θ₀ + P θ_d."""
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,31 +12,33 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tnlm.errors import ModelError, OptionError, TrainingError, did_you_mean
+from tnlm.names import split_at_block
 from tnlm.studies.analysis.fastfood import Fastfood
 from tnlm.studies.analysis.projections import Dense, Projection
+from tnlm.utils.checks import is_whole
 
 KINDS = ("did", "said")
-"""One point of the subspace for all layers; or with a trained scale for each layer as well."""
+"""Without scales; or with a trained scale for each layer."""
 
 PROJECTIONS: Mapping[str, type[Projection]] = {"dense": Dense, "fastfood": Fastfood}
 
 
 class Space(nn.Module):
-    """Parameters beside a model that say where its own would be; the model is not touched.
+    """Trainable parameters that determine those of a model, which itself is left unchanged.
 
-    What moves are the floating-point parameters that require a gradient, each once if it is tied.
+    They move the model's floating-point parameters that require a gradient; tied ones count once.
 
     Args:
-        model: any module; its parameters as they are now are θ₀.
+        model: any module; its current parameters are θ₀.
 
     Raises:
         ModelError: if no parameter of the model requires a gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Look the parameters up; see the class for the arguments."""
+        """Collect the parameters; see the class for the arguments."""
         super().__init__()
-        self._held = [model]  # in a list: it is not a part of this module
+        self._held = [model]  # in a list, so that it is no submodule
         self.start = {
             name: parameter.detach()
             for name, parameter in model.named_parameters()
@@ -52,25 +53,25 @@ class Space(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The model as it is."""
+        """The model, with its own parameters."""
         return self._held[0]
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Return the parameters at this point, by their names in the model."""
+        """Return the model's parameters at this point, by name."""
 
     @abstractmethod
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Return what an optimiser trains, with rates that move the model alike in any space."""
+        """Return parameter groups, with learning rates that move the model alike in any space."""
 
     def forward(self, *args: Any, **arguments: Any) -> Any:
-        """Run the model with the parameters at this point; its buffers stay as they are."""
+        """Run the model with its parameters at this point; its buffers are left unchanged."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         return functional_call(self.model, (self.weights(), buffers), args, arguments)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """Lend the model with the parameters at this point; afterwards it has its own again."""
+        """Give the model its parameters at this point for a block; restore its own after."""
         parameters = dict(self.model.named_parameters())
         before = {name: parameters[name].data for name in self.start}
         with torch.no_grad():
@@ -87,21 +88,21 @@ class Space(nn.Module):
         """Write the parameters at this point into the model, and return it.
 
         Raises:
-            TrainingError: if one is not finite; the model is left as it was.
+            TrainingError: if one is not finite; the model is left unchanged.
         """
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             found = self.weights()
             for name, tensor in found.items():
                 if not bool(tensor.isfinite().all()):
-                    raise TrainingError(f"{name} is not finite; the model is left as it was")
+                    raise TrainingError(f"{name} is not finite; the model is left unchanged")
             for name, tensor in found.items():
                 parameters[name].copy_(tensor)
         return self.model
 
 
 class FullSpace(Space):
-    """All parameters, free to move: what a subspace is compared with."""
+    """All parameters of a model: what a subspace is compared with."""
 
     def __init__(self, model: nn.Module) -> None:
         """Copy the parameters."""
@@ -109,7 +110,7 @@ class FullSpace(Space):
         self.points = nn.ParameterList(tensor.clone() for tensor in self.start.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the parameters at this point, by their names in the model."""
+        """Return the model's parameters at this point, by name."""
         return dict(zip(self.start, self.points, strict=True))
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -118,27 +119,27 @@ class FullSpace(Space):
 
 
 class Subspace(Space):
-    """A model's parameters in a random subspace of few dimensions, θ = θ₀ + P θ_d.
+    """The parameters of a model in a random subspace of few dimensions, θ = θ₀ + P θ_d.
 
-    θ_d starts at zero, so that nothing changes at first. P is fixed, drawn tensor by tensor from
-    the seed, and never held as a matrix; its columns have length 1, or nearly, over all the model.
-    With ``kind="said"`` every layer i has a scale, θ_i = θ₀_i + λ_i (P θ_(d-m))_i, which starts at
-    1; the m scales are taken out of d. A layer is a numbered block, or a module outside the blocks
-    that has parameters of its own.
+    θ_d starts at zero, where the model is unchanged. P is fixed, drawn from the seed tensor by
+    tensor, and never stored as a matrix; its columns have length 1, or nearly, over the whole
+    model. With ``kind="said"`` every layer i has a scale λ_i, which starts at 1:
+    θ_i = θ₀_i + λ_i (P θ_(d-m))_i. The m scales are part of d. A layer is a numbered block, or a
+    module outside the blocks that has parameters of its own.
 
     Args:
-        model: any module, left as it is until :meth:`write`.
-        d: how many numbers are trained, scales included.
-        seed: chooses P.
+        model: any module, left unchanged until :meth:`write`.
+        d: how many parameters are trained, including scales.
+        seed: draws P.
         kind: ``"did"`` or ``"said"``.
         projection: ``"fastfood"`` or ``"dense"``.
 
     Raises:
-        OptionError: for an unknown kind or projection, or a d that is not possible.
+        OptionError: if the kind or projection is unknown, or d is not possible.
         ModelError: if no parameter of the model requires a gradient.
 
     Source: Li et al. 2018, arXiv 1804.08838; for SAID Aghajanyan et al. 2021, arXiv 2012.13255.
-        There the columns have length 1 within every tensor; here over the whole model.
+        There, columns have length 1 within each tensor; here, over the whole model.
 
     Example:
         >>> space = Subspace(nn.Linear(4, 3), d=2)
@@ -160,10 +161,10 @@ class Subspace(Space):
         check_kind(kind, projection)
         layers = layers_of(self.start) if kind == "said" else []
         least = len(layers) + 1
-        if not isinstance(d, int) or isinstance(d, bool) or not least <= d <= self.total:
-            scales = f", {len(layers)} of them scales, one a layer" if layers else ""
+        if not is_whole(d) or not least <= d <= self.total:
+            scales = f", including {len(layers)} scales, one per layer" if layers else ""
             raise OptionError(
-                f"d={d!r}; {type(model).__name__} allows {least} to {self.total} numbers{scales}"
+                f"d={d!r}; {type(model).__name__} allows {least} to {self.total} parameters{scales}"
             )
         like = next(iter(self.start.values()))
         wide = any(tensor.dtype == torch.float64 for tensor in self.start.values())
@@ -183,7 +184,7 @@ class Subspace(Space):
 
     @property
     def d(self) -> int:
-        """How many numbers are trained."""
+        """How many parameters are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def weights(self) -> dict[str, Tensor]:
@@ -201,10 +202,10 @@ class Subspace(Space):
     def write(self) -> nn.Module:
         """Write the parameters at this point into the model, and return it.
 
-        The subspace then starts there, at zero.
+        The subspace is then centered at this point, with θ_d at zero.
 
         Raises:
-            TrainingError: if one is not finite; the model is left as it was.
+            TrainingError: if one is not finite; the model is left unchanged.
         """
         model = super().write()
         with torch.no_grad():
@@ -214,9 +215,9 @@ class Subspace(Space):
         return model
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Return θ_d with a rate at which Adam's first step is as long as that of all parameters.
+        """Return θ_d with a rate at which Adam's first step is as long as in the full training.
 
-        Each of n numbers moves by the rate then, and columns of P have length 1.
+        In that step every parameter moves by the rate, and the columns of P have length 1.
         """
         rate = learning_rate * (self.total / len(self.theta)) ** 0.5
         found: list[dict[str, Any]] = [{"params": [self.theta], "lr": rate}]
@@ -226,7 +227,7 @@ class Subspace(Space):
 
 
 def check_kind(kind: str, projection: str) -> None:
-    """Refuse an unknown kind of subspace, or projection.
+    """Raise `OptionError` for an unknown kind of subspace or projection.
 
     Example:
         >>> check_kind("did", "fastfood")
@@ -238,14 +239,17 @@ def check_kind(kind: str, projection: str) -> None:
 
 
 def layer_of(parameter: str) -> str:
-    """Return the layer that a parameter belongs to: its numbered block, or else its module.
+    """Return the layer of a parameter: its numbered block, or else its module.
 
     Example:
         >>> layer_of("model.layers.11.mlp.up_proj.weight"), layer_of("lm_head.weight")
         ('model.layers.11', 'lm_head')
     """
-    block = re.match(r"(?:.*?\.)?\d+(?=\.)", parameter)
-    return block[0] if block else parameter.rpartition(".")[0]
+    split = split_at_block(parameter)
+    if split is None:
+        return parameter.rpartition(".")[0]
+    before, number, _ = split
+    return f"{before}.{number}" if before else str(number)
 
 
 def layers_of(parameters: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Subspaces that are trained and scored, and the search for the smallest that is enough."""
+"""Trains and scores subspaces, and finds the smallest one that is good enough."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from typing import Any
 from tnlm.calibration.data import Batch, fingerprint
 from tnlm.calibration.store import model_hash
 from tnlm.recovery.examples import Examples, batches
+from tnlm.studies.analysis.goals import Goal
 from tnlm.studies.analysis.subspace import FullSpace, Space, Subspace
-from tnlm.studies.analysis.training import Course, train
+from tnlm.studies.analysis.training import TrainingConfig, train
 from tnlm.studies.journal import Journal
-from tnlm.studies.scores import Goal, Metric, measure, name_of
+from tnlm.studies.scores import Score, measure, name_of
 
 PRECISION = 1.1
-"""A search ends when the d that is enough is at most this many times one that is not."""
+"""The search ends when the smallest d that is enough is at most this many times one that is not."""
 FIRST = 8
-"""Coordinates of the first subspace that is tried."""
+"""Dimension of the first subspace that is tried, without scales."""
 
 
 @dataclass(frozen=True)
-class Run:
+class SubspaceRun:
     """One subspace that was trained.
 
     Attributes:
-        d: numbers that were trained, scales included.
-        seed: of the subspace and of the training.
-        score: the best over the learning rates.
+        d: how many parameters were trained, including scales.
+        seed: seed of the subspace and of the training.
+        score: the best score over the learning rates.
     """
 
     d: int
@@ -38,17 +39,17 @@ class Run:
 
 
 @dataclass
-class Trials:
-    """Trains spaces beside a model, one after another; no score is lost.
+class SubspaceSearch:
+    """Trains and scores subspaces of a model.
 
     Attributes:
-        model: left as it is.
-        kind: of the subspaces.
-        projection: of the subspaces.
-        metric: what the scores are.
-        examples: what is trained on.
-        tests: what is scored on.
-        courses: one for each learning rate; the best score counts.
+        model: left unchanged.
+        kind: kind of the subspaces.
+        projection: projection of the subspaces.
+        measured: which score is measured.
+        examples: the training examples.
+        tests: the batches that are scored.
+        configs: one training per learning rate, of which the best score counts.
         done: called after every training.
         journal: keeps every score.
         runs: the subspaces scored so far.
@@ -57,28 +58,28 @@ class Trials:
     model: Any
     kind: str
     projection: str
-    metric: Metric
+    measured: Score
     examples: Examples
     tests: Sequence[Batch]
-    courses: Sequence[Course]
+    configs: Sequence[TrainingConfig]
     done: Callable[[], object]
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
-    runs: list[Run] = field(default_factory=list)
+    runs: list[SubspaceRun] = field(default_factory=list)
 
     def open(self, file: Path, start: float) -> None:
-        """Keep all scores in a file, and take those that it holds.
+        """Keep all scores in a file, and read those that are in it.
 
         Raises:
-            CheckpointError: if the file holds scores of something else.
+            CheckpointError: if the file holds scores of another search.
         """
         about = self._about()
-        if callable(self.metric):  # of which the name alone tells little
+        if callable(self.measured):  # whose name alone says little
             about["before"] = float(f"{start:.3g}")
         self.journal = Journal(file, about)
 
     def _about(self) -> dict[str, Any]:
-        """Return what the scores depend on, beside d and the seed, as plain values."""
-        size, pad = self.courses[0].batch_size, self.courses[0].pad
+        """Return what the scores depend on besides d and the seed, as plain values."""
+        size, pad = self.configs[0].batch_size, self.configs[0].pad
         return {
             "model": model_hash(self.model),
             "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
@@ -86,57 +87,59 @@ class Trials:
             "held_out": fingerprint(self.tests),
             "kind": self.kind,
             "projection": self.projection,
-            "metric": name_of(self.metric),
-            "steps": self.courses[0].steps,
-            "learning_rate": [course.learning_rate for course in self.courses],
+            "metric": name_of(self.measured),
+            "steps": self.configs[0].steps,
+            "learning_rate": [config.learning_rate for config in self.configs],
             "batch_size": size,
         }
 
     def score(self, d: int | None, seed: int) -> float:
-        """Return the score of a subspace, or of all parameters if d is None; trained if not known.
+        """Return the score of a subspace, or of all parameters if d is None; train if not known.
 
-        What is trained is at once in the journal; subspaces are also kept in ``runs``.
+        Every score is written to the journal at once; subspaces are also added to ``runs``.
         """
         key = f"d={'all' if d is None else d}, seed={seed}"
         if key not in self.journal.rows:
             self.journal.add(key, {"score": self._train(d, seed)})
         score: float = self.journal.rows[key]["score"]
         if d is not None:
-            self.runs.append(Run(d, seed, score))
+            self.runs.append(SubspaceRun(d, seed, score))
         return score
 
     def bracket(
         self, goal: Goal, seed: int, dims: Sequence[int] | None, least: int, most: int
     ) -> tuple[int, int | None]:
-        """Return the least d found to be enough, None if none is, after the greatest below it."""
+        """Return the largest d found too small and the smallest found enough; None if none is."""
 
         def enough(d: int) -> bool:
             return goal.met(self.score(d, seed))
 
-        found = search(enough, least, most) if dims is None else sweep(enough, dims, least)
+        found = bisect(enough, least, most) if dims is None else try_all(enough, dims, least)
         return (most if dims is None else max(dims), None) if found is None else found
 
     def _train(self, d: int | None, seed: int) -> float:
-        """Return the best score of a space, trained anew at every learning rate."""
+        """Train a space once per learning rate; return the best score."""
         scores = []
-        for course in self.courses:
+        for config in self.configs:
             space: Space = FullSpace(self.model)
             if d is not None:
                 space = Subspace(
                     self.model, d, seed=seed, kind=self.kind, projection=self.projection
                 )
-            train(space, self.examples, course, seed)
+            train(space, self.examples, config, seed)
             with space.applied() as model:
-                scores.append(measure(model, self.metric, self.tests))
+                scores.append(measure(model, self.measured, self.tests))
             self.done()
-        return min(scores) if self.metric == "loss" else max(scores)
+        return min(scores) if self.measured == "loss" else max(scores)
 
 
-def sweep(enough: Callable[[int], bool], dims: Sequence[int], least: int) -> tuple[int, int] | None:
-    """Try all dims; return the least that is enough, after the one before it.
+def try_all(
+    enough: Callable[[int], bool], dims: Sequence[int], least: int
+) -> tuple[int, int] | None:
+    """Try all dims; return the smallest that is enough, preceded by the largest below it.
 
     Example:
-        >>> sweep(lambda d: d >= 7, [2, 5, 10, 20], least=1)
+        >>> try_all(lambda d: d >= 7, [2, 5, 10, 20], least=1)
         (5, 10)
     """
     tried = sorted(dims)
@@ -146,19 +149,19 @@ def sweep(enough: Callable[[int], bool], dims: Sequence[int], least: int) -> tup
     return max((d for d in tried if d < met[0]), default=least - 1), met[0]
 
 
-def search(enough: Callable[[int], bool], least: int, most: int) -> tuple[int, int] | None:
-    """Double d until it is enough; then halve the gap, in ratio, until it is small.
+def bisect(enough: Callable[[int], bool], least: int, most: int) -> tuple[int, int] | None:
+    """Double d until it is enough, then bisect on a logarithmic scale until the gap is small.
 
     Args:
-        enough: whether a d is; taken to be so for all greater ones.
+        enough: tells whether a d is enough; if it is, all larger ones are assumed to be.
         least: the smallest d that is possible.
-        most: the greatest.
+        most: the largest d that is possible.
 
     Returns:
-        The greatest d found too small, and the least found enough; None if ``most`` is not.
+        The largest d found too small and the smallest found enough; None if ``most`` is too small.
 
     Example:
-        >>> search(lambda d: d >= 100, least=1, most=1000)
+        >>> bisect(lambda d: d >= 100, least=1, most=1000)
         (99, 108)
     """
     low, high = least - 1, min(least - 1 + FIRST, most)

@@ -1,4 +1,4 @@
-"""truncate_groups: which singular values a model needs, and whether reconstruction tells."""
+"""truncate_groups: which singular values a model needs, and whether their size predicts it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from tnlm.evaluation.number import finite
 from tnlm.job import Data, prepare
 from tnlm.modes import modes_kept
 from tnlm.request import make_request
-from tnlm.studies.analysis.group_scores import make_metric
+from tnlm.studies.analysis.group_scores import make_score
 from tnlm.studies.analysis.groups import Truncation, check_groups
 from tnlm.targets import ALL_LINEAR, Selector, select
 
 WEIGHTINGS = ("svd", "fwsvd")
-"""Schemes whose singular values are cut: of the weights, or with columns weighed by Fisher."""
+"""Schemes: singular values of the weights, or of weights with Fisher-weighted columns."""
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What the model lost without one group of singular values in every target.
+    """The effect of removing one group of singular values from every target.
 
     Attributes:
-        group: 1 for the largest singular values.
-        error: Frobenius norm of what was cut from all targets, over that of all of them.
-        weighted_error: the same in the norm that the weighting makes small.
-        value: of the metric.
-        loss: how much worse than the whole model's value that is.
+        group: 1 for the group of the largest singular values.
+        error: relative error of all targets together, in the Frobenius norm.
+        weighted_error: the same in the norm that the weighting minimizes.
+        value: score without the group.
+        loss: how much worse that is than the score of the whole model.
     """
 
     group: int
@@ -48,14 +48,14 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class GroupTruncation:
-    """The effect of every group of singular values, and whether errors foretell it.
+    """The effect of every group of singular values, and whether errors predict it.
 
     Attributes:
-        rows: of all groups, that of the largest singular values first.
+        rows: one per group, starting with the largest singular values.
         weighting: ``"svd"`` or ``"fwsvd"``.
-        dense: value of the metric for the whole model.
+        dense: score of the whole model.
         spearman: rank correlation of ``error`` and ``loss`` over the groups, or None.
-        weighted_spearman: of ``weighted_error`` and ``loss``.
+        weighted_spearman: rank correlation of ``weighted_error`` and ``loss``, or None.
         note: why there is no correlation, or empty.
     """
 
@@ -80,14 +80,14 @@ class GroupTruncation:
         ]
         lines.append(f"{self.weighting}; the whole model's value is {self.dense:.5g}")
         for what, found in (("error", self.spearman), ("weighted", self.weighted_spearman)):
-            told = self.note if found is None else f"{found:.3f}"
-            lines.append(f"rank correlation of {what} and loss: {told}")
+            shown = self.note if found is None else f"{found:.3f}"
+            lines.append(f"rank correlation of {what} and loss: {shown}")
         return "\n".join(lines)
 
 
 def truncate_groups(
     model: PreTrainedModel,
-    metric: Callable[[PreTrainedModel], float] | str | Path | Tensor | Sequence[Any],
+    score: Callable[[PreTrainedModel], float] | str | Path | Tensor | Sequence[Any],
     *,
     weighting: str = "svd",
     groups: int = 10,
@@ -104,39 +104,38 @@ def truncate_groups(
     seed: int = 0,
     progress: bool = True,
 ) -> GroupTruncation:
-    """Cut one group of singular values after another out of all targets, and measure the model.
+    """Score a model without each group of singular values in turn.
 
-    The singular values of every matrix are cut into equal groups. For each group the model is
-    measured without it, in all targets at once. The weights are restored bit for bit, also on
-    failure.
+    The singular values of every matrix are split into equal groups, and each group is removed from
+    all targets at once. The weights are restored exactly, also on failure.
 
     Args:
         model: any Hugging Face model.
-        metric: a function of the model; or text (a string, a path, a list of strings) or token ids
-            whose perplexity is measured.
-        weighting: ``"svd"``, or ``"fwsvd"`` for columns weighed by their Fisher information, which
+        score: a function of the model; or text (a string, a path, a list of strings) or token ids,
+            for the perplexity on them.
+        weighting: ``"svd"``; or ``"fwsvd"``, which weights columns by their Fisher information and
             needs ``calibration``.
-        groups: how many.
+        groups: number of groups.
         tokenizer: turns texts into ids.
         targets: the matrices chosen, all linear ones if not given; see
             :func:`tnlm.targets.select`.
-        ignore: matrices left alone, in the same words.
-        higher_is_better: whether a function's larger values are better, as accuracies are.
-        window: tokens in a window of the metric's text or ids.
-        windows: such windows measured, from the start.
+        ignore: matrices left alone, in the same form.
+        higher_is_better: whether higher values of a function are better, as for accuracies.
+        window: tokens per window of the score's text or ids.
+        windows: how many such windows to measure, from the start.
         calibration: data for the Fisher information.
-        num_samples: windows drawn from it, at most.
-        max_length: tokens in such a window.
-        gradient_samples: how many of those drawn are used.
-        seed: draws them.
+        num_samples: largest number of windows drawn from it.
+        max_length: tokens per such window.
+        gradient_samples: how many of these windows are used for gradients.
+        seed: draws the windows.
         progress: show progress bars.
 
     Returns:
-        A row for every group, and the rank correlation of reconstruction error and loss.
+        One row per group, and the rank correlation of reconstruction error and loss.
 
     Raises:
-        OptionError: for an unknown weighting, or more groups than a matrix has singular values.
-        EvaluationError: if the metric gives no finite number.
+        OptionError: if the weighting is unknown, or a matrix has fewer singular values than groups.
+        EvaluationError: if the score is not a finite number.
 
     Source: FWSVD, Hsu et al. 2022, arXiv 2207.00112.
 
@@ -153,7 +152,7 @@ def truncate_groups(
     """
     if weighting not in WEIGHTINGS:
         raise OptionError(f"weighting={weighting!r}{did_you_mean(str(weighting), WEIGHTINGS)}")
-    measure = make_metric(model, metric, tokenizer, window, windows, higher_is_better)
+    measure = make_score(model, score, tokenizer, window, windows, higher_is_better)
     data = Data(calibration, tokenizer, num_samples, max_length, None, seed, gradient_samples)
     request = make_request(weighting, options={})
     check_model(model)
@@ -161,12 +160,12 @@ def truncate_groups(
     job = prepare(model, request, targets, ignore, data, progress)
     chosen = job.selection.targets
     with modes_kept(model):
-        dense = finite(measure(model), "the metric of the whole model")
+        dense = finite(measure(model), "the score of the whole model")
         with Truncation(model, chosen, job.metric, groups, progress=progress) as cut:
             values = []
             for group in tqdm(range(groups), desc="measuring", unit="group", disable=not progress):
                 cut.drop(group)
-                what = f"the metric of the model without group {group + 1}"
+                what = f"the score of the model without group {group + 1}"
                 values.append(finite(measure(model), what))
     sign = -1.0 if higher_is_better else 1.0
     errors, weighted = (_relative(energy) for energy in (cut.energy, cut.weighted))
@@ -187,9 +186,9 @@ def _correlated(rows: tuple[GroupRow, ...], weighting: str, dense: float) -> Gro
     losses = [row.loss for row in rows]
     note = ""
     if len(rows) < 2:
-        note = "none: there is one group only"
+        note = "none: there is only one group"
     elif len(set(losses)) == 1:
-        note = "none: the metric is the same without any group"
+        note = "none: the score is the same whichever group is removed"
     found = [
         None if note else _spearman([getattr(row, name) for row in rows], losses)
         for name in ("error", "weighted_error")
@@ -200,7 +199,7 @@ def _correlated(rows: tuple[GroupRow, ...], weighting: str, dense: float) -> Gro
 
 
 def _spearman(errors: Sequence[float], losses: Sequence[float]) -> float | None:
-    """Return the rank correlation of two lists, or None where one has no order."""
+    """Return the rank correlation of two lists, or None if all values of one are equal."""
     if len(set(errors)) == 1 or len(set(losses)) == 1:
         return None
     return float(spearmanr(errors, losses).statistic)

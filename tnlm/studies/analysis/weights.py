@@ -1,4 +1,4 @@
-"""What the numbers and singular values of one weight look like."""
+"""Describes the entries and singular values of one weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tnlm.studies.analysis.marchenko_pastur import edge, random_directions
 from tnlm.studies.analysis.spectra import ROWS, Spectrum, rounding, smaller_gram, summarize
 
 NEAR_ZERO = 0.01
-"""A number counts as zero up to this share of the matrix's root mean square."""
+"""An entry counts as zero up to this fraction of the matrix's root mean square."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,19 @@ class WeightRow:
     """The structure of one weight.
 
     Attributes:
-        name: of the target.
+        name: name of the target.
         shape: ``(out, in)``.
-        mean: of its numbers.
-        variance: of its numbers, about the mean.
-        kurtosis: their fourth standardized moment, 3 for a normal distribution; None if all are
-            equal.
-        sparsity: share of numbers at most 0.01 of the root mean square in size; a normal
-            distribution has 0.008.
-        spectrum: ranks, by squared singular values.
-        random90: directions that hold 90 % of the energy of a random matrix of this shape.
-        above_edge: share of singular values larger than any of a random matrix of this shape and
-            variance: directions that stand out of the noise.
+        mean: mean of its entries.
+        variance: variance of its entries.
+        kurtosis: fourth standardized moment of its entries, 3 for a normal distribution; None if
+            all entries are equal.
+        sparsity: fraction of entries with a magnitude of at most 0.01 of the root mean square;
+            0.008 for a normal distribution.
+        spectrum: ranks of the squared singular values.
+        random90: number of directions that hold 90 % of the energy of a random matrix of this
+            shape.
+        above_edge: fraction of singular values that are larger than any of a random matrix of this
+            shape and variance: directions that stand out from noise.
     """
 
     name: str
@@ -48,14 +49,14 @@ class WeightRow:
 
 
 def weight_row(name: str, weight: Tensor) -> WeightRow:
-    """Describe a weight by the moments of its numbers and by its singular values.
+    """Describe a weight by the moments of its entries and by its singular values.
 
     Args:
-        name: goes into the row, and into errors.
-        weight: ``(out, in)``, any float dtype; read in parts, in double precision.
+        name: name of the target, for the row and for errors.
+        weight: ``(out, in)``, any float dtype; converted to double precision in parts.
 
     Raises:
-        ModelError: if the weight, or its energy, is not finite.
+        ModelError: if the weight or its energy is not finite.
 
     Example:
         >>> row = weight_row("up", torch.eye(10))
@@ -65,7 +66,7 @@ def weight_row(name: str, weight: Tensor) -> WeightRow:
     shape = matrix_shape(weight)
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
-        raise ModelError(f"{name} holds {count} NaN or infinite weights; nothing was analyzed")
+        raise ModelError(f"{name} has {count} NaN or infinite weights; nothing was analyzed")
     mean, variance, kurtosis, sparsity = _moments(weight)
     try:
         energy = energies(smaller_gram(weight))
@@ -102,6 +103,6 @@ def _moments(weight: Tensor) -> tuple[float, float, float | None, float]:
         centered = (centered - mean).square_()
         second += float(centered.sum()) / count
         fourth += float(centered.square_().sum()) / count
-    # Rounding leaves about 1e-32 of the mean square where all numbers are equal.
+    # If all entries are equal, rounding leaves about 1e-32 of the mean square.
     varies = second > 1e-24 * square and second**2 > 0
     return mean, second, fourth / second**2 if varies else None, zeros / count

@@ -12,11 +12,11 @@ from tnlm.errors import OptionError
 
 @dataclass(frozen=True)
 class Configuration:
-    """The layers and matrices that are decomposed, at one rank, in one format.
+    """Which layers and matrices are decomposed, at which rank and in which format.
 
     Attributes:
-        layers: numbers of the layers, in order; none for the dense model.
-        tensors: names of the matrices in each of them, as the space calls them.
+        layers: indices of the layers, in ascending order; empty for the dense model.
+        tensors: names of the matrices in each layer, as in the space.
         rank: the rank of every matrix.
         format: ``"tucker"`` or ``"low-rank"``.
 
@@ -41,19 +41,28 @@ class Configuration:
 
     @property
     def key(self) -> str:
-        """A text that no other configuration has; all dense ones share theirs."""
+        """A unique text; all configurations that decompose nothing share one."""
         return json.dumps(asdict(Configuration() if self.is_dense else self), sort_keys=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""
         return {**asdict(self), "layers": list(self.layers), "tensors": list(self.tensors)}
 
+    def row(self) -> dict[str, Any]:
+        """Return the configuration as the cells of a table."""
+        return {
+            "layers": " ".join(map(str, self.layers)),
+            "tensors": " ".join(self.tensors),
+            "rank": None if self.is_dense else self.rank,
+            "format": None if self.is_dense else self.format,
+        }
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Configuration:
         """Return the configuration that :meth:`to_dict` wrote.
 
         Raises:
-            OptionError: if the values are not those of a configuration.
+            OptionError: if the values do not describe a configuration.
         """
         try:
             lists = {name: tuple(values[name]) for name in ("layers", "tensors")}
@@ -64,8 +73,7 @@ class Configuration:
     def __str__(self) -> str:
         if self.is_dense:
             return "dense"
-        layers, tensors = " ".join(map(str, self.layers)), " ".join(self.tensors)
-        return f"layers {layers}: {tensors}, {self.format} of rank {self.rank}"
+        return "layers {layers}: {tensors}, {format} of rank {rank}".format(**self.row())
 
 
 DENSE = Configuration()

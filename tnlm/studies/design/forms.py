@@ -1,7 +1,7 @@
-"""The plain forms that a configuration gives to a matrix, and what they cost.
+"""The formats of a design space, and what they cost.
 
-On a plain matrix both are the truncated SVD. They differ in what is stored, and in how the paper
-on the Tucker design space counts them.
+On a matrix that is not reshaped, both are the truncated SVD. They differ in what is stored, and in
+how the paper on the Tucker design space counts parameters.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from tnlm.schemes.tucker import paper_params
 from tnlm.targets import Target
 
 SCHEMES = {"tucker": "tucker", "low-rank": "svd"}
-"""The formats of a design space, and the scheme whose plain form each is."""
+"""The formats of a design space, and the scheme that makes each."""
 
 
 def check_form(form: str) -> None:
-    """Raise `OptionError` for a format that design spaces do not have."""
+    """Raise `OptionError` for a format that design spaces do not support."""
     if form not in SCHEMES:
         raise OptionError(f"unknown format {form!r} of a design space{did_you_mean(form, SCHEMES)}")
 
 
 def spec_of(form: str, shape: tuple[int, int], rank: int) -> TuckerSpec | LowRankSpec:
-    """Return what the format's spec is for a matrix that is not reshaped.
+    """Return the spec of a format for a matrix that is not reshaped.
 
     Example:
         >>> spec_of("tucker", (6, 5), 2)
@@ -40,7 +40,7 @@ def spec_of(form: str, shape: tuple[int, int], rank: int) -> TuckerSpec | LowRan
 
 
 def options_of(form: str, rank: int) -> dict[str, Any]:
-    """Return the options under which :func:`tnlm.compress` makes the same."""
+    """Return the options with which :func:`tnlm.compress` makes the same factors."""
     return {"ranks": [rank, rank]} if form == "tucker" else {"rank": rank}
 
 
@@ -50,9 +50,9 @@ def network_of(form: str, shape: tuple[int, int], rank: int) -> Network:
 
 
 def shrinks(form: str, target: Target, rank: int) -> bool:
-    """Tell whether a matrix can have the rank and gets smaller and no slower by it.
+    """Tell whether a rank is possible and makes a matrix smaller and no slower.
 
-    One that does not stays dense, as in :func:`tnlm.compress`.
+    Otherwise the matrix stays dense, as in :func:`tnlm.compress`.
     """
     if rank > min(target.shape):
         return False
@@ -61,12 +61,12 @@ def shrinks(form: str, target: Target, rank: int) -> bool:
 
 
 def stored(form: str, target: Target, rank: int, itemsize: int) -> Cost:
-    """Return what a matrix costs as the library stores it."""
+    """Return the cost of a matrix as the library stores it."""
     return network_cost(target, network_of(form, target.shape, rank), itemsize)
 
 
 def published(form: str, target: Target, rank: int) -> int:
-    """Return the parameters that the literature counts: no gauge, and Tucker with its core.
+    """Return the parameters as the literature counts them: no gauge, and Tucker with its core.
 
     Source: Moar, Tahmasebi, Pellauer and Kwon 2024, arXiv 2405.06626.
 

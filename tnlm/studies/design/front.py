@@ -1,4 +1,4 @@
-"""The Pareto front: the points that no other point beats in everything."""
+"""The Pareto front of a design space, as a table, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -8,63 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tnlm.errors import CheckpointError, EvaluationError, OptionError
+from tnlm.errors import CheckpointError, OptionError
 from tnlm.studies.design.configuration import Configuration
-from tnlm.studies.design.sweep import as_csv
+from tnlm.studies.table import as_csv
+from tnlm.utils.pareto import pareto
 
 FORMAT_VERSION = 1
 
 
-def pareto(values: Sequence[Sequence[float]], maximize: Sequence[bool]) -> list[int]:
-    """Return which points no other point dominates.
-
-    A point dominates another if it is as good in every objective and better in one. Points that are
-    equal do not dominate each other: all of them stay.
-
-    Args:
-        values: one sequence of objective values a point.
-        maximize: for every objective, whether more is better.
-
-    Returns:
-        The indices of the front, in order.
-
-    Raises:
-        OptionError: if a point has another number of values.
-        EvaluationError: if a value is NaN, which has no order.
-
-    Example:
-        >>> pareto([(1.0, 5.0), (2.0, 3.0), (2.0, 4.0)], [False, False])
-        [0, 1]
-    """
-    costs = []
-    for index, point in enumerate(values):
-        if len(point) != len(maximize):
-            raise OptionError(f"point {index} has {len(point)} values for {len(maximize)} goals")
-        if any(value != value for value in point):
-            raise EvaluationError(f"point {index} has a value that is not a number: {list(point)}")
-        signed = zip(point, maximize, strict=True)
-        costs.append(tuple(-value if more else value for value, more in signed))
-    # In this order a point can be dominated only by one before it.
-    front: list[tuple[float, ...]] = []
-    for cost in sorted(set(costs)):
-        if not any(_at_least_as_good(other, cost) for other in front):
-            front.append(cost)
-    kept = set(front)
-    return [index for index, cost in enumerate(costs) if cost in kept]
-
-
-def _at_least_as_good(one: Sequence[float], other: Sequence[float]) -> bool:
-    return all(a <= b for a, b in zip(one, other, strict=True))
-
-
 @dataclass(frozen=True)
 class Point:
-    """A configuration with the values of the objectives.
+    """A configuration with the values of its objectives.
 
     Attributes:
         configuration: what is decomposed.
-        percent: of the model's parameters, what is removed as stored.
-        values: by the names of the objectives.
+        percent: percentage of the model's parameters that is removed, as stored.
+        values: objective values by name.
     """
 
     configuration: Configuration
@@ -74,15 +33,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         objectives: their names, in order.
-        maximize: the names of those of which more is better.
-        points: the Pareto front, from little removed to much.
-        dense: the dense model, which is on the front only if nothing beats it.
+        maximize: the names of those of which higher is better.
+        points: the Pareto front, in order of the percentage removed.
+        dense: the dense model, which is on the front only if nothing dominates it.
         measured: how many configurations were measured.
-        failed: why configurations failed, those whose metric did.
+        failed: the reasons why configurations failed, by configuration.
     """
 
     objectives: tuple[str, ...]
@@ -100,7 +59,7 @@ class Front:
         maximize: Collection[str],
         failed: Mapping[str, str],
     ) -> Front:
-        """Return the front of all points measured."""
+        """Return the front of all measured points."""
         names = tuple(dense.values)
         table = [[point.values[name] for name in names] for point in points]
         best = [points[index] for index in pareto(table, [name in maximize for name in names])]
@@ -114,25 +73,18 @@ class Front:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one flat row a point of the front."""
+        """Return one flat row per point of the front."""
         return [
-            {
-                "layers": " ".join(map(str, point.configuration.layers)),
-                "tensors": " ".join(point.configuration.tensors),
-                "rank": None if point.configuration.is_dense else point.configuration.rank,
-                "format": None if point.configuration.is_dense else point.configuration.format,
-                "percent": point.percent,
-                **point.values,
-            }
+            {**point.configuration.row(), "percent": point.percent, **point.values}
             for point in self.points
         ]
 
     def to_csv(self) -> str:
-        """Return the points of the front as CSV text."""
+        """Return the rows as CSV text."""
         return as_csv(self.rows())
 
     def to_json(self) -> str:
-        """Return the whole as JSON text."""
+        """Return everything as JSON text."""
         values = {
             "format_version": FORMAT_VERSION,
             "objectives": list(self.objectives),
@@ -149,12 +101,12 @@ class Front:
         """Return the front that :meth:`to_json` wrote.
 
         Raises:
-            OptionError: if the text is not such a front.
+            OptionError: if the text is not a front.
         """
         try:
             data = json.loads(text)
             if data.pop("format_version") != FORMAT_VERSION:
-                raise OptionError(f"this front is not of format_version {FORMAT_VERSION}")
+                raise OptionError(f"the front does not have format_version {FORMAT_VERSION}")
             return cls(
                 tuple(data["objectives"]),
                 tuple(data["maximize"]),
@@ -169,7 +121,7 @@ class Front:
             raise OptionError(f"not a tnlm front: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the front: as CSV if the name ends so, else as JSON.
+        """Write the front as CSV if the file name ends in ``.csv``, and as JSON otherwise.
 
         Raises:
             CheckpointError: if the file cannot be written.

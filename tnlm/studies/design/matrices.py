@@ -1,8 +1,7 @@
-"""The matrices of a model by layer and by name within the layer, without their weights."""
+"""The matrices of a model by layer and by name within the layer, without weights."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,21 +10,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tnlm.allocation.pricing import model_cost
 from tnlm.checks import check_model
 from tnlm.errors import OptionError, TargetError, did_you_mean
+from tnlm.names import split_at_block
 from tnlm.network import Cost
 from tnlm.scratch import skeleton
 from tnlm.targets import ALL_LINEAR, Selector, Target, select
 
-NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.*)")
-
 
 @dataclass(frozen=True)
 class Matrices:
-    """What a design space must know of a model.
+    """What a design space needs to know about a model.
 
     Attributes:
-        layers: tensor name to target, for every layer.
-        cost: of the whole dense model.
-        itemsize: bytes of one number.
+        layers: the targets of each layer, by layer index and then by tensor name.
+        cost: cost of the whole dense model.
+        itemsize: bytes per parameter.
     """
 
     layers: Mapping[int, Mapping[str, Target]]
@@ -34,30 +32,31 @@ class Matrices:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the matrices of a layer, in the model's order."""
+        """The names of the matrices in a layer, in the model's order."""
         return tuple(dict.fromkeys(name for layer in self.layers.values() for name in layer))
 
 
 def matrices(
     source: PreTrainedModel | PreTrainedConfig, targets: Selector = ALL_LINEAR
 ) -> Matrices:
-    """Return the matrices of a model, or of what a config would make; no weights are made.
+    """Return the matrices of a model or of a config, for which no weights are created.
 
     Args:
-        source: a model, which is not changed, or a config.
-        targets: the matrices meant; those outside a numbered layer are passed over.
+        source: a model, which is left unchanged, or a config.
+        targets: which matrices to consider; those outside numbered layers are skipped.
 
     Returns:
-        The matrices; each is named by the last word of its name where that is clear, and by all
-        that follows the layer's number where it is not.
+        The matrices. Each is called by the last part of its name if that is unique within a layer,
+        and otherwise by everything after the layer's number.
 
     Raises:
-        ModelError: for what is neither, or a model that is compressed already.
-        TargetError: if no target is in a numbered layer, or several stacks of layers have some.
+        ModelError: if the source is neither, or is compressed already.
+        TargetError: if no target is in a numbered layer, or if targets are in several stacks of
+            layers.
 
     Example:
         >>> from transformers import LlamaConfig
-        >>> found = matrices(LlamaConfig())  # that of Llama-2-7B
+        >>> found = matrices(LlamaConfig())  # the sizes of Llama-2-7B
         >>> len(found.layers), found.cost.params, found.names[4:]
         (32, 6738415616, ('gate_proj', 'up_proj', 'down_proj'))
     """
@@ -69,15 +68,15 @@ def matrices(
     found: dict[int, dict[str, Target]] = {}
     stacks: dict[str, None] = {}
     for target in select(model, targets).targets:
-        match = NUMBERED.fullmatch(target.name)
-        if match and target.kind == "linear":
-            stack, number, path = match.groups()
+        split = split_at_block(target.name)
+        if split is not None and target.kind == "linear":
+            stack, number, path = split
             stacks[stack] = None
-            found.setdefault(int(number), {})[path] = target
+            found.setdefault(number, {})[path] = target
     if len(stacks) != 1:
         names = ", ".join(stacks) or "none"
         raise TargetError(
-            f"a design space is of one stack of layers; targets={targets!r} are in: {names}"
+            f"a design space needs one stack of layers; targets={targets!r} are in: {names}"
         )
     short = _short_names(found)
     named = {n: {short[path]: t for path, t in found[n].items()} for n in sorted(found)}
@@ -86,7 +85,7 @@ def matrices(
 
 
 def _short_names(layers: Mapping[int, Mapping[str, Target]]) -> dict[str, str]:
-    """Return the last word of every path, or the path where two paths end alike."""
+    """Return the last part of each path, or the whole path where several end alike."""
     paths = dict.fromkeys(path for layer in layers.values() for path in layer)
     ends = [path.rpartition(".")[2] for path in paths]
     return {
@@ -97,14 +96,15 @@ def _short_names(layers: Mapping[int, Mapping[str, Target]]) -> dict[str, str]:
 def choices(
     tensors: Sequence[str] | Mapping[str, Sequence[str]] | None, names: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Return the matrices of every choice that a space offers within a layer.
+    """Return the matrices behind every choice that a space offers within a layer.
 
     Args:
-        tensors: names, a mapping from names to what is chosen together, or None for every matrix.
-        names: the matrices that there are.
+        tensors: names; or a mapping from names to matrices that are chosen together; or None for
+            every matrix alone.
+        names: the matrices in a layer.
 
     Raises:
-        OptionError: for an unknown matrix, one that stands in two choices, or an empty choice.
+        OptionError: if a matrix is unknown or in two choices, or a choice is empty.
 
     Example:
         >>> choices({"attention": ["q", "k"]}, ["q", "k", "up"])
@@ -121,7 +121,7 @@ def choices(
         if member not in names:
             raise OptionError(f"unknown tensor {member!r}{did_you_mean(member, names)}")
         if members.count(member) > 1:
-            raise OptionError(f"tensor {member!r} stands in several choices of tensors=")
+            raise OptionError(f"tensor {member!r} is in several choices of tensors=")
     if not all(found.values()) or not found:
-        raise OptionError(f"tensors={tensors!r}; every choice needs a matrix at least")
+        raise OptionError(f"tensors={tensors!r}; every choice needs at least one matrix")
     return found

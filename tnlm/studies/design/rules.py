@@ -1,4 +1,4 @@
-"""Rules that prune a design space, held as data, and the sets of layers that they leave."""
+"""Rules that prune a design space, and the sets of layers that they allow."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from tnlm.errors import OptionError, did_you_mean
+from tnlm.utils.checks import check_whole
 
 KINDS = {"avoid": "layers", "spacing": "value", "at-most": "value", "all-tensors": None}
-"""What each kind of rule takes besides its name."""
+"""The argument that each kind of rule takes."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule that a configuration must keep.
+    """A rule that every configuration must keep.
 
     Attributes:
-        kind: ``"avoid"``, ``layers`` stay dense; ``"spacing"``, chosen layers are at least
-            ``value`` apart; ``"at-most"``, so many layers are chosen; or ``"all-tensors"``, all
-            matrices of a chosen layer are decomposed.
-        layers: numbers of layers, negative ones from the end; for ``"avoid"``.
-        value: a number of at least 1; for ``"spacing"`` and ``"at-most"``.
+        kind: ``"avoid"``: ``layers`` stay dense; ``"spacing"``: chosen layers are at least
+            ``value`` apart; ``"at-most"``: at most ``value`` layers are chosen; or
+            ``"all-tensors"``: all matrices of a chosen layer are decomposed.
+        layers: layer indices, negative ones counted from the end; for ``"avoid"``.
+        value: a whole number of at least 1; for ``"spacing"`` and ``"at-most"``.
 
     Raises:
-        OptionError: for an unknown kind, or what the kind does not take.
+        OptionError: if the kind is unknown, or an argument is missing, superfluous or invalid.
 
     Example:
         >>> Rule("avoid", layers=(0, 1)).to_dict()
@@ -46,11 +47,11 @@ class Rule:
                     f"rule {self.kind!r} with layers={self.layers}, value={self.value}; "
                     f"it takes {takes or 'neither'}"
                 )
-        if self.value is not None and self.value < 1:
-            raise OptionError(f"rule {self.kind!r} with value={self.value}; allowed: at least 1")
+        if self.value is not None:
+            check_whole(f"rule {self.kind!r} with value", self.value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the rule as plain JSON values, without what it does not take."""
+        """Return the rule as plain JSON values, without arguments that it does not take."""
         takes = KINDS[self.kind]
         found: dict[str, Any] = {"kind": self.kind}
         if takes == "layers":
@@ -64,7 +65,7 @@ class Rule:
         """Return the rule that :meth:`to_dict` wrote.
 
         Raises:
-            OptionError: if the values are not those of a rule.
+            OptionError: if the values do not describe a rule.
         """
         try:
             return cls(**{**values, "layers": tuple(values.get("layers", ()))})
@@ -77,23 +78,23 @@ INSIGHTS = (
     Rule("spacing", value=2),
     Rule("all-tensors"),
 )
-"""What Moar et al. 2024 (arXiv 2405.06626) advise, in our words: spare the first two layers and the
-last, spread the others out, and decompose every matrix of a layer. Their own 9 % schedule breaks
-the first rule with layer 31 of 32."""
+"""The advice of Moar et al. 2024 (arXiv 2405.06626), in our words: spare the first two layers and
+the last, do not choose neighbouring layers, and decompose every matrix of a chosen layer. Their own
+9 % schedule breaks the first rule, as it includes layer 31 of 32."""
 
 
 @dataclass(frozen=True)
 class LayerSets:
-    """The sets of layers that rules allow.
+    """The sets of layers that the rules allow.
 
     Args:
-        layers: the layers that may be chosen, in order.
-        spacing: the least distance of two chosen ones.
-        most: how many may be chosen.
+        layers: the layers that may be chosen, in ascending order.
+        spacing: the smallest distance between two chosen layers.
+        most: how many layers may be chosen.
 
     Example:
         >>> sets = LayerSets((2, 3, 4), spacing=2, most=3)
-        >>> list(sets), sets.count  # the empty set counts, too
+        >>> list(sets), sets.count  # the count includes the empty set
         ([(2,), (3,), (4,), (2, 4)], 5)
     """
 
@@ -103,10 +104,10 @@ class LayerSets:
 
     @classmethod
     def under(cls, rules: Sequence[Rule], layers: Sequence[int], depth: int) -> LayerSets:
-        """Return the sets that rules leave of some layers of a model with ``depth`` of them.
+        """Return the sets that rules allow in a model with ``depth`` layers.
 
         Raises:
-            OptionError: if a rule names a layer that the model has not.
+            OptionError: if a rule names a layer that the model does not have.
         """
         avoided: set[int] = set()
         for rule in rules:
@@ -125,10 +126,10 @@ class LayerSets:
 
     @property
     def count(self) -> int:
-        """How many sets there are, the empty one included."""
+        """How many sets there are, including the empty one."""
         ways, total = [1] * len(self.layers), 1
         for _ in range(min(self.most, len(self.layers))):
-            total += sum(ways)  # ways to choose so many layers, by the last one
+            total += sum(ways)  # sets of this size, by their last layer
             ways = [
                 sum(
                     way
@@ -140,7 +141,7 @@ class LayerSets:
         return total
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        """Yield every set but the empty one, the small ones first."""
+        """Yield every set except the empty one, in order of size."""
         for size in range(1, min(self.most, len(self.layers)) + 1):
             yield from self._of_size(size, 0)
 
@@ -157,7 +158,7 @@ class LayerSets:
                 yield (first, *rest)
 
     def thin(self, chosen: Sequence[int]) -> tuple[int, ...]:
-        """Return the chosen layers that may stay, where the earlier of two goes first."""
+        """Return chosen layers without those that break a rule; earlier layers take priority."""
         kept: list[int] = []
         for layer in sorted(set(chosen) & set(self.layers)):
             if len(kept) < self.most and (not kept or layer - kept[-1] >= self.spacing):

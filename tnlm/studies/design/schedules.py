@@ -1,10 +1,11 @@
-"""Schedules: sets of layers that are decomposed, published ones and regular ones."""
+"""Schedules: which layers to decompose, as published or at regular distances."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from tnlm.errors import OptionError
+from tnlm.utils.checks import check_whole
 
 PUBLISHED: tuple[tuple[int, ...], ...] = (
     (2, 29),
@@ -18,10 +19,10 @@ PUBLISHED: tuple[tuple[int, ...], ...] = (
     (*range(0, 8, 2), *range(8, 32)),
     tuple(range(32)),
 )
-"""The ten schedules of Llama-2-7B (32 layers) whose accuracy at rank 1 is published.
+"""The ten schedules of Llama-2-7B (32 layers) with published accuracies at rank 1.
 
-Source: Moar, Tahmasebi, Pellauer and Kwon 2024, arXiv 2405.06626; the table of accuracies in the
-data that they share.
+Source: Moar, Tahmasebi, Pellauer and Kwon 2024, arXiv 2405.06626; the table of accuracies in their
+published data.
 """
 
 PUBLISHED_PERCENT = (
@@ -36,29 +37,30 @@ PUBLISHED_PERCENT = (
     84.06009054339695,
     96.06867490673937,
 )
-"""Percentage of Llama-2-7B's parameters that each removes with all matrices at rank 1."""
+"""Percentage of Llama-2-7B's parameters that each schedule removes with all matrices at rank 1."""
 
 
 def transpose(layers: Sequence[int], *, source: int = 32, target: int) -> tuple[int, ...]:
-    """Move a set of layers to a model of another depth.
+    """Map a set of layers to a model of another depth.
 
-    The first layer goes to the first and the last to the last; those between keep their relative
-    place, rounded. Going to fewer layers, two may meet and become one.
+    The first layer maps to the first and the last to the last; layers between them keep their
+    relative position, rounded. In a shallower model several layers may map to one.
 
     Args:
-        layers: numbers of layers.
-        source: how many layers the first model has.
-        target: how many the other has.
+        layers: layer indices.
+        source: depth of the model that the layers belong to.
+        target: depth of the other model.
 
     Raises:
-        OptionError: for a layer that the first model has not, or a depth below 1.
+        OptionError: if a layer is not in the first model, or a depth is not a whole number of at
+            least 1.
 
     Example:
         >>> transpose((2, 17, 31), target=30)
         (2, 16, 29)
     """
-    if min(source, target) < 1:
-        raise OptionError(f"source={source}, target={target}; allowed: at least 1 layer each")
+    check_whole("source", source)
+    check_whole("target", target)
     for layer in layers:
         if not 0 <= layer < source:
             raise OptionError(f"layer {layer}; a model of {source} layers has 0 to {source - 1}")
@@ -67,44 +69,46 @@ def transpose(layers: Sequence[int], *, source: int = 32, target: int) -> tuple[
 
 
 def spaced(start: int, distance: int, count: int, *, depth: int) -> tuple[int, ...]:
-    """Return so many layers from ``start`` on, ``distance`` apart.
+    """Return ``count`` layers from ``start`` on, ``distance`` apart.
 
     Args:
         start: the first layer.
-        distance: from one layer to the next.
-        count: how many.
-        depth: layers of the model.
+        distance: distance between neighbouring layers.
+        count: how many layers.
+        depth: how many layers the model has.
 
     Raises:
-        OptionError: if the model has not so many layers.
+        OptionError: if the model does not have enough layers, or a number is not a whole one.
 
     Example:
         >>> spaced(2, 6, 5, depth=32)
         (2, 8, 14, 20, 26)
     """
+    check_whole("start", start, 0)
+    check_whole("distance", distance)
+    check_whole("count", count)
     last = start + distance * (count - 1)
-    if start < 0 or min(distance, count) < 1 or last >= depth:
+    if last >= depth:
         raise OptionError(
-            f"{count} layers from {start}, {distance} apart, end at {last}; "
-            f"allowed: layers 0 to {depth - 1}, a distance and a count of at least 1"
+            f"{count} layers from {start}, {distance} apart, end at {last}; the model has layers 0 "
+            f"to {depth - 1}"
         )
     return tuple(range(start, last + 1, distance))
 
 
 def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
-    """Choose so many of some layers, evenly, each in the middle of its share.
+    """Choose ``count`` layers, evenly spaced.
 
     Args:
-        layers: what to choose from, in order.
-        count: how many.
+        layers: the layers to choose from, in ascending order.
+        count: how many to choose.
 
     Raises:
-        OptionError: if there are not so many.
+        OptionError: if there are not that many.
 
     Example:
         >>> spread(range(2, 30), 4)
         (5, 12, 19, 26)
     """
-    if not 1 <= count <= len(layers):
-        raise OptionError(f"count={count}; allowed: 1 to {len(layers)}")
+    check_whole("count", count, 1, len(layers))
     return tuple(layers[(2 * k + 1) * len(layers) // (2 * count)] for k in range(count))

@@ -1,4 +1,4 @@
-"""What a user's metric says of a model, checked."""
+"""Calls a user's score of a model, and checks what it returns."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from transformers import PreTrainedModel
 from tnlm.errors import EvaluationError
 from tnlm.evaluation.number import finite
 
-Measure = Callable[[PreTrainedModel], Any]
-"""Takes a model, and returns a number, or a mapping from names to numbers."""
+Score = Callable[[PreTrainedModel], Any]
+"""Takes a model; returns a number, or a mapping from names to numbers."""
 
 
-def measure(model: PreTrainedModel, metric: Measure, name: str = "value") -> dict[str, float]:
-    """Return what a metric gives, as named finite numbers.
+def named_scores(model: PreTrainedModel, score: Score, name: str = "value") -> dict[str, float]:
+    """Return a model's scores as finite numbers by name.
 
     Args:
-        model: what is measured.
-        metric: returns a number or a mapping from names to numbers.
-        name: what a single number is called.
+        model: what is scored.
+        score: returns a number, or a mapping from names to numbers.
+        name: the name of a single number.
 
     Raises:
-        EvaluationError: if it gives no numbers, or one that is not finite.
+        EvaluationError: if it returns no number, or one that is not finite.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> tiny = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
         ...                    num_hidden_layers=1, num_attention_heads=2)
-        >>> measure(LlamaForCausalLM(tiny), lambda model: model.num_parameters(), "size")
+        >>> model = LlamaForCausalLM(tiny)
+        >>> named_scores(model, lambda model: model.num_parameters(), "size")
         {'size': 1176.0}
     """
-    found = metric(model)
+    found = score(model)
     values = dict(found) if isinstance(found, Mapping) else {name: found}
     if not values:
-        raise EvaluationError("the metric gave an empty mapping; it must give one number at least")
-    return {str(key): finite(value, f"the metric {key!r}") for key, value in values.items()}
+        raise EvaluationError("the score is an empty mapping; return at least one number")
+    return {str(key): finite(value, f"the score {key!r}") for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""search: the Pareto front of a design space, by an evolutionary or a Bayesian sampler."""
+"""search: the Pareto front of a design space, with an evolutionary or a Bayesian sampler."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tnlm.calibration.store import model_hash
 from tnlm.errors import OptionError, did_you_mean
 from tnlm.studies.design.configuration import DENSE, Configuration
 from tnlm.studies.design.front import Front
 from tnlm.studies.design.schedules import spread
-from tnlm.studies.design.scores import Measure
+from tnlm.studies.design.scores import Score
 from tnlm.studies.design.space import DesignSpace
 from tnlm.studies.design.storage import open_study
-from tnlm.studies.design.variants import Trials
-from tnlm.studies.design.worker import Run
+from tnlm.studies.design.variants import Variants
+from tnlm.studies.design.worker import Worker
+from tnlm.utils.checks import check_whole
 
 COUNTED = ("params", "bytes", "macs")
-"""Objectives that the space itself prices; nothing is run for them."""
+"""Objectives that are computed from the space, without running the model."""
 SAMPLERS = ("nsga2", "tpe")
 
 
@@ -27,7 +29,7 @@ def search(
     model: PreTrainedModel,
     space: DesignSpace,
     *,
-    objectives: Mapping[str, Measure | str],
+    objectives: Mapping[str, Score | str],
     maximize: Collection[str] = (),
     trials: int = 100,
     storage: str | Path | None = None,
@@ -36,41 +38,43 @@ def search(
     seed: int = 0,
     progress: bool = True,
 ) -> Front:
-    """Search a design space for its Pareto front; the model is left as it was.
+    """Search a design space for its Pareto front; the model is left unchanged.
 
-    Every process that calls this with the same arguments and the same ``storage`` takes part in the
-    search, and a process that was killed is replaced by calling it again: finished trials are in
-    the journal. What is there already is not measured again, but counts as a trial, and the next
-    configuration is drawn at random. The dense model is always measured.
+    Processes that call this with the same arguments and the same ``storage`` share one search. To
+    replace a process that was killed, call it again: finished trials are in the journal. A
+    configuration that is drawn again is not measured again, but counts as a trial, and the next one
+    is drawn at random. The dense model is always measured.
 
-    An objective that fails with a :class:`tnlm.TnlmError`, or gives what is not finite, makes a
-    failed trial, which is recorded with the reason; the search goes on.
+    If an objective raises a :class:`tnlm.TnlmError` or is not finite, the trial is recorded as
+    failed, with the reason, and the search continues.
 
     Args:
         model: any Hugging Face model, not compressed.
         space: its design space.
-        objectives: names to what is measured: a callable that takes the model and returns a
-            number; or ``"params"``, ``"bytes"`` or ``"macs"`` of the whole model, counted.
-        maximize: the names of objectives of which more is better; less of the others is.
-        trials: how many there are in the end, in all processes and all calls together; fewer if
-            the space is exhausted.
-        storage: the journal's file; None keeps the search in memory.
+        objectives: what to optimize, by name: a callable that takes the model and returns a
+            number; or ``"params"``, ``"bytes"`` or ``"macs"`` of the whole model, which are
+            counted.
+        maximize: names of the objectives of which higher is better; lower is better for others.
+        trials: total number of trials, over all processes and calls; fewer if the space is
+            exhausted.
+        storage: the journal file; None keeps the search in memory.
         sampler: ``"nsga2"`` (Deb et al. 2002) or ``"tpe"`` (multi-objective tree-structured
             Parzen estimators, Ozaki et al. 2020), both optuna's.
-        start: what is measured first, after the dense model; by default 1, 2, 4, ... layers,
-            evenly spread, with all their matrices at the first rank.
-        seed: draws the configurations; a single process that was interrupted, and called again,
-            goes on with those that it would have drawn.
+        start: configurations to measure first, after the dense model; by default 1, 2, 4, ...
+            evenly spaced layers, with all their matrices at the first rank.
+        seed: draws the configurations; a single process that is interrupted and called again
+            draws the same ones as without the interruption.
         progress: show a progress bar.
 
     Returns:
-        The front of all that was measured, the dense model's point, and what failed.
+        The front of all measured configurations, the dense model's point, and the failures.
 
     Raises:
-        OptionError: for objectives, a sampler or a start that are not allowed, or without optuna.
-        CheckpointError: if the journal cannot be written, or is of another search; before any work.
+        OptionError: if an argument is invalid, or optuna is not installed.
+        CheckpointError: if the journal cannot be written or belongs to another search; raised
+            before any work.
         EvaluationError: if the dense model cannot be measured, or an objective is constant.
-        TnlmError: other children of it, for a model that does not fit the space.
+        TnlmError: other subclasses, if the model does not fit the space.
 
     Source: Moar, Tahmasebi, Pellauer and Kwon 2024, arXiv 2405.06626, for the space.
 
@@ -92,29 +96,29 @@ def search(
         reason = space.broken(configuration)
         if reason is not None:
             raise OptionError(f"start: {configuration}: {reason}")
-    tried = Trials(model, space)
+    variants = Variants(model, space)
     about = {
         "space": space.to_dict(),
-        "model": tried.fingerprint(),
+        "model": model_hash(model),
         "objectives": {name: name in maximize for name in objectives},
     }
     study = open_study(storage, [name in maximize for name in objectives], about)
-    run = Run(study, space, tried, objectives)
+    worker = Worker(study, space, variants, objectives)
     with tqdm(total=trials, desc="search", disable=not progress) as bar:
-        while run.finished < trials and len(run.seen()) < space.count(distinct=True):
-            bar.update(run.finished - bar.n)
-            run.one(run.pending((DENSE, *begin)), sampler, seed)
-        bar.update(run.finished - bar.n)
-        if DENSE.key not in run.seen():  # a process that was stopped had taken it
-            run.one(DENSE, sampler, seed)
-    return run.front(maximize)
+        while worker.finished < trials and len(worker.seen()) < space.count(distinct=True):
+            bar.update(worker.finished - bar.n)
+            worker.one(worker.pending((DENSE, *begin)), sampler, seed)
+        bar.update(worker.finished - bar.n)
+        if DENSE.key not in worker.seen():  # it was left to a process that was stopped
+            worker.one(DENSE, sampler, seed)
+    return worker.front(maximize)
 
 
 def _check(
-    objectives: Mapping[str, Measure | str], maximize: Collection[str], trials: int, sampler: str
+    objectives: Mapping[str, Score | str], maximize: Collection[str], trials: int, sampler: str
 ) -> None:
     if not objectives:
-        raise OptionError("objectives={}; give one at least")
+        raise OptionError("objectives={}; give at least one")
     for name, objective in objectives.items():
         if isinstance(objective, str) and objective not in COUNTED:
             hint = did_you_mean(objective, COUNTED)
@@ -124,8 +128,7 @@ def _check(
     for name in maximize:
         if name not in objectives:
             raise OptionError(f"maximize has {name!r}{did_you_mean(name, objectives)}")
-    if trials < 1:
-        raise OptionError(f"trials={trials}; allowed: at least 1")
+    check_whole("trials", trials)
     if sampler not in SAMPLERS:
         raise OptionError(f"sampler={sampler!r}{did_you_mean(sampler, SAMPLERS)}")
 

@@ -1,4 +1,4 @@
-"""Series of configurations to sweep: one thing changes from one to the next."""
+"""Series of configurations for a sweep, in which one thing varies."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tnlm.studies.design.space import DesignSpace
 
 
 def by_layer(space: DesignSpace, rank: int | None = None) -> Iterator[Configuration]:
-    """Yield every layer by itself, with all its matrices: how sensitive is each layer?
+    """Yield each layer alone, with all its matrices: how sensitive is each layer?
 
     Args:
         space: the design space.
-        rank: of all matrices; the space's first if None.
+        rank: the rank of all matrices; the first of the space if None.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -29,20 +29,20 @@ def by_layer(space: DesignSpace, rank: int | None = None) -> Iterator[Configurat
 def by_tensor(
     space: DesignSpace, layers: Sequence[int] | None = None, rank: int | None = None
 ) -> Iterator[Configuration]:
-    """Yield every matrix by itself, in all layers or those given: how sensitive is each?"""
+    """Yield each matrix alone, in all layers or in those given: how sensitive is each matrix?"""
     whole = space.all_tensors(space.layers if layers is None else layers, rank)
     for name in space.tensors:
         yield Configuration(whole.layers, (name,), whole.rank, whole.format)
 
 
 def by_matrix(space: DesignSpace, rank: int | None = None) -> Iterator[Configuration]:
-    """Yield every matrix of every layer by itself."""
+    """Yield each matrix of each layer alone."""
     for layer in space.layers:
         yield from by_tensor(space, [layer], rank)
 
 
 def by_rank(space: DesignSpace, layers: Sequence[int]) -> Iterator[Configuration]:
-    """Yield some layers, with all their matrices, at every rank of the space."""
+    """Yield the given layers, with all their matrices, at every rank of the space."""
     for rank in space.ranks:
         yield space.all_tensors(layers, rank)
 
@@ -50,18 +50,18 @@ def by_rank(space: DesignSpace, layers: Sequence[int]) -> Iterator[Configuration
 def by_distance(
     space: DesignSpace, distances: Sequence[int], *, start: int = 2, count: int = 5
 ) -> Iterator[Configuration]:
-    """Yield so many layers from one on, nearer to each other or farther apart.
+    """Yield ``count`` layers from ``start`` on, at each of several distances.
 
-    The paper takes five layers from layer 2 on, 6 to 1 apart.
+    The paper uses five layers from layer 2 on, at distances 6 to 1.
 
     Args:
         space: the design space.
-        distances: from one layer to the next.
+        distances: distances between neighbouring layers.
         start: the first layer.
         count: how many layers.
 
     Raises:
-        OptionError: if the model has not so many layers.
+        OptionError: if the model does not have enough layers.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -73,10 +73,10 @@ def by_distance(
 
 
 def by_count(space: DesignSpace, counts: Sequence[int]) -> Iterator[Configuration]:
-    """Yield so many of the space's layers, evenly spread.
+    """Yield evenly spaced layers of the space, for each number of layers.
 
     Raises:
-        OptionError: if there are not so many.
+        OptionError: if the space does not have that many.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -88,7 +88,7 @@ def by_count(space: DesignSpace, counts: Sequence[int]) -> Iterator[Configuratio
 
 
 def published(space: DesignSpace, rank: int | None = None) -> Iterator[Configuration]:
-    """Yield the ten published schedules, moved to the model's depth, with all matrices.
+    """Yield the ten published schedules, mapped to the model's depth, with all matrices.
 
     Source: Moar, Tahmasebi, Pellauer and Kwon 2024, arXiv 2405.06626.
 

@@ -1,4 +1,4 @@
-"""DesignSpace: layers x matrices x ranks x formats of a model, counted, pruned and priced."""
+"""DesignSpace: the choices of layers, matrices, ranks and formats in a model, and their costs."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ from tnlm.studies.design.forms import (
 from tnlm.studies.design.matrices import choices, matrices
 from tnlm.studies.design.rules import LayerSets, Rule
 from tnlm.targets import ALL_LINEAR, Selector, Target, select
+from tnlm.utils.checks import check_whole
 
 COUNTS = ("stored", "published")
 
 
 class DesignSpace:
-    """Every choice of layers, of matrices in them, of a rank and of a format, that rules leave.
+    """All configurations of a model: which layers, which matrices in them, one rank, one format.
 
-    The space knows shapes only: it is made from a config as well as from a model.
+    The space only depends on shapes, so that a config is as good as a model.
 
     Args:
-        source: a model, or a config, of which no weights are made.
-        layers: numbers of the layers that may be chosen; all of them if None.
+        source: a model, or a config, for which no weights are created.
+        layers: indices of the layers that may be chosen; all if None.
         tensors: the choices within a layer: names of matrices, such as ``"q_proj"``, or a mapping
-            from a name to the matrices that are chosen together. Every matrix by itself if None.
-        ranks: what to choose the rank from.
-        formats: what to choose the format from: ``"tucker"``, ``"low-rank"``.
-        rules: what every configuration must keep; :data:`tnlm.studies.design.rules.INSIGHTS` are those of
-            the paper.
-        targets: the matrices meant; as in :func:`tnlm.compress`.
+            from names to matrices that are chosen together. Every matrix alone if None.
+        ranks: the ranks to choose from.
+        formats: the formats to choose from: ``"tucker"``, ``"low-rank"``.
+        rules: what every configuration must obey; :data:`tnlm.studies.design.INSIGHTS` are the
+            rules of the paper.
+        targets: which matrices to consider, as in :func:`tnlm.compress`.
 
     Attributes:
         depth: how many layers the model has.
         dense: the cost of the dense model.
 
     Raises:
-        OptionError: for unknown names, layers or formats, or nothing to choose from.
+        OptionError: if a name, layer or format is unknown, or there is nothing to choose from.
         RankError: if a rank makes no matrix smaller.
-        TargetError: if the model has no numbered layers with matrices, or several stacks of them.
+        TargetError: if the model has no numbered layers with matrices, or several stacks of layers.
 
     Source: Moar, Tahmasebi, Pellauer and Kwon 2024, arXiv 2405.06626.
 
     Example:
         >>> from transformers import LlamaConfig
-        >>> space = DesignSpace(LlamaConfig())  # that of Llama-2-7B
+        >>> space = DesignSpace(LlamaConfig())  # the sizes of Llama-2-7B
         >>> space.count() == 2**39
         True
         >>> two = Configuration((2, 29), tuple(space.tensors))
@@ -90,20 +91,19 @@ class DesignSpace:
                 raise OptionError(f"layer {layer}; the model has {_span(tuple(found.layers))}")
         self.sets = LayerSets.under(self.rules, self.layers, self.depth)
         self.whole = any(rule.kind == "all-tensors" for rule in self.rules)
-        self._checkchoices()
+        self._check_choices()
 
     def count(self, *, distinct: bool = False) -> int:
         """Return how many configurations there are.
 
         Args:
-            distinct: count every configuration that decomposes nothing as one. If not, sets of
-                layers times sets of matrices are counted, empty ones included, as papers do.
+            distinct: count all configurations that decompose nothing as one. Otherwise the count
+                is sets of layers times sets of matrices, including empty sets, as in papers.
 
         Notes:
-            For Llama-2-7B, version 2 of arXiv 2405.06626 gives 2^39, which is 2^32 sets of layers
-            times 2^7 of matrices at one rank. Version 1 gives 2^37 and does not say of what; our
-            reading is five choices in a layer: four in attention, and the feed-forward matrices
-            together.
+            For Llama-2-7B, version 2 of arXiv 2405.06626 gives 2^39: 2^32 sets of layers times 2^7
+            sets of matrices, at one rank. Version 1 gives 2^37 without a derivation; we read it as
+            five choices per layer: four in attention, and the feed-forward matrices together.
 
         Example:
             >>> from transformers import LlamaConfig
@@ -119,7 +119,7 @@ class DesignSpace:
         return (self.sets.count - 1) * max(masks - 1, 1) * kinds + 1
 
     def configurations(self) -> Iterator[Configuration]:
-        """Yield every distinct configuration: the dense one, then few layers before many."""
+        """Yield every distinct configuration: the dense one, then others by number of layers."""
         yield DENSE
         names = tuple(self.tensors)
         sizes = (len(names),) if self.whole else range(1, len(names) + 1)
@@ -136,9 +136,9 @@ class DesignSpace:
         """Return the configuration that decomposes every matrix of some layers.
 
         Args:
-            layers: numbers of the layers.
-            rank: the space's first if None.
-            form: the format; the space's first if None.
+            layers: layer indices.
+            rank: the rank; the first of the space if None.
+            form: the format; the first of the space if None.
         """
         return Configuration(
             tuple(sorted(set(layers))),
@@ -160,24 +160,24 @@ class DesignSpace:
         ):
             return f"tensors {list(configuration.tensors)} are not, in order, of {[*self.tensors]}"
         if self.whole and len(configuration.tensors) < len(self.tensors):
-            return f"rule 'all-tensors' asks for {[*self.tensors]}"
+            return f"rule 'all-tensors' requires {[*self.tensors]}"
         if configuration.rank not in self.ranks or configuration.format not in self.formats:
             return f"allowed: ranks {list(self.ranks)}, formats {list(self.formats)}"
         return None
 
     def matrices(self) -> list[Target]:
-        """Return every matrix that some configuration may decompose."""
+        """Return every matrix that a configuration may decompose."""
         names = {member for members in self.tensors.values() for member in members}
         layers = [self._matrices[layer] for layer in self.layers]
         return [target for layer in layers for name, target in layer.items() if name in names]
 
     def targets(self, configuration: Configuration) -> list[Target]:
-        """Return the matrices that a configuration decomposes; others would not get smaller.
+        """Return the matrices that a configuration decomposes, without those it would not shrink.
 
-        Rules do not matter here: schedules from elsewhere may be priced and measured, too.
+        Rules are ignored here, so that other schedules can be priced and measured, too.
 
         Raises:
-            OptionError: if the model lacks a layer, or the space a tensor or the format.
+            OptionError: if the model lacks a layer, or the space lacks a tensor or the format.
         """
         if configuration.is_dense:
             return []
@@ -197,7 +197,7 @@ class DesignSpace:
         ]
 
     def cost(self, configuration: Configuration) -> Cost:
-        """Return what the whole model costs under a configuration, as the library stores it."""
+        """Return the cost of the whole model under a configuration, as the library stores it."""
         found, rank = self.dense, configuration.rank
         for target in self.targets(configuration):
             after = stored(configuration.format, target, rank, self._itemsize)
@@ -213,12 +213,11 @@ class DesignSpace:
 
         Args:
             configuration: what is decomposed.
-            count: ``"stored"``, what the library stores; or ``"published"``, what papers count: a
-                matrix at rank r has r(in + out) numbers in low rank, and the r x r core of Tucker
-                besides.
+            count: ``"stored"``: what the library stores; or ``"published"``: what papers count,
+                r(in + out) parameters for a matrix of rank r, and r x r more for a Tucker core.
 
         Raises:
-            OptionError: for another count, or a configuration that the model cannot have.
+            OptionError: if the count is unknown, or the configuration does not fit the model.
         """
         if count not in COUNTS:
             raise OptionError(f"count={count!r}{did_you_mean(count, COUNTS)}")
@@ -232,11 +231,11 @@ class DesignSpace:
     def compress(
         self, model: PreTrainedModel, configuration: Configuration, *, progress: bool = True
     ) -> PreTrainedModel:
-        """Compress a model as a configuration says, in place, and return it.
+        """Compress a model in place as a configuration says, and return it.
 
         Raises:
-            TargetError: if the configuration decomposes nothing, or the model is another.
-            TnlmError: other children of it, as :func:`tnlm.compress` does.
+            TargetError: if the configuration decomposes nothing, or does not fit the model.
+            TnlmError: other subclasses, as :func:`tnlm.compress` does.
         """
         names = [target.name for target in self.targets(configuration)]
         if not names:
@@ -256,7 +255,7 @@ class DesignSpace:
         return compress(model, replace(decided, layers=tuple(layers)), progress=progress)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the space and the shapes it stands on as plain JSON values."""
+        """Return the space and the shapes that it depends on as plain JSON values."""
         shapes = {n: {k: list(t.shape) for k, t in m.items()} for n, m in self._matrices.items()}
         return {
             "layers": list(self.layers),
@@ -268,17 +267,16 @@ class DesignSpace:
             "parameters": self.dense.params,
         }
 
-    def _checkchoices(self) -> None:
+    def _check_choices(self) -> None:
         if not (self.layers and self.ranks and self.formats):
             raise OptionError(
                 f"layers={self.layers}, ranks={self.ranks}, formats={self.formats}; "
-                "each needs one choice at least"
+                "each needs at least one choice"
             )
         for form in self.formats:
             check_form(form)
             for rank in self.ranks:
-                if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                    raise RankError(f"rank={rank!r}; allowed: whole numbers of at least 1")
+                check_whole("rank", rank, error=RankError)
                 if not self.targets(self.all_tensors(self.layers, rank, form)):
                     raise RankError(f"rank={rank} in format {form!r} makes no matrix smaller")
 

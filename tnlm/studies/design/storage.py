@@ -1,4 +1,4 @@
-"""The journal that an optuna study is kept in: one file, for many processes."""
+"""Keeps an optuna study in a journal: one file that several processes may share."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ NAME, ABOUT = "tnlm", "about"
 def open_study(
     path: str | Path | None, maximize: Sequence[bool], about: Mapping[str, Any]
 ) -> optuna.Study:
-    """Open the study that a journal holds, or start it.
+    """Open the study in a journal, or start a new one.
 
     Args:
-        path: the journal; None keeps the study in memory.
-        maximize: for every objective, whether more is better.
-        about: what the study is of, plain JSON values.
+        path: the journal file; None keeps the study in memory.
+        maximize: for each objective, whether higher is better.
+        about: what the study depends on, as plain JSON values.
 
     Raises:
         OptionError: if optuna is not installed.
-        CheckpointError: if the file cannot be written, is no journal, or is about something else.
+        CheckpointError: if the file cannot be written, is not a journal, or belongs to another
+            study.
 
     Example:
         >>> open_study(None, [False, True], {"rank": 1}).user_attrs
@@ -62,7 +63,7 @@ def open_study(
         if found.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"{path} is the journal of another search: {name} differs; "
-                "give another file, or the same model, space and objectives"
+                "use another file, or the same model, space and objectives"
             )
     return study
 
@@ -72,13 +73,13 @@ def _journal(path: Path) -> optuna.storages.JournalStorage:
     from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("ab").close()  # tells that it can be written, before any work
+    path.open("ab").close()  # fails before any work if it cannot be written
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()
     try:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # a process was killed as it wrote its last line
+        if len(whole) < len(content):  # a process was killed while writing its last line
             with path.open("rb+") as file:
                 file.truncate(len(whole))
     finally:
@@ -88,7 +89,7 @@ def _journal(path: Path) -> optuna.storages.JournalStorage:
 
 @contextmanager
 def _silent(optuna: Any) -> Iterator[None]:
-    """Keep optuna from announcing the study on the terminal."""
+    """Stop optuna from announcing the study on the terminal."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

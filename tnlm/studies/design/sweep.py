@@ -1,11 +1,9 @@
-"""sweep: a model measured under one configuration after another."""
+"""sweep: the score of a model under one configuration after another."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,26 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tnlm.calibration.store import model_hash
 from tnlm.errors import EvaluationError, TnlmError
 from tnlm.studies.design.configuration import DENSE, Configuration
-from tnlm.studies.design.scores import Measure, measure
+from tnlm.studies.design.scores import Score, named_scores
 from tnlm.studies.design.space import DesignSpace
-from tnlm.studies.design.variants import Trials
+from tnlm.studies.design.variants import Variants
 from tnlm.studies.journal import Journal, Row
+from tnlm.studies.table import as_csv
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration and what was measured.
+    """One configuration and its score.
 
     Attributes:
         configuration: what was decomposed.
-        percent: of the model's parameters, what is removed as stored.
-        published: the same as the literature counts.
+        percent: percentage of the model's parameters that is removed, as stored.
+        published: the same percentage as the literature counts it.
         macs: multiply-adds per token of the whole model.
-        values: what the metric gave; empty if it failed.
+        values: what the score returned, by name; empty if it failed.
         error: why it failed, if it did.
     """
 
@@ -44,11 +44,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep measured.
+    """The result of a sweep.
 
     Attributes:
         dense: the dense model.
-        trials: the others, in the order asked.
+        trials: the configurations, in the order given.
     """
 
     dense: Trial
@@ -56,21 +56,18 @@ class Sweep:
 
     @property
     def failed(self) -> tuple[Trial, ...]:
-        """The trials whose metric failed."""
+        """The trials whose score failed."""
         return tuple(trial for trial in self.trials if trial.error is not None)
 
     def changes(self, trial: Trial) -> dict[str, float]:
-        """Return by how much a trial's values lie above those of the dense model."""
+        """Return the differences of a trial's values from those of the dense model."""
         return {name: value - self.dense.values[name] for name, value in trial.values.items()}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one flat row a trial, the dense model first."""
+        """Return one flat row per trial, the dense model first."""
         return [
             {
-                "layers": " ".join(map(str, trial.configuration.layers)),
-                "tensors": " ".join(trial.configuration.tensors),
-                "rank": None if trial.configuration.is_dense else trial.configuration.rank,
-                "format": None if trial.configuration.is_dense else trial.configuration.format,
+                **trial.configuration.row(),
                 "percent": trial.percent,
                 "published_percent": trial.published,
                 "macs": trial.macs,
@@ -100,33 +97,33 @@ class Sweep:
 def sweep(
     model: PreTrainedModel,
     space: DesignSpace,
-    metric: Measure,
+    score: Score,
     configurations: Iterable[Configuration],
     *,
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Measure a model under each configuration, and dense; it is left as it was.
+    """Score a model dense and under each configuration; it is left unchanged.
 
-    A metric that fails with a :class:`tnlm.TnlmError` or gives what is not finite makes a failed
-    trial; the sweep goes on. The dense model must not fail.
+    If the score raises a :class:`tnlm.TnlmError` or is not finite, the trial is recorded as failed
+    and the sweep continues. The dense model must not fail.
 
     Args:
         model: any Hugging Face model, not compressed.
-        space: its design space. Configurations may break its rules, but not lack in its model.
-        metric: takes the model; returns a number, or a mapping from names to numbers.
+        space: its design space. Configurations may break its rules, but must fit the model.
+        score: takes the model; returns a number, or a mapping from names to numbers.
         configurations: what to measure, for example :func:`tnlm.studies.design.series.by_layer`.
-        journal: a JSONL file to which every finished trial is added; those that it has already
-            are not measured again. The metric is not in it: name the file after it.
+        journal: a JSONL file to which every finished trial is added; trials in it are not measured
+            again. It does not record which score it holds: use one file per score.
         progress: show a progress bar.
 
     Returns:
         The trials, with percentages and multiply-adds.
 
     Raises:
-        CheckpointError: if the journal cannot be written, or is of another model or space.
+        CheckpointError: if the journal cannot be written, or belongs to another model or space.
         EvaluationError: if the dense model cannot be measured.
-        TnlmError: other children of it, for a model or configuration that does not fit the space.
+        TnlmError: other subclasses, if the model or a configuration does not fit the space.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,15 +140,15 @@ def sweep(
     """
     wanted = list(dict.fromkeys(configurations))
     for configuration in wanted:
-        space.targets(configuration)  # shows what the model lacks, before any work
-    trials = Trials(model, space)
-    about = {"space": space.to_dict(), "model": trials.fingerprint()}
+        space.targets(configuration)  # raises before any work if the model lacks something
+    variants = Variants(model, space)
+    about = {"space": space.to_dict(), "model": model_hash(model)}
     kept = Journal(journal, about)
     done: dict[str, Row] = dict(kept.rows)
     for configuration in tqdm([DENSE, *wanted], desc="sweep", disable=not progress):
         if configuration.key in done:
             continue
-        row = done[configuration.key] = _attempt(trials, configuration, metric)
+        row = done[configuration.key] = _attempt(variants, configuration, score)
         if configuration.is_dense and row["error"]:
             raise EvaluationError(f"the dense model cannot be measured: {row['error']}")
         _check_names(row, done[DENSE.key], configuration)
@@ -160,11 +157,11 @@ def sweep(
     return Sweep(found[0], tuple(found[1:]))
 
 
-def _attempt(trials: Trials, configuration: Configuration, metric: Measure) -> Row:
+def _attempt(variants: Variants, configuration: Configuration, score: Score) -> Row:
     """Measure one configuration; return its values, or why it failed."""
     try:
-        with trials.applied(configuration) as model:
-            return {"values": measure(model, metric), "error": None}
+        with variants.applied(configuration) as model:
+            return {"values": named_scores(model, score), "error": None}
     except TnlmError as error:
         return {"values": {}, "error": f"{type(error).__name__}: {error}"}
 
@@ -172,8 +169,9 @@ def _attempt(trials: Trials, configuration: Configuration, metric: Measure) -> R
 def _check_names(row: Row, dense: Row, configuration: Configuration) -> None:
     if row["values"] and row["values"].keys() != dense["values"].keys():
         raise EvaluationError(
-            f"the metric gave {[*row['values']]} for {configuration}, but {[*dense['values']]} for "
-            "the dense model; it must give the same names each time, and a journal is of one metric"
+            f"the score has names {[*row['values']]} for {configuration}, but "
+            f"{[*dense['values']]} for the dense model; return the same names each time, and use "
+            "one journal per score"
         )
 
 
@@ -186,12 +184,3 @@ def _trial(space: DesignSpace, configuration: Configuration, row: Row) -> Trial:
         row["values"],
         row["error"],
     )
-
-
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows of the same columns as CSV text."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

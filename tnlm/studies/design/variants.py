@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.metrics import Metric
-from tnlm.calibration.store import model_hash
 from tnlm.checks import check_model, check_weights
-from tnlm.decompositions import get_format
 from tnlm.decompositions.gauge import fix
-from tnlm.decompositions.low_rank import LowRankSpec
 from tnlm.errors import TargetError
-from tnlm.fitting import by_module
-from tnlm.layers.arranged import filled
 from tnlm.layers.contraction import chain
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.modes import modes_kept
@@ -25,23 +20,24 @@ from tnlm.network import Factors
 from tnlm.studies.design.configuration import Configuration
 from tnlm.studies.design.forms import network_of, shrinks
 from tnlm.studies.design.space import DesignSpace
-from tnlm.surgery import assemble
+from tnlm.studies.mounted import mounting
+from tnlm.studies.nested_ranks import NestedRanks
+from tnlm.surgery import cast_factors
 from tnlm.targets import Target, select
 
 
-class Trials:
-    """Puts configurations on a model for a while.
+class Variants:
+    """The variants of a model that the configurations of a design space describe.
 
-    Each matrix is decomposed once, at the largest rank of the space; a smaller rank is a part of
-    that, as the best approximation of a plain matrix is (Eckart-Young). These factors stay in
-    memory, in float64. The model keeps its own modules, which come back untouched.
+    Each matrix is decomposed once, at the largest rank of the space; smaller ranks are slices of
+    that. These factors stay in memory, in float64. The model's own modules are left untouched.
 
     Args:
-        model: the model that the space was made of, or one of the same shapes.
+        model: the model that the space was made from, or one of the same shapes.
         space: its design space.
 
     Raises:
-        ModelError: for a model that cannot be compressed.
+        ModelError: if the model cannot be compressed.
         TargetError: if the model lacks a matrix of the space, or has it in another shape.
 
     Example:
@@ -50,7 +46,7 @@ class Trials:
         ...                    num_hidden_layers=1, num_attention_heads=2)
         >>> model = LlamaForCausalLM(tiny)
         >>> space = DesignSpace(model)
-        >>> with Trials(model, space).applied(space.all_tensors([0])):
+        >>> with Variants(model, space).applied(space.all_tensors([0])):
         ...     type(model.model.layers[0].mlp.up_proj).__name__
         'FactorizedLinear'
         >>> type(model.model.layers[0].mlp.up_proj).__name__
@@ -62,7 +58,8 @@ class Trials:
         check_model(model)
         self._model, self._space = model, space
         wanted = space.matrices()
-        found = {t.name: t for t in select(model, [t.module for t in wanted]).targets}
+        self._all = select(model, [target.module for target in wanted]).targets
+        found = {target.name: target for target in self._all}
         for target in wanted:
             own = found.get(target.name)
             if own is None or own.shape != target.shape:
@@ -71,47 +68,20 @@ class Trials:
                     f"the space has {target.name} of {target.shape}; the model has {has}"
                 )
         check_weights(model, wanted)
-        self._all = list(found.values())
-        self._fits: dict[str, Factors] = {}
+        self._fits: dict[str, NestedRanks] = {}
 
     @contextmanager
     def applied(self, configuration: Configuration) -> Iterator[PreTrainedModel]:
-        """Give the model the layers of a configuration, and its own back after, come what may.
+        """Apply a configuration to the model for a block, and undo it even if the block fails.
 
         Training flags are restored as well.
         """
         chosen = self._space.targets(configuration)
-        replaced: list[tuple[str, nn.Module]] = []
-        with modes_kept(self._model):
-            try:
-                for group in by_module(chosen):
-                    name = group[0].module
-                    module = self._module(group, configuration)
-                    replaced.append((name, self._model.get_submodule(name)))
-                    self._model.set_submodule(name, module)
-                yield self._model
-            finally:
-                for name, old in replaced:
-                    self._model.set_submodule(name, old)
-
-    def fingerprint(self) -> str:
-        """Return a text that tells this model from another, by its config and weights."""
-        return model_hash(self._model)
-
-    def _module(self, group: Sequence[Target], configuration: Configuration) -> nn.Module:
-        """Return what replaces a module; parts of a fused one that are not chosen stay dense."""
-        first, chosen = group[0], {target.name for target in group}
-        old = self._model.get_submodule(first.module)
-        whole = [t for t in self._all if t.module == first.module] if first.parts else group
-        modules = {
-            target.name: self._factorized(target, configuration)
-            if target.name in chosen
-            else filled(target.weight(self._model), target.bias(self._model))
-            for target in whole
-        }
-        module = assemble(whole, modules)
-        trainable = any(p.requires_grad for p in old.parameters())
-        return module.requires_grad_(trainable).train(old.training)
+        modules = {target.module for target in chosen}
+        concerned = [target for target in self._all if target.module in modules]
+        with modes_kept(self._model), mounting(self._model, concerned) as mounted:
+            mounted.put({t.name: self._factorized(t, configuration) for t in chosen})
+            yield self._model
 
     def _factorized(self, target: Target, configuration: Configuration) -> nn.Module:
         rank = configuration.rank
@@ -124,25 +94,16 @@ class Trials:
             device=weight.device,
             dtype=weight.dtype,
         )
-        full = self._fit(target, rank)
-        cut = {"left": full["left"][:, :rank], "right": full["right"][:rank]}
         with torch.no_grad():
-            stored = fix(network, cut)
-            return module.store({k: _cast(v, weight.dtype) for k, v in stored.items()}, bias)
+            stored = fix(network, self._factors(target, rank))
+            return module.store(cast_factors(stored, weight), bias)
 
-    def _fit(self, target: Target, rank: int) -> Factors:
-        """Return the factors of a matrix at a rank, or at a larger one."""
+    def _factors(self, target: Target, rank: int) -> Factors:
+        """Return the factors of a matrix at a rank; fit it unless that was done."""
         found = self._fits.get(target.name)
-        if found is None or len(found["right"]) < rank:
+        if found is None or found.largest < rank:
             useful = [r for r in self._space.ranks if shrinks("low-rank", target, r)]
-            spec = LowRankSpec(max([rank, *useful]), gauge=False)
-            with torch.no_grad():
-                weight = target.weight(self._model)
-                found = get_format("low-rank").fit(weight, Metric(), spec)
+            weight = target.weight(self._model)
+            found = NestedRanks(weight, Metric(), max([rank, *useful]))
             self._fits[target.name] = found
-        return found
-
-
-def _cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a factor in the model's dtype; the order of a gauge is whole numbers, and stays."""
-    return factor.to(dtype) if factor.is_floating_point() else factor
+        return found.factors(rank)

@@ -1,4 +1,4 @@
-"""One process's part in a search: draws configurations, measures them, and records them."""
+"""One process of a search: draws configurations, measures them, and records the results."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import TYPE_CHECKING, Any
 from tnlm.errors import EvaluationError, OptionError, TnlmError
 from tnlm.studies.design.configuration import DENSE, Configuration
 from tnlm.studies.design.front import Front, Point
-from tnlm.studies.design.scores import Measure, measure
+from tnlm.studies.design.scores import Score, named_scores
 from tnlm.studies.design.space import DesignSpace
-from tnlm.studies.design.variants import Trials
+from tnlm.studies.design.variants import Variants
 
 if TYPE_CHECKING:
     import optuna
 
 POPULATION = 16
-"""Configurations of a generation of NSGA-II."""
+"""Configurations per generation of NSGA-II."""
 SAME = 4
-"""An objective that is the same at so many configurations does not depend on them."""
+"""An objective with one value at this many configurations does not depend on them."""
 SPREAD = 1_000_003
-"""Keeps the seeds of one search apart from those of another."""
+"""Separates the seeds of one search from those of another."""
 RANDOM = "random"
 CONFIGURATION, ERROR = "configuration", "error"
 
 
-class Run:
-    """A search as one process sees it: trials of all processes are in the study."""
+class Worker:
+    """Runs trials of a search; the study holds those of all processes."""
 
     def __init__(
         self,
         study: optuna.Study,
         space: DesignSpace,
-        tried: Trials,
-        objectives: Mapping[str, Measure | str],
+        variants: Variants,
+        objectives: Mapping[str, Score | str],
     ) -> None:
-        self._study, self._space, self._tried = study, space, tried
+        self._study, self._space, self._variants = study, space, variants
         self._objectives = objectives
 
     @property
     def finished(self) -> int:
-        """Trials that were measured or failed; not those of processes that were stopped."""
+        """How many trials were measured or failed, without those of stopped processes."""
         return len(self._recorded())
 
     def _recorded(self) -> list[optuna.trial.FrozenTrial]:
@@ -48,7 +48,7 @@ class Run:
         return [t for t in trials if t.state.is_finished() and CONFIGURATION in t.user_attrs]
 
     def seen(self) -> dict[str, list[float] | str]:
-        """Return the values of every configuration, or why it failed, by its key."""
+        """Return the values of each configuration, or why it failed, by key."""
         return {
             _configuration(trial).key: trial.user_attrs[ERROR]
             if ERROR in trial.user_attrs
@@ -57,12 +57,12 @@ class Run:
         }
 
     def _repeated(self) -> bool:
-        """Whether the last configuration had been there before."""
+        """Whether the last configuration was a repetition."""
         keys = [_configuration(trial).key for trial in self._recorded()]
         return bool(keys) and keys[-1] in keys[:-1]
 
     def pending(self, wanted: Sequence[Configuration]) -> Configuration | None:
-        """Return the first of some configurations that nobody measured, or seems to measure."""
+        """Return the first configuration that no process has measured or is measuring."""
         seen = self.seen()
         running = [trial.params for trial in self._running()]
         for configuration in wanted:
@@ -73,21 +73,21 @@ class Run:
         return None
 
     def _running(self) -> list[optuna.trial.FrozenTrial]:
-        """Trials of other processes, or of processes that were stopped."""
+        """Return the trials of other processes, or of processes that were stopped."""
         from optuna.trial import TrialState
 
         return self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
 
     def one(self, wanted: Configuration | None, sampler: str, seed: int) -> None:
-        """Take or draw a configuration, measure it unless that was done, and record it."""
+        """Run one trial: take or draw a configuration, measure it unless known, and record it."""
         from optuna.trial import TrialState
 
         if wanted is not None:
             self._study.enqueue_trial(_parameters(self._space, wanted))
         seen = self.seen()
-        if self._repeated():  # the sampler runs dry: something new for it to start from
+        if self._repeated():  # the sampler is stuck: give it something new to start from
             sampler = RANDOM
-        # A sampler for each trial: no state is lost with a process, and no two draw alike.
+        # One sampler per trial, so that no state is lost with a process and no two draw alike.
         number = len(self._recorded()) + len(self._running())
         self._study.sampler = _sampler(sampler, (seed * SPREAD + number) % 2**32)
         trial = self._study.ask()
@@ -99,7 +99,9 @@ class Run:
             if isinstance(found, str) and configuration.is_dense:
                 raise EvaluationError(f"the dense model cannot be measured: {found}")
         except BaseException:
-            self._study.tell(trial, state=TrialState.FAIL)  # not recorded: it is tried again
+            self._study.tell(
+                trial, state=TrialState.FAIL
+            )  # not recorded, so that it is tried again
             raise
         trial.set_user_attr(CONFIGURATION, configuration.to_dict())
         if isinstance(found, str):
@@ -113,15 +115,15 @@ class Run:
         cost = self._space.cost(configuration)
         values: list[float] = []
         try:
-            with self._tried.applied(configuration) as model:
+            with self._variants.applied(configuration) as model:
                 for name, objective in self._objectives.items():
                     if isinstance(objective, str):
                         values.append(float(getattr(cost, objective)))
                         continue
-                    found = measure(model, objective, name)
+                    found = named_scores(model, objective, name)
                     if list(found) != [name]:
                         raise OptionError(
-                            f"objective {name!r} gave {list(found)}; it must give one number"
+                            f"objective {name!r} returned {list(found)}; it must return one number"
                         )
                     values.append(found[name])
         except EvaluationError as error:
@@ -133,7 +135,7 @@ class Run:
         return values
 
     def _check_constant(self) -> None:
-        """Raise `EvaluationError` if an objective cannot tell configurations apart."""
+        """Raise `EvaluationError` if an objective does not depend on the configuration."""
         measured = [values for values in self.seen().values() if not isinstance(values, str)]
         if len(measured) < SAME:
             return
@@ -141,12 +143,12 @@ class Run:
             if len(set(values)) == 1:
                 raise EvaluationError(
                     f"objective {name!r} is {values[0]:g} at all {len(values)} configurations "
-                    "measured: it does not depend on what is decomposed; leave it out, or give it "
-                    "data on which models differ"
+                    "measured: it does not depend on what is decomposed; leave it out, or measure "
+                    "it on data where models differ"
                 )
 
     def front(self, maximize: Collection[str]) -> Front:
-        """Return the front of all that is recorded."""
+        """Return the front of all recorded trials."""
         points: dict[str, Point] = {}
         failed: dict[str, str] = {}
         for trial in self._recorded():
@@ -160,7 +162,7 @@ class Run:
 
 
 def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Return a sampler with a seed of its own for each trial, so that a stop changes nothing."""
+    """Return a new sampler; with one seed per trial, an interruption changes nothing."""
     from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
 
     if name == RANDOM:
@@ -175,7 +177,7 @@ def _configuration(trial: optuna.trial.FrozenTrial) -> Configuration:
 
 
 def _draw(space: DesignSpace, trial: optuna.Trial) -> Configuration:
-    """Draw a configuration; layers that rules forbid together are thinned out."""
+    """Draw a configuration, and drop layers that break a rule."""
 
     def yes(name: str) -> bool:
         return bool(trial.suggest_categorical(name, [False, True]))
@@ -191,7 +193,7 @@ def _draw(space: DesignSpace, trial: optuna.Trial) -> Configuration:
 
 
 def _parameters(space: DesignSpace, configuration: Configuration) -> dict[str, Any]:
-    """Return what the trial of a configuration draws; the dense one has all matrices, no layer."""
+    """Return what a trial draws to reach a configuration; for the dense one, no layer at all."""
     dense = configuration.is_dense
     found: dict[str, Any] = {
         f"layer {layer}": layer in configuration.layers for layer in space.sets.layers

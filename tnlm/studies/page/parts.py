@@ -1,4 +1,4 @@
-"""Pieces of HTML: tables that sort, pictures that follow the reader's colours, facts."""
+"""Pieces of HTML: sortable tables, plots in the reader's colours, key figures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#010203"
-"""Stands in a drawing for the colour of the text around it."""
+"""Placeholder in a plot for the colour of the surrounding text."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table whose columns sort when their heads are pressed; None is an empty cell.
+    """Return a table that is sorted by clicking its column heads; None is an empty cell.
 
     Example:
         >>> table(["a"], [["x < y"]]).partition("<tbody>")[2]
@@ -38,7 +38,7 @@ def _cell(value: Any) -> str:
 
 
 def facts(items: Iterable[tuple[str, str, str]]) -> str:
-    """Return figures side by side, each with a name and a note."""
+    """Return key figures side by side, each with a name and a note."""
     found = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
         for name, value, note in items
@@ -47,12 +47,12 @@ def facts(items: Iterable[tuple[str, str, str]]) -> str:
 
 
 def picture(axes: Axes, caption: str) -> str:
-    """Return a drawing as inline SVG without a background, in the colour of the text around it."""
+    """Return a plot as inline SVG without a background, in the colour of the surrounding text."""
     from matplotlib import rc_context
 
     _ink(axes)
     text = io.StringIO()
-    # Text stays text, which is small and can be selected; the same drawing has the same ids.
+    # Text stays text, which is small and selectable; a fixed salt makes ids reproducible.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tnlm"}):
         axes.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})  # type: ignore[union-attr]
     drawn = text.getvalue()
@@ -64,7 +64,7 @@ def picture(axes: Axes, caption: str) -> str:
 
 
 def _ink(axes: Axes) -> None:
-    """Give axes, ticks and words the colour that stands for the reader's."""
+    """Give axes, ticks and text the placeholder colour."""
     for one in axes.figure.axes:
         one.tick_params(colors=INK, which="both")
         for spine in one.spines.values():

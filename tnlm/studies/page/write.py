@@ -1,4 +1,4 @@
-"""Writes the page: what was asked, what it cost and bought, matrix by matrix."""
+"""Writes an HTML page about a compressed model: request, costs and errors, matrix by matrix."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ FILE = "report.html"
 def write_page(
     directory: str | Path, out: str | Path | None = None, *, evaluation: str | Path | None = None
 ) -> Path:
-    """Write one HTML page about a compressed model, which needs nothing but itself.
+    """Write one self-contained HTML page about a compressed model.
 
     Args:
-        directory: where ``tnlm.save`` put the model, with its ``tnlm_report.json``.
+        directory: written by ``tnlm.save``, with its ``tnlm_report.json``.
         out: the file to write; ``report.html`` in the directory if not given.
-        evaluation: JSON of a :class:`tnlm.evaluation.results.Evaluation`, shown beside.
+        evaluation: JSON file of a :class:`tnlm.Evaluation` to include.
 
     Returns:
         The file.
 
     Raises:
-        CheckpointError: if the directory was not written by tnlm, has no report, or the page
+        CheckpointError: if the directory was not written by tnlm or has no report, or if the page
             cannot be written.
-        OptionError: if a file is not what it should be, or matplotlib is missing.
+        OptionError: if a file has unexpected contents, or matplotlib is missing.
     """
     folder = Path(directory)
     about = describe(folder)
@@ -44,7 +44,7 @@ def write_page(
         report = Report.from_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"{directory} has no {REPORT_FILE}; tnlm.save writes it for models just compressed"
+            f"{directory} has no {REPORT_FILE}; tnlm.save only writes it for models just compressed"
         ) from error
     parts = [*_body(folder.resolve().name, about, report, _measured(evaluation))]
     target = folder / FILE if out is None else Path(out)
@@ -72,16 +72,19 @@ def _body(name: str, about: dict[str, Any], report: Report, measured: Any) -> It
     yield facts(_figures(report, about))
     if measured is not None:
         yield "<h2>Quality</h2>" + _quality(measured)
-    yield "<h2>What every matrix keeps</h2>"
-    yield picture(plot.allocation(plan), "Numbers that stay in every block, and that it had.")
+    yield "<h2>Parameters kept</h2>"
+    yield picture(plot.allocation(plan), "Parameters that each block keeps, and those it had.")
     kept = {layer.name: layer.keep for layer in plan.layers}
-    yield picture(plot.heatmap(kept, label="share kept"), "Share of the numbers that stays.")
+    yield picture(
+        plot.heatmap(kept, label="fraction kept"),
+        "Fraction of parameters kept.",
+    )
     errors = {layer.name: layer.error for layer in plan.layers if layer.error is not None}
     if errors:
-        yield "<h2>Where the error is</h2>"
+        yield "<h2>Errors</h2>"
         yield picture(
             plot.heatmap(errors, label="relative error"),
-            f"Relative error of every matrix in the metric it was fitted in: {plan.metric}.",
+            f"Relative error of each matrix in the metric of its fit: {plan.metric}.",
         )
     yield "<h2>Matrices</h2>"
     yield table(
@@ -89,14 +92,14 @@ def _body(name: str, about: dict[str, Any], report: Report, measured: Any) -> It
         map(_row, plan.layers),
     )
     if plan.skipped:
-        yield "<h2>Left alone</h2>" + table(("matrix", "why"), plan.skipped.items())
+        yield "<h2>Left alone</h2>" + table(("matrix", "reason"), plan.skipped.items())
     yield "<h2>Recipe</h2>"
     yield f"<pre>{escape(_recipe(report))}</pre>"
     yield "<h2>Model card</h2>"
     yield f"<pre>{escape(card(name, about, report))}</pre>"
     yield "<h2>Environment</h2>"
     here = versions()
-    rows = [(package, report.versions.get(package, "not told"), here[package]) for package in here]
+    rows = [(package, report.versions.get(package, "unknown"), here[package]) for package in here]
     yield table(("package", "compressed with", "this page"), rows)
 
 
@@ -109,7 +112,7 @@ def _figures(report: Report, about: dict[str, Any]) -> Iterator[tuple[str, str, 
     yield "on disk", f"{about['bytes_on_disk'] / 2**20:,.1f} MiB", "weights"
     if before.macs:
         yield "multiply-adds", f"{after.macs / before.macs:.1%}", "per token"
-    yield "time", f"{sum(report.seconds.values()):,.0f} s", f"{report.tokens:,} tokens seen"
+    yield "time", f"{sum(report.seconds.values()):,.0f} s", f"{report.tokens:,} calibration tokens"
 
 
 def _quality(measured: Any) -> str:
@@ -131,19 +134,19 @@ def _row(layer: LayerPlan) -> tuple[Any, ...]:
 def _recipe(report: Report) -> str:
     plan = report.plan
     first, asked = repr(plan.scheme), {"metric": plan.metric, **plan.request, **report.data}
-    if "search" in plan.request:  # its ranks are in the plan alone
+    if "search" in plan.request:  # its ranks are only in the plan
         first, asked = "report.plan", {**report.data}
     words = "".join(f",\n    {name}={value!r}" for name, value in asked.items())
     if report.data:
         words += ",\n    calibration=...,\n    tokenizer=tokenizer"
     if "recover" in plan.request:
         words += ",\n    training=...,  # if it was given"
-    told = f"\n# SHA-256 of the tokens: {report.fingerprint}" if report.fingerprint else ""
-    return f"tnlm.compress(\n    model,\n    {first}{words}\n){told}"
+    digest = f"\n# SHA-256 of the tokens: {report.fingerprint}" if report.fingerprint else ""
+    return f"tnlm.compress(\n    model,\n    {first}{words}\n){digest}"
 
 
 def card(name: str, about: dict[str, Any], report: Report) -> str:
-    """Return a model card: front matter and a short text, Markdown."""
+    """Return a model card in Markdown: front matter and a short text."""
     plan = report.plan
     lines = "\n".join(f"- {line}" for line in report.summary())
     return f"""---
@@ -182,7 +185,7 @@ def _document(title: str, body: str) -> str:
 
 
 def _replace(target: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a whole file, or nothing."""
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, suffix=".html")
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,1 +1,6 @@
-"""Searches that try a compression on the model and measure what comes of it."""
+"""A search that tries ranks on the model, and compresses it with those that score well enough."""
+
+from tnlm.studies.rank_search.ranks import CANDIDATES
+from tnlm.studies.rank_search.search import RankSearchResult
+
+__all__ = ["CANDIDATES", "RankSearchResult"]

@@ -1,4 +1,4 @@
-"""Ranks that meet a budget at the least damage, as measured for each matrix by itself."""
+"""Ranks that meet a budget with the smallest loss, when each matrix was measured alone."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from tnlm.errors import BudgetError
 
 @dataclass(frozen=True)
 class Choice:
-    """One rank of a matrix.
+    """One candidate rank of a matrix.
 
     Attributes:
         rank: the rank.
-        saved: how many numbers fewer the model has.
-        damage: how much more than the dense model's.
+        saved: how many parameters it saves.
+        increase: how much higher the loss is than the dense model's.
     """
 
     rank: int
     saved: int
-    damage: float
+    increase: float
 
 
 def choose(choices: Mapping[str, list[Choice]], wanted: int) -> dict[str, Choice]:
-    """Take, again and again, the step of least damage for each number saved, until enough are.
+    """Return ranks that together save enough parameters, found greedily.
 
-    A step makes one matrix smaller than it was. Damages are added up, though together they may be
-    more or less than their sum.
+    Each step makes one matrix smaller: the one where the loss increases least per parameter saved.
+    Increases are summed over matrices, although their true effect together may differ.
 
     Args:
-        choices: of each matrix, by name.
-        wanted: numbers to save.
+        choices: the candidates of each matrix, by name.
+        wanted: how many parameters to save.
 
     Raises:
-        BudgetError: if all of them together do not save so many.
+        BudgetError: if all matrices together cannot save that many.
 
     Example:
         >>> a, b = [Choice(2, 10, 0.1), Choice(1, 12, 0.9)], [Choice(4, 10, 0.3)]
@@ -44,14 +44,14 @@ def choose(choices: Mapping[str, list[Choice]], wanted: int) -> dict[str, Choice
     most = sum(max((c.saved for c in some), default=0) for some in choices.values())
     if most < wanted:
         raise BudgetError(
-            f"the budget takes {wanted:,} numbers fewer; the smallest candidates of all matrices "
-            f"save {most:,}: add targets, smaller candidates=, or keep more"
+            f"the budget requires saving {wanted:,} parameters, but the smallest candidates of all "
+            f"matrices save {most:,}; add targets, use smaller candidates=, or keep more"
         )
     chosen: dict[str, Choice] = {}
     dense = Choice(0, 0, 0.0)
     while sum(choice.saved for choice in chosen.values()) < wanted:
         steps = [
-            ((choice.damage - now.damage) / (choice.saved - now.saved), name, choice)
+            ((choice.increase - now.increase) / (choice.saved - now.saved), name, choice)
             for name, some in choices.items()
             for now in [chosen.get(name, dense)]
             for choice in some

@@ -1,4 +1,4 @@
-"""Items to search on and items to report on, which must not meet."""
+"""The items that decide a search and those that its result is reported on: none may be in both."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tnlm.errors import EvaluationError
 
 
 def name_of(item: Any) -> str:
-    """Name an item by its contents: equal items, and no others, have one name.
+    """Return a name for the contents of an item; only equal items share it.
 
     Raises:
-        EvaluationError: for an item that is not made of plain values, tensors or arrays.
+        EvaluationError: if an item holds other things than plain values, tensors or arrays.
 
     Example:
         >>> name_of({"a": 1, "b": [2]}) == name_of({"b": (2,), "a": 1}) != name_of("a")
@@ -29,13 +29,13 @@ def name_of(item: Any) -> str:
     except (TypeError, ValueError) as error:
         raise EvaluationError(
             f"an item is a {type(item).__name__} whose contents cannot be compared ({error}); "
-            "give items of plain values, tensors or arrays"
+            "build items from plain values, tensors or arrays"
         ) from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_disjoint(search: Sequence[Any], report: Sequence[Any]) -> tuple[str, str]:
-    """Refuse splits that share an item, as a search fits what it measures; return their names.
+    """Raise an error if the splits share an item; return a name for the contents of each.
 
     Raises:
         EvaluationError: if a split is empty, or an item is in both.
@@ -47,15 +47,15 @@ def check_disjoint(search: Sequence[Any], report: Sequence[Any]) -> tuple[str, s
     """
     for split, items in (("search", search), ("report", report)):
         if len(items) == 0:
-            raise EvaluationError(f"{split}= holds no items; at least 1 is needed")
+            raise EvaluationError(f"{split}= has no items; at least 1 is needed")
     names = [name_of(item) for item in search]
     seen = {name: index for index, name in enumerate(names)}
     others = [name_of(item) for item in report]
     for index, name in enumerate(others):
         if name in seen:
             raise EvaluationError(
-                f"item {index} of report= is item {seen[name]} of search=; what is reported must "
-                "not be searched on: leave it out of one"
+                f"item {index} of report= is item {seen[name]} of search=; results must be "
+                "reported on items that decided nothing: remove it from one of them"
             )
     return name_of(names), name_of(others)
 
@@ -67,7 +67,7 @@ def _plain(value: Any) -> Any:
 
 
 def chunks_of(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
-    """Cut items into so many parts of equal size, the last ones shorter by one; none for one part.
+    """Cut items into equal parts, of which the last may be one shorter; return none for one part.
 
     Raises:
         EvaluationError: if there are fewer items than parts.
@@ -79,7 +79,9 @@ def chunks_of(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
     if count == 1:
         return []
     if len(items) < count:
-        raise EvaluationError(f"chunks={count} of {len(items)} items; give one for each at least")
+        raise EvaluationError(
+            f"chunks={count}, but there are only {len(items)} items; use at most one chunk per item"
+        )
     size, longer = divmod(len(items), count)
     ends = [size * number + min(number, longer) for number in range(count + 1)]
     return [items[start:end] for start, end in itertools.pairwise(ends)]

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from tnlm.calibration.metrics import InputMoment, Metric
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec
 from tnlm.errors import BudgetError
-from tnlm.studies.nested_ranks import CANDIDATES, Ladder, site_of
+from tnlm.studies.nested_ranks import NestedRanks
 from tnlm.studies.rank_search.budget import Choice, choose
+from tnlm.studies.rank_search.ranks import CANDIDATES, MatrixRanks, RankFits
 from tnlm.targets import Target
 
 SIZES = st.integers(6, 24)
@@ -22,19 +23,20 @@ def test_smaller_factors_are_slices_and_as_good_as_a_fit_of_their_own(
     weight = gaussian(rows, columns, seed=seed)
     x = gaussian(50, columns, seed=seed + 1)
     metric = InputMoment(x.T @ x / 50) if data else Metric()
-    site = site_of(Target("a", "a", "linear", (rows, columns)), CANDIDATES, gauge=gauge)
-    ladder, errors = Ladder(site, weight, None, metric), []
-    for rank in site.ranks:
-        large, small = ladder.factors(site.ranks[-1]), ladder.factors(rank)
+    matrix = MatrixRanks.of(Target("a", "a", "linear", (rows, columns)), CANDIDATES, gauge=gauge)
+    nested = NestedRanks(weight, metric, matrix.ranks[-1], gauge=gauge)
+    fits, errors = RankFits(matrix, weight, None, metric), []
+    for rank in matrix.ranks:
+        large, small = nested.factors(matrix.ranks[-1]), nested.factors(rank)
         assert torch.equal(small["left"], large["left"][:, :rank])
         assert torch.equal(small["right"], large["right"][:rank])
-        rung = ladder.rung(rank)
+        fitted = fits.at(rank)
         own = FORMAT.fit(weight, metric, LowRankSpec(rank, gauge))
         best = metric.relative(weight, own["left"] @ own["right"])
-        assert rung.layer.error == pytest.approx(best, rel=1e-6, abs=1e-9)
-        errors.append(rung.layer.error)
-        built = sum(p.numel() for p in rung.fit[1].parameters())
-        assert built == rung.layer.after.params == rows * columns - site.saved(rank)
+        assert fitted.layer.error == pytest.approx(best, rel=1e-6, abs=1e-9)
+        errors.append(fitted.layer.error)
+        built = sum(p.numel() for p in fitted.fit[1].parameters())
+        assert built == fitted.layer.after.params == rows * columns - matrix.saved(rank)
     assert errors == sorted(errors, reverse=True)
 
 
@@ -42,11 +44,11 @@ def test_smaller_factors_are_slices_and_as_good_as_a_fit_of_their_own(
 def test_every_rank_makes_the_matrix_smaller(rows, columns, biased, gauge):
     target = Target("a", "a", "linear", (rows, columns))
     extra = rows if biased else 0
-    site = site_of(target, CANDIDATES, gauge=gauge, extra=extra)
-    assert list(site.ranks) == sorted(set(site.ranks))
-    assert all(site.saved(rank) > 0 for rank in site.ranks)
+    matrix = MatrixRanks.of(target, CANDIDATES, gauge=gauge, extra=extra)
+    assert list(matrix.ranks) == sorted(set(matrix.ranks))
+    assert all(matrix.saved(rank) > 0 for rank in matrix.ranks)
     if not gauge:
-        assert all(r * (rows + columns) + extra < rows * columns for r in site.ranks)
+        assert all(r * (rows + columns) + extra < rows * columns for r in matrix.ranks)
 
 
 CHOICES = st.dictionaries(
