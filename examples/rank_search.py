@@ -1,11 +1,11 @@
-"""Ranks by trial: surgical search
-===============================
+"""Ranks by trial: rank search
+===========================
 
-Instead of a formula a search asks the model. From the last matrix to the first it tries ranks from
-the smallest on, and keeps the first with which the model is still good enough (SFSD, Chavan et al.
-2024, arXiv 2405.13039). On your own model::
+Instead of using a formula, the search measures the model. From the last matrix to the first, it
+tries ranks in ascending order and keeps the first at which the model still scores well enough
+(SFSD, Chavan et al. 2024, arXiv 2405.13039). On your own model::
 
-    python examples/surgical_search.py --model MODEL --text TEXT
+    python examples/rank_search.py --model MODEL --text TEXT
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ given = tiny.setting(__doc__, "figure")
 cut = len(given.measure) // 2
 
 # %%
-# Three texts that share nothing: one calibrates the fits, one decides, and one tells the result.
-# With every matrix that is tried the perplexity may grow by the factor ``growth``. Each matrix is
-# fitted once; a smaller rank is a slice of a larger one.
+# Three texts that do not overlap: one calibrates the fits, one decides, and the result is reported
+# on the third. The perplexity may grow by the factor ``growth`` per matrix tried. Each matrix is
+# fitted once; smaller ranks are slices of that fit.
 
 common = {
     "search": [given.measure[:cut][:4000]],
@@ -35,24 +35,24 @@ common = {
     "progress": False,
 }
 model = copy.deepcopy(given.model)
-found = tnlm.surgical_search(model, "perplexity", growth=1.01, **common)
+found = tnlm.rank_search(model, "perplexity", growth=1.01, **common)
 print(found)
 
 # %%
-# A tolerance says nothing about the size of the result. With ``keep`` every rank of every matrix is
-# measured by itself, and those of least damage for each number saved are taken until the whole
-# model is small enough; then no tolerance holds.
+# A tolerance does not determine the size of the result. With ``keep``, every rank of every matrix is
+# measured alone, and the ranks that cost least per parameter saved are chosen until the whole model
+# is small enough. No tolerance applies then.
 
 model = copy.deepcopy(given.model)
-small = tnlm.surgical_search(model, "perplexity", keep=0.8, **common)
+small = tnlm.rank_search(model, "perplexity", keep=0.8, **common)
 share = small.plan.model_after.params / small.plan.model.params
 print(f"with a budget: {share:.3f} of the parameters, {len(small.trials)} trials")
 print(f"perplexity {small.report[0]:.2f} dense, {small.report[1]:.2f} compressed")
 
 # %%
-# Where the first search cut most: the share of its numbers that each matrix keeps.
+# Where the first search cut most: the fraction of its parameters that each matrix keeps.
 
 kept = {layer.name: layer.keep for layer in found.plan.layers}
 print(f"least: {min(kept, key=kept.__getitem__)}, most: {max(kept, key=kept.__getitem__)}")
 if given.figure:
-    given.save(tnlm.plot.heatmap(kept, label="share kept"))
+    given.save(tnlm.plot.heatmap(kept, label="fraction kept"))

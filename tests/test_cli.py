@@ -191,7 +191,7 @@ def shell(monkeypatch, capsys, source, text, tmp_path):
             "item 0 of --report is item 0 of --search",
         ),
         (
-            "rank-search model out --search text.txt --report text.txt -s svd --keep 0.5 --chunks 3",
+            "rank-search model out --search text.txt --report text.txt --keep 0.5 --chunks 3",
             "Error: --chunks has no effect with --keep",
         ),
     ],

@@ -72,7 +72,7 @@ def test_pareto_marks_the_front_and_the_dense_model():
     ax = plot.pareto(points, dense=(3.0, 4.0))
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["a"] == [[1, 9], [2, 5]]
-    assert lines["not beaten"] == [[1, 9], [2, 5]]
+    assert lines["Pareto front"] == [[1, 9], [2, 5]]
     assert lines["dense"] == [[3, 4]]
 
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_drawn_is_refused(monkeypatch):
         (lambda: plot.heatmap({}), "no values"),
         (lambda: plot.pareto({"a": []}), "at least one point"),
         (lambda: plot.pareto({"a": [(1.0, float("inf"))]}), "finite size"),
-        (lambda: plot.groups([1.0], []), "1 losses, but 0 metrics"),
+        (lambda: plot.groups([1.0], []), "1 errors, but 0 scores"),
         (lambda: plot.shapes({}), "no errors"),
     ):
         with pytest.raises(OptionError, match=message):

@@ -9,9 +9,10 @@ from transformers import BertForSequenceClassification
 
 import tnlm
 from tnlm.errors import CheckpointError, EvaluationError, OptionError, TrainingError
+from tnlm.studies.analysis.goals import Goal, goal_of
 from tnlm.studies.analysis.intrinsic import intrinsic_dimension
 from tnlm.studies.analysis.subspace_search import SubspaceRun, SubspaceSearch
-from tnlm.studies.scores import Goal, goal_of, measure
+from tnlm.studies.scores import measure
 
 IDS = torch.arange(128) % 4 + 3
 ROWS = [{"input_ids": [3 + i % 2] * (4 + i % 5), "label": i % 2} for i in range(16)]
@@ -116,23 +117,26 @@ def test_seeds_may_be_named(gpt2):
 
 
 def test_said_leaves_room_for_its_scales(gpt2):
-    with pytest.raises(OptionError, match=r"dims holds 4; .* 5 to .*, with 4 of them"):
+    with pytest.raises(OptionError, match=r"dims contains 4; .* 5 to .*, including 4 scales"):
         find(gpt2, kind="said", dims=[4])
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dims": [10**9]}, "dims holds 1000000000; the model allows 1 to"),
-        ({"dims": []}, r"dims=\[\]; give the sizes"),
-        ({"dims": [2.5]}, "dims holds 2.5"),
+        ({"dims": [10**9]}, "dims contains 1000000000; the model allows 1 to"),
+        ({"dims": []}, r"dims=\[\]; give the values"),
+        ({"dims": [2.5]}, "dims contains 2.5"),
         ({"threshold": 0.0}, "threshold=0.0; allowed: above 0, at most 1"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"kind": "dod"}, "kind='dod'; did you mean 'did'"),
         ({"projection": "sparse"}, "projection='sparse'"),
         ({"score": "los"}, "score='los'; did you mean 'loss'.*or a callable"),
-        ({"score": "accuracy"}, "score='accuracy' counts classes, but the model is a causal"),
+        ({"score": "accuracy"}, "score='accuracy' needs a classifier, but the model is a causal"),
+        ({"threshold": True}, "threshold=True"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": True}, "steps=True"),
+        ({"learning_rate": True}, "learning_rate=True"),
         ({"learning_rate": []}, r"learning_rate=\[\]"),
         ({"learning_rate": [1e-3, 0.0]}, "learning_rate=0.0"),
         ({"batch_size": 0}, "batch_size=0"),
@@ -151,7 +155,7 @@ def test_no_data_is_refused(data, gpt2):
 
 def test_a_constant_metric_is_refused(gpt2):
     before = state(gpt2)
-    with pytest.raises(EvaluationError, match=r"from 0.5 to 0.5, no better"):
+    with pytest.raises(EvaluationError, match=r"from 0.5 to 0.5, which is no improvement"):
         find(gpt2, score=lambda model: 0.5)
     assert same(gpt2, before)
 
@@ -269,9 +273,9 @@ def test_goals_say_why_there_is_none():
     assert goal_of("accuracy", 0.3, 1.0, 0.9) == Goal(0.9, falls=False)
     with pytest.raises(EvaluationError, match=r"without any training, and 0.81 is enough \(0.9 of"):
         goal_of("accuracy", 0.85, 0.9, 0.9)
-    with pytest.raises(EvaluationError, match="the full training scores -1; a share of that"):
+    with pytest.raises(EvaluationError, match="the full training scores -1; a fraction of that"):
         goal_of("f", -2.0, -1.0, 0.9)
-    with pytest.raises(EvaluationError, match="from 2 to 3, no better"):
+    with pytest.raises(EvaluationError, match="from 2 to 3, which is no improvement"):
         goal_of("loss", 2.0, 3.0, 0.9)
 
 

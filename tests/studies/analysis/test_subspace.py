@@ -9,8 +9,8 @@ from torch import nn
 from tnlm.errors import ModelError, OptionError, TrainingError
 from tnlm.recovery.examples import training_set
 from tnlm.studies.analysis.subspace import FullSpace, Subspace, layer_of
-from tnlm.studies.analysis.subspace_search import search, sweep
-from tnlm.studies.analysis.training import Course, train
+from tnlm.studies.analysis.subspace_search import bisect, try_all
+from tnlm.studies.analysis.training import TrainingConfig, train
 
 CHOICES = [(kind, projection) for kind in ("did", "said") for projection in ("dense", "fastfood")]
 IDS = torch.arange(64) % 5 + 3
@@ -129,7 +129,7 @@ def test_training_leaves_the_model_alone_until_it_is_written(kind, projection, t
     before, random = state(model), torch.get_rng_state()
     ids = torch.arange(8)[None] % 5 + 3
     space = Subspace(model, 60, kind=kind, projection=projection)
-    train(space, training_set(IDS, max_length=16), Course(20, 2, 1e-3))
+    train(space, training_set(IDS, max_length=16), TrainingConfig(20, 2, 1e-3))
     with torch.no_grad():
         at_start, trained = model(ids, labels=ids), space(ids, labels=ids)
     assert float(trained.loss) < float(at_start.loss)
@@ -215,7 +215,7 @@ def test_a_loss_that_is_lost_is_an_error_and_changes_nothing(tiny_gpt2):
     before = state(model)
     for space in (Subspace(model, 5), FullSpace(model)):
         with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+ of 9; try a"):
-            train(space, training_set(IDS, max_length=16), Course(9, 2, 1e30))
+            train(space, training_set(IDS, max_length=16), TrainingConfig(9, 2, 1e30))
         assert same(model, before)
         assert not model.training
 
@@ -231,7 +231,7 @@ def test_a_loss_that_is_lost_is_an_error_and_changes_nothing(tiny_gpt2):
 )
 def test_a_course_is_checked(course, message):
     with pytest.raises(OptionError, match=message):
-        Course(*course)
+        TrainingConfig(*course)
 
 
 @given(limit=st.integers(1, 500), least=st.integers(1, 20), most=st.integers(1, 500))
@@ -269,6 +269,6 @@ def test_two_copies_train_to_the_same_bits(tiny_gpt2):
     found = []
     for one in (model, copy.deepcopy(model)):
         space = Subspace(one, 7, seed=5)
-        train(space, training_set(IDS, max_length=16), Course(4, 2, 1e-3), seed=1)
+        train(space, training_set(IDS, max_length=16), TrainingConfig(4, 2, 1e-3), seed=1)
         found.append(space.theta.detach())
     assert torch.equal(*found)

@@ -21,8 +21,8 @@ IDS = torch.arange(128) % 61 + 3
 FISHER = {"weighting": "fwsvd", "calibration": IDS, "max_length": 16, "gradient_samples": 4}
 
 
-def truncate(model, metric, **arguments):
-    return tnlm.truncate_groups(model, metric, progress=False, **arguments)
+def truncate(model, score, **arguments):
+    return tnlm.truncate_groups(model, score, progress=False, **arguments)
 
 
 def energy_of(model):
@@ -178,9 +178,9 @@ def test_a_failure_while_weights_change_is_undone(make_model, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("nan"), "the metric of the whole model is nan, not a finite number"),
-        (None, "the metric of the whole model is a NoneType; it must be a number"),
-        ("much", "the metric of the whole model is 'much'; it must be a number"),
+        (float("nan"), "the score of the whole model is nan, not a finite number"),
+        (None, "the score of the whole model is a NoneType; it must be a number"),
+        ("much", "the score of the whole model is 'much'; it must be a number"),
     ],
 )
 def test_a_metric_gives_a_finite_number(value, message, make_model):
@@ -201,14 +201,14 @@ def test_a_constant_metric_has_no_correlation(make_model):
     found = truncate(make_model("llama"), lambda _: 0.5, groups=4)
     assert found.spearman is None
     assert found.weighted_spearman is None
-    assert found.note == "none: the metric is the same without any group"
+    assert found.note == "none: the score is the same whichever group is removed"
     assert str(found).count(found.note) == 2
     assert json.loads(found.to_json())["spearman"] is None
 
 
 def test_one_group_has_no_correlation(make_model):
     found = truncate(make_model("llama"), energy_of, groups=1)
-    assert found.note == "none: there is one group only"
+    assert found.note == "none: there is only one group"
     assert found.rows[0].value == pytest.approx(0.0, abs=1e-6)
 
 
@@ -240,7 +240,7 @@ def test_perplexity_of_text_is_that_of_the_library(make_model, word_tokenizer, w
 def test_perplexity_of_ids_needs_a_head(make_model):
     with pytest.raises(EvaluationError, match="BertModel has no head over its vocabulary"):
         truncate(make_model("bert"), IDS, window=16)
-    with pytest.raises(EvaluationError, match="predict nothing"):
+    with pytest.raises(EvaluationError, match="nothing to predict"):
         truncate(make_model("llama"), [[3], [4]], window=16)
     with pytest.raises(EvaluationError, match="window=512, but the model has 128 positions"):
         truncate(make_model("llama"), IDS)
@@ -253,13 +253,14 @@ def test_options_are_checked_before_any_work(make_model, monkeypatch):
     with pytest.raises(OptionError, match=r"groups=33, but .*q_proj has 32 singular values"):
         truncate(model, energy_of, groups=33, ignore=["k_proj", "v_proj"])
     for groups in (0, True, 2.0):
-        with pytest.raises(OptionError, match=r"groups=.*; allowed: a whole number >= 1"):
+        with pytest.raises(OptionError, match=r"groups=.*; allowed: a whole number of at least 1"):
             truncate(model, energy_of, groups=groups)
-    with pytest.raises(OptionError, match="higher_is_better=True is for a function"):
+    with pytest.raises(OptionError, match="higher_is_better=True needs a function"):
         truncate(model, IDS, higher_is_better=True)
-    with pytest.raises(OptionError, match="window=0; allowed"):
-        truncate(model, IDS, window=0)
-    with pytest.raises(OptionError, match="metric is a float; allowed: a function"):
+    for window in (0, True):
+        with pytest.raises(OptionError, match=f"window={window}; allowed"):
+            truncate(model, IDS, window=window)
+    with pytest.raises(OptionError, match="score is a float; allowed: a function"):
         truncate(model, 3.0)
     with pytest.raises(CalibrationError, match=r"scheme 'fwsvd' .* looks at data"):
         truncate(model, energy_of, weighting="fwsvd")

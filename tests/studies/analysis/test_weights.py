@@ -56,5 +56,5 @@ def test_every_float_dtype_is_read_in_double_precision(dtype, gaussian):
 def test_weights_that_are_not_finite_are_refused(bad):
     weight = torch.ones(3, 3)
     weight[1, 2] = bad
-    with pytest.raises(ModelError, match="up_proj holds 1 NaN or infinite weights"):
+    with pytest.raises(ModelError, match="up_proj has 1 NaN or infinite weights"):
         weight_row("up_proj", weight)

@@ -63,7 +63,7 @@ def test_rules_are_data(rule):
         ({"kind": "spacing", "layers": (1,)}, "it takes value"),
         ({"kind": "spacing", "value": 2, "layers": (1,)}, "it takes value"),
         ({"kind": "all-tensors", "value": 2}, "it takes neither"),
-        ({"kind": "at-most", "value": 0}, "value=0; allowed: at least 1"),
+        ({"kind": "at-most", "value": 0}, "value=0; allowed: a whole number of at least 1"),
         ({"kind": "at-most", "size": 1}, "is not a rule"),
     ],
 )

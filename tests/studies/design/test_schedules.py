@@ -50,10 +50,11 @@ def test_spacings_of_the_paper(distance):
     ("call", "message"),
     [
         (lambda: transpose([32], target=30), "layer 32; a model of 32 layers has 0 to 31"),
-        (lambda: transpose([0], target=0), "target=0; allowed: at least 1"),
-        (lambda: spaced(2, 6, 6, depth=32), "end at 32; allowed: layers 0 to 31"),
-        (lambda: spaced(2, 0, 6, depth=32), "a distance and a count of at least 1"),
-        (lambda: spread([1, 2], 3), "count=3; allowed: 1 to 2"),
+        (lambda: transpose([0], target=0), "target=0; allowed: a whole number of at least 1"),
+        (lambda: spaced(2, 6, 6, depth=32), "end at 32; the model has layers 0 to 31"),
+        (lambda: spaced(2, 0, 6, depth=32), "distance=0; allowed: a whole number of at least 1"),
+        (lambda: spread([1, 2], True), "count=True; allowed: a whole number"),
+        (lambda: spread([1, 2], 3), "count=3; allowed: a whole number from 1 to 2"),
     ],
 )
 def test_impossible_schedules_are_refused(call, message):

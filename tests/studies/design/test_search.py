@@ -199,11 +199,11 @@ def test_given_configurations_are_measured(model, space, loss):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objectives": {}}, "give one at least"),
+        ({"objectives": {}}, "give at least one"),
         ({"objectives": {"a": "parms"}}, "objective 'a' is 'parms'; did you mean 'params'"),
         ({"maximize": ["los"]}, "maximize has 'los'; did you mean 'loss'"),
         ({"maximize": "loss"}, "allowed: a collection of names"),
-        ({"trials": 0}, "trials=0; allowed: at least 1"),
+        ({"trials": 0}, "trials=0; allowed: a whole number of at least 1"),
         ({"sampler": "nsga"}, "sampler='nsga'; did you mean 'nsga2'"),
         ({"start": [Configuration((1,), ("q_proj",), 7)]}, r"start: .* allowed: ranks \[1\]"),
     ],
@@ -214,7 +214,7 @@ def test_what_cannot_be_searched_is_refused(options, message, model, space):
 
 
 def test_an_objective_must_give_one_number(model, space):
-    with pytest.raises(OptionError, match=r"objective 'loss' gave \['a', 'b'\]"):
+    with pytest.raises(OptionError, match=r"objective 'loss' returned \['a', 'b'\]"):
         run(model, space, lambda _: {"a": 1, "b": 2})
 
 

@@ -158,13 +158,13 @@ def test_two_stacks_of_layers_are_refused_and_one_may_be_chosen():
     ("options", "error", "message"),
     [
         ({"layers": [7]}, OptionError, "layer 7; the model has layers 0 to 4"),
-        ({"layers": []}, OptionError, "each needs one choice at least"),
+        ({"layers": []}, OptionError, "each needs at least one choice"),
         ({"tensors": ["q_prj"]}, OptionError, "unknown tensor 'q_prj'; did you mean 'q_proj'"),
         ({"tensors": "q_proj"}, OptionError, "allowed: a list of names"),
-        ({"tensors": []}, OptionError, "every choice needs a matrix"),
-        ({"tensors": {"a": ["q_proj"], "b": ["q_proj"]}}, OptionError, "stands in several"),
+        ({"tensors": []}, OptionError, "every choice needs at least one matrix"),
+        ({"tensors": {"a": ["q_proj"], "b": ["q_proj"]}}, OptionError, "is in several choices"),
         ({"formats": ["tuker"]}, OptionError, "unknown format 'tuker'.*did you mean 'tucker'"),
-        ({"ranks": [0]}, RankError, "rank=0; allowed: whole numbers of at least 1"),
+        ({"ranks": [0]}, RankError, "rank=0; allowed: a whole number of at least 1"),
         ({"ranks": [1.5]}, RankError, "rank=1.5"),
         ({"ranks": [16]}, RankError, "rank=16 in format 'tucker' makes no matrix smaller"),
         ({"targets": ["lm_head"]}, TargetError, "are in: none"),
@@ -198,7 +198,7 @@ def test_configurations_that_the_model_cannot_have_are_refused(configuration, me
     [
         (Configuration((0, 2), ALL), r"layers \[0\] are out of order"),
         (Configuration((2,), ALL[::-1]), "are not, in order, of"),
-        (Configuration((2,), ("q_proj",)), "rule 'all-tensors' asks for"),
+        (Configuration((2,), ("q_proj",)), "rule 'all-tensors' requires"),
         (Configuration((2,), ALL, 3), r"allowed: ranks \[1\]"),
     ],
 )

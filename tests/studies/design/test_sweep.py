@@ -25,16 +25,16 @@ from tnlm.studies.design.sweep import sweep
 
 
 class Counted:
-    """A metric that counts its calls, and does something at one of them."""
+    """A score that counts its calls, and does something at one of them."""
 
-    def __init__(self, metric, at=None, do=None):
-        self.metric, self.at, self.do, self.calls = metric, at, do, 0
+    def __init__(self, score, at=None, do=None):
+        self.score, self.at, self.do, self.calls = score, at, do, 0
 
     def __call__(self, model):
         self.calls += 1
         if self.calls == self.at:
             return self.do()
-        return self.metric(model)
+        return self.score(model)
 
 
 def interrupt():
@@ -45,9 +45,9 @@ def fail():
     raise EvaluationError("the loss of window 3 is nan")
 
 
-def run(model, space, metric, configurations=None, **options):
+def run(model, space, score, configurations=None, **options):
     wanted = by_layer(space) if configurations is None else configurations
-    return sweep(model, space, metric, wanted, progress=False, **options)
+    return sweep(model, space, score, wanted, progress=False, **options)
 
 
 def test_sensitivity_by_layer_finds_the_layer_that_matters(model, loss, state, same):
@@ -129,9 +129,9 @@ def test_a_sweep_that_was_stopped_loses_no_finished_trial(
     ("do", "message"),
     [
         (fail, "EvaluationError: the loss of window 3 is nan"),
-        (lambda: math.nan, "the metric 'value' is nan, not a finite number"),
+        (lambda: math.nan, "the score 'value' is nan, not a finite number"),
         (lambda: {"value": -math.inf}, "'value' is -inf"),
-        (lambda: "good", "the metric 'value' is 'good'; it must be a number"),
+        (lambda: "good", "the score 'value' is 'good'; it must be a number"),
         (dict, "an empty mapping"),
     ],
 )
@@ -157,18 +157,18 @@ def test_a_dense_model_that_fails_ends_the_sweep(tmp_path, model, space, loss):
 
 def test_a_metric_that_changes_its_names_is_refused(model, space, loss):
     odd = Counted(loss, at=2, do=lambda: {"accuracy": 0.5})
-    with pytest.raises(EvaluationError, match=r"gave \['accuracy'\] for layers 0.*\['value'\]"):
+    with pytest.raises(EvaluationError, match=r"has names \['accuracy'\] for layers 0.*\['value'\]"):
         run(model, space, odd)
 
 
 def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, model, space, loss, tiny_llama):
-    metric = Counted(loss)
+    score = Counted(loss)
     with pytest.raises(CheckpointError, match="cannot be written"):
-        run(model, space, metric, journal=tmp_path)
+        run(model, space, score, journal=tmp_path)
     with pytest.raises(OptionError, match="layer 9; the model has layers 0 to 3"):
-        run(model, space, metric, [DENSE, space.all_tensors([1]), Configuration((9,), ("q_proj",))])
+        run(model, space, score, [DENSE, space.all_tensors([1]), Configuration((9,), ("q_proj",))])
     run(model, space, loss, [], journal=tmp_path / "trials.jsonl")
     other = tiny_llama(num_hidden_layers=4, seed=1)
     with pytest.raises(CheckpointError, match="journal of other trials, which differ in model"):
-        run(other, space, metric, journal=tmp_path / "trials.jsonl")
-    assert metric.calls == 0
+        run(other, space, score, journal=tmp_path / "trials.jsonl")
+    assert score.calls == 0
