@@ -39,9 +39,9 @@ found = tnlm.rank_search(model, "perplexity", growth=1.01, **common)
 print(found)
 
 # %%
-# A tolerance does not determine the size of the result. With ``keep``, every rank of every matrix is
-# measured alone, and the ranks that cost least per parameter saved are chosen until the whole model
-# is small enough. No tolerance applies then.
+# A tolerance does not determine the size of the result. With ``keep``, every rank of every matrix
+# is measured alone, and the ranks that cost least per parameter saved are chosen until the whole
+# model is small enough. No tolerance applies then.
 
 model = copy.deepcopy(given.model)
 small = tnlm.rank_search(model, "perplexity", keep=0.8, **common)

@@ -86,7 +86,7 @@ def test_few_inputs_bound_the_rank_and_are_noted():
     assert found[True, False].spectrum.limit == 4
     assert found[True, False].spectrum.numerical_rank <= 4
     assert found[False, False].spectrum.limit == 5
-    assert found[True, False].note == "only 5 inputs for 12 outputs, whose rank is therefore at most 4"
+    assert found[True, False].note == "only 5 inputs for 12 outputs, whose rank is at most 4"
     enough = rows_of(random(12, 12, seed=0), random(13, 12, seed=1))
     assert {row.note for row in enough.values()} == {""}
 

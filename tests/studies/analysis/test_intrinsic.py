@@ -117,7 +117,9 @@ def test_seeds_may_be_named(gpt2):
 
 
 def test_said_leaves_room_for_its_scales(gpt2):
-    with pytest.raises(OptionError, match=r"dims contains 4; .* 5 to .*, including 4 scales"):
+    with pytest.raises(
+        OptionError, match=r"dims contains 4; .* 5 to .*, with one scale for each of 4 layers"
+    ):
         find(gpt2, kind="said", dims=[4])
 
 

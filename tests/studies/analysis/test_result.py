@@ -78,7 +78,7 @@ def test_notes_and_what_was_skipped_are_printed(tiny_llama):
     )
     text = str(found)
     assert text.count("note: ") == 2  # centered or not
-    assert "note: model.layers.0.mlp.up_proj: 8 inputs for 48 outputs: their rank" in text
+    assert "note: model.layers.0.mlp.up_proj: only 8 inputs for 48 outputs, whose rank" in text
     assert "skipped: model.embed_tokens: features: an embedding has no input" in text
 
 
@@ -128,7 +128,7 @@ def test_other_json_is_refused(text):
 
 def test_other_versions_and_fields_are_refused(found):
     data = json.loads(found.to_json())
-    with pytest.raises(OptionError, match="not of format_version 1"):
+    with pytest.raises(OptionError, match="does not have format_version 1"):
         tnlm.Analysis.from_json(json.dumps(data | {"format_version": 2}))
     with pytest.raises(OptionError, match="not a tnlm analysis"):
         tnlm.Analysis.from_json(json.dumps(data | {"colour": "red"}))

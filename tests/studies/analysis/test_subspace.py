@@ -59,7 +59,7 @@ def solved(model, d, projection, seed):
 @given(size=st.integers(40, 80), k=st.integers(1, 12), seed=st.integers(0, 99))
 def test_a_planted_codimension_is_found(size, k, seed, projection):
     model = Quadratic(size, k, seed)
-    assert search(lambda d: solved(model, d, projection, seed), 1, size) == (k - 1, k)
+    assert bisect(lambda d: solved(model, d, projection, seed), 1, size) == (k - 1, k)
 
 
 @pytest.mark.parametrize(("kind", "projection"), CHOICES)
@@ -183,10 +183,10 @@ def test_buffers_are_not_changed():
 @pytest.mark.parametrize(
     ("d", "kind", "message"),
     [
-        (0, "did", "d=0; Linear allows 1 to 15 numbers"),
-        (16, "did", "d=16; Linear allows 1 to 15 numbers"),
+        (0, "did", "d=0; Linear allows 1 to 15 parameters"),
+        (16, "did", "d=16; Linear allows 1 to 15 parameters"),
         (True, "did", "d=True; Linear allows"),
-        (1, "said", "d=1; Linear allows 2 to 15 numbers, 1 of them scales, one a layer"),
+        (1, "said", "d=1; Linear allows 2 to 15 parameters, with one scale for each of 1 layers"),
     ],
 )
 def test_impossible_sizes_are_refused(d, kind, message):
@@ -205,7 +205,7 @@ def test_a_point_that_is_not_finite_is_not_written():
     model = nn.Linear(4, 3)
     before, space = state(model), Subspace(model, 2)
     nn.init.constant_(space.theta, float("inf"))
-    with pytest.raises(TrainingError, match="is not finite; the model is left as it was"):
+    with pytest.raises(TrainingError, match="is not finite; the model is left unchanged"):
         space.write()
     assert same(model, before)
 
@@ -221,17 +221,19 @@ def test_a_loss_that_is_lost_is_an_error_and_changes_nothing(tiny_gpt2):
 
 
 @pytest.mark.parametrize(
-    ("course", "message"),
+    ("config", "message"),
     [
-        ((0, 1, 0.1), "steps=0; allowed: an integer of at least 1"),
+        ((0, 1, 0.1), "steps=0; allowed: a whole number of at least 1"),
         ((1, 0, 0.1), "batch_size=0; allowed"),
-        ((1, 1, -1.0), "learning_rate=-1.0; allowed: finite numbers above 0"),
+        ((True, 1, 0.1), "steps=True; allowed"),
+        ((1, 1, True), "learning_rate=True; allowed"),
+        ((1, 1, -1.0), "learning_rate=-1.0; allowed: a finite number above 0"),
         ((1, 1, float("nan")), "learning_rate=nan; allowed"),
     ],
 )
-def test_a_course_is_checked(course, message):
+def test_a_training_is_checked(config, message):
     with pytest.raises(OptionError, match=message):
-        TrainingConfig(*course)
+        TrainingConfig(*config)
 
 
 @given(limit=st.integers(1, 500), least=st.integers(1, 20), most=st.integers(1, 500))
@@ -244,7 +246,7 @@ def test_the_search_brackets_the_limit(limit, least, most):
         tried.append(d)
         return d >= limit
 
-    found = search(enough, least, most)
+    found = bisect(enough, least, most)
     assert len(tried) == len(set(tried))
     if limit > most:
         assert found is None
@@ -258,10 +260,10 @@ def test_the_search_brackets_the_limit(limit, least, most):
 
 def test_a_sweep_tries_all():
     tried = []
-    assert sweep(lambda d: tried.append(d) or d in (8, 32), [32, 4, 8, 16], least=3) == (4, 8)
+    assert try_all(lambda d: tried.append(d) or d in (8, 32), [32, 4, 8, 16], least=3) == (4, 8)
     assert tried == [4, 8, 16, 32]
-    assert sweep(lambda d: True, [5], least=3) == (2, 5)
-    assert sweep(lambda d: False, [5], least=3) is None
+    assert try_all(lambda d: True, [5], least=3) == (2, 5)
+    assert try_all(lambda d: False, [5], least=3) is None
 
 
 def test_two_copies_train_to_the_same_bits(tiny_gpt2):

@@ -157,7 +157,9 @@ def test_a_dense_model_that_fails_ends_the_sweep(tmp_path, model, space, loss):
 
 def test_a_metric_that_changes_its_names_is_refused(model, space, loss):
     odd = Counted(loss, at=2, do=lambda: {"accuracy": 0.5})
-    with pytest.raises(EvaluationError, match=r"has names \['accuracy'\] for layers 0.*\['value'\]"):
+    with pytest.raises(
+        EvaluationError, match=r"has names \['accuracy'\] for layers 0.*\['value'\]"
+    ):
         run(model, space, odd)
 
 

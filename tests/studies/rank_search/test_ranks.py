@@ -63,7 +63,9 @@ CHOICES = st.dictionaries(
 def test_a_choice_meets_the_budget_or_none_can(choices, wanted):
     most = sum(max((c.saved for c in some), default=0) for some in choices.values())
     if most < wanted:
-        with pytest.raises(BudgetError, match=f"requires saving {wanted} parameters, .* save {most};"):
+        with pytest.raises(
+            BudgetError, match=f"requires saving {wanted} parameters, .* save {most};"
+        ):
             choose(choices, wanted)
         return
     chosen = choose(choices, wanted)

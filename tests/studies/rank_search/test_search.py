@@ -368,7 +368,11 @@ def test_a_metric_that_changes_its_mind_is_an_error(small):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"report": [50, 3]}, EvaluationError, "item 1 of report= is item 3 of search=; results must"),
+        (
+            {"report": [50, 3]},
+            EvaluationError,
+            "item 1 of report= is item 3 of search=; results must",
+        ),
         ({"search": []}, EvaluationError, "search= has no items"),
         ({"report": []}, EvaluationError, "report= has no items"),
         ({"report": "text"}, EvaluationError, "report= is a str; give a list of items"),

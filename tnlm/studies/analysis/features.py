@@ -97,4 +97,4 @@ def _energies(weight: Tensor, moment: Tensor, mean: Tensor, centered: bool) -> T
 def _note(samples: int, inputs: int, outputs: int) -> str:
     if samples >= outputs:
         return ""
-    return f"only {inputs} inputs for {outputs} outputs, whose rank is therefore at most {samples}"
+    return f"only {inputs} inputs for {outputs} outputs, whose rank is at most {samples}"

@@ -259,5 +259,5 @@ def _check_sizes(threshold: float, dims: Sequence[int] | None, least: int, most:
         raise OptionError("dims=[]; give the values of d to try, or None to search")
     for d in dims:
         if not is_whole(d) or not least <= d <= most:
-            scales = f", including {least - 1} scales of layers" if least > 1 else ""
+            scales = f", with one scale for each of {least - 1} layers" if least > 1 else ""
             raise OptionError(f"dims contains {d!r}; the model allows {least} to {most}{scales}")

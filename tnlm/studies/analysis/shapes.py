@@ -51,9 +51,7 @@ def kronecker_errors(
         if spec is not None
     }
     if not chosen:
-        raise BudgetError(
-            f"keep={keep}; no Kronecker factors of a {rows}x{columns} matrix are so small"
-        )
+        raise BudgetError(f"keep={keep}: no Kronecker product of a {rows}x{columns} matrix fits")
     exact, how = weight.detach().double(), metric or Metric()
     # One at a time: given several, the format only measures the most promising ones.
     return {shape: FORMAT.errors(exact, how, [spec])[0] for shape, spec in chosen.items()}

@@ -162,7 +162,7 @@ class Subspace(Space):
         layers = layers_of(self.start) if kind == "said" else []
         least = len(layers) + 1
         if not is_whole(d) or not least <= d <= self.total:
-            scales = f", including {len(layers)} scales, one per layer" if layers else ""
+            scales = f", with one scale for each of {len(layers)} layers" if layers else ""
             raise OptionError(
                 f"d={d!r}; {type(model).__name__} allows {least} to {self.total} parameters{scales}"
             )
