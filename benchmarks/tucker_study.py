@@ -25,8 +25,9 @@ import tnlm
 from tnlm import Configuration, DesignSpace
 from tnlm.errors import EvaluationError
 from tnlm.integrations.models import load_model
-from tnlm.studies.design import PUBLISHED_PERCENT, Sweep, published
-from tnlm.studies.design.scores import Score
+from tnlm.studies.design import PUBLISHED_PERCENT, Sweep
+from tnlm.studies.design.series import published
+from tnlm.studies.scores import ModelScore
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc1", "winogrande")
 
@@ -66,7 +67,7 @@ def accuracy(model: PreTrainedModel, *, task: str, tokenizer: Any, data: Path, l
 
 
 def study(
-    model: PreTrainedModel, scores: Mapping[str, Score], out: Path, *, rank: int, limit: int
+    model: PreTrainedModel, scores: Mapping[str, ModelScore], out: Path, *, rank: int, limit: int
 ) -> list[Row]:
     """Measure every score under every schedule, and dense.
 

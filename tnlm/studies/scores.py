@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
 from tnlm.calibration.loss import IGNORED
@@ -18,6 +19,9 @@ SCORES = ("accuracy", "loss")
 
 Score = str | Callable[[Any], float]
 """``"loss"``, ``"accuracy"``, or a callable that takes a model; its score is higher if better."""
+
+ModelScore = Callable[[PreTrainedModel], Any]
+"""Takes a model; returns a number, or a mapping from names to numbers."""
 
 
 def measure(model: Any, score: Score, batches: Sequence[Batch]) -> float:
@@ -41,6 +45,34 @@ def measure(model: Any, score: Score, batches: Sequence[Batch]) -> float:
     if isinstance(value, bool):
         raise EvaluationError(f"{what} is {value}; it must be a number")
     return finite(value, what)
+
+
+def named_scores(
+    model: PreTrainedModel, score: ModelScore, name: str = "value"
+) -> dict[str, float]:
+    """Return a model's scores as finite numbers by name.
+
+    Args:
+        model: what is scored.
+        score: returns a number, or a mapping from names to numbers.
+        name: the name of a single number.
+
+    Raises:
+        EvaluationError: if it returns no number, or one that is not finite.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(tiny)
+        >>> named_scores(model, lambda model: model.num_parameters(), "size")
+        {'size': 1176.0}
+    """
+    found = score(model)
+    values = dict(found) if isinstance(found, Mapping) else {name: found}
+    if not values:
+        raise EvaluationError("the score is an empty mapping; return at least one number")
+    return {str(key): finite(value, f"the score {key!r}") for key, value in values.items()}
 
 
 def name_of(score: Score) -> str:

@@ -183,10 +183,10 @@ def test_buffers_are_not_changed():
 @pytest.mark.parametrize(
     ("d", "kind", "message"),
     [
-        (0, "did", "d=0; Linear allows 1 to 15 parameters"),
-        (16, "did", "d=16; Linear allows 1 to 15 parameters"),
-        (True, "did", "d=True; Linear allows"),
-        (1, "said", "d=1; Linear allows 2 to 15 parameters, with one scale for each of 1 layers"),
+        (0, "did", "d=0; allowed: a whole number from 1 to 15"),
+        (16, "did", "d=16; allowed: a whole number from 1 to 15"),
+        (True, "did", "d=True; allowed"),
+        (1, "said", "d=1; allowed: a whole number from 2 to 15"),
     ],
 )
 def test_impossible_sizes_are_refused(d, kind, message):

@@ -22,7 +22,7 @@ from tnlm.studies.analysis.subspace_search import SubspaceRun, SubspaceSearch
 from tnlm.studies.analysis.training import TrainingConfig
 from tnlm.studies.journal import check_journal
 from tnlm.studies.scores import Score, check_score, measure, name_of
-from tnlm.utils.checks import is_real, is_whole
+from tnlm.utils.checks import check_whole, is_real
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -258,6 +258,4 @@ def _check_sizes(threshold: float, dims: Sequence[int] | None, least: int, most:
     if not dims:
         raise OptionError("dims=[]; give the values of d to try, or None to search")
     for d in dims:
-        if not is_whole(d) or not least <= d <= most:
-            scales = f", with one scale for each of {least - 1} layers" if least > 1 else ""
-            raise OptionError(f"dims contains {d!r}; the model allows {least} to {most}{scales}")
+        check_whole("dims with d", d, least, most)

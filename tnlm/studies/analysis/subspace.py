@@ -15,7 +15,7 @@ from tnlm.errors import ModelError, OptionError, TrainingError, did_you_mean
 from tnlm.names import split_at_block
 from tnlm.studies.analysis.fastfood import Fastfood
 from tnlm.studies.analysis.projections import Dense, Projection
-from tnlm.utils.checks import is_whole
+from tnlm.utils.checks import check_whole
 
 KINDS = ("did", "said")
 """Without scales; or with a trained scale for each layer."""
@@ -160,12 +160,7 @@ class Subspace(Space):
         super().__init__(model)
         check_kind(kind, projection)
         layers = layers_of(self.start) if kind == "said" else []
-        least = len(layers) + 1
-        if not is_whole(d) or not least <= d <= self.total:
-            scales = f", with one scale for each of {len(layers)} layers" if layers else ""
-            raise OptionError(
-                f"d={d!r}; {type(model).__name__} allows {least} to {self.total} parameters{scales}"
-            )
+        check_whole("d", d, len(layers) + 1, self.total)
         like = next(iter(self.start.values()))
         wide = any(tensor.dtype == torch.float64 for tensor in self.start.values())
         made: dict[str, Any] = {

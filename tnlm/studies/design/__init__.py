@@ -2,32 +2,7 @@
 
 from tnlm.studies.design.front import Front
 from tnlm.studies.design.rules import INSIGHTS
-from tnlm.studies.design.schedules import PUBLISHED, PUBLISHED_PERCENT, spaced, spread, transpose
-from tnlm.studies.design.series import (
-    by_count,
-    by_distance,
-    by_layer,
-    by_matrix,
-    by_rank,
-    by_tensor,
-    published,
-)
+from tnlm.studies.design.schedules import PUBLISHED, PUBLISHED_PERCENT
 from tnlm.studies.design.sweep import Sweep
 
-__all__ = [
-    "INSIGHTS",
-    "PUBLISHED",
-    "PUBLISHED_PERCENT",
-    "Front",
-    "Sweep",
-    "by_count",
-    "by_distance",
-    "by_layer",
-    "by_matrix",
-    "by_rank",
-    "by_tensor",
-    "published",
-    "spaced",
-    "spread",
-    "transpose",
-]
+__all__ = ["INSIGHTS", "PUBLISHED", "PUBLISHED_PERCENT", "Front", "Sweep"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,7 @@ class Front:
 
     def to_json(self) -> str:
         """Return everything as JSON text."""
-        values = {
-            "format_version": FORMAT_VERSION,
-            "objectives": list(self.objectives),
-            "maximize": list(self.maximize),
-            "points": [_to_dict(point) for point in self.points],
-            "dense": _to_dict(self.dense),
-            "measured": self.measured,
-            "failed": dict(self.failed),
-        }
-        return json.dumps(values, indent=1)
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Front:
@@ -140,14 +131,6 @@ class Front:
         if self.failed:
             lines.append(f"failed: {len(self.failed)}, e.g. {next(iter(self.failed.values()))}")
         return "\n".join(lines)
-
-
-def _to_dict(point: Point) -> dict[str, Any]:
-    return {
-        "configuration": point.configuration.to_dict(),
-        "percent": point.percent,
-        "values": dict(point.values),
-    }
 
 
 def _from_dict(values: Mapping[str, Any]) -> Point:

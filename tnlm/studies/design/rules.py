@@ -52,13 +52,8 @@ class Rule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rule as plain JSON values, without arguments that it does not take."""
-        takes = KINDS[self.kind]
-        found: dict[str, Any] = {"kind": self.kind}
-        if takes == "layers":
-            found["layers"] = list(self.layers)
-        elif takes == "value":
-            found["value"] = self.value
-        return found
+        values = {"layers": list(self.layers), "value": self.value}
+        return {"kind": self.kind} | {k: v for k, v in values.items() if k == KINDS[self.kind]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rule:

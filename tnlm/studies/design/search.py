@@ -13,11 +13,11 @@ from tnlm.errors import OptionError, did_you_mean
 from tnlm.studies.design.configuration import DENSE, Configuration
 from tnlm.studies.design.front import Front
 from tnlm.studies.design.schedules import spread
-from tnlm.studies.design.scores import Score
 from tnlm.studies.design.space import DesignSpace
 from tnlm.studies.design.storage import open_study
 from tnlm.studies.design.variants import Variants
 from tnlm.studies.design.worker import Worker
+from tnlm.studies.scores import ModelScore
 from tnlm.utils.checks import check_whole
 
 COUNTED = ("params", "bytes", "macs")
@@ -29,7 +29,7 @@ def search(
     model: PreTrainedModel,
     space: DesignSpace,
     *,
-    objectives: Mapping[str, Score | str],
+    objectives: Mapping[str, ModelScore | str],
     maximize: Collection[str] = (),
     trials: int = 100,
     storage: str | Path | None = None,
@@ -115,7 +115,7 @@ def search(
 
 
 def _check(
-    objectives: Mapping[str, Score | str], maximize: Collection[str], trials: int, sampler: str
+    objectives: Mapping[str, ModelScore | str], maximize: Collection[str], trials: int, sampler: str
 ) -> None:
     if not objectives:
         raise OptionError("objectives={}; give at least one")

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from tnlm.calibration.store import model_hash
 from tnlm.errors import EvaluationError, TnlmError
 from tnlm.studies.design.configuration import DENSE, Configuration
-from tnlm.studies.design.scores import Score, named_scores
 from tnlm.studies.design.space import DesignSpace
 from tnlm.studies.design.variants import Variants
 from tnlm.studies.journal import Journal, Row
+from tnlm.studies.scores import ModelScore, named_scores
 from tnlm.studies.table import as_csv
 
 
@@ -97,13 +97,13 @@ class Sweep:
 def sweep(
     model: PreTrainedModel,
     space: DesignSpace,
-    score: Score,
+    score: ModelScore,
     configurations: Iterable[Configuration],
     *,
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Score a model dense and under each configuration; it is left unchanged.
+    """ModelScore a model dense and under each configuration; it is left unchanged.
 
     If the score raises a :class:`tnlm.TnlmError` or is not finite, the trial is recorded as failed
     and the sweep continues. The dense model must not fail.
@@ -157,7 +157,7 @@ def sweep(
     return Sweep(found[0], tuple(found[1:]))
 
 
-def _attempt(variants: Variants, configuration: Configuration, score: Score) -> Row:
+def _attempt(variants: Variants, configuration: Configuration, score: ModelScore) -> Row:
     """Measure one configuration; return its values, or why it failed."""
     try:
         with variants.applied(configuration) as model:

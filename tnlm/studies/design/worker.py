@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from tnlm.errors import EvaluationError, OptionError, TnlmError
 from tnlm.studies.design.configuration import DENSE, Configuration
 from tnlm.studies.design.front import Front, Point
-from tnlm.studies.design.scores import Score, named_scores
 from tnlm.studies.design.space import DesignSpace
 from tnlm.studies.design.variants import Variants
+from tnlm.studies.scores import ModelScore, named_scores
 
 if TYPE_CHECKING:
     import optuna
@@ -33,7 +33,7 @@ class Worker:
         study: optuna.Study,
         space: DesignSpace,
         variants: Variants,
-        objectives: Mapping[str, Score | str],
+        objectives: Mapping[str, ModelScore | str],
     ) -> None:
         self._study, self._space, self._variants = study, space, variants
         self._objectives = objectives

@@ -7,10 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import fingerprint, token_batches
 from tnlm.decompositions.low_rank import FORMAT
 from tnlm.errors import BudgetError, EvaluationError, OptionError, TargetError, did_you_mean
-from tnlm.job import Data, Job
+from tnlm.job import Job
 from tnlm.recovery.tasks import examples_for, model_kind, padding_for
 from tnlm.request import Request, make_request
 from tnlm.studies.rank_search.ranks import MatrixRanks, check_candidates
@@ -108,17 +107,3 @@ def matrices_of(
         name, reason = next(iter(chosen.skipped.items()))
         raise TargetError(f"no target is left; {name}: {reason}")
     return found[::-1] if order == "reverse" else found
-
-
-def calibration_name(request: Request, data: Data) -> str | None:
-    """Return a fingerprint of the calibration tokens, or None if the fits use none."""
-    if not request.looks_at_data:
-        return None
-    made = token_batches(
-        data.calibration,
-        data.tokenizer,
-        num_samples=data.num_samples,
-        max_length=data.max_length,
-        seed=data.seed,
-    )
-    return fingerprint(made)

@@ -44,13 +44,7 @@ class MatrixRanks:
     def of(
         cls, target: Target, candidates: Sequence[float], *, gauge: bool = False, extra: int = 0
     ) -> MatrixRanks:
-        """Return a matrix with those candidate ranks that make it smaller.
-
-        Args:
-            target: the matrix ``(out, in)``.
-            candidates: fractions of the rank r at which r * (out + in) = out * in.
-            gauge: whether an identity block of the factors is not stored.
-            extra: parameters of a bias that the replacement adds.
+        """Keep those candidates, fractions of the rank that saves nothing, which save something.
 
         Example:
             >>> MatrixRanks.of(Target("a", "a", "linear", (30, 60)), [1.0, 0.1, 0.5]).ranks

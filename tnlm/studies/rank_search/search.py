@@ -22,7 +22,6 @@ from tnlm.planning import Plan
 from tnlm.studies.journal import Journal, check_journal
 from tnlm.studies.mounted import mounting
 from tnlm.studies.rank_search.options import (
-    calibration_name,
     check_options,
     matrices_of,
     request_of,
@@ -173,7 +172,7 @@ def rank_search(
         file,
         {
             "model": model_hash(model),
-            "calibration": calibration_name(request, data),
+            "calibration": job.fingerprint or None,
             "search": names[0],
             "report": names[1],
             "metric": scorer.name,
