@@ -83,7 +83,7 @@ def test_features_are_the_outputs_on_data(kind, make_model):
 def test_padding_does_not_count(make_model):
     found = analyze(make_model("llama"), RAGGED)
     assert {row.inputs for row in found.features} == {9}
-    assert all(row.note.startswith("9 inputs for") for row in found.features)
+    assert all(row.note.startswith("only 9 inputs for") for row in found.features)
 
 
 def test_a_pooler_has_one_input_for_a_sequence(make_model):
@@ -194,7 +194,7 @@ def test_formats_are_checked_before_any_work(make_model):
         analyze(make_model("llama"), formats=["kroneker"])
     with pytest.raises(OptionError, match=r"formats='low-rank'; allowed: a list of names"):
         analyze(make_model("llama"), formats="low-rank")
-    with pytest.raises(OptionError, match=r"'token-mps', which replaces embedding only; the targ"):
+    with pytest.raises(OptionError, match=r"'token-mps', which only replaces embedding; the targ"):
         analyze(make_model("llama"), formats=["token-mps"])
 
 
