@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tnlm
-from tnlm.journal import Journal
+from tnlm.studies.journal import Journal
 
 Row = dict[str, Any]
 MAGNITUDE = "magnitude-svd"

@@ -1,9 +1,9 @@
-"""What a model loses without each tenth of its singular values, and whether errors foretell it.
+"""What a model loses without each tenth of its singular values, and whether errors predict it.
 
     python benchmarks/groups.py MODEL --text test.txt --calibration train.txt [--out DIR]
 
 The singular values of all linear matrices are cut into equal groups; perplexity is measured without
-each of them. ``fwsvd`` weighs columns by their Fisher information on the calibration text first.
+each of them. ``fwsvd`` weights columns by their Fisher information on the calibration text first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from timing import table, write
 
 import tnlm
-from tnlm.analysis.truncation import WEIGHTINGS, GroupTruncation
 from tnlm.integrations.models import load_model
+from tnlm.studies.analysis import GroupTruncation
+from tnlm.studies.analysis.truncation import WEIGHTINGS
 
 
 def main() -> None:
@@ -64,14 +65,14 @@ def as_text(found: Sequence[GroupTruncation]) -> str:
     for rows in zip(*(truncation.rows for truncation in found), strict=True):
         cells = [(f"{row.weighted_error:.3f}", f"{row.value:,.1f}") for row in rows]
         lines.append([str(rows[0].group), *(cell for pair in cells for cell in pair)])
-    said = [f"{each.weighting} {_told(each)}" for each in found]
+    said = [f"{each.weighting} {_shown(each)}" for each in found]
     return (
         f"{table(head, lines)}\n\nRank correlation of error and loss over the groups: "
         f"{', '.join(said)}."
     )
 
 
-def _told(truncation: GroupTruncation) -> str:
+def _shown(truncation: GroupTruncation) -> str:
     found = truncation.weighted_spearman
     return truncation.note if found is None else f"{found:.3f}"
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import tnlm
 from tnlm.integrations.models import load_model
-from tnlm.journal import Journal
+from tnlm.studies.journal import Journal
 
 Row = dict[str, Any]
 SETTINGS = ("model", "calibration", "training", "text", "batch_size", "max_length", "windows")

@@ -22,11 +22,12 @@ from timing import table, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tnlm
-from tnlm.analysis.subspace import KINDS
 from tnlm.calibration.rows import read_rows
+from tnlm.studies.analysis import IntrinsicDimension
+from tnlm.studies.analysis.subspace import KINDS
 
 Row = dict[str, Any]
-COURSE = ("dims", "seeds", "steps", "learning_rate", "batch_size", "max_length", "text", "label")
+TRAINING = ("dims", "seeds", "steps", "learning_rate", "batch_size", "max_length", "text", "label")
 """What `tnlm.intrinsic_dimension` is given as it was asked for."""
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     """Measure the kinds, then write the table."""
     asked = _arguments()
     found = {kind: asdict(measure(asked, kind)) for kind in asked.kinds}
-    settings = {name: getattr(asked, name) for name in (*COURSE, "items", "freeze")}
+    settings = {name: getattr(asked, name) for name in (*TRAINING, "items", "freeze")}
     settings |= {name: str(getattr(asked, name)) for name in ("model", "train", "held_out")}
     write(asked.out, "intrinsic", {**settings, "kinds": found}, as_text(found))
 
@@ -61,7 +62,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(asked: argparse.Namespace, kind: str) -> tnlm.IntrinsicDimension:
+def measure(asked: argparse.Namespace, kind: str) -> IntrinsicDimension:
     """Return the intrinsic dimension of one kind."""
     train, held = (read_rows(path) for path in (asked.train, asked.held_out))
     torch.manual_seed(0)  # draws the head
@@ -76,9 +77,9 @@ def measure(asked: argparse.Namespace, kind: str) -> tnlm.IntrinsicDimension:
         tokenizer=AutoTokenizer.from_pretrained(asked.model),
         held_out=held[: asked.items],
         kind=kind,
-        metric="accuracy",
+        score="accuracy",
         output_dir=asked.out / kind,
-        **{name: getattr(asked, name) for name in COURSE},
+        **{name: getattr(asked, name) for name in TRAINING},
     )
 
 

@@ -23,12 +23,11 @@ from transformers import PreTrainedModel
 
 import tnlm
 from tnlm import Configuration, DesignSpace
-from tnlm.design.measuring import Measure
-from tnlm.design.schedules import PUBLISHED_PERCENT
-from tnlm.design.series import published
-from tnlm.design.sweep import Sweep
 from tnlm.errors import EvaluationError
 from tnlm.integrations.models import load_model
+from tnlm.studies.design import PUBLISHED_PERCENT, Sweep
+from tnlm.studies.design.series import published
+from tnlm.studies.scores import ModelScore
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc1", "winogrande")
 
@@ -40,8 +39,8 @@ def main() -> None:
     asked = _arguments()
     model, tokenizer = load_model(asked.model)
     measure = partial(accuracy, tokenizer=tokenizer, data=asked.data, limit=asked.limit)
-    metrics = {task: partial(measure, task=task) for task in asked.tasks}
-    rows = study(model, metrics, asked.out, rank=asked.rank, limit=asked.limit)
+    scores = {task: partial(measure, task=task) for task in asked.tasks}
+    rows = study(model, scores, asked.out, rank=asked.rank, limit=asked.limit)
     results = {"model": Path(asked.model).name, "limit": asked.limit, "rank": asked.rank}
     write(asked.out, "tucker_study", {**results, "rows": rows}, as_text(rows, asked.limit))
 
@@ -68,13 +67,13 @@ def accuracy(model: PreTrainedModel, *, task: str, tokenizer: Any, data: Path, l
 
 
 def study(
-    model: PreTrainedModel, metrics: Mapping[str, Measure], out: Path, *, rank: int, limit: int
+    model: PreTrainedModel, scores: Mapping[str, ModelScore], out: Path, *, rank: int, limit: int
 ) -> list[Row]:
-    """Measure every metric under every schedule, and dense.
+    """Measure every score under every schedule, and dense.
 
     Args:
-        model: left as it was.
-        metrics: task to what measures its accuracy.
+        model: left unchanged.
+        scores: task to what measures its accuracy.
         out: folder of the journals, one for each task, so that nothing finished is done again.
         rank: of every matrix.
         limit: items of a task; stands in the journals' names.
@@ -82,8 +81,8 @@ def study(
     space = DesignSpace(model, ranks=[rank])
     wanted = list(published(space))
     sweeps = {
-        task: tnlm.sweep(model, space, metric, wanted, journal=out / f"{task}-{limit}.jsonl")
-        for task, metric in metrics.items()
+        task: tnlm.sweep(model, space, score, wanted, journal=out / f"{task}-{limit}.jsonl")
+        for task, score in scores.items()
     }
     return [_row(space, sweeps, configuration) for configuration in [Configuration(), *wanted]]
 

@@ -23,18 +23,20 @@ EXAMPLES = DOCS.parent / "examples"
 
 PACKAGES = {
     "tnlm.allocation": "Allocation",
-    "tnlm.analysis": "Analysis",
     "tnlm.calibration": "Calibration and metrics",
     "tnlm.checkpoint": "Reading checkpoints",
     "tnlm.decompositions": "Formats",
-    "tnlm.design": "Design space",
     "tnlm.evaluation": "Evaluation",
     "tnlm.integrations": "Loading models",
     "tnlm.layers": "Layers",
-    "tnlm.page": "The page about a model",
     "tnlm.recovery": "Recovery",
     "tnlm.schemes": "Schemes",
-    "tnlm.surgical": "Surgical search",
+    "tnlm.studies": "Studies",
+    "tnlm.studies.analysis": "Analysis",
+    "tnlm.studies.design": "Design space",
+    "tnlm.studies.page": "The page about a model",
+    "tnlm.studies.rank_search": "Rank search",
+    "tnlm.utils": "Utilities",
 }
 """Packages that have a page of their own in the reference, with its title."""
 

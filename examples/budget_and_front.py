@@ -16,7 +16,7 @@ import importlib.util
 import tiny
 
 import tnlm
-from tnlm.design.front import pareto as unbeaten
+from tnlm.utils.pareto import pareto as pareto_front
 
 given = tiny.setting(__doc__, "figure")
 dense = given.model
@@ -40,7 +40,7 @@ for name, budget in BUDGETS.items():
 
 # %%
 # Three structures at several sizes: low rank, the same without the identity block that saves r * r
-# numbers, and block tensor trains. ``unbeaten`` finds the points that no other one beats in
+# numbers, and block tensor trains. ``pareto_front`` finds the points that no other one beats in
 # both size and perplexity.
 
 STRUCTURES = {
@@ -57,7 +57,7 @@ for name, options in STRUCTURES.items():
         points.setdefault(name, []).append(found)
         print(f"{name:13} keep_targets={keep}: {found[0]} parameters, perplexity {found[1]:.2f}")
 every = sorted(point for pairs in points.values() for point in pairs)
-front = unbeaten(every, maximize=[False, False])
+front = pareto_front(every, maximize=[False, False])
 print(f"not beaten: {[every[index][0] for index in front]}")
 if given.figure:
     size = sum(parameter.numel() for parameter in dense.parameters())

@@ -15,7 +15,7 @@ import copy
 import tiny
 
 import tnlm
-from tnlm.analysis.shapes import kronecker_errors
+from tnlm.studies.analysis import kronecker_errors
 
 given = tiny.setting(__doc__, "figure")
 print(f"dense              perplexity {given.perplexity(given.model):.2f}")

@@ -276,7 +276,7 @@ def test_intrinsic_measures_every_kind_and_resumes(start, classifier, tmp_path):
 
 @pytest.mark.usefixtures("classifier")
 def test_intrinsic_keeps_the_scores_where_no_size_is_enough(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("tnlm.analysis.scores.Goal.met", lambda goal, score: False)
+    monkeypatch.setattr("tnlm.studies.analysis.goals.Goal.met", lambda goal, score: False)
     rows = [{"text": f"word{i % 2} word{i}", "label": i % 2} for i in range(32)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))

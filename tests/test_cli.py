@@ -205,11 +205,11 @@ def shell(monkeypatch, capsys, source, text, tmp_path):
         ("efficiency model --prompt-tokens 500", "--prompt-tokens + --new-tokens = 532, but"),
         ("bench model --tasks piqa --data model --batch-size 0", "Error: --batch-size 0, but at"),
         (
-            "surgical model out --search text.txt --report text.txt -s svd --max-length 32",
+            "rank-search model out --search text.txt --report text.txt -s svd --max-length 32",
             "item 0 of --report is item 0 of --search",
         ),
         (
-            "surgical model out --search text.txt --report text.txt -s svd --keep 0.5 --chunks 3",
+            "rank-search model out --search text.txt --report text.txt --keep 0.5 --chunks 3",
             "Error: --chunks has no effect with --keep",
         ),
     ],
@@ -231,7 +231,7 @@ def test_a_mistake_is_told_in_the_words_of_the_shell(shell, line, said, as_json)
         "compress model out -s svd --recover lora --training nothing.txt",
         "evaluate model --text nothing.txt",
         "bench model --tasks piqa --data nothing.txt",
-        "surgical model out --search nothing.txt --report text.txt",
+        "rank-search model out --search nothing.txt --report text.txt",
         "report model --evaluation nothing.txt",
     ],
 )
@@ -296,15 +296,15 @@ def test_a_searched_model_has_a_page(source, text, tmp_path, word_text):
     other.write_text(word_text(300, seed=2))
     out = tmp_path / "out"
     found = run(
-        *("surgical", source, out, "--search", text, "--report", other, "--scheme", "svd"),
+        *("rank-search", source, out, "--search", text, "--report", other, "--scheme", "svd"),
         *("--growth", 1.5, "--max-length", 32),
     )
     assert found["trials"]
     again = tmp_path / "again"
     thirds = run(
-        *("surgical", source, again, "--search", text, "--report", other, "--scheme", "svd"),
+        *("rank-search", source, again, "--search", text, "--report", other, "--scheme", "svd"),
         *("--growth", 1.5, "--max-length", 32, "--chunks", 3, "--candidates", "0.5,0.9"),
-        *("--order", "forward", "--num-samples", 4, "--run-dir", tmp_path / "trials"),
+        *("--order", "forward", "--num-samples", 4, "--output-dir", tmp_path / "trials"),
     )
     assert thirds["trials"][0]["layer"] != found["trials"][0]["layer"]  # the first, not the last
     assert {trial["chunk"] for trial in thirds["trials"]} >= {1, 2, 3}

@@ -115,8 +115,8 @@ def analyze_model(printed: str) -> None:
 
 
 @check
-def surgical_search(printed: str) -> None:
-    assert "searched on:" in printed
+def rank_search(printed: str) -> None:
+    assert "perplexity on search:" in printed
     share = re.search(rf"with a budget: {NUMBER} of the parameters", printed)
     assert share is not None
     assert float(share.group(1)) <= 0.8

@@ -74,7 +74,7 @@ def test_every_block_on_search_runs(tmp_path, monkeypatch, tiny_llama, word_toke
     for seed, name in enumerate(("calibration", "search", "report")):
         (tmp_path / f"{name}.txt").write_text(word_text(256, seed=seed))
     monkeypatch.chdir(tmp_path)
-    assert run_blocks("search.md") == 3
+    assert run_blocks("rank_search.md") == 3
     assert (tmp_path / "run" / "search.jsonl").is_file()
 
 

@@ -113,7 +113,7 @@ def test_the_recipe_on_the_page_is_the_call(tiny_llama, tmp_path):
 def test_the_recipe_of_a_search_is_its_plan(tiny_llama, word_tokenizer, word_text, tmp_path):
     texts = [[word_text(300, seed=seed)] for seed in range(3)]
     model = tiny_llama(num_hidden_layers=1)
-    tnlm.surgical_search(
+    tnlm.rank_search(
         model,
         "perplexity",
         search=texts[0],

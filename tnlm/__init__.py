@@ -12,19 +12,10 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from tnlm.analysis.analyze import analyze
-    from tnlm.analysis.intrinsic import intrinsic_dimension
-    from tnlm.analysis.result import Analysis
-    from tnlm.analysis.truncation import truncate_groups
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
     from tnlm.checkpoint.loading import load
     from tnlm.checkpoint.sums import verify
-    from tnlm.design.configuration import Configuration
-    from tnlm.design.rules import Rule
-    from tnlm.design.space import DesignSpace
-    from tnlm.design.study import search
-    from tnlm.design.sweep import sweep
     from tnlm.errors import TnlmError
     from tnlm.evaluation import Efficiency, Evaluation, efficiency, evaluate, perplexity
     from tnlm.integrations.lora import adaptable
@@ -32,7 +23,6 @@ if TYPE_CHECKING:
     from tnlm.layers.arranged import arrange
     from tnlm.layers.prediction import predict_speed
     from tnlm.layers.rebuilt import keep_rebuilt
-    from tnlm.page.write import write_page
     from tnlm.planning import Plan
     from tnlm.recovery.distillation import distill
     from tnlm.recovery.heal import heal
@@ -42,17 +32,27 @@ if TYPE_CHECKING:
     from tnlm.saving import save
     from tnlm.schemes import list_schemes
     from tnlm.scratch import from_config
-    from tnlm.surgical.surgical import surgical_search
+    from tnlm.studies.analysis.analyze import analyze
+    from tnlm.studies.analysis.intrinsic import intrinsic_dimension
+    from tnlm.studies.analysis.result import Analysis
+    from tnlm.studies.analysis.truncation import truncate_groups
+    from tnlm.studies.design.configuration import Configuration
+    from tnlm.studies.design.rules import Rule
+    from tnlm.studies.design.search import search
+    from tnlm.studies.design.space import DesignSpace
+    from tnlm.studies.design.sweep import sweep
+    from tnlm.studies.page.write import write_page
+    from tnlm.studies.rank_search.search import rank_search
 
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first used, because transformers' modelling
 # code takes longer to import than torch.
 _HOMES = {
-    "intrinsic_dimension": "tnlm.analysis.intrinsic",
-    "analyze": "tnlm.analysis.analyze",
-    "Analysis": "tnlm.analysis.result",
-    "truncate_groups": "tnlm.analysis.truncation",
+    "intrinsic_dimension": "tnlm.studies.analysis.intrinsic",
+    "analyze": "tnlm.studies.analysis.analyze",
+    "Analysis": "tnlm.studies.analysis.result",
+    "truncate_groups": "tnlm.studies.analysis.truncation",
     "compress": "tnlm.api",
     "plan": "tnlm.api",
     "report": "tnlm.api",
@@ -60,11 +60,11 @@ _HOMES = {
     "adaptable": "tnlm.integrations.lora",
     "set_rows": "tnlm.integrations.vocabulary",
     "labelled": "tnlm.calibration.labelled",
-    "Configuration": "tnlm.design.configuration",
-    "Rule": "tnlm.design.rules",
-    "DesignSpace": "tnlm.design.space",
-    "search": "tnlm.design.study",
-    "sweep": "tnlm.design.sweep",
+    "Configuration": "tnlm.studies.design.configuration",
+    "Rule": "tnlm.studies.design.rules",
+    "DesignSpace": "tnlm.studies.design.space",
+    "search": "tnlm.studies.design.search",
+    "sweep": "tnlm.studies.design.sweep",
     "TnlmError": "tnlm.errors",
     "Efficiency": "tnlm.evaluation",
     "Evaluation": "tnlm.evaluation",
@@ -75,7 +75,7 @@ _HOMES = {
     "keep_rebuilt": "tnlm.layers.rebuilt",
     "predict_speed": "tnlm.layers.prediction",
     "Plan": "tnlm.planning",
-    "write_page": "tnlm.page.write",
+    "write_page": "tnlm.studies.page.write",
     "distill": "tnlm.recovery.distillation",
     "heal": "tnlm.recovery.heal",
     "prune": "tnlm.recovery.prune",
@@ -85,7 +85,7 @@ _HOMES = {
     "save": "tnlm.saving",
     "list_schemes": "tnlm.schemes",
     "from_config": "tnlm.scratch",
-    "surgical_search": "tnlm.surgical.surgical",
+    "rank_search": "tnlm.studies.rank_search.search",
     "verify": "tnlm.checkpoint.sums",
 }
 
@@ -118,11 +118,11 @@ __all__ = [
     "plan",
     "predict_speed",
     "prune",
+    "rank_search",
     "report",
     "save",
     "search",
     "set_rows",
-    "surgical_search",
     "sweep",
     "to_dense",
     "truncate_groups",
@@ -133,7 +133,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "plot":
-        return importlib.import_module("tnlm.plot")
+        return importlib.import_module("tnlm.studies.plot")
     if name not in _HOMES:
         raise AttributeError(f"module 'tnlm' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tnlm.errors import ModelError, OptionError, RankError, TargetError
 from tnlm.layers.build import shape_of
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.utils.mounting import modules_kept
 
 ADAPTER = "default"
 """The name that PEFT gives an adapter."""
@@ -135,13 +136,11 @@ def attached(
         )
     """
     check(model, ranks)
-    before = {name: model.get_submodule(name) for name in ranks}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield attach(model, ranks, scaling, seed)
+        with modules_kept(model, ranks):
+            yield attach(model, ranks, scaling, seed)
     finally:
-        for name, module in before.items():
-            model.set_submodule(name, module)
         for parameter, needed in flags:
             parameter.requires_grad_(needed)
         vars(model).pop("peft_config", None)

@@ -1,4 +1,4 @@
-"""Commands that study a model: its structure, its quality, its speed, and what was done to it."""
+"""Commands that study a model: its structure, quality, speed, and compression."""
 
 from __future__ import annotations
 
@@ -31,8 +31,24 @@ from tnlm.errors import OptionError
 
 studies = typer.Typer()
 
-Baseline = Annotated[str | None, typer.Option(help="A model to measure beside it.")]
-Limit = Annotated[int | None, typer.Option(help="Items of a task, at most.")]
+Out = Annotated[Path, typer.Argument(help="Directory to write; new or empty.")]
+Baseline = Annotated[str | None, typer.Option(help="Model to compare with.")]
+Limit = Annotated[int | None, typer.Option(help="Items per task, at most.")]
+
+OWN = ("model", "out", "baseline", "dtype", "overwrite", "as_json")
+"""Parameters that a command handles itself; the others are arguments of the public function."""
+
+
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in OWN}
+
+
+def _load(model: str, baseline: str | None, dtype: str) -> tuple[Any, Any, Any]:
+    """Return a model, its tokenizer, and its baseline if there is one."""
+    from tnlm.integrations.models import load_model
+
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    return loaded, tokenizer, None if baseline is None else load_model(baseline, dtype=dtype)[0]
 
 
 def _show(found: Any, as_json: bool) -> None:
@@ -45,10 +61,11 @@ def _show(found: Any, as_json: bool) -> None:
 @studies.command()
 def analyze(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
+    out: Out,
     calibration: Calibration = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="A format whose error curve is wanted.")
+        list[str] | None,
+        typer.Option("--format", help="Format to try; may be repeated."),
     ] = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -60,25 +77,14 @@ def analyze(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Show where a model is compressible: spectra of its weights, and of its features on data."""
+    """Show where a model can be compressed: spectra of its weights, and of its outputs on data."""
+    asked = _arguments(locals()) | {"formats": tuple(formats or ())}
+    asked["bos"] = "auto" if bos is None else bos
     from tnlm.checkpoint.exchange import check_writable
-    from tnlm.integrations.models import load_model
 
     check_writable(out, overwrite=overwrite)
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    found = tnlm.analyze(
-        loaded,
-        calibration,
-        tokenizer=tokenizer,
-        targets=targets,
-        ignore=ignore,
-        formats=tuple(formats or ()),
-        num_samples=num_samples,
-        max_length=max_length,
-        bos="auto" if bos is None else bos,
-        seed=seed,
-        progress=not as_json,
-    )
+    loaded, tokenizer, _ = _load(model, None, dtype)
+    found = tnlm.analyze(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
     found.save(out, overwrite=overwrite)
     _show(found, as_json)
 
@@ -89,43 +95,31 @@ def bench(
     tasks: Annotated[str, typer.Option(help="Names of tasks: piqa,arc_easy.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="Directory of JSONL files; else lm-eval fetches them.", **FOLDER),
+        typer.Option(help="Directory of JSONL files; if absent, lm-eval downloads.", **FOLDER),
     ] = None,
     baseline: Baseline = None,
     limit: Limit = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before an item.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples per prompt.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 8,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens shown, at most; the model's positions if not given.")
+        int | None,
+        typer.Option(help="Tokens per prompt, at most; by default the model's positions."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
-    seed: Annotated[int, typer.Option(help="Draws the examples and the bootstraps.")] = 1234,
-    out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer, at most.")] = 256,
+    seed: Annotated[int, typer.Option(help="Draws the examples and the bootstrap samples.")] = 1234,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score benchmarks, with standard errors, and beside a baseline with what was unlearned."""
-    from tnlm.integrations.models import load_model
-
+    """Score benchmarks, with standard errors; with a baseline, also what was unlearned."""
+    asked = _arguments(locals()) | {"tasks": tasks.split(",")}
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"--out {out}: no such directory as {out.parent}")
-    loaded, tokenizer = load_model(model, dtype=dtype)
+    loaded, tokenizer, beside = _load(model, baseline, dtype)
     if tokenizer is None:
         raise OptionError(f"{model} has no tokenizer, which benchmarks need")
-    beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
     found = tnlm.evaluate(
-        loaded,
-        tasks.split(","),
-        tokenizer=tokenizer,
-        data=data,
-        baseline=beside,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        progress=not as_json,
+        loaded, tokenizer=tokenizer, baseline=beside, progress=not as_json, **asked
     )
     if out is not None:
         out.write_text(found.to_json(), encoding="utf-8")
@@ -136,55 +130,50 @@ def bench(
 def efficiency(
     model: Model,
     baseline: Baseline = None,
-    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts: 16,128.")] = "16,128",
-    new_tokens: Annotated[int, typer.Option(help="Tokens that are decoded.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Turns of each model.")] = 5,
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 16,128.")] = "16,128",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Repetitions per model.")] = 5,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure latency, memory, bytes on disk and energy, in turns with a baseline."""
-    from tnlm.integrations.models import load_model
-
-    lengths = numbers("prompt-tokens", prompt_tokens) or []
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
+    """Measure latency, memory, size on disk and energy, alternating with a baseline."""
+    asked = _arguments(locals())
+    asked["prompt_tokens"] = numbers("prompt-tokens", prompt_tokens) or []
+    loaded, tokenizer, beside = _load(model, baseline, dtype)
     found = tnlm.efficiency(
-        loaded,
-        tokenizer=tokenizer,
-        prompt_tokens=lengths,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        baseline=beside,
-        progress=not as_json,
+        loaded, tokenizer=tokenizer, baseline=beside, progress=not as_json, **asked
     )
     _show(found, as_json)
 
 
 @studies.command()
-def surgical(
+def rank_search(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
-    search: Annotated[Path, typer.Option(help="Text that decides.", **FILE)],
-    report: Annotated[Path, typer.Option(help="Other text, for the figures in the end.", **FILE)],
+    out: Out,
+    search: Annotated[Path, typer.Option(help="Text on which ranks are chosen.", **FILE)],
+    report: Annotated[Path, typer.Option(help="Other text, for the final perplexity.", **FILE)],
     calibration: Calibration = None,
     scheme: Annotated[str, typer.Option("--scheme", "-s", help="A low-rank scheme.")] = "sfsd",
     growth: Annotated[
-        float | None, typer.Option(help="Perplexity may grow by this factor at each matrix.")
+        float | None, typer.Option(help="Factor by which the perplexity may grow per matrix.")
     ] = None,
     keep: Annotated[
-        float | None, typer.Option(help="Fraction of the model's parameters, instead.")
+        float | None, typer.Option(help="Fraction of the model's parameters, instead of --growth.")
     ] = None,
     chunks: Annotated[
-        int, typer.Option(help="Parts of SEARCH; a rank must do on each of them.")
+        int, typer.Option(help="Parts of SEARCH; a rank must be good enough on each of them.")
     ] = 1,
     candidates: Annotated[
-        str | None, typer.Option(help="Ranks tried, as parts of the neutral one: 0.2,0.5,0.8.")
+        str | None,
+        typer.Option(help="Ranks, as fractions of the one at which nothing is saved: 0.2,0.5."),
     ] = None,
     order: Annotated[str, typer.Option(help="reverse or forward.")] = "reverse",
     num_samples: NumSamples = None,
     max_length: MaxLength = 512,
     cache_dir: CacheDir = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Keeps trials, to go on from.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Keeps trials, so that the search can resume.")
+    ] = None,
     targets: Targets = None,
     ignore: Ignore = None,
     seed: SeedAsked = None,
@@ -192,35 +181,16 @@ def surgical(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Find the rank of every matrix by trial, and save the model."""
+    """Find the rank of every matrix by trial, and save the compressed model."""
+    asked = _arguments(locals())
     from tnlm.checkpoint.exchange import check_writable
-    from tnlm.integrations.models import load_model
-    from tnlm.surgical.ladder import CANDIDATES
+    from tnlm.studies.rank_search import CANDIDATES
 
     check_writable(out, overwrite=overwrite)
-    parts = numbers("candidates", candidates, float)
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    found = tnlm.surgical_search(
-        loaded,
-        "perplexity",
-        search=search,
-        report=report,
-        scheme=scheme,
-        targets=targets,
-        ignore=ignore,
-        growth=growth,
-        keep=keep,
-        chunks=chunks,
-        candidates=CANDIDATES if parts is None else parts,
-        order=order,
-        calibration=calibration,
-        tokenizer=tokenizer,
-        num_samples=num_samples,
-        max_length=max_length,
-        cache_dir=cache_dir,
-        output_dir=run_dir,
-        seed=seed,
-        progress=not as_json,
+    asked["candidates"] = numbers("candidates", candidates, float) or CANDIDATES
+    loaded, tokenizer, _ = _load(model, None, dtype)
+    found = tnlm.rank_search(
+        loaded, "perplexity", tokenizer=tokenizer, progress=not as_json, **asked
     )
     tnlm.save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
     _show(found, as_json)
@@ -228,12 +198,12 @@ def surgical(
 
 @studies.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A directory written by tnlm.")],
+    directory: Annotated[Path, typer.Argument(help="Directory written by tnlm.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page; DIRECTORY/report.html if not given.")
+        Path | None, typer.Option(help="File to write; by default DIRECTORY/report.html.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="JSON of `tnlm bench`, shown beside.", **FILE)
+        Path | None, typer.Option(help="JSON of `tnlm bench` to include.", **FILE)
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,29 +1,58 @@
-"""What a matrix's dotted name says: its block, and what it is in every block."""
+"""Reads the dotted names of matrices: which block they are in, and their kind in every block."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+_BLOCK = re.compile(r"(^|\.)(\d+)(?=\.)")
+
+
+def split_at_block(name: str) -> tuple[str, int, str] | None:
+    """Split a dotted name into what stands before its block number, the number, and what follows.
+
+    The first number that is a part of its own counts; None if there is none.
+
+    Example:
+        >>> split_at_block("model.layers.3.experts.0.up_proj"), split_at_block("lm_head")
+        (('model.layers', 3, 'experts.0.up_proj'), None)
+    """
+    found = _BLOCK.search(name)
+    if found is None:
+        return None
+    return name[: found.start()], int(found[2]), name[found.end() + 1 :]
+
+
+def block_of(name: str) -> int | None:
+    """Return the number of the block that a module is in, or is itself; None outside of blocks.
+
+    Example:
+        >>> block_of("model.layers.12.mlp.up_proj"), block_of("h.3"), block_of("lm_head")
+        (12, 3, None)
+    """
+    found = split_at_block(f"{name}.")
+    return None if found is None else found[1]
+
 
 def place(name: str) -> tuple[str, int]:
-    """Return a matrix's kind, its name without the block, and its block, -1 if it is in none.
+    """Return a matrix's kind, which is its name without the block, and its block, -1 if none.
 
     Example:
         >>> place("model.layers.3.mlp.up_proj"), place("lm_head")
         (('model.layers.mlp.up_proj', 3), ('lm_head', -1))
     """
     kinds, block = [], -1
-    for member in name.split("+"):  # what was decided for several together
-        found = re.search(r"(^|\.)(\d+)(?=\.)", member)
+    for member in name.split("+"):  # several matrices with one decision
+        found = split_at_block(member)
         if found is not None:
-            member, block = member[: found.start()] + member[found.end() :], int(found.group(2))
+            before, block, after = found
+            member = f"{before}.{after}"
         kinds.append(member)
     return "+".join(kinds), block
 
 
 def beginning(names: Sequence[str]) -> str:
-    """Return what all names begin with, up to a dot; nothing for less than two.
+    """Return the prefix that all names share, up to a dot; empty for fewer than two names.
 
     Example:
         >>> beginning(["model.0.up", "model.1.up", "model.1.gate+model.1.up"])
@@ -39,7 +68,7 @@ def beginning(names: Sequence[str]) -> str:
 
 
 def unprefixed(names: Sequence[str]) -> dict[str, str]:
-    """Return names without what all begin with.
+    """Return names without the prefix that they all share.
 
     Example:
         >>> unprefixed(["model.0.up", "model.1.up", "model.1.gate+model.1.up"])
@@ -52,7 +81,7 @@ def unprefixed(names: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(kinds: Sequence[str]) -> dict[str, str]:
-    """Return kinds without the beginning that all share; of those decided together, the last names.
+    """Return short names of kinds: without the shared prefix; of joined kinds, the last words.
 
     Example:
         >>> shortened(["mlp.up", "mlp.down", "mlp.gate+mlp.up"])

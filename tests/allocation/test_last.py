@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tnlm.allocation.base import Limits, Problem
-from tnlm.allocation.last import ALLOCATION, block_of, schedule
+from tnlm.allocation.last import ALLOCATION, schedule
 from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget
@@ -130,12 +130,3 @@ def test_too_few_blocks_say_how_little_is_possible():
         ALLOCATION.allocate(Blocks(4).problem(0.7, 1))
     found = ALLOCATION.allocate(Blocks(4).problem(0.85, 1))
     assert [layer.format for layer in found] == [None, None, None, "low-rank"]
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [("h.3.attn", 3), ("3.attn", 3), ("model.layers.10.experts.7.w1", 10), ("lm_head", None),
-     ("fc1", None), ("w2.x", None)],
-)  # fmt: skip
-def test_a_block_is_the_first_number_of_a_name(name, number):
-    assert block_of(name) == number

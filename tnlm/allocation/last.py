@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ from tnlm.allocation.base import Allocation, Problem
 from tnlm.allocation.pricing import dense_cost
 from tnlm.allocation.uniform import Uniform, stay_dense
 from tnlm.errors import BudgetError
+from tnlm.names import block_of
 from tnlm.planning import LayerPlan
 from tnlm.targets import Target
 
@@ -44,17 +44,6 @@ def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, fl
             f"The smallest possible is above {1.0 - last / blocks:.4g}, or cut more blocks"
         )
     return last, share
-
-
-def block_of(name: str) -> int | None:
-    """Return the number of the block that a module stands in, if it stands in one.
-
-    Example:
-        >>> block_of("model.layers.12.mlp.up_proj"), block_of("lm_head")
-        (12, None)
-    """
-    found = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(found[1]) if found else None
 
 
 class LastBlocks(Allocation):

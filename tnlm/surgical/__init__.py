@@ -1,1 +1,0 @@
-"""Searches that try a compression on the model and measure what comes of it."""
