@@ -30,7 +30,6 @@ from tnlm.errors import OptionError
 studies = typer.Typer()
 
 Baseline = Annotated[str | None, typer.Option(help="A model to measure beside it.")]
-Limit = Annotated[int | None, typer.Option(help="Items of a task, at most.")]
 
 
 def _show(found: Any, as_json: bool) -> None:
@@ -80,19 +79,28 @@ def analyze(
 
 
 @studies.command()
-def bench(
+def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="Names of tasks: piqa,arc_easy.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text or JSONL file, for perplexity.", **FILE)
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names of benchmarks: piqa,arc_easy.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Directory of JSONL files; else lm-eval fetches them.", **FOLDER),
+        typer.Option(
+            help="Directory of JSONL files with the benchmarks' rows; else lm-eval fetches them.",
+            **FOLDER,
+        ),
     ] = None,
     baseline: Baseline = None,
-    limit: Limit = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window of the text.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Items of a benchmark, at most.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before an item.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens shown, at most; the model's positions if not given.")
+        int | None,
+        typer.Option(help="Tokens of a question, at most; the model's positions if not given."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
     seed: Annotated[int, typer.Option(help="Draws the examples and the bootstraps.")] = 1234,
@@ -100,21 +108,24 @@ def bench(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score benchmarks, with standard errors, and beside a baseline with what was unlearned."""
+    """Measure perplexity on a text, or benchmarks, or both; beside a baseline if there is one."""
     from tnlm.integrations.models import load_model
 
+    if text is None and tasks is None:
+        raise OptionError("nothing to measure; pass --text or --tasks")
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"--out {out}: no such directory as {out.parent}")
     loaded, tokenizer = load_model(model, dtype=dtype)
-    if tokenizer is None:
-        raise OptionError(f"{model} has no tokenizer, which benchmarks need")
     beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
     found = tnlm.evaluate(
         loaded,
-        tasks.split(","),
+        None if tasks is None else tasks.split(","),
         tokenizer=tokenizer,
+        text=text,
         data=data,
         baseline=beside,
+        window=window,
+        windows=windows,
         limit=limit,
         num_fewshot=num_fewshot,
         batch_size=batch_size,
@@ -125,7 +136,23 @@ def bench(
     )
     if out is not None:
         out.write_text(found.to_json(), encoding="utf-8")
-    _show(found, as_json)
+    _show_evaluation(found, loaded, text, as_json)
+
+
+def _show_evaluation(found: tnlm.Evaluation, model: Any, text: Path | None, as_json: bool) -> None:
+    """Print an evaluation; a perplexity alone is one line, or the keys that say its protocol."""
+    if text is None:
+        _show(found, as_json)
+        return
+    count = sum(p.numel() for p in model.parameters())
+    alone = len(found.results) == 1 and found.results[0].figures[0].baseline is None
+    if not as_json:
+        shown = f"{found.perplexity if alone else found}, {count:,} parameters"
+        console.print(shown, highlight=False, soft_wrap=True, markup=False)
+        return
+    left_out = ("results", "scorer", "seed") if alone else ()
+    values = {key: value for key, value in found.to_dict().items() if key not in left_out}
+    print_json({**values, "parameters": count, "text": text.name})
 
 
 @studies.command()
@@ -229,7 +256,7 @@ def report(
         Path | None, typer.Option(help="The page; DIRECTORY/report.html if not given.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="JSON of `tnlm bench`, shown beside.", **FILE)
+        Path | None, typer.Option(help="JSON of `tnlm evaluate --out`, shown beside.", **FILE)
     ] = None,
     as_json: Json = False,
 ) -> None:

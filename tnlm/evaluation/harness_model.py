@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+
+
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations that mypy reads
     """lm-eval's own Hugging Face model, with errors that name the item which cannot be scored.
 
@@ -43,11 +46,13 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
     ) -> None:
         if not any(isinstance(t, int) for t in (tokenizer.bos_token_id, tokenizer.eos_token_id)):
             raise EvaluationError("the tokenizer has no BOS and no EOS token to start a text with")
+        tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
+        tokenizer.deprecation_warnings[_TOO_LONG] = True  # long texts are cut, and counted
         with _left_untied(model):
             super().__init__(
                 pretrained=model,
                 backend="causal",
-                tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
+                tokenizer=tokenizer,
                 batch_size=batch_size,
                 max_length=max_length,
                 softmax_dtype=torch.promote_types(model.dtype, torch.float32),
