@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from typer.testing import CliRunner
 
 import tnlm
 from tnlm import cli
+from tnlm.evaluation import Perplexity
 
 
 @pytest.fixture
@@ -256,9 +258,6 @@ def test_analyze_writes_tables(source, text, tmp_path):
     assert "is not empty" in fails("analyze", "./no/such/model", out)
 
 
-PERPLEXITY = ["perplexity", "loss", "window", "windows", "tokens"]
-
-
 def test_evaluate_scores_local_rows_and_a_text_beside_a_baseline(source, text, tmp_path):
     choices = ["word1", "word2"]
     rows = [{"query": f"word{i}", "choices": choices, "gold": i % 2} for i in range(4)]
@@ -277,7 +276,7 @@ def test_evaluate_scores_local_rows_and_a_text_beside_a_baseline(source, text, t
     words = ("--text", text, "--window", 16, "--windows", 4)
     both = run(*arguments, *options, *words, "--out", tmp_path / "both.json")
     alone = run("evaluate", source, *words)
-    assert list(alone) == [*PERPLEXITY, "parameters", "text"]
+    assert list(alone) == [*(field.name for field in fields(Perplexity)), "parameters", "text"]
     assert {key: both[key] for key in alone} == alone
     assert [result["task"] for result in both["results"]] == ["perplexity", "arc_easy"]
     stored = tnlm.Evaluation.from_json((tmp_path / "both.json").read_text())

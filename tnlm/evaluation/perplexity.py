@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,17 +70,11 @@ def perplexity(
         windows: windows to measure; a shorter text gives fewer, and the result counts them.
     """
     ids, losses = window_losses(model, text, tokenizer, window=window, windows=windows)
-    return of_windows(ids, losses)
-
-
-def of_windows(ids: Tensor, losses: Sequence[float]) -> Perplexity:
-    """Return the perplexity of windows ``(windows, window)`` with these summed losses."""
-    windows, window = ids.shape
-    tokens = windows * (window - 1)
+    tokens = len(ids) * (window - 1)
     mean = math.fsum(losses) / tokens
     if mean > math.log(1e300):
         raise EvaluationError(f"the mean loss is {mean:.0f}: its perplexity is not a float")
-    return Perplexity(math.exp(mean), mean, window, windows, tokens)
+    return Perplexity(math.exp(mean), mean, window, len(ids), tokens)
 
 
 def window_losses(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tnlm.evaluation.comparison import digest, figures
-from tnlm.evaluation.perplexity import Perplexity, of_windows, window_losses
+from tnlm.evaluation.perplexity import Perplexity, window_losses
 from tnlm.evaluation.protocol import Protocol
 from tnlm.evaluation.results import TaskResult
 from tnlm.evaluation.tasks import Task
@@ -50,4 +50,6 @@ def measured(
         items=scores,
         digest=digest(ids.tolist()),
     )
-    return result, of_windows(ids, losses)
+    value, loss = (result[name].value for name in ("perplexity", "loss"))
+    windows, window = ids.shape
+    return result, Perplexity(value, loss, window, windows, windows * (window - 1))
