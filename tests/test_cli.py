@@ -271,7 +271,7 @@ def test_evaluate_scores_local_rows_and_a_text_beside_a_baseline(source, text, t
     assert task["n"] == 4
     assert task["figures"][0]["difference"] == 0
     assert json.loads((tmp_path / "found.json").read_text()) == found
-    assert "did you mean 'arc_easy'" in fails("evaluate", source, "--tasks", "arc_eazy")
+    assert "did you mean 'arc_easy'" in fails("evaluate", "./no/model", "--tasks", "arc_eazy")
     assert "no such directory" in fails(*arguments, "--out", tmp_path / "no" / "found.json")
     words = ("--text", text, "--window", 16, "--windows", 4)
     both = run(*arguments, *options, *words, "--out", tmp_path / "both.json")

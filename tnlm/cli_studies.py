@@ -109,17 +109,21 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, or benchmarks, or both; beside a baseline if there is one."""
+    from tnlm.evaluation.tasks import get_task
     from tnlm.integrations.models import load_model
 
     if text is None and tasks is None:
         raise OptionError("nothing to measure; pass --text or --tasks")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    for name in names:
+        get_task(name)
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"--out {out}: no such directory as {out.parent}")
     loaded, tokenizer = load_model(model, dtype=dtype)
     beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
     found = tnlm.evaluate(
         loaded,
-        None if tasks is None else tasks.split(","),
+        names,
         tokenizer=tokenizer,
         text=text,
         data=data,

@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from tnlm.errors import EvaluationError
 from tnlm.evaluation import evaluate, lm_eval_tasks
 from tnlm.evaluation.rows import adapted, example_rows
-from tnlm.evaluation.tasks import Answer, get_task, list_tasks, tasks
-from tnlm.evaluation.tasks.columns import gold_of
+from tnlm.evaluation.tasks import (
+    Answer,
+    Task,
+    TaskMetric,
+    get_task,
+    list_tasks,
+    multiple_choice,
+    tasks,
+)
+from tnlm.evaluation.tasks.columns import gold_of, plain
 from tnlm.evaluation.tasks.winobias import OCCUPATIONS
 
 LABELLED = {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}
@@ -189,6 +197,28 @@ def test_each_part_of_a_task_needs_enough_examples():
     assert len(example_rows(task, rows, 2, {}, {"mmlu": pool})) == 6
     with pytest.raises(EvaluationError, match="mmlu item 1: num_fewshot=3, but there are 2 exampl"):
         example_rows(task, rows, 3, {}, {"mmlu": pool})
+
+
+def test_a_task_is_one_object(monkeypatch, tiny_llama, word_tokenizer):
+    mine = Task(
+        name="mine",
+        source="none",
+        metrics=(TaskMetric("margin"), TaskMetric("length")),
+        adapt=plain,
+        config=multiple_choice("word1 {{query}}"),
+        score=lambda row, answers: {
+            "margin": answers[row["gold"]].loglikelihood,
+            "length": float(answers[0].tokens),
+        },
+        right="",
+    )
+    monkeypatch.setattr("tnlm.evaluation.tasks.tasks", lambda: {"mine": mine})
+    row = {"query": "word2", "choices": ["word3 word4", "word5"], "gold": 1}
+    options = {"tokenizer": word_tokenizer, "progress": False}
+    found = evaluate(tiny_llama(), "mine", data={"mine": [row]}, **options)["mine"]
+    assert found["margin"].value == pytest.approx(math.log(1 / 64), abs=0.5)
+    assert found["length"].value == 2
+    assert requests("mine", row) == [("word1 word2", " word3 word4"), ("word1 word2", " word5")]
 
 
 def test_every_task_names_its_source():

@@ -77,9 +77,7 @@ def scored(
         loaded = _fetched(task, shots, asked) if local is None else _load(list(local))
         for each in loaded["tasks"].values():
             each.set_fewshot_seed(asked.seed)
-        found = importlib.import_module("lm_eval.evaluator").evaluate(
-            lm, loaded, limit=asked.limit if local is None else None, bootstrap_iters=0
-        )
+        found = _run(lm, loaded, task, asked.limit if local is None else None)
     samples = _by_item(found["samples"])
     scores = [_scores(task, each, None if local is None else lm.tokens) for each in samples]
     return TaskResult(
@@ -101,13 +99,25 @@ def _load(specs: Sequence[Any], folder: Path | None = None) -> dict[str, Any]:
     return loaded
 
 
+def _run(lm: Any, loaded: dict[str, Any], task: Task, limit: int | None) -> dict[str, Any]:
+    """Ask the model, and return what lm-eval found."""
+    evaluator = importlib.import_module("lm_eval.evaluator")
+    try:
+        found: dict[str, Any] = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+    except OverflowError as err:
+        raise EvaluationError(
+            f"{task.name}: the model's losses are so large that lm-eval cannot sum them up: {err}"
+        ) from err
+    return found
+
+
 def _fetched(task: Task, shots: int, asked: Protocol) -> dict[str, Any]:
     """Load lm-eval's own task, with its data."""
     folder, _, name = task.online.rpartition("/")
     home = Path(str(importlib.import_module("lm_eval.tasks").__file__)).parent
     try:
         loaded = _load([name], home / folder)
-    except (OSError, ValueError) as err:
+    except (OSError, RuntimeError, ValueError) as err:
         raise EvaluationError(
             f"{task.name}: lm-eval cannot get its data: {err}; give local rows as data="
         ) from err
