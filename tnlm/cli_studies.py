@@ -120,6 +120,8 @@ def evaluate(
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"--out {out}: no such directory as {out.parent}")
     loaded, tokenizer = load_model(model, dtype=dtype)
+    if tokenizer is None:
+        raise OptionError(f"{model} has no tokenizer, which an evaluation needs")
     beside = None if baseline is None else load_model(baseline, dtype=dtype)[0]
     found = tnlm.evaluate(
         loaded,

@@ -245,6 +245,8 @@ def test_unknown_and_repeated_tasks(tiny_llama, word_tokenizer):
         evaluate(tiny_llama(), "perplexity", tokenizer=word_tokenizer)
     with pytest.raises(OptionError, match="limit= has no effect on a text"):
         evaluate(tiny_llama(), text="word1", tokenizer=word_tokenizer, limit=2)
+    with pytest.raises(OptionError, match="data= has no effect on a text"):
+        evaluate(tiny_llama(), text="word1", tokenizer=word_tokenizer, data={})
     with pytest.raises(OptionError, match="name each once"):
         evaluate(tiny_llama(), ["piqa", "piqa"], tokenizer=word_tokenizer)
 

@@ -84,10 +84,9 @@ def evaluate(
         "Accuracy is not all you need", arXiv 2407.09141.
 
     Example:
-        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-        >>> tokenizer = AutoTokenizer.from_pretrained(name)  # doctest: +SKIP
-        >>> model = AutoModelForCausalLM.from_pretrained(name)  # doctest: +SKIP
-        >>> evaluate(model, "piqa", data="rows", tokenizer=tokenizer)["piqa"]  # doctest: +SKIP
+        >>> evaluate(None, "piqa", tokenizer=None, limit=0)
+        Traceback (most recent call last):
+        tnlm.errors.OptionError: limit=0, but at least 1 is needed
     """
     asked = Protocol(
         limit=limit,
@@ -101,7 +100,7 @@ def evaluate(
         progress=progress,
     )
     chosen = _chosen(tasks, text)
-    _check(model, chosen, tokenizer, asked, data=data, examples=examples)
+    _check(model, chosen, tokenizer, asked, text=text, data=data, examples=examples)
     read = {task.name: _read(task, text, data, examples, asked) for task in chosen}
     by = scorer() if any(task.config for task in chosen) else "tnlm"
     if isinstance(baseline, Evaluation):
@@ -146,8 +145,10 @@ def _check(
     if sources["examples"] is not None and sources["data"] is None:
         raise OptionError("examples= needs data=; without it lm-eval draws its own")
     if not any(task.config for task in tasks):
-        for name in ("limit", "num_fewshot", "max_length"):
-            if getattr(asked, name) is not None:
+        unused = {name: getattr(asked, name) for name in ("limit", "num_fewshot", "max_length")}
+        unused |= {} if sources["text"] is None else sources | {"text": None}
+        for name, value in unused.items():
+            if value is not None:
                 raise OptionError(f"{name}= has no effect on a text; pass tasks= or leave it out")
 
 
