@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import tnlm
 from tnlm import cli
 from tnlm.checkpoint.claim import temporary_folder
+from tnlm.evaluation import Perplexity
 
 
 @pytest.fixture
@@ -203,7 +205,13 @@ def shell(monkeypatch, capsys, source, text, tmp_path):
         ("evaluate model --text text.txt --window 1", "Error: --window 1 predicts nothing"),
         ("info nowhere", "nowhere has no readable config.json"),
         ("efficiency model --prompt-tokens 500", "--prompt-tokens + --new-tokens = 532, but"),
-        ("bench model --tasks piqa --data model --batch-size 0", "Error: --batch-size 0, but at"),
+        ("evaluate model", "Error: nothing to measure; pass --text or --tasks"),
+        (
+            "evaluate model --tasks piqa --data model --batch-size 0",
+            "Error: --batch-size 0, but at",
+        ),
+        ("evaluate model --text text.txt --limit 3", "Error: --limit has no effect on a text"),
+        ("evaluate model --tasks winobias", "no task like winobias; give --data"),
         (
             "rank-search model out --search text.txt --report text.txt -s svd --max-length 32",
             "item 0 of --report is item 0 of --search",
@@ -230,7 +238,7 @@ def test_a_mistake_is_told_in_the_words_of_the_shell(shell, line, said, as_json)
         "plan model -s svd-llm --calibration nothing.txt",
         "compress model out -s svd --recover lora --training nothing.txt",
         "evaluate model --text nothing.txt",
-        "bench model --tasks piqa --data nothing.txt",
+        "evaluate model --tasks piqa --data nothing.txt",
         "rank-search model out --search nothing.txt --report text.txt",
         "report model --evaluation nothing.txt",
     ],
@@ -268,21 +276,36 @@ def test_analyze_writes_tables(source, text, tmp_path):
     assert "is not empty" in fails("analyze", "./no/such/model", out)
 
 
-def test_bench_scores_local_rows_beside_a_baseline(source, tmp_path):
+def test_evaluate_scores_local_rows_and_a_text_beside_a_baseline(source, text, tmp_path):
     choices = ["word1", "word2"]
     rows = [{"query": f"word{i}", "choices": choices, "gold": i % 2} for i in range(4)]
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "arc_easy_test.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    arguments = ("bench", source, "--tasks", "arc_easy", "--data", tmp_path / "data")
+    arguments = ("evaluate", source, "--tasks", "arc_easy", "--data", tmp_path / "data")
     options = ("--max-length", 12, "--max-new-tokens", 4, "--seed", 7)
     found = run(*arguments, *options, "--baseline", source, "--out", tmp_path / "found.json")
     (task,) = found["results"]
     assert task["n"] == 4
     assert task["figures"][0]["difference"] == 0
     assert json.loads((tmp_path / "found.json").read_text()) == found
-    assert "did you mean 'arc_easy'" in fails("bench", source, "--tasks", "arc_eazy")
+    assert "did you mean 'arc_easy'" in fails("evaluate", "./no/model", "--tasks", "arc_eazy")
     assert "no such directory" in fails(*arguments, "--out", tmp_path / "no" / "found.json")
+    words = ("--text", text, "--window", 16, "--windows", 4)
+    both = run(*arguments, *options, *words, "--out", tmp_path / "both.json")
+    alone = run("evaluate", source, *words)
+    assert list(alone) == [*(field.name for field in fields(Perplexity)), "parameters", "text"]
+    assert {key: both[key] for key in alone} == alone
+    assert [result["task"] for result in both["results"]] == ["perplexity", "arc_easy"]
+    stored = tnlm.Evaluation.from_json((tmp_path / "both.json").read_text())
+    assert stored.perplexity.perplexity == alone["perplexity"]
+    beside = run("evaluate", source, *words, "--baseline", source)
+    assert beside["results"][0]["figures"][0]["difference"] == 0
+    shown = CliRunner().invoke(cli.app, ["evaluate", *map(str, (source, *words))]).stdout
+    assert shown.startswith("perplexity ")
+    assert shown.endswith(
+        f"4 windows of 16 tokens, 60 predictions), {alone['parameters']:,} parameters\n"
+    )
 
 
 def test_efficiency_measures_beside_a_baseline(source):

@@ -82,7 +82,7 @@ def test_every_block_on_evaluation_runs(tmp_path, monkeypatch, tiny_llama, word_
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
     word_tokenizer.save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    assert run_blocks("evaluate.md") == 4
+    assert run_blocks("evaluate.md") == 5
     assert (tmp_path / "dense.json").is_file()
 
 

@@ -7,7 +7,6 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,6 @@ from typer.main import get_command
 
 import tnlm
 from tnlm.cli_options import (
-    FILE,
     AllocationName,
     Blocks,
     Bos,
@@ -239,29 +237,6 @@ def compress(
     console.print(layers_table(report.plan.layers))
     console.print("\n".join(report.summary()), highlight=False, soft_wrap=True)
     console.print(f"saved to {out}; load it with: import tnlm, then {_loader(loaded)}")
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="Text or JSONL file.", **FILE)],
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 16,
-    bos: Bos = None,
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity on a text: non-overlapping windows, after BOS if the tokenizer adds it."""
-    from tnlm.integrations.models import load_model
-
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    start = "auto" if bos is None else bos
-    found = tnlm.perplexity(loaded, text, tokenizer, window=window, windows=windows, bos=start)
-    count = sum(p.numel() for p in loaded.parameters())
-    if as_json:
-        print_json({**asdict(found), "parameters": count, "text": text.name})
-        return
-    console.print(f"{found}, {count:,} parameters", highlight=False)
 
 
 @app.command()

@@ -90,14 +90,20 @@ def analyze(
 
 
 @studies.command()
-def bench(
+def evaluate(
     model: Model,
-    tasks: Annotated[str, typer.Option(help="Names of tasks: piqa,arc_easy.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text or JSONL file, for perplexity.", **FILE)
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names of benchmarks: piqa,arc_easy.")] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Directory of JSONL files; if absent, lm-eval downloads.", **FOLDER),
     ] = None,
     baseline: Baseline = None,
+    window: Annotated[int, typer.Option(help="Tokens per window of the text.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 16,
+    bos: Bos = None,
     limit: Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples per prompt.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 8,
@@ -111,19 +117,43 @@ def bench(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score benchmarks, with standard errors; with a baseline, also what was unlearned."""
-    asked = _arguments(locals()) | {"tasks": tasks.split(",")}
+    """Measure perplexity on a text, or benchmarks, or both; beside a baseline if there is one."""
+    asked = _arguments(locals())
+    from tnlm.evaluation.tasks import get_task
+
+    if text is None and tasks is None:
+        raise OptionError("nothing to measure; pass --text or --tasks")
+    asked["tasks"] = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    for name in asked["tasks"]:
+        get_task(name)
+    asked["bos"] = "auto" if bos is None else bos
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"--out {out}: no such directory as {out.parent}")
     loaded, tokenizer, beside = _load(model, baseline, dtype)
     if tokenizer is None:
-        raise OptionError(f"{model} has no tokenizer, which benchmarks need")
+        raise OptionError(f"{model} has no tokenizer, which an evaluation needs")
     found = tnlm.evaluate(
         loaded, tokenizer=tokenizer, baseline=beside, progress=not as_json, **asked
     )
     if out is not None:
         out.write_text(found.to_json(), encoding="utf-8")
-    _show(found, as_json)
+    _show_evaluation(found, loaded, text, as_json)
+
+
+def _show_evaluation(found: tnlm.Evaluation, model: Any, text: Path | None, as_json: bool) -> None:
+    """Print an evaluation; a perplexity alone is one line, or the keys that say its protocol."""
+    if text is None:
+        _show(found, as_json)
+        return
+    count = sum(p.numel() for p in model.parameters())
+    alone = len(found.results) == 1 and found.results[0].figures[0].baseline is None
+    if not as_json:
+        shown = f"{found.perplexity if alone else found}, {count:,} parameters"
+        console.print(shown, highlight=False, soft_wrap=True, markup=False)
+        return
+    left_out = ("results", "scorer", "seed") if alone else ()
+    values = {key: value for key, value in found.to_dict().items() if key not in left_out}
+    print_json({**values, "parameters": count, "text": text.name})
 
 
 @studies.command()
@@ -203,7 +233,7 @@ def report(
         Path | None, typer.Option(help="File to write; by default DIRECTORY/report.html.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="JSON of `tnlm bench` to include.", **FILE)
+        Path | None, typer.Option(help="JSON of `tnlm evaluate --out` to include.", **FILE)
     ] = None,
     as_json: Json = False,
 ) -> None:

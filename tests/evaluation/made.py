@@ -46,3 +46,37 @@ def row(task: str, draws: random.Random) -> dict[str, Any]:
 def rows(task: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     draws = random.Random(f"{task} {seed}")
     return [row(task, draws) for _ in range(count)]
+
+
+def published(task: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Bring a made-up row to the layout of the published data set, as lm-eval fetches it."""
+    query, texts, gold = (row.get(name) for name in ("query", "choices", "gold"))
+    labelled = {"text": texts, "label": list("ABCD")[: len(texts or ())]}
+    match task:
+        case "arc_easy" | "arc_challenge":
+            return {"question": query, "choices": labelled, "answerKey": "ABCD"[gold]}
+        case "openbookqa":
+            return {"question_stem": query, "choices": labelled, "answerKey": "ABCD"[gold]}
+        case "piqa":
+            return {"goal": query, "sol1": texts[0], "sol2": texts[1], "label": gold}
+        case "hellaswag":
+            words = {"activity_label": "word1 [x]", "ctx_a": query, "ctx_b": "word2 [title] word3"}
+            return {**words, "endings": texts, "label": str(gold)}
+        case "winogrande":
+            options = {"option1": texts[0], "option2": texts[1]}
+            return {"sentence": query, **options, "answer": str(gold + 1)}
+        case "mmlu":
+            return {"question": query, "choices": texts, "answer": gold, "subject": row["subject"]}
+        case "truthfulqa_mc1":
+            return {"question": query, "mc1_targets": {"choices": texts, "labels": [1, 0, 0]}}
+        case "truthfulqa_mc2":
+            targets = {"choices": row["mc2_choices"], "labels": row["mc2_labels"]}
+            return {
+                "question": query,
+                "mc1_targets": {"choices": row["mc2_choices"], "labels": [1, 0, 0, 0]},
+                "mc2_targets": targets,
+            }
+        case "lambada_openai":
+            return {"text": row["context"] + row["target"]}
+        case _:
+            return row

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from tests.evaluation.made import rows
 from tnlm import TnlmError
 from tnlm.errors import EvaluationError, OptionError
-from tnlm.evaluation import evaluate, perplexity
+from tnlm.evaluation import Evaluation, evaluate, perplexity
 from tnlm.evaluation.tasks import get_task, list_tasks
 
 STEREO = {"context": "word1 BLANK", "stereotype": "word1 word2", "antistereotype": "word1 word3"}
@@ -34,6 +35,8 @@ def ask(tiny_llama, word_tokenizer):
     def run(task, made=None, **options):
         data = {task: made or LOCAL.get(task) or rows(task, 6)}
         rest = {"tokenizer": word_tokenizer, "num_fewshot": 0, "max_new_tokens": 4}
+        if task == "perplexity":
+            rest = {"tokenizer": word_tokenizer}
         return evaluate(model, task, **{"data": data, "progress": False, **rest, **options})
 
     return run
@@ -50,13 +53,33 @@ def test_every_task_runs_and_batches_do_not_matter(task, ask):
     json.loads(found.to_json())
 
 
-def test_perplexity_is_that_of_the_function(ask, tiny_llama, word_tokenizer):
+def test_perplexity_is_that_of_the_function(ask, tiny_llama, word_tokenizer, tmp_path):
     model, text = tiny_llama(max_position_embeddings=512), LOCAL["perplexity"]
     expected = perplexity(model, text, word_tokenizer, window=128)
-    found = ask("perplexity", max_length=128)["perplexity"]
-    assert (found.n, expected.windows) == (5, 5)
-    assert found["perplexity"].value == pytest.approx(expected.perplexity)
-    assert ask("perplexity", max_length=128, limit=2)["perplexity"].n == 2
+    (tmp_path / "text.txt").write_text(text)
+    rest = {"tokenizer": word_tokenizer, "window": 128, "progress": False}
+    found = evaluate(model, text=tmp_path / "text.txt", **rest)
+    assert asdict(found.perplexity) == pytest.approx(asdict(expected), rel=1e-12)
+    assert found.scorer == "tnlm"
+    assert (found["perplexity"].n, expected.windows) == (5, 5)
+    assert found["perplexity"]["perplexity"].value == pytest.approx(expected.perplexity)
+    assert evaluate(model, text=text, **rest) == found
+    assert evaluate(model, "perplexity", data={"perplexity": text}, **rest) == found
+    assert evaluate(model, text=text, windows=2, **rest)["perplexity"].n == 2
+    assert str(expected) in str(found).splitlines()
+
+
+def test_a_text_and_benchmarks_go_together(ask, tiny_llama):
+    other = tiny_llama(seed=3, max_position_embeddings=512)
+    found = ask("piqa", text=LOCAL["perplexity"], window=64, baseline=other)
+    assert [result.task for result in found.results] == ["perplexity", "piqa"]
+    figure = found["perplexity"]["perplexity"]
+    assert figure.difference == pytest.approx(found.perplexity.perplexity - figure.baseline)
+    assert figure.difference_stderr > 0
+    assert found["piqa"].flips is not None
+    assert found.scorer.startswith("lm-eval ")
+    assert Evaluation.from_json(found.to_json()) == found
+    assert json.loads(found.to_json())["perplexity"] == found.perplexity.perplexity
 
 
 def test_likelihoods_are_sums_of_token_losses(tiny_llama, word_tokenizer, ask):
@@ -108,6 +131,8 @@ def test_a_baseline_is_a_model_or_an_earlier_evaluation(ask, tiny_llama):
         ask("piqa", made, baseline=first, limit=7)
     with pytest.raises(EvaluationError, match="'arc_easy' was not evaluated"):
         ask("arc_easy", baseline=first)
+    with pytest.raises(EvaluationError, match=r"the baseline was scored by tnlm, not lm-eval "):
+        ask("piqa", made, baseline=replace(first, scorer="tnlm"))
 
 
 def test_a_bias_figure_has_a_paired_error(ask, tiny_llama):
@@ -135,7 +160,7 @@ def test_the_model_is_left_as_it_was(tiny_llama, word_tokenizer):
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
         model.model.embed_tokens.weight[3:] = float("nan")
-    with pytest.raises(EvaluationError, match="piqa item 2: the log-likelihood is nan"):
+    with pytest.raises(EvaluationError, match="piqa item 0: the log-likelihood is nan"):
         evaluate(model, "piqa", **options)
     assert model.training
 
@@ -173,6 +198,7 @@ ROW = {"query": "word1", "choices": ["word2", "word3"], "gold": 0}
         ({**ROW, "query": 3}, "piqa item 1: query must be text, got 3"),
         ({**ROW, "choices": ["a", ""]}, "piqa item 1: choices must be a list of texts"),
         ({"goal": "a", "sol1": "b"}, "piqa item 1: no column 'sol2'"),
+        ({**ROW, "query": "\ud800"}, "piqa item 1: a column has the wrong type: 'utf-8' codec"),
         (["word1"], "piqa item 1: a row must map columns to values"),
     ],
 )
@@ -213,7 +239,15 @@ def test_bad_options(options, message, ask):
 def test_unknown_and_repeated_tasks(tiny_llama, word_tokenizer):
     with pytest.raises(OptionError, match="unknown task 'arc_eazy'; did you mean 'arc_easy'"):
         evaluate(tiny_llama(), "arc_eazy", tokenizer=word_tokenizer)
-    with pytest.raises(OptionError, match="name at least one, and each once"):
+    with pytest.raises(OptionError, match=r"nothing to measure; pass tasks= or text="):
+        evaluate(tiny_llama(), tokenizer=word_tokenizer)
+    with pytest.raises(EvaluationError, match=r"perplexity is that of a text; pass text="):
+        evaluate(tiny_llama(), "perplexity", tokenizer=word_tokenizer)
+    with pytest.raises(OptionError, match="limit= has no effect on a text"):
+        evaluate(tiny_llama(), text="word1", tokenizer=word_tokenizer, limit=2)
+    with pytest.raises(OptionError, match="data= has no effect on a text"):
+        evaluate(tiny_llama(), text="word1", tokenizer=word_tokenizer, data={})
+    with pytest.raises(OptionError, match="name each once"):
         evaluate(tiny_llama(), ["piqa", "piqa"], tokenizer=word_tokenizer)
 
 
@@ -233,3 +267,5 @@ def test_foreign_tokens_and_models_without_logits(tiny_llama, tiny_bert, word_to
         evaluate(tiny_llama(vocab_size=2, eos_token_id=1), "gsm8k", **sums)
     with pytest.raises(EvaluationError, match="a BertModel predicts no next token"):
         evaluate(tiny_bert(), "piqa", **options)
+    with pytest.raises(EvaluationError, match="BertModel cannot generate text"):
+        evaluate(tiny_bert(), "gsm8k", **sums)

@@ -11,10 +11,10 @@ from tnlm.evaluation.comparison import compared, digest, figures
 from tnlm.evaluation.flips import flips
 from tnlm.evaluation.results import Evaluation, Figure, Flips, TaskResult
 from tnlm.evaluation.statistics import mean_stderr, paired_stderr, stderr_of, value_of
-from tnlm.evaluation.tasks.base import Metric
+from tnlm.evaluation.tasks.base import TaskMetric
 from tnlm.evaluation.tasks.lambada_openai import perplexity
 
-ACC = Metric("acc")
+ACC = TaskMetric("acc")
 bits = st.lists(st.booleans(), min_size=2, max_size=40)
 
 
@@ -47,7 +47,7 @@ def test_flips_account_for_every_item_and_for_the_difference(pairs):
 
 def test_the_bootstrap_is_near_the_formula_and_repeats():
     scores = [{"acc": float(i % 3 == 0)} for i in range(200)]
-    mean = Metric("acc", aggregate=lambda s: sum(each["acc"] for each in s) / len(s))
+    mean = TaskMetric("acc", aggregate=lambda s: sum(each["acc"] for each in s) / len(s))
     found = stderr_of(mean, scores, 1)
     assert found == pytest.approx(stderr_of(ACC, scores, 0), rel=0.1)
     assert found == stderr_of(mean, scores, 1)
@@ -56,9 +56,11 @@ def test_the_bootstrap_is_near_the_formula_and_repeats():
 
 def test_one_item_has_no_error_and_a_missing_score_no_figure():
     assert mean_stderr([1.0]) is None
-    assert stderr_of(Metric("ppl", aggregate=perplexity), [{"loglikelihood": -1.0}], 0) is None
-    assert value_of(Metric("other"), items([True])) is None
-    assert [f.metric for f in figures([ACC, Metric("other")], items([True, False]), 0)] == ["acc"]
+    assert stderr_of(TaskMetric("ppl", aggregate=perplexity), [{"loglikelihood": -1.0}], 0) is None
+    assert value_of(TaskMetric("other"), items([True])) is None
+    assert [f.metric for f in figures([ACC, TaskMetric("other")], items([True, False]), 0)] == [
+        "acc"
+    ]
 
 
 def test_a_score_that_is_not_finite_is_refused():

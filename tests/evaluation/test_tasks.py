@@ -7,10 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.errors import EvaluationError
-from tnlm.evaluation.rows import adapted, with_examples
-from tnlm.evaluation.tasks import Answer, Item, get_task, list_tasks, tasks
-from tnlm.evaluation.tasks.base import gold_of
-from tnlm.evaluation.tasks.gsm8k import first_marked, last_number, normal
+from tnlm.evaluation import evaluate, lm_eval_tasks
+from tnlm.evaluation.rows import adapted, example_rows
+from tnlm.evaluation.tasks import (
+    Answer,
+    Task,
+    TaskMetric,
+    get_task,
+    list_tasks,
+    multiple_choice,
+    tasks,
+)
+from tnlm.evaluation.tasks.columns import gold_of, plain
 from tnlm.evaluation.tasks.winobias import OCCUPATIONS
 
 LABELLED = {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}
@@ -34,15 +42,6 @@ ORIGINAL = {
 }
 
 
-@pytest.mark.parametrize("task", list(ORIGINAL))
-def test_the_published_layouts_are_read(task):
-    [row] = adapted(get_task(task), [ORIGINAL[task]])
-    assert row["gold"] == 1
-    item = get_task(task).item(row)
-    assert item.gold == 1
-    assert item.shot.endswith("is." if task == "winogrande" else ("B", "b", "b "))
-
-
 @pytest.mark.parametrize(
     ("task", "prompt", "answer"),
     [
@@ -54,25 +53,35 @@ def test_the_published_layouts_are_read(task):
         ("mmlu", "q\nA. a\nB. b\nC. c\nD. d\nAnswer:", " B"),
     ],
 )
-def test_prompts(task, prompt, answer):
-    [row] = adapted(get_task(task), [ORIGINAL[task]])
-    assert get_task(task).item(row).pairs[1] == (prompt, answer)
+def test_the_published_layouts_are_read(task, prompt, answer):
+    context, continuation = requests(task, ORIGINAL[task])[1]
+    assert (context.rpartition("\n\n")[2], continuation) == (prompt, answer)
+    assert get_task(task).adapt(ORIGINAL[task])["gold"] == 1
+
+
+def requests(task, row):
+    """Return the contexts and continuations that lm-eval makes of one row."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    [config] = lm_eval_tasks([task], {task: [row]}, num_fewshot=0)
+    [made] = tasks.TaskManager(include_defaults=False).load([config])["tasks"].values()
+    made.build_all_requests()
+    return [request.args for request in made.instances]
 
 
 def test_truthfulqa_asks_after_six_examples_and_drops_empty_answers():
     row = {"query": "q", "choices": ["", "a", "b"], "gold": 2}
-    item = get_task("truthfulqa_mc1").item(get_task("truthfulqa_mc1").adapt(row))
-    assert item.pairs[0][0].count("Q: ") == 7
-    assert item.pairs[0][0].endswith("Spain.\n\nQ: q\nA:")
-    assert (item.choices, item.gold) == (("a", "b"), 1)
+    asked = requests("truthfulqa_mc1", row)
+    assert asked[0][0].count("Q: ") == 7
+    assert asked[0][0].endswith("Spain.\n\nQ: q\nA:")
+    assert [answer for _, answer in asked] == [" a", " b"]
+    assert get_task("truthfulqa_mc1").adapt(row)["gold"] == 1
 
 
 def test_truthfulqa_shares_probability():
     task = get_task("truthfulqa_mc2")
     row = {"question": "q", "mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 1]}}
-    item = task.item(task.adapt(row))
     answers = [Answer(math.log(p) - 2000) for p in (0.2, 0.5, 0.3)]  # far below the least float
-    assert task.score(item, answers)["acc"] == pytest.approx(0.5)
+    assert task.score(task.adapt(row), answers)["acc"] == pytest.approx(0.5)
     with pytest.raises(EvaluationError, match="no gold answer: labels must be 0 or 1"):
         task.adapt({"query": "q", "mc2_choices": ["a"], "mc2_labels": [0]})
 
@@ -80,26 +89,32 @@ def test_truthfulqa_shares_probability():
 @pytest.mark.parametrize(
     ("text", "strict", "flexible"),
     [
-        ("5 + 5 = 10\n#### 10", "10", "10"),
-        ("#### -1,000.\nso 7", "-1000", "7"),
-        ("it costs $1,234.50.", "[invalid]", "1234.50"),
-        ("none", "[invalid]", "[invalid]"),
-        ("", "[invalid]", "[invalid]"),
+        ("5 + 5 = 10\n#### 10", 1, 1),
+        ("#### 1,0.\nso 7", 1, 0),
+        ("it costs $10.", 0, 1),
+        ("none", 0, 0),
+        ("", 0, 0),
     ],
 )
-def test_numbers_of_gsm8k(text, strict, flexible):
-    assert (normal(first_marked(text)), normal(last_number(text))) == (strict, flexible)
-    assert normal("so 5*2=<<5*2=10>>10\n#### 1,0") == "10"
+def test_numbers_of_gsm8k(text, strict, flexible, tiny_llama, word_tokenizer, monkeypatch):
+    module = pytest.importorskip("tnlm.evaluation.harness_model")
+    monkeypatch.setattr(module.HarnessModel, "generate_until", lambda *_, **__: [text])
+    row = {"question": "q", "answer": "so 5*2=<<5*2=10>>10\n#### 1,0"}
+    options = {"tokenizer": word_tokenizer, "num_fewshot": 0, "progress": False}
+    found = evaluate(tiny_llama(), "gsm8k", data={"gsm8k": [row]}, **options)["gsm8k"]
+    assert found.items == ({"exact_match_strict": strict, "exact_match_flexible": flexible},)
 
 
 def test_crows_pairs():
+    row = {"sent_more": "a b", "sent_less": "c"}
     task = get_task("crows_pairs")
-    item = task.item(task.adapt({"sent_more": "a b", "sent_less": "c"}))
-    assert item.pairs == (("", "a b"), ("", "c"))
-    assert task.score(item, [Answer(-3.0), Answer(-5.0)]) == {
+    assert requests("crows_pairs", row) == [("", "a b"), ("", "c")]
+    assert task.score(task.adapt(row), [Answer(-3.0), Answer(-5.0)]) == {
         "pct_stereotype": 1.0,
         "likelihood_diff": 2.0,
     }
+    with pytest.raises(EvaluationError, match="sentences must be a list of texts, none empty"):
+        task.adapt({"sent_more": "", "sent_less": "c"})
 
 
 def test_stereoset_weighs_tokens_and_reads_both_parts():
@@ -108,12 +123,11 @@ def test_stereoset_weighs_tokens_and_reads_both_parts():
         {"sentence": word, "gold_label": label}
         for word, label in (("u", "unrelated"), ("s", "stereotype"), ("n", "anti-stereotype"))
     ]
-    within = task.item(task.adapt({"context": "a BLANK", "sentences": sentences}))
-    after = task.item(task.adapt({"context": "a", "sentences": sentences}))
-    assert within.pairs == (("", "s"), ("", "n"), ("", "u"))
-    assert after.pairs == (("a", " s"), ("a", " n"), ("a", " u"))
+    within, after = ({"context": c, "sentences": sentences} for c in ("a BLANK", "a"))
+    assert requests("stereoset", within) == [("", "s"), ("", "n"), ("", "u")]
+    assert requests("stereoset", after) == [("a", " s"), ("a", " n"), ("a", " u")]
     answers = [Answer(-4.0, tokens=4), Answer(-3.0, tokens=2), Answer(-2.4, tokens=2)]
-    assert task.score(within, answers) == {
+    assert task.score(task.adapt(within), answers) == {
         "lm_score": 0.5,
         "stereotype_score": 1.0,
         "lm_score_intrasentence": 0.5,
@@ -132,21 +146,16 @@ def test_icat_is_best_without_preference(sense, count, stereotypes):
     assert icat(even) == pytest.approx(sense)
 
 
-def winobias(text, group="pro"):
-    task = get_task("winobias")
-    return task.item(task.adapt({"set": group, "text": text}))
-
-
 def test_winobias_asks_whom_the_pronoun_means():
-    item = winobias("The clerk told the [the chief] that [she] met [her] aunt.")
+    row = {"set": "pro", "text": "The clerk told the [the chief] that [she] met [her] aunt."}
     asked = 'The clerk told the chief that she met her aunt. In this sentence, "she" refers to'
-    assert item.pairs == ((asked, " the chief"), (asked, " the clerk"))
-    assert winobias("[The CEO] hired the construction worker as [he] grew.", "anti").pairs[1][
-        1
-    ] == (" the construction worker")
+    assert requests("winobias", row) == [(asked, " the chief"), (asked, " the clerk")]
+    other = {"set": "anti", "text": "[The CEO] hired the construction worker as [he] grew."}
+    assert requests("winobias", other)[1][1] == " the construction worker"
     assert len(OCCUPATIONS) == 40
     task = get_task("winobias")
-    assert task.score(item, [Answer(-1.0), Answer(-2.0)]) == {"acc": 1.0, "acc_pro": 1.0}
+    scores = task.score(task.adapt(row), [Answer(-1.0), Answer(-2.0)])
+    assert scores == {"acc": 1.0, "acc_pro": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -181,15 +190,35 @@ def test_a_label_must_be_one_of_the_choices(value):
         get_task("arc_easy").adapt({**ORIGINAL["arc_easy"], "answerKey": value})
 
 
-def test_examples_are_drawn_from_the_group_or_at_random():
-    pool = [Item(pairs=(), shot=f"s{i}", group="ab"[i % 2]) for i in range(6)]
-    items = [Item(pairs=(("q", " a"),), group="b", description="D\n\n")]
-    [first] = with_examples(get_task("mmlu"), items, pool, 2, 0)
-    assert first.pairs == (("D\n\ns1\n\ns3\n\nq", " a"),)
-    with pytest.raises(EvaluationError, match="mmlu item 0: num_fewshot=4, but there are 3 exa"):
-        with_examples(get_task("mmlu"), items, pool, 4, 0)
-    drawn = [with_examples(get_task("piqa"), items * 3, pool, 2, seed) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
+def test_each_part_of_a_task_needs_enough_examples():
+    task = get_task("mmlu")
+    rows = [task.adapt({**ORIGINAL["mmlu"], "subject": name}) for name in "ab"]
+    pool = [{**ORIGINAL["mmlu"], "subject": "aab"[i % 3]} for i in range(6)]
+    assert len(example_rows(task, rows, 2, {}, {"mmlu": pool})) == 6
+    with pytest.raises(EvaluationError, match="mmlu item 1: num_fewshot=3, but there are 2 exampl"):
+        example_rows(task, rows, 3, {}, {"mmlu": pool})
+
+
+def test_a_task_is_one_object(monkeypatch, tiny_llama, word_tokenizer):
+    mine = Task(
+        name="mine",
+        source="none",
+        metrics=(TaskMetric("margin"), TaskMetric("length")),
+        adapt=plain,
+        config=multiple_choice("word1 {{query}}"),
+        score=lambda row, answers: {
+            "margin": answers[row["gold"]].loglikelihood,
+            "length": float(answers[0].tokens),
+        },
+        right="",
+    )
+    monkeypatch.setattr("tnlm.evaluation.tasks.tasks", lambda: {"mine": mine})
+    row = {"query": "word2", "choices": ["word3 word4", "word5"], "gold": 1}
+    options = {"tokenizer": word_tokenizer, "progress": False}
+    found = evaluate(tiny_llama(), "mine", data={"mine": [row]}, **options)["mine"]
+    assert found["margin"].value == pytest.approx(math.log(1 / 64), abs=0.5)
+    assert found["length"].value == 2
+    assert requests("mine", row) == [("word1 word2", " word3 word4"), ("word1 word2", " word5")]
 
 
 def test_every_task_names_its_source():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from tnlm.evaluation.efficiency import efficiency
 from tnlm.evaluation.flips import Flips
-from tnlm.evaluation.harness import harness
-from tnlm.evaluation.harness_tasks import lm_eval_tasks
+from tnlm.evaluation.local_tasks import lm_eval_tasks
 from tnlm.evaluation.perplexity import Perplexity, perplexity
 from tnlm.evaluation.results import Evaluation, Figure, TaskResult
 from tnlm.evaluation.running import evaluate
@@ -26,7 +25,6 @@ __all__ = [
     "decode_rates",
     "efficiency",
     "evaluate",
-    "harness",
     "list_tasks",
     "lm_eval_tasks",
     "perplexity",

@@ -11,10 +11,12 @@ from tnlm.errors import EvaluationError
 from tnlm.evaluation.flips import Flips, flips
 from tnlm.evaluation.results import Evaluation, Figure, TaskResult
 from tnlm.evaluation.statistics import paired_stderr, stderr_of, value_of
-from tnlm.evaluation.tasks.base import Metric, Scores
+from tnlm.evaluation.tasks.base import Scores, TaskMetric
 
 
-def figures(metrics: Sequence[Metric], items: Sequence[Scores], seed: int) -> tuple[Figure, ...]:
+def figures(
+    metrics: Sequence[TaskMetric], items: Sequence[Scores], seed: int
+) -> tuple[Figure, ...]:
     """Return the figures that the items have scores for, with standard errors."""
     found = []
     for metric in metrics:
@@ -36,7 +38,7 @@ def digest(asked: object) -> str:
 
 
 def compared(
-    result: TaskResult, before: Evaluation, metrics: Sequence[Metric], seed: int
+    result: TaskResult, before: Evaluation, metrics: Sequence[TaskMetric], seed: int
 ) -> TaskResult:
     """Return a result with the baseline's figures, the differences and the flips.
 
@@ -48,7 +50,7 @@ def compared(
         raise EvaluationError(
             f"{result.task}: the baseline answered other questions (n={old.n}, "
             f"num_fewshot={old.num_fewshot}, now n={result.n}, num_fewshot={result.num_fewshot}); "
-            "use the same data, limit, num_fewshot, seed and scorer"
+            "use the same data, limit, num_fewshot, max_new_tokens, seed and scorer"
         )
     by_name = {metric.name: metric for metric in metrics}
     found = []

@@ -1,30 +1,30 @@
-"""The same tasks scored by lm-evaluation-harness: on local rows, or on data that it fetches."""
+"""Benchmarks scored by lm-evaluation-harness: on local rows, or on data that it fetches."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import io
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from tnlm.checkpoint.claim import temporary_folder
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.comparison import digest, figures
-from tnlm.evaluation.encoding import window_of
-from tnlm.evaluation.harness_tasks import NUMBER, configs
-from tnlm.evaluation.mode import evaluating
-from tnlm.evaluation.results import Evaluation, TaskResult
-from tnlm.evaluation.rows import Data, Source
-from tnlm.evaluation.tasks import Scores, Task, get_task
+from tnlm.evaluation.local_tasks import NUMBER
+from tnlm.evaluation.mode import evaluating, room_of
+from tnlm.evaluation.results import TaskResult
+from tnlm.evaluation.tasks import Answer, Scores, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tnlm.evaluation.protocol import Protocol
 
 # How lm-eval names what our scores hold, by filter and metric.
 _NAMES = {
@@ -34,123 +34,127 @@ _NAMES = {
 }
 
 
-def harness(
-    model: PreTrainedModel,
-    tasks: Sequence[str],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data | None = None,
-    examples: Mapping[str, Source] | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    max_new_tokens: int = 256,
-    seed: int = 1234,
-    progress: bool = True,
-) -> Evaluation:
-    """Let lm-evaluation-harness score a model; the arguments are those of `tnlm.evaluate`.
-
-    With ``data`` it reads those rows and needs no network; without, it fetches its own data.
-
-    Returns:
-        Figures and the scores of every item; lm-eval does not say how many prompts were cut.
+def scorer() -> str:
+    """Import lm-eval, which is optional, and return its name and version.
 
     Raises:
-        OptionError: if lm_eval is not installed.
-        EvaluationError: if a task is not in lm-eval, or its data cannot be fetched.
+        OptionError: if it is not installed.
     """
-    if examples is not None and data is None:
-        raise OptionError("examples= needs data=; without it lm-eval draws its own")
-    chosen = [get_task(name) for name in tasks]
-    for task in chosen:
-        if not task.online:
-            hint = "; give data=" if data is None else ""
-            raise EvaluationError(f"lm-eval has no task like {task.name}{hint}")
-    lm_eval, results = _lm_eval(), []
-    with _quiet(progress), evaluating(model), _random_states(model):
-        asked = lm_eval.models.huggingface.HFLM(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=batch_size,
-            max_length=window_of(model, tokenizer, max_length),
-        )
-        known = lm_eval.tasks.TaskManager(include_defaults=data is None)
-        for task in chosen:
-            shots = task.num_fewshot if num_fewshot is None else num_fewshot
-            request = {
-                "model": asked,
-                "task_manager": known,
-                "num_fewshot": shots,
-                "fewshot_random_seed": seed,
-                "limit": limit if data is None else None,
-            }
-            if task.kind == "generation":
-                request["gen_kwargs"] = {"max_gen_toks": max_new_tokens}
-            with temporary_folder() as folder:
-                request["tasks"] = [task.online]
-                if data is not None:
-                    request["tasks"] = configs(
-                        task, data, examples, folder, limit, shots, max_new_tokens
-                    )
-                samples = _samples(task, lm_eval, request)
-            results.append(_result(task, samples, shots, seed))
-    return Evaluation(tuple(results), f"lm-eval {lm_eval.__version__}", seed)
-
-
-def _samples(task: Task, lm_eval: Any, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Run lm-eval on one task and return what it kept of every item."""
     try:
-        found = lm_eval.simple_evaluate(
-            **request,
-            bootstrap_iters=0,
-            log_samples=True,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
-    except OSError as err:
-        raise EvaluationError(
-            f"{task.name}: lm-eval cannot get its data: {err}; give local rows as data="
+        return f"lm-eval {importlib.import_module('lm_eval').__version__}"
+    except ImportError as err:
+        raise OptionError(
+            "benchmarks are scored by lm-evaluation-harness, which is not installed; "
+            "pip install 'tnlm[eval]'"
         ) from err
-    kept = [sample for part in found["samples"].values() for sample in part]
-    if all(NUMBER in sample["doc"] for sample in kept):
-        kept.sort(key=lambda sample: sample["doc"][NUMBER])
-    return kept
 
 
-def _result(task: Task, samples: Sequence[Mapping[str, Any]], shots: int, seed: int) -> TaskResult:
-    """Bring lm-eval's samples, one for each item and filter, to scores of items."""
-    items: dict[str, Scores] = {}
-    for sample in samples:
-        key = f"{sample['doc_hash']} {sample['doc_id']} {sample['prompt_hash']}"
-        scores = items.setdefault(key, {})
-        for metric in sample["metrics"]:
-            name = _NAMES.get((sample["filter"], metric), metric)
-            scores[name] = float(sample[metric])
+def scored(
+    model: PreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    local: Sequence[Mapping[str, Any]] | None,
+    asked: Protocol,
+) -> TaskResult:
+    """Let lm-evaluation-harness score one task.
+
+    Args:
+        model: a causal language model, left as it was.
+        task: a benchmark.
+        tokenizer: the model's own.
+        local: configurations of the task on local rows; None lets lm-eval fetch its data.
+        asked: limits, seeds and sizes.
+
+    Raises:
+        EvaluationError: naming the item that cannot be scored; or if data cannot be fetched.
+    """
+    shots = asked.shots_of(task)
+    with _quiet(asked.progress), evaluating(model), _random_states(model):
+        harness_model = importlib.import_module("tnlm.evaluation.harness_model")
+        lm = harness_model.HarnessModel(
+            model, tokenizer, task.name, asked.batch_size, asked.max_length or room_of(model)
+        )
+        loaded = _fetched(task, shots, asked) if local is None else _load(list(local))
+        for each in loaded["tasks"].values():
+            each.set_fewshot_seed(asked.seed)
+        found = _run(lm, loaded, task, asked.limit if local is None else None)
+    samples = _by_item(found["samples"])
+    scores = [_scores(task, each, None if local is None else lm.tokens) for each in samples]
     return TaskResult(
         task=task.name,
-        n=len(items),
+        n=len(scores),
         num_fewshot=shots,
-        truncated=None,
-        figures=figures(task.metrics, list(items.values()), seed),
+        truncated=lm.truncated,
+        figures=figures(task.metrics, scores, asked.seed),
         right=task.right,
-        items=tuple(items.values()),
-        digest=digest(list(items)),
+        items=tuple(scores),
+        digest=digest([[each[0]["arguments"], each[0]["target"]] for each in samples]),
     )
 
 
-def _lm_eval() -> Any:
-    """Import lm-eval, which is optional."""
+def _load(specs: Sequence[Any], folder: Path | None = None) -> dict[str, Any]:
+    """Load tasks by configuration, or by the names that they have in a folder."""
+    manager = importlib.import_module("lm_eval.tasks").TaskManager
+    loaded: dict[str, Any] = manager(include_defaults=False, include_path=folder).load(specs)
+    return loaded
+
+
+def _run(lm: Any, loaded: dict[str, Any], task: Task, limit: int | None) -> dict[str, Any]:
+    """Ask the model, and return what lm-eval found."""
+    evaluator = importlib.import_module("lm_eval.evaluator")
     try:
-        importlib.import_module("lm_eval.models.huggingface")
-        importlib.import_module("lm_eval.tasks")
-        return importlib.import_module("lm_eval")
-    except ImportError as err:
-        raise OptionError(
-            "without data= the tasks are fetched and scored by lm-eval, which is not installed; "
-            "pip install 'tnlm[eval]'"
+        found: dict[str, Any] = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+    except OverflowError as err:
+        raise EvaluationError(
+            f"{task.name}: the model's losses are so large that lm-eval cannot sum them up: {err}"
         ) from err
+    return found
+
+
+def _fetched(task: Task, shots: int, asked: Protocol) -> dict[str, Any]:
+    """Load lm-eval's own task, with its data."""
+    folder, _, name = task.online.rpartition("/")
+    home = Path(str(importlib.import_module("lm_eval.tasks").__file__)).parent
+    try:
+        loaded = _load([name], home / folder)
+    except (OSError, RuntimeError, ValueError) as err:
+        raise EvaluationError(
+            f"{task.name}: lm-eval cannot get its data: {err}; give local rows as data="
+        ) from err
+    for each in loaded["tasks"].values():
+        each.set_config("num_fewshot", shots)
+        if each.OUTPUT_TYPE == "generate_until":
+            limit = {"max_gen_toks": asked.max_new_tokens}
+            each.set_config("generation_kwargs", limit, update=True)
+    return loaded
+
+
+def _by_item(samples: Mapping[str, Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Put together what lm-eval kept of each item, once for every filter, in order."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for number, (part, kept) in enumerate(samples.items()):
+        for sample in kept:
+            place = sample["doc"].get(NUMBER)
+            key = (number, part, sample["doc_id"]) if place is None else (place,)
+            found.setdefault(key, []).append(sample)
+    return [found[key] for key in sorted(found)]
+
+
+def _scores(
+    task: Task, samples: Sequence[Mapping[str, Any]], tokens: Mapping[Any, int] | None
+) -> Scores:
+    """Return the scores of one item: lm-eval's, or the task's own for local rows."""
+    if task.score and tokens is not None:
+        [sample] = samples
+        likelihoods = [value for value, _ in sample["filtered_resps"]]
+        pairs = zip(likelihoods, sample["arguments"], strict=True)
+        answers = [Answer(value, tokens[tuple(pair)]) for value, pair in pairs]
+        return task.score(sample["doc"], answers)
+    return {
+        _NAMES.get((sample["filter"], metric), metric): float(sample[metric])
+        for sample in samples
+        for metric in sample["metrics"]
+    }
 
 
 @contextlib.contextmanager
@@ -168,9 +172,13 @@ def _random_states(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Keep lm-eval's bars off the screen, unless they are wanted."""
-    if progress:
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+    """Keep lm-eval's log off the screen, and its bars unless they are wanted."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    hidden = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with hidden:
+            yield
+    finally:
+        logger.setLevel(level)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tnlm.errors import EvaluationError, did_you_mean
 from tnlm.evaluation.flips import Flips
+from tnlm.evaluation.perplexity import Perplexity
 from tnlm.evaluation.tasks.base import Scores
 
 
@@ -43,8 +44,7 @@ class TaskResult:
         task: its name.
         n: items asked.
         num_fewshot: examples before each item.
-        truncated: questions that lost their first tokens, as they did not fit the window; None if
-            the scorer does not say.
+        truncated: questions that lost their first tokens, as they did not fit the window.
         figures: one for each metric.
         right: the score that says whether an item was answered; empty if there is none.
         items: the scores of each item.
@@ -55,7 +55,7 @@ class TaskResult:
     task: str
     n: int
     num_fewshot: int
-    truncated: int | None
+    truncated: int
     figures: tuple[Figure, ...]
     right: str
     items: tuple[Scores, ...]
@@ -78,21 +78,23 @@ class Evaluation:
 
     Attributes:
         results: in the order that was asked for.
-        scorer: what scored them: ``tnlm`` or ``lm-eval`` with its version.
+        scorer: what scored them: ``lm-eval`` with its version, or ``tnlm`` for a text alone.
         seed: of the few-shot draws and bootstraps.
+        perplexity: of the text, with its protocol, if one was measured.
 
     Example:
         >>> figure = Figure("acc", 0.5, 0.1)
         >>> result = TaskResult("piqa", 26, 0, 0, (figure,), "acc", (), "")
-        >>> print(Evaluation((result,), "tnlm", 1234))
+        >>> print(Evaluation((result,), "lm-eval 0.4.13", 1234))
         task  n   shots  metric  value   stderr
         piqa  26  0      acc     0.5000  0.1000
-        scored by tnlm, seed 1234
+        scored by lm-eval 0.4.13, seed 1234
     """
 
     results: tuple[TaskResult, ...]
     scorer: str
     seed: int
+    perplexity: Perplexity | None = None
 
     def __getitem__(self, task: str) -> TaskResult:
         """Return the result of a task."""
@@ -102,8 +104,9 @@ class Evaluation:
         return found[task]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the evaluation as plain JSON values."""
-        return asdict(self)
+        """Return the evaluation as plain JSON values; the perplexity's stand beside the results."""
+        found = asdict(self)
+        return {**(found.pop("perplexity") or {}), **found}
 
     def to_json(self) -> str:
         """Return the evaluation, with the scores of every item, as JSON text."""
@@ -119,7 +122,7 @@ class Evaluation:
         try:
             stored = json.loads(text)
             results = tuple(_result(each) for each in stored["results"])
-            return cls(results, str(stored["scorer"]), int(stored["seed"]))
+            return cls(results, str(stored["scorer"]), int(stored["seed"]), _perplexity(stored))
         except (ValueError, TypeError, LookupError, AttributeError) as err:
             raise EvaluationError(f"not an evaluation in JSON: {err!r}") from err
 
@@ -132,6 +135,7 @@ class Evaluation:
         lines = aligned(rows)
         lines += [f"{r.task}: {r.flips}" for r in self.results if r.flips is not None]
         lines += [f"{r.task}: {r.truncated} cut" for r in self.results if r.truncated]
+        lines += [] if self.perplexity is None else [str(self.perplexity)]
         return "\n".join([*lines, f"scored by {self.scorer}, seed {self.seed}"])
 
 
@@ -153,6 +157,13 @@ def _row(result: TaskResult, figure: Figure, *, compared: bool) -> list[str]:
     if compared:
         numbers += [figure.baseline, figure.difference, figure.difference_stderr]
     return [*cells, *("" if number is None else f"{number:.4f}" for number in numbers)]
+
+
+def _perplexity(stored: Mapping[str, Any]) -> Perplexity | None:
+    """Read the perplexity of a text from JSON values, if there is one."""
+    if "perplexity" not in stored:
+        return None
+    return Perplexity(**{field.name: stored[field.name] for field in fields(Perplexity)})
 
 
 def _result(stored: Mapping[str, Any]) -> TaskResult:

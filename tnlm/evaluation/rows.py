@@ -1,27 +1,28 @@
-"""Rows of benchmarks from local files, and the items that are made of them."""
+"""Rows of benchmarks from local files, checked and brought to the columns that tasks read."""
 
 from __future__ import annotations
 
-import random
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tnlm.calibration.files import read_lines
 from tnlm.errors import CalibrationError, EvaluationError
-from tnlm.evaluation.tasks.base import Item, Row, Task
+from tnlm.evaluation.tasks.base import Row, Task
 
 Source = str | Path | Sequence[Row]
-Data = str | Path | Mapping[str, Source]
+"""Where a task's rows come from: a file, or the rows themselves."""
+Sources = str | Path | Mapping[str, Source]
+"""A directory with a file for each task, or a source for each task's name."""
 
 _SPLITS = ("", "_test", "_val", "_validation", "_dev", "_subset")
 _EXAMPLES = ("_train", "_dev")
 _TEXTS = ("perplexity.txt", "perplexity.jsonl", "wiki.test.raw")
 
 
-def rows_of(task: Task, data: Data, limit: int | None = None) -> list[Row]:
+def rows_of(task: Task, data: Sources, limit: int | None = None) -> list[Row]:
     """Return the first rows of a task, adapted to the columns that it reads.
 
     Args:
@@ -33,8 +34,7 @@ def rows_of(task: Task, data: Data, limit: int | None = None) -> list[Row]:
     Raises:
         EvaluationError: naming the file and line, or the item, that cannot be used.
     """
-    source = _source(task, data)
-    rows = adapted(task, source if not isinstance(source, str | Path) else _read(Path(source)))
+    rows = adapted(task, _content(_source(task, data)))
     return rows if limit is None else first_of_each(rows, task.balance, limit)
 
 
@@ -56,23 +56,56 @@ def first_of_each(rows: Sequence[Row], column: str, limit: int) -> list[Row]:
     return [rows[number] for number in sorted(number for _, number in sorted(turns)[:limit])]
 
 
-def example_rows(task: Task, data: Data, examples: Mapping[str, Source] | None) -> list[Row] | None:
-    """Return the rows that few-shot examples are drawn from, or None if there are none.
+def example_rows(
+    task: Task,
+    rows: Sequence[Row],
+    shots: int,
+    data: Sources,
+    examples: Mapping[str, Source] | None,
+) -> list[Row]:
+    """Return the rows that few-shot examples are drawn from.
 
     Args:
         task: whose rows.
+        rows: to be asked; each part of the task among them needs ``shots`` examples.
+        shots: examples before each item.
         data: as in :func:`rows_of`; a directory may hold ``<task>_train.jsonl`` or
             ``<task>_dev.jsonl``.
         examples: a file or rows for each task's name, used before ``data``.
+
+    Raises:
+        EvaluationError: if there are no such rows, or too few of them.
     """
-    source: Source | None = (examples or {}).get(task.name)
-    if source is None and isinstance(data, str | Path):
-        used, stem = _source(task, data), task.file or task.name
-        names = [Path(data) / f"{stem}{split}.jsonl" for split in _EXAMPLES]
-        source = next((name for name in names if name.is_file() and name != used), None)
+    source = _example_source(task, data, examples) if shots else ()
     if source is None:
+        raise EvaluationError(
+            f"{task.name}: num_fewshot={shots}, but there are no rows to draw examples from; give "
+            f"examples={{{task.name!r}: ...}}, a file {task.file or task.name}_train.jsonl, or "
+            "num_fewshot=0"
+        )
+    pool = adapted(task, _content(source)) if shots else []
+    counts = Counter(row.get(task.split_by, "") for row in pool)
+    for number, row in enumerate(rows):
+        part = row.get(task.split_by, "")
+        if counts[part] < shots:
+            raise EvaluationError(
+                f"{task.name} item {number}: num_fewshot={shots}, but there are {counts[part]} "
+                f"examples{f' of {part}' if part else ''}"
+            )
+    return pool
+
+
+def _example_source(
+    task: Task, data: Sources, examples: Mapping[str, Source] | None
+) -> Source | None:
+    """Find what examples are drawn from, if there is anything but the items themselves."""
+    if task.name in (examples or {}):
+        return (examples or {})[task.name]
+    if not isinstance(data, str | Path):
         return None
-    return adapted(task, source if not isinstance(source, str | Path) else _read(Path(source)))
+    used, stem = _source(task, data), task.file or task.name
+    names = [Path(data) / f"{stem}{split}.jsonl" for split in _EXAMPLES]
+    return next((name for name in names if name.is_file() and name != used), None)
 
 
 def adapted(task: Task, rows: Sequence[Row]) -> list[Row]:
@@ -84,6 +117,7 @@ def adapted(task: Task, rows: Sequence[Row]) -> list[Row]:
             raise EvaluationError(f"{where}: a row must map columns to values, got {row!r}")
         try:
             found.append(task.adapt(row))
+            json.dumps(found[-1], ensure_ascii=False).encode()  # no half of a surrogate pair
         except KeyError as err:
             raise EvaluationError(
                 f"{where}: no column {err}; its columns are {', '.join(map(str, row))}"
@@ -97,49 +131,7 @@ def adapted(task: Task, rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def with_examples(
-    task: Task, items: Sequence[Item], pool: Sequence[Item] | None, shots: int, seed: int
-) -> list[Item]:
-    """Put the task's description and ``shots`` solved items before each item.
-
-    Args:
-        task: says how examples are drawn: at random for each item, or the first of its group.
-        items: to be asked.
-        pool: solved items; needed if ``shots`` is not 0.
-        shots: examples before each item.
-        seed: of the draws; with the same rows and seed lm-eval draws the same.
-    """
-    if shots and pool is None:
-        raise EvaluationError(
-            f"{task.name}: num_fewshot={shots}, but there are no rows to draw examples from; give "
-            f"examples={{{task.name!r}: ...}}, a file {task.file or task.name}_train.jsonl, or "
-            "num_fewshot=0"
-        )
-    draws = random.Random(seed)
-    found = []
-    for number, item in enumerate(items):
-        shown = _draw(task, item, pool or (), shots, draws, number)
-        before = item.description + "".join(f"{each.shot}\n\n" for each in shown)
-        found.append(replace(item, pairs=tuple((before + c, text) for c, text in item.pairs)))
-    return found
-
-
-def _draw(
-    task: Task, item: Item, pool: Sequence[Item], shots: int, draws: random.Random, number: int
-) -> Sequence[Item]:
-    """Draw the examples of one item."""
-    if not shots:
-        return ()
-    fit = [each for each in pool if not task.split_by or each.group == item.group]
-    if len(fit) < shots:
-        of = f" of {item.group}" if item.group else ""
-        raise EvaluationError(
-            f"{task.name} item {number}: num_fewshot={shots}, but there are {len(fit)} examples{of}"
-        )
-    return fit[:shots] if task.sampler == "first" else draws.sample(fit, shots)
-
-
-def text_source(task: Task, data: Data) -> str | Path | list[str]:
+def text_source(task: Task, data: Sources) -> str | Path | list[str]:
     """Return the text, the texts or the path of the text, of a task that measures a whole text."""
     source = _source(task, data)
     if isinstance(source, str | Path):
@@ -151,7 +143,7 @@ def text_source(task: Task, data: Data) -> str | Path | list[str]:
     return texts
 
 
-def _source(task: Task, data: Data) -> Source:
+def _source(task: Task, data: Sources) -> Source:
     """Find what a task reads: an entry of the mapping, or a file of the directory."""
     if isinstance(data, Mapping):
         if task.name not in data:
@@ -162,11 +154,16 @@ def _source(task: Task, data: Data) -> Source:
     folder, stem = Path(data), task.file or task.name
     if not folder.is_dir():
         raise EvaluationError(f"data={str(data)!r} is no directory")
-    files = _TEXTS if task.kind == "text" else [f"{stem}{split}.jsonl" for split in _SPLITS]
+    files = _TEXTS if not task.config else [f"{stem}{split}.jsonl" for split in _SPLITS]
     for name in files:
         if (folder / name).is_file():
             return folder / name
     raise EvaluationError(f"{task.name}: {folder} holds none of {', '.join(files)}")
+
+
+def _content(source: Source) -> Sequence[Row]:
+    """Return rows as they are, or those of a file."""
+    return _read(Path(source)) if isinstance(source, str | Path) else source
 
 
 def _read(path: Path) -> list[Row]:

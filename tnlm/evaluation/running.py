@@ -1,60 +1,75 @@
-"""evaluate: benchmarks scored on a model, offline from local rows or online through lm-eval."""
+"""evaluate: benchmarks through lm-evaluation-harness, and the perplexity of a text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from tnlm.calibration.text import AUTO
 from tnlm.errors import EvaluationError, OptionError
-from tnlm.evaluation.asking import Protocol, measured, scored
 from tnlm.evaluation.comparison import compared
-from tnlm.evaluation.harness import harness
-from tnlm.evaluation.mode import check_causal
+from tnlm.evaluation.harness import scored, scorer
+from tnlm.evaluation.local_tasks import configs
+from tnlm.evaluation.mode import check_causal, check_positions
+from tnlm.evaluation.protocol import Protocol
 from tnlm.evaluation.results import Evaluation
-from tnlm.evaluation.rows import Data, Source
+from tnlm.evaluation.rows import Source, Sources, text_source
 from tnlm.evaluation.tasks import Task, get_task
+from tnlm.evaluation.tasks.perplexity import TASK as PERPLEXITY
+from tnlm.evaluation.text import measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_Read = dict[str, Any]
+"""What each task reads: a text, configurations of local rows, or None for lm-eval's own data."""
+
 
 def evaluate(
     model: PreTrainedModel,
-    tasks: str | Sequence[str],
+    tasks: str | Sequence[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    data: Data | None = None,
+    text: str | Path | None = None,
+    data: Sources | None = None,
     examples: Mapping[str, Source] | None = None,
+    baseline: PreTrainedModel | Evaluation | None = None,
+    window: int = 512,
+    windows: int = 16,
+    bos: bool | str = AUTO,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    baseline: PreTrainedModel | Evaluation | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
     max_new_tokens: int = 256,
     seed: int = 1234,
     progress: bool = True,
 ) -> Evaluation:
-    """Score a model on benchmarks, with standard errors, beside a baseline if there is one.
+    """Measure perplexity on a text, or benchmarks, or both, with standard errors.
 
-    With ``data`` everything happens here and offline. Prompts, the split into tokens and the
-    scores are those of lm-evaluation-harness; without ``data`` it fetches the data and scores.
+    Benchmarks are scored by lm-evaluation-harness: on local rows with ``data``, and then without a
+    network; without ``data`` it fetches its own.
 
     Args:
         model: a causal language model, left as it was.
         tasks: names of :func:`tnlm.evaluation.list_tasks`.
         tokenizer: the model's own.
+        text: a text or the path of one, for perplexity as in :func:`tnlm.perplexity`.
         data: a directory of JSONL files, or a file or rows for each task's name.
         examples: a file or rows for each task's name, to draw few-shot examples from; a
             directory as ``data`` may hold them as ``<task>_train.jsonl``.
-        limit: items of each task, from the first; of MMLU and WinoBias the first of each part in
-            turns; windows for ``"perplexity"``, otherwise 16. Without ``data`` it is lm-eval's,
-            which counts each subject of MMLU apart.
-        num_fewshot: examples before each item; None is the task's own number.
         baseline: a model that answers the same questions with the same tokenizer, or an earlier
             evaluation of them.
+        window: tokens in a window of the text.
+        windows: windows of the text, from its start.
+        bos: whether every window begins with BOS, see :func:`tnlm.perplexity`.
+        limit: items of each benchmark, from the first; of MMLU and WinoBias the first of each part
+            in turns. Without ``data`` it is lm-eval's, which counts each subject of MMLU apart.
+        num_fewshot: examples before each item; None is the task's own number.
         batch_size: sequences in one pass.
-        max_length: most tokens the model is shown; what is longer loses its first tokens, and
-            the result counts how often. None is the model's positions.
+        max_length: most tokens of a question that the model is shown; what is longer loses its
+            first tokens, and the result counts how often. None is the model's positions.
         max_new_tokens: most tokens of a generated answer.
         seed: of the few-shot draws and bootstraps.
         progress: show bars.
@@ -72,60 +87,118 @@ def evaluate(
         "Accuracy is not all you need", arXiv 2407.09141.
 
     Example:
-        >>> from tnlm.evaluation.tasks import get_task
-        >>> get_task("piqa").metrics[0].name
-        'acc'
+        >>> evaluate(None, "piqa", tokenizer=None, limit=0)
+        Traceback (most recent call last):
+        tnlm.errors.OptionError: limit=0, but at least 1 is needed
     """
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    if not names or len(set(names)) < len(names):
-        raise OptionError(f"tasks={names}; name at least one, and each once")
-    chosen = [get_task(name) for name in names]
-    if tokenizer is None:
-        raise EvaluationError("an evaluation needs the model's tokenizer, got None")
-    check_causal(model, "a benchmark's score")
-    asked = Protocol(limit, num_fewshot, batch_size, max_length, max_new_tokens, seed, progress)
-    found = _evaluate(model, chosen, tokenizer, data, examples, asked)
+    asked = Protocol(
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        window=window,
+        windows=windows,
+        bos=bos,
+        seed=seed,
+        progress=progress,
+    )
+    chosen = _chosen(tasks, text)
+    _check(model, chosen, tokenizer, asked, text=text, data=data, examples=examples)
+    read = {task.name: _read(task, text, data, examples, asked) for task in chosen}
+    by = scorer() if any(task.config for task in chosen) else "tnlm"
+    if isinstance(baseline, Evaluation):
+        _check_baseline(baseline, chosen, by)
+    found = _evaluate(model, chosen, tokenizer, read, asked, by)
     if baseline is None:
         return found
     before = (
         baseline
         if isinstance(baseline, Evaluation)
-        else _evaluate(baseline, chosen, tokenizer, data, examples, asked)
+        else _evaluate(baseline, chosen, tokenizer, read, asked, by)
     )
-    if before.scorer != found.scorer:
-        raise EvaluationError(f"the baseline was scored by {before.scorer}, not {found.scorer}")
     pairs = zip(found.results, chosen, strict=True)
     results = tuple(compared(result, before, task.metrics, seed) for result, task in pairs)
-    return Evaluation(results, found.scorer, seed)
+    return Evaluation(results, by, seed, found.perplexity)
+
+
+def _chosen(tasks: str | Sequence[str] | None, text: str | Path | None) -> list[Task]:
+    """Return the tasks to run; a text adds its perplexity, before all others."""
+    names = [tasks] if isinstance(tasks, str) else list(tasks or ())
+    if text is not None and PERPLEXITY.name not in names:
+        names.insert(0, PERPLEXITY.name)
+    if not names:
+        raise OptionError("nothing to measure; pass tasks= or text=")
+    if len(set(names)) < len(names):
+        raise OptionError(f"tasks={names}; name each once")
+    return [get_task(name) for name in names]
+
+
+def _check(
+    model: PreTrainedModel,
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase | None,
+    asked: Protocol,
+    **sources: Any,
+) -> None:
+    """Refuse options that cannot be, or that would have no effect."""
+    if tokenizer is None:
+        raise EvaluationError("an evaluation needs the model's tokenizer, got None")
+    check_causal(model, "an evaluation")
+    if asked.max_length is not None:
+        check_positions(model, asked.max_length, f"max_length={asked.max_length}")
+    if sources["examples"] is not None and sources["data"] is None:
+        raise OptionError("examples= needs data=; without it lm-eval draws its own")
+    if not any(task.config for task in tasks):
+        unused = {name: getattr(asked, name) for name in ("limit", "num_fewshot", "max_length")}
+        unused |= {} if sources["text"] is None else sources | {"text": None}
+        for name, value in unused.items():
+            if value is not None:
+                raise OptionError(f"{name}= has no effect on a text; pass tasks= or leave it out")
+
+
+def _read(
+    task: Task,
+    text: str | Path | None,
+    data: Sources | None,
+    examples: Mapping[str, Source] | None,
+    asked: Protocol,
+) -> Any:
+    """Return what a task reads, checked."""
+    if not task.config:
+        if text is None and data is None:
+            raise EvaluationError(f"{task.name} is that of a text; pass text=")
+        return text_source(task, data) if text is None else text  # type: ignore[arg-type]
+    if data is None:
+        if not task.online:
+            raise EvaluationError(f"lm-eval has no task like {task.name}; give data=")
+        return None
+    shots = asked.shots_of(task)
+    return configs(task, data, examples, asked.limit, shots, asked.max_new_tokens)
+
+
+def _check_baseline(before: Evaluation, tasks: Sequence[Task], by: str) -> None:
+    """Refuse an earlier evaluation that lacks a task, or has it from another scorer."""
+    for task in tasks:
+        _ = before[task.name]
+        if task.config and before.scorer != by:
+            raise EvaluationError(f"the baseline was scored by {before.scorer}, not {by}")
 
 
 def _evaluate(
     model: PreTrainedModel,
     tasks: Sequence[Task],
     tokenizer: PreTrainedTokenizerBase,
-    data: Data | None,
-    examples: Mapping[str, Source] | None,
+    read: _Read,
     asked: Protocol,
+    by: str,
 ) -> Evaluation:
     """Evaluate one model alone."""
-    if data is None:
-        return harness(
-            model,
-            [task.name for task in tasks],
-            tokenizer=tokenizer,
-            examples=examples,
-            limit=asked.limit,
-            num_fewshot=asked.num_fewshot,
-            batch_size=asked.batch_size,
-            max_length=asked.max_length,
-            max_new_tokens=asked.max_new_tokens,
-            seed=asked.seed,
-            progress=asked.progress,
-        )
-    results = tuple(
-        measured(model, task, tokenizer, data, asked)
-        if task.kind == "text"
-        else scored(model, task, tokenizer, data, examples, asked)
-        for task in tasks
-    )
-    return Evaluation(results, "tnlm", asked.seed)
+    results, found = [], None
+    for task in tasks:
+        if task.config:
+            results.append(scored(model, task, tokenizer, read[task.name], asked))
+        else:
+            result, found = measured(model, task, tokenizer, read[task.name], asked)
+            results.append(result)
+    return Evaluation(tuple(results), by, asked.seed, found)

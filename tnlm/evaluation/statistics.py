@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tnlm.errors import EvaluationError
-from tnlm.evaluation.tasks.base import Metric, Scores
+from tnlm.evaluation.tasks.base import Scores, TaskMetric
 
 RESAMPLES = 1000
 
 
-def value_of(metric: Metric, items: Sequence[Scores]) -> float | None:
+def value_of(metric: TaskMetric, items: Sequence[Scores]) -> float | None:
     """Return the figure over items, or None if no item has a score for it.
 
     Example:
-        >>> value_of(Metric("acc"), [{"acc": 1.0}, {"acc": 0.0}])
+        >>> value_of(TaskMetric("acc"), [{"acc": 1.0}, {"acc": 0.0}])
         0.5
     """
     if metric.aggregate is not None:
@@ -32,14 +32,14 @@ def value_of(metric: Metric, items: Sequence[Scores]) -> float | None:
     return value
 
 
-def stderr_of(metric: Metric, items: Sequence[Scores], seed: int) -> float | None:
+def stderr_of(metric: TaskMetric, items: Sequence[Scores], seed: int) -> float | None:
     """Return the standard error of a figure, or None for a single item.
 
     Of a mean it is the sample standard deviation over the root of the number of items, for a share
     ``p`` of ``n`` items ``sqrt(p * (1 - p) / (n - 1))``; of another figure that of a bootstrap.
 
     Example:
-        >>> stderr_of(Metric("acc"), [{"acc": 1.0}, {"acc": 0.0}], seed=0)
+        >>> stderr_of(TaskMetric("acc"), [{"acc": 1.0}, {"acc": 0.0}], seed=0)
         0.5
     """
     if metric.aggregate is None:
@@ -48,7 +48,7 @@ def stderr_of(metric: Metric, items: Sequence[Scores], seed: int) -> float | Non
 
 
 def paired_stderr(
-    metric: Metric, items: Sequence[Scores], before: Sequence[Scores], seed: int
+    metric: TaskMetric, items: Sequence[Scores], before: Sequence[Scores], seed: int
 ) -> float | None:
     """Return the standard error of the difference of two models on the same items.
 
@@ -74,7 +74,7 @@ def mean_stderr(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1) / count)
 
 
-def _values(metric: Metric, items: Sequence[Scores]) -> list[float]:
+def _values(metric: TaskMetric, items: Sequence[Scores]) -> list[float]:
     return [each[metric.name] for each in items if metric.name in each]
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from tnlm.evaluation.tasks.base import Answer, Item, Metric, Row, Scores, Task
+from tnlm.evaluation.tasks.base import Answer, Row, Scores, Task, TaskMetric, multiple_choice
 from tnlm.registry import discover, lookup
 
-__all__ = ["Answer", "Item", "Metric", "Row", "Scores", "Task", "get_task", "list_tasks", "tasks"]
+__all__ = [
+    "Answer",
+    "Row",
+    "Scores",
+    "Task",
+    "TaskMetric",
+    "get_task",
+    "list_tasks",
+    "multiple_choice",
+    "tasks",
+]
 
 
 def tasks() -> dict[str, Task]:

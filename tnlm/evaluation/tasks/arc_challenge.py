@@ -10,5 +10,5 @@ TASK = replace(
     EASY,
     name="arc_challenge",
     source="Clark et al., arXiv 1803.05457; lm-eval arc_challenge 1.0",
-    online="arc_challenge",
+    online="arc/arc_challenge",
 )

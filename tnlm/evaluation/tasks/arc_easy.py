@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from tnlm.evaluation.tasks.base import (
-    ACC,
-    ACC_NORM,
-    Item,
-    Row,
-    Task,
-    accuracy,
-    choose,
-    labelled,
-    plain,
-    text_of,
-    texts_of,
-)
+from tnlm.evaluation.tasks.base import ACC, ACC_NORM, Row, Task, multiple_choice
+from tnlm.evaluation.tasks.columns import labelled, plain, text_of, texts_of
 
 
 def adapt(row: Row) -> Row:
@@ -26,23 +15,11 @@ def adapt(row: Row) -> Row:
     return {"query": text_of(row, "question"), "choices": choices, "gold": gold}
 
 
-def item(row: Row) -> Item:
-    """Ask the question, and score the text of each answer."""
-    return choose(f"Question: {row['query']}\nAnswer:", row)
-
-
 TASK = Task(
     name="arc_easy",
     source="Clark et al., arXiv 1803.05457; lm-eval arc_easy 1.0",
     metrics=(ACC, ACC_NORM),
     adapt=adapt,
-    item=item,
-    score=accuracy,
-    online="arc_easy",
-    harness={
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{query}}\nAnswer:",
-        "doc_to_target": "gold",
-        "doc_to_choice": "choices",
-    },
+    config=multiple_choice("Question: {{query}}\nAnswer:"),
+    online="arc/arc_easy",
 )

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import re
 
-from tnlm.evaluation.tasks.base import (
-    ACC,
-    ACC_NORM,
-    Item,
-    Row,
-    Task,
-    accuracy,
-    choose,
-    gold_of,
-    plain,
-    text_of,
-    texts_of,
-)
+from tnlm.evaluation.tasks.base import ACC, ACC_NORM, Row, Task, multiple_choice
+from tnlm.evaluation.tasks.columns import gold_of, plain, text_of, texts_of
 
 
 def clean(text: str) -> str:
@@ -37,7 +26,8 @@ def adapt(row: Row) -> Row:
     """
     if "query" in row:
         return plain(row)
-    endings = [clean(ending) for ending in texts_of(row, "endings")]
+    cleaned = [clean(ending) for ending in texts_of(row, "endings")]
+    endings = texts_of({"endings": cleaned}, "endings")
     context = f"{text_of(row, 'ctx_a')} {text_of(row, 'ctx_b').capitalize()}"
     return {
         "query": clean(f"{text_of(row, 'activity_label')}: {context}"),
@@ -46,23 +36,11 @@ def adapt(row: Row) -> Row:
     }
 
 
-def item(row: Row) -> Item:
-    """Score the endings after the description."""
-    return choose(row["query"], row)
-
-
 TASK = Task(
     name="hellaswag",
     source="Zellers et al., arXiv 1905.07830; lm-eval hellaswag 1.0",
     metrics=(ACC, ACC_NORM),
     adapt=adapt,
-    item=item,
-    score=accuracy,
-    online="hellaswag",
-    harness={
-        "output_type": "multiple_choice",
-        "doc_to_text": "query",
-        "doc_to_target": "gold",
-        "doc_to_choice": "choices",
-    },
+    config=multiple_choice("query"),
+    online="hellaswag/hellaswag",
 )

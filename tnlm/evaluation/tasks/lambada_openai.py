@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from tnlm.errors import EvaluationError
-from tnlm.evaluation.tasks.base import ACC, Answer, Item, Metric, Row, Scores, Task, text_of
+from tnlm.evaluation.tasks.base import ACC, Row, Scores, Task, TaskMetric
+from tnlm.evaluation.tasks.columns import text_of
 
 
 def adapt(row: Row) -> Row:
@@ -20,17 +21,6 @@ def adapt(row: Row) -> Row:
     if not target.strip():
         raise EvaluationError("no gold answer: the target is empty")
     return {"context": context, "target": target}
-
-
-def item(row: Row) -> Item:
-    """Score the last word after the passage."""
-    pair = (row["context"], row["target"])
-    return Item(pairs=(pair,), shot=f"{row['context']} {row['target']}")
-
-
-def score(item: Item, answers: Sequence[Answer]) -> Scores:
-    """Return whether greedy decoding gives the word, and its log-likelihood."""
-    return {"acc": float(answers[0].greedy), "loglikelihood": answers[0].loglikelihood}
 
 
 def perplexity(scores: Sequence[Scores]) -> float:
@@ -49,18 +39,16 @@ def perplexity(scores: Sequence[Scores]) -> float:
 TASK = Task(
     name="lambada_openai",
     source="Paperno et al., arXiv 1606.06031; lm-eval lambada_openai 1.0",
-    metrics=(Metric("perplexity", higher_is_better=False, aggregate=perplexity), ACC),
+    metrics=(TaskMetric("perplexity", higher_is_better=False, aggregate=perplexity), ACC),
     adapt=adapt,
-    item=item,
-    score=score,
-    online="lambada_openai",
-    harness={
+    config={
         "output_type": "loglikelihood",
         "doc_to_text": "context",
         "doc_to_target": "target",
         "metric_list": [
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "perplexity", "aggregation": "mean", "higher_is_better": False},
             {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
         ],
     },
+    online="lambada/lambada_openai",
 )

@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from tnlm.evaluation.tasks.base import (
-    ACC,
-    ACC_NORM,
-    Item,
-    Row,
-    Task,
-    accuracy,
-    choose,
-    labelled,
-    plain,
-    text_of,
-    texts_of,
-)
+from tnlm.evaluation.tasks.base import ACC, ACC_NORM, Row, Task, multiple_choice
+from tnlm.evaluation.tasks.columns import labelled, plain, text_of, texts_of
 
 
 def adapt(row: Row) -> Row:
@@ -26,23 +15,11 @@ def adapt(row: Row) -> Row:
     return {"query": text_of(row, "question_stem"), "choices": choices, "gold": gold}
 
 
-def item(row: Row) -> Item:
-    """Score the answers straight after the stem."""
-    return choose(row["query"], row)
-
-
 TASK = Task(
     name="openbookqa",
     source="Mihaylov et al., arXiv 1809.02789; lm-eval openbookqa 1.0",
     metrics=(ACC, ACC_NORM),
     adapt=adapt,
-    item=item,
-    score=accuracy,
-    online="openbookqa",
-    harness={
-        "output_type": "multiple_choice",
-        "doc_to_text": "query",
-        "doc_to_target": "gold",
-        "doc_to_choice": "choices",
-    },
+    config=multiple_choice("query"),
+    online="openbookqa/openbookqa",
 )

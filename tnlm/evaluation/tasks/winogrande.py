@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from tnlm.errors import EvaluationError
-from tnlm.evaluation.tasks.base import (
-    ACC,
-    Item,
-    Row,
-    Task,
-    accuracy,
-    gold_of,
-    labelled,
-    plain,
-    text_of,
-)
+from tnlm.evaluation.tasks.base import ACC, Row, Task, multiple_choice
+from tnlm.evaluation.tasks.columns import labelled, plain, text_of, texts_of
 
 
 def adapt(row: Row) -> Row:
@@ -21,9 +12,8 @@ def adapt(row: Row) -> Row:
     if "query" in row:
         found = plain(row)
     else:
-        options = [text_of(row, "option1"), text_of(row, "option2")]
+        options = texts_of({"options": [row["option1"], row["option2"]]}, "options")
         gold = labelled(row["answer"], ["1", "2"], options)
-        gold = gold_of(gold, options)
         found = {"query": text_of(row, "sentence"), "choices": options, "gold": gold}
     if "_" not in found["query"]:
         raise EvaluationError(f"no blank _ in {found['query']!r}")
@@ -41,30 +31,12 @@ def rest(row: Row) -> str:
     return str(row["query"].split("_", 1)[1].strip())
 
 
-def item(row: Row) -> Item:
-    """Score the rest of the sentence after each word (partial scoring)."""
-    after, beginnings = rest(row), filled(row)
-    return Item(
-        pairs=tuple((beginning, f" {after}") for beginning in beginnings),
-        gold=row["gold"],
-        choices=tuple(beginnings),
-        shot=f"{beginnings[row['gold']]} {after}",
-    )
-
-
 TASK = Task(
     name="winogrande",
     source="Sakaguchi et al., arXiv 1907.10641, partial scoring of Trinh and Le, arXiv 1806.02847; "
     "lm-eval winogrande 1.0",
     metrics=(ACC,),
     adapt=adapt,
-    item=item,
-    score=accuracy,
-    online="winogrande",
-    harness={
-        "output_type": "multiple_choice",
-        "doc_to_text": "gold",
-        "doc_to_target": rest,
-        "doc_to_choice": filled,
-    },
+    config=multiple_choice("gold", doc_to_target=rest, doc_to_choice=filled),
+    online="winogrande/winogrande",
 )
