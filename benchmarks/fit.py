@@ -25,10 +25,10 @@ from fit_peers import PEERS, NotInstalled
 from timing import table, write
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.splits import balanced_split
 from tnlm.decompositions.whitening import rebuild
+from tnlm.metrics.metric import Metric
 
 Row = dict[str, Any]
 Fitted = Callable[[], Tensor]

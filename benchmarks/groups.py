@@ -16,7 +16,7 @@ from pathlib import Path
 from timing import table, write
 
 import tnlm
-from tnlm.integrations.models import load_model
+from tnlm.checkpoint.dense_models import load_model
 from tnlm.studies.analysis import GroupTruncation
 from tnlm.studies.analysis.truncation import WEIGHTINGS
 

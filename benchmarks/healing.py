@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tnlm
-from tnlm.integrations.models import load_model
+from tnlm.checkpoint.dense_models import load_model
 from tnlm.studies.journal import Journal
 
 Row = dict[str, Any]

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tnlm.adapters import attached
 from tnlm.calibration.lora import collect_lora
-from tnlm.targets import select
+from tnlm.layers.adapters import attached
+from tnlm.targets.selection import select
 
 RANK, ALPHA = 8, 16.0
 ROWS = ("finetune", "importance", "gradients", "fisher")

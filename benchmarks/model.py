@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import tnlm
-from tnlm.demo import find_model
+from tnlm.checkpoint.dense_models import load_model
+from tnlm.cli.demo import find_model
 from tnlm.evaluation import decode_rates
-from tnlm.integrations.models import load_model
 
 QUICK = {
     "models": ["random"],

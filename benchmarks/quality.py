@@ -80,7 +80,7 @@ def _run(scheme: str, keep: float) -> Row:
 
 def _measure(asked: argparse.Namespace, named: str, keep: float) -> Row:
     import tnlm
-    from tnlm.integrations.models import load_model
+    from tnlm.checkpoint.dense_models import load_model
 
     model, tokenizer = load_model(asked.model)
     row: Row = {"scheme": named, "asked": keep}
@@ -120,7 +120,7 @@ def _option(part: str) -> tuple[str, Any]:
 
 
 def _looks_at_data(scheme: str, keywords: dict[str, Any]) -> bool:
-    from tnlm.request import make_request
+    from tnlm.compression.request import make_request
 
     choices = {k: keywords[k] for k in ("metric", "allocation", "cascade") if k in keywords}
     return make_request(scheme, **choices, options={}).looks_at_data

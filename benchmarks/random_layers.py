@@ -8,10 +8,10 @@ import torch
 
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget
-from tnlm.decompositions.gauge import ORDER
 from tnlm.decompositions.splits import balanced_split
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.network import Factors, Network
+from tnlm.tensors.gauge import ORDER
+from tnlm.tensors.network import Factors, Network
 
 Shape = tuple[int, int]
 MODES = {"kronecker": 2, "tucker": 2, "tensor-train": 3}
@@ -65,7 +65,7 @@ def random_low_rank(shape: Shape, keep: float, dtype: torch.dtype) -> Factorized
 
 
 def random_factors(network: Network) -> Factors:
-    """Return random factors as `tnlm.decompositions.gauge.fix` would return fitted ones."""
+    """Return random factors as `tnlm.tensors.gauge.fix` would return fitted ones."""
     stored = {name: SCALE * torch.randn(network.shape_of(name)) for name in network.factors}
     if network.gauge is None:
         return stored

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 import tnlm
 from tnlm import Configuration, DesignSpace
+from tnlm.checkpoint.dense_models import load_model
 from tnlm.errors import EvaluationError
-from tnlm.integrations.models import load_model
 from tnlm.studies.design import PUBLISHED_PERCENT, Sweep
 from tnlm.studies.design.series import published
 from tnlm.studies.scores import ModelScore

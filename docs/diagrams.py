@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
-from tnlm.network import Network
+from tnlm.tensors.network import Network
 
 NODE, LINE, OUT, INP = "#3b6fb6", "#555555", "#3f8f5f", "#d1742f"
 SPACE, LEG = 2.0, 0.95

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 import tnlm
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import formats
 from tnlm.decompositions.als import als
 from tnlm.decompositions.base import Budget, Format, Shape, matrix_shape
 from tnlm.errors import RankError
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
 from tnlm.schemes import schemes
 from tnlm.schemes.base import Scheme
+from tnlm.tensors.network import Factors, Network
 
 # %%
 # The spec is what a checkpoint stores: whole numbers and lists of them, in a frozen dataclass.

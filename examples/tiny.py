@@ -26,8 +26,8 @@ from transformers import (
 from transformers.utils import logging
 
 import tnlm
-from tnlm.demo import text_halves
-from tnlm.integrations.models import load_model
+from tnlm.checkpoint.dense_models import load_model
+from tnlm.cli.demo import text_halves
 
 VOCABULARY, POSITIONS, LAYERS, WIDTH = 320, 128, 2, 64
 

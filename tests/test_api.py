@@ -25,7 +25,7 @@ from tnlm.errors import (
     TnlmError,
 )
 from tnlm.schemes import schemes
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 SCHEMES = tnlm.list_schemes()
 LINEAR = [name for name in SCHEMES if schemes()[name].targets == "all-linear"]
@@ -579,9 +579,10 @@ def test_results_do_not_hang_on_the_number_of_threads(scheme, make_model):
 
 def fail_after(monkeypatch, name, matches, error):
     """Let one step of compression fail after its work is done."""
-    where = {"retie": "tnlm.integrations.huggingface", "fit_target": "tnlm.fitting"}.get(
-        name, "tnlm.pipeline"
-    )
+    where = {
+        "retie": "tnlm.checkpoint.transformers_plugin",
+        "fit_target": "tnlm.compression.fitting",
+    }.get(name, "tnlm.compression.pipeline")
     real = getattr(importlib.import_module(where), name)
 
     def failing(*args):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import tnlm
-from tnlm import cli_options
 from tnlm.allocation import allocations
-from tnlm.calibration.measures import MEASURES
+from tnlm.cli import options as cli_options
+from tnlm.compression.rules import CASCADES, RECOVERIES, UNITS
 from tnlm.errors import OptionError
-from tnlm.rules import CASCADES, RECOVERIES, UNITS
+from tnlm.metrics.named import MEASURES
 
 IDLE = {
     "num_samples": 64,

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import BertForSequenceClassification
 
 from tnlm.decompositions import get_format
-from tnlm.decompositions.gauge import fix
+from tnlm.tensors.gauge import fix
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -21,16 +21,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tnlm.allocation.pricing import network_cost
-from tnlm.calibration.metrics import InputMoment, Metric
+from tnlm.checkpoint.entries import build, dense_module
 from tnlm.decompositions import formats, get_format
-from tnlm.decompositions.base import Budget, from_dict, macs, to_dict
-from tnlm.decompositions.gauge import fix
+from tnlm.decompositions.base import Budget, from_dict, to_dict
 from tnlm.errors import OptionError, RankError
 from tnlm.layers import embedding
-from tnlm.layers.build import build, dense_module
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.network import Factors, Network
-from tnlm.targets import Target
+from tnlm.metrics.metric import InputMoment, Metric
+from tnlm.targets.base import Target
+from tnlm.tensors.costs import macs
+from tnlm.tensors.gauge import fix
+from tnlm.tensors.network import Factors, Network
 
 # Tall, wide, prime, square, and as small as can be.
 SHAPES = [(12, 8), (6, 20), (7, 11), (4, 4), (1, 3), (3, 1), (1, 1)]

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tnlm.calibration.measures import MEASURES
 from tnlm.decompositions import formats, get_format
-from tnlm.decompositions.base import Budget, from_dict, row_macs
-from tnlm.layers.contraction import chain
+from tnlm.decompositions.base import Budget, from_dict
+from tnlm.metrics.named import MEASURES
 from tnlm.schemes import schemes
+from tnlm.tensors.contraction import chain
+from tnlm.tensors.costs import row_macs
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 import tnlm
+from tnlm.checkpoint.description import FORMAT_VERSION
 from tnlm.decompositions import formats
-from tnlm.integrations.huggingface import FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 FOUND = sorted(path.parent.name for path in GOLDEN.glob("v*/config.json"))

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, BertForSequenceClassification
 
 import tnlm
-from tnlm.calibration.movement import column_weights
 from tnlm.errors import CalibrationError, OptionError, TrainingError
-from tnlm.recovery import movement
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.mixed_rank import MixedRank, MixedRankTrainer
-from tnlm.recovery.movement import MovementTrainer
+from tnlm.recovery.pruning import movement
+from tnlm.recovery.pruning.column_weights import column_weights
+from tnlm.recovery.pruning.movement import MovementTrainer
 
 IDS = torch.arange(512) * 7 % 61 + 3
 LINES = {"calibration": IDS, "max_length": 32, "recover_tokens": 1024, "progress": False}

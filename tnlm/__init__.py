@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from tnlm.api import compress, plan, report, to_dense
     from tnlm.calibration.labelled import labelled
     from tnlm.checkpoint.loading import load
+    from tnlm.checkpoint.saving import save
     from tnlm.checkpoint.sums import verify
+    from tnlm.checkpoint.vocabulary import set_rows
+    from tnlm.compression.scratch import from_config
     from tnlm.errors import TnlmError
     from tnlm.evaluation import Efficiency, Evaluation, efficiency, evaluate, perplexity
-    from tnlm.integrations.lora import adaptable
-    from tnlm.integrations.vocabulary import set_rows
+    from tnlm.evaluation.predicted_speed import predict_speed
     from tnlm.layers.arranged import arrange
-    from tnlm.layers.prediction import predict_speed
+    from tnlm.layers.peft_names import adaptable
     from tnlm.layers.rebuilt import keep_rebuilt
-    from tnlm.planning import Plan
+    from tnlm.plans.plan import Plan
+    from tnlm.plans.report import Report
     from tnlm.recovery.distillation import distill
     from tnlm.recovery.heal import heal
-    from tnlm.recovery.prune import prune
+    from tnlm.recovery.pruning.prune import prune
     from tnlm.recovery.training import finetune
-    from tnlm.reporting import Report
-    from tnlm.saving import save
     from tnlm.schemes import list_schemes
-    from tnlm.scratch import from_config
     from tnlm.studies.analysis.analyze import analyze
     from tnlm.studies.analysis.intrinsic import intrinsic_dimension
     from tnlm.studies.analysis.result import Analysis
@@ -57,8 +57,8 @@ _HOMES = {
     "plan": "tnlm.api",
     "report": "tnlm.api",
     "to_dense": "tnlm.api",
-    "adaptable": "tnlm.integrations.lora",
-    "set_rows": "tnlm.integrations.vocabulary",
+    "adaptable": "tnlm.layers.peft_names",
+    "set_rows": "tnlm.checkpoint.vocabulary",
     "labelled": "tnlm.calibration.labelled",
     "Configuration": "tnlm.studies.design.configuration",
     "Rule": "tnlm.studies.design.rules",
@@ -73,18 +73,18 @@ _HOMES = {
     "perplexity": "tnlm.evaluation",
     "arrange": "tnlm.layers.arranged",
     "keep_rebuilt": "tnlm.layers.rebuilt",
-    "predict_speed": "tnlm.layers.prediction",
-    "Plan": "tnlm.planning",
+    "predict_speed": "tnlm.evaluation.predicted_speed",
+    "Plan": "tnlm.plans.plan",
     "write_page": "tnlm.studies.page.write",
     "distill": "tnlm.recovery.distillation",
     "heal": "tnlm.recovery.heal",
-    "prune": "tnlm.recovery.prune",
+    "prune": "tnlm.recovery.pruning.prune",
     "finetune": "tnlm.recovery.training",
-    "Report": "tnlm.reporting",
+    "Report": "tnlm.plans.report",
     "load": "tnlm.checkpoint.loading",
-    "save": "tnlm.saving",
+    "save": "tnlm.checkpoint.saving",
     "list_schemes": "tnlm.schemes",
-    "from_config": "tnlm.scratch",
+    "from_config": "tnlm.compression.scratch",
     "rank_search": "tnlm.studies.rank_search.search",
     "verify": "tnlm.checkpoint.sums",
 }
@@ -146,5 +146,5 @@ def __dir__() -> list[str]:
 @wrapt.when_imported("transformers.modeling_utils")
 def _register(_: ModuleType) -> None:
     """Register with transformers as soon as its modelling code is loaded, and not before."""
-    importlib.import_module("tnlm.integrations.huggingface")
-    importlib.import_module("tnlm.integrations.writing").install()
+    importlib.import_module("tnlm.checkpoint.transformers_plugin")
+    importlib.import_module("tnlm.checkpoint.writing").install()

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tnlm.checkpoint.transformers_plugin import config_of
+from tnlm.compression.job import Data, prepare
+from tnlm.compression.keywords import keywords_of, meant
+from tnlm.compression.pipeline import carry_out, resume, settle
+from tnlm.compression.request import make_request
 from tnlm.errors import ModelError, OptionError
-from tnlm.integrations.huggingface import config_of
-from tnlm.job import Data, prepare
-from tnlm.keywords import keywords_of, meant
-from tnlm.pipeline import carry_out, resume, settle
-from tnlm.planning import Plan
-from tnlm.reporting import Report
-from tnlm.request import make_request
-from tnlm.targets import Selector
-from tnlm.undo import leaves_model
+from tnlm.plans.plan import Plan
+from tnlm.plans.report import Report
+from tnlm.targets.base import Selector
+from tnlm.utils.undo import leaves_model
 
 
 @leaves_model
@@ -61,7 +61,7 @@ def compress(
     Args:
         model: any Hugging Face model, not quantized.
         scheme: a name from ``tnlm.list_schemes()``, or a plan made by :func:`plan`.
-        targets: the matrices chosen; see :func:`tnlm.targets.select`. The scheme has a default.
+        targets: the matrices chosen; see :func:`~tnlm.targets.select`. The scheme has a default.
         ignore: matrices left alone, in the same words.
         metric: how errors are measured, instead of the scheme's own: ``"identity"``,
             ``"diagonal"``, ``"input"``, ``"covariance"``, ``"centered"``, ``"two-sided"``,

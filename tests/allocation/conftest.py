@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from tnlm.allocation.base import Limits, Problem
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions import get_format
-from tnlm.feed_forward import pairs
-from tnlm.targets import Target
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+from tnlm.targets.base import Target
+from tnlm.targets.channels import pairs
 
 
 @pytest.fixture(scope="session")

@@ -20,13 +20,13 @@ from tnlm.allocation.curves import (
     least_within,
     spend_rest,
 )
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
 from tnlm.errors import BudgetError, RankError
-from tnlm.network import Cost
-from tnlm.planning import LayerPlan
-from tnlm.targets import members_of
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import members_of
+from tnlm.tensors.network import Cost
 
 
 def candidate(price, loss, error=None):

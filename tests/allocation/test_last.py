@@ -7,12 +7,12 @@ from torch import nn
 
 from tnlm.allocation.base import Limits, Problem
 from tnlm.allocation.last import ALLOCATION, schedule
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget
 from tnlm.errors import BudgetError
-from tnlm.planning import total
-from tnlm.targets import Target
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import total
+from tnlm.targets.base import Target
 
 
 class Blocks(nn.Module):

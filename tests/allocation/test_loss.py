@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tnlm.allocation.curves import by_multiplier, curves
 from tnlm.allocation.loss import ALLOCATION
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.errors import BudgetError
-from tnlm.planning import total
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+from tnlm.plans.plan import total
 
 UNITS = ("params", "bytes", "macs")
 shapes = st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=1, max_size=3)

@@ -10,12 +10,12 @@ from torch import nn
 
 from tnlm.allocation.base import Limits, Problem
 from tnlm.allocation.truncation import ALLOCATION, MOST, shares
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget
-from tnlm.planning import total
-from tnlm.targets import Target
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+from tnlm.plans.plan import total
+from tnlm.targets.base import Target
 
 losses = st.lists(st.floats(1.0001, 1e12), min_size=1, max_size=12)
 

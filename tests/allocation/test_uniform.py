@@ -12,12 +12,12 @@ from torch import nn
 from tnlm.allocation.base import Limits
 from tnlm.allocation.pricing import dense_cost, model_cost
 from tnlm.allocation.uniform import decide
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import formats, get_format
 from tnlm.decompositions.base import Budget, from_dict, to_dict
 from tnlm.errors import RankError
-from tnlm.network import Cost
-from tnlm.targets import Target
+from tnlm.metrics.metric import Metric
+from tnlm.targets.base import Target
+from tnlm.tensors.network import Cost
 
 LINEAR = [name for name, structure in formats().items() if "linear" in structure.kinds]
 TABLES = [name for name, structure in formats().items() if "embedding" in structure.kinds]

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.allocation.unseen import NEAR, max_rank, roomiest
+from tnlm.allocation.unseen import NEAR, roomiest
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget, macs
-from tnlm.decompositions.gaussian import gaussian
+from tnlm.decompositions.base import Budget
 from tnlm.decompositions.kronecker import KroneckerSpec
 from tnlm.errors import OptionError
+from tnlm.tensors.costs import macs, max_rank
+from tnlm.tensors.gaussian import gaussian
 
 FORMATS = ("low-rank", "kronecker", "tucker", "tensor-train", "block-train", "kronecker-rows")
 

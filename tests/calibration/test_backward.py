@@ -11,7 +11,7 @@ from tnlm.calibration import backward
 from tnlm.calibration.backward import stream
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.loss import make_tasks
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 IDS = torch.arange(96) * 7 % 61 + 3
 BATCHES = token_batches(IDS, max_length=16, batch_size=2)

@@ -10,8 +10,8 @@ import torch
 import tnlm
 from tnlm.calibration import cache
 from tnlm.calibration.cache import Folder, read
-from tnlm.checkpoint.claim import PREFIX, Claim, temporary_folder
 from tnlm.errors import CheckpointError
+from tnlm.utils.claim import PREFIX, Claim, temporary_folder
 
 ONES = {"moment": torch.ones(3, 3, dtype=torch.float64), "count": torch.tensor(4)}
 
@@ -114,7 +114,7 @@ def test_a_place_that_cannot_be_a_cache_is_refused_before_any_work(
     else:
         path.write_text("mine")
     path = path / "below" if kind == "below a file" else path
-    monkeypatch.setattr("tnlm.gathering.collect", None)
+    monkeypatch.setattr("tnlm.compression.evidence.collect", None)
     with pytest.raises(CheckpointError, match=r"file|nowhere|permission"):
         tnlm.compress(
             make_model("llama"), "svd-llm", calibration=torch.arange(64) % 61, cache_dir=path

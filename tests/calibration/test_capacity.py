@@ -34,8 +34,8 @@ import tnlm
 from tnlm.calibration.capacity import check_batches, positions_of
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.labels import check_labels
-from tnlm.ends import input_table, output_head, vocabulary_of
 from tnlm.errors import CalibrationError, EvaluationError, ModelError, OptionError
+from tnlm.targets.ends import input_table, output_head, vocabulary_of
 
 SIZES = {
     "hidden_size": 16,

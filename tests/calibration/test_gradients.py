@@ -20,10 +20,10 @@ from tnlm.calibration import backward, gradients, store
 from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.statistics import collect
+from tnlm.compression.job import Data, prepare
+from tnlm.compression.request import make_request
 from tnlm.errors import CalibrationError, OptionError
-from tnlm.job import Data, prepare
-from tnlm.request import make_request
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 IDS = torch.arange(96) * 7 % 61 + 3
 BATCHES = token_batches(IDS, max_length=16)

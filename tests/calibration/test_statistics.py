@@ -11,7 +11,7 @@ from tnlm.calibration import statistics, store
 from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.statistics import Statistics, collect
 from tnlm.errors import CalibrationError
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 IDS = torch.arange(160) % 61 + 3
 BATCHES = token_batches(IDS, max_length=32)

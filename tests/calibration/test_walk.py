@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from tnlm.calibration import walk
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.walk import stream
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 BATCHES = token_batches(torch.arange(96) % 61 + 3, max_length=16, batch_size=2)
 RAGGED = token_batches([[3, 4, 5, 6], [7, 8, 9], [10, 11]], batch_size=2)

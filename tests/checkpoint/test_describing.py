@@ -9,7 +9,7 @@ import tnlm
 from tests.hostile.draft import ODD
 from tnlm.checkpoint.describing import describe
 from tnlm.checkpoint.sums import REPORT_FILE
-from tnlm.cli import app
+from tnlm.cli.main import app
 from tnlm.errors import TnlmError
 
 FIELDS = ["architectures", "quantization_config"]

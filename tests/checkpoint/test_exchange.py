@@ -11,8 +11,8 @@ import pytest
 
 from tnlm.checkpoint import exchange
 from tnlm.checkpoint.exchange import WORK, check_writable, recover, replace_directory
-from tnlm.checkpoint.lock import Lock
 from tnlm.errors import CheckpointError
+from tnlm.utils.lock import Lock
 
 OLD = {"config.json": "old", "weights": "old weights", "notes": "old notes"}
 NEW = {"config.json": "new", "weights": "new weights", "more": "new"}
@@ -168,7 +168,7 @@ def test_without_locks_a_living_process_counts_as_the_holder(tmp_path, monkeypat
     def none(*_):
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr("tnlm.checkpoint.lock._lock", none)
+    monkeypatch.setattr("tnlm.utils.lock._lock", none)
     mine, other = Lock(tmp_path / "lock"), Lock(tmp_path / "lock")
     assert mine.take()
     assert not other.take()

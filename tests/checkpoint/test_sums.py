@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import tnlm
 from tnlm.checkpoint.sums import REPORT_FILE
-from tnlm.cli import app
+from tnlm.cli.main import app
 from tnlm.errors import CheckpointError
 
 QUERY = "model.layers.0.self_attn.q_proj"

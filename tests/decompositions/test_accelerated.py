@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import tnlm
-from tnlm.calibration.metrics import Elementwise
 from tnlm.decompositions.accelerated import SWEEPS, accelerated
 from tnlm.decompositions.als import als
 from tnlm.decompositions.base import from_dict, to_dict
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec, _balanced, _closed_form
 from tnlm.errors import OptionError
+from tnlm.metrics.metric import Elementwise
 
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32, "progress": False}
 

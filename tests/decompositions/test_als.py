@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions import kronecker, low_rank, normal, tensor_train, token_mps, tucker
 from tnlm.decompositions.als import als
 from tnlm.decompositions.whitening import closed_form, grown, rebuild, unwhiten, whiten
+from tnlm.metrics.metric import Elementwise, InputMoment, Metric
+from tnlm.metrics.sides import Side
 
 SHAPE = (12, 8)
 SPECS = {

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 import tnlm
-from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions import block_train, get_format
-from tnlm.decompositions.base import Budget, is_table, macs
+from tnlm.decompositions.base import Budget
 from tnlm.decompositions.block_train import FORMAT, BlockTrainSpec
-from tnlm.decompositions.linalg import truncated_svd
 from tnlm.errors import RankError
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.metrics.metric import Elementwise, InputMoment, Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.costs import is_table, macs
+from tnlm.tensors.linalg import truncated_svd
 
 seeds = st.integers(0, 20)
 pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))

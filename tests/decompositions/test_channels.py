@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions.base import Budget
 from tnlm.decompositions.channels import FORMAT, ChannelsSpec
 from tnlm.errors import RankError
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
 
 HIDDEN, OUT, TOKENS = 12, 5, 200
 

@@ -7,15 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions import kronecker
 from tnlm.decompositions.als import als
-from tnlm.decompositions.base import Budget, macs
+from tnlm.decompositions.base import Budget
 from tnlm.decompositions.kronecker import FORMAT, KroneckerSpec
-from tnlm.decompositions.linalg import truncated_svd
-from tnlm.decompositions.rearrange import divisor_pairs, rearrange
 from tnlm.errors import RankError
+from tnlm.metrics.metric import Elementwise, InputMoment, Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.costs import macs
+from tnlm.tensors.linalg import truncated_svd
+from tnlm.tensors.rearrange import divisor_pairs, rearrange
 
 seeds = st.integers(0, 20)
 PLANTED = [((3, 4), (5, 2)), ((4, 6), (6, 4)), ((2, 15), (8, 3)), ((9, 2), (2, 9))]

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnlm
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import low_rank
 from tnlm.decompositions.base import Budget
 from tnlm.decompositions.kronecker_rows import FORMAT, KroneckerRowsSpec
 from tnlm.errors import OptionError, RankError
 from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
+from tnlm.metrics.metric import Metric
 
 seeds, sizes = st.integers(0, 20), st.integers(1, 6)
 

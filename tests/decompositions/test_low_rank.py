@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions.base import Budget
-from tnlm.decompositions.gauge import expand, fix
-from tnlm.decompositions.linalg import truncated_svd
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec
 from tnlm.errors import RankError
+from tnlm.metrics.metric import Elementwise, InputMoment, Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.gauge import expand, fix
+from tnlm.tensors.linalg import truncated_svd
 
 sizes, seeds, parts = st.integers(1, 10), st.integers(0, 20), st.floats(0, 1)
 tokens = st.sampled_from([1, 2, 5, 40])

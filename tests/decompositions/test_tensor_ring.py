@@ -8,16 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions import tensor_ring, tensor_train
 from tnlm.decompositions.als import als
 from tnlm.decompositions.base import Budget
-from tnlm.decompositions.gauge import fix
 from tnlm.decompositions.tensor_ring import FORMAT, TensorRingSpec
 from tnlm.decompositions.whitening import closed_form
 from tnlm.errors import RankError
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.metrics.metric import Elementwise, InputMoment, Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.gauge import fix
 
 modes, seeds, parts = st.integers(1, 3), st.integers(0, 20), st.floats(0, 1)
 splits = st.integers(3, 4).flatmap(

@@ -7,13 +7,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions import kronecker
 from tnlm.decompositions.base import Budget
-from tnlm.decompositions.rearrange import rearrange
 from tnlm.decompositions.tensor_train import FORMAT, TensorTrainSpec
 from tnlm.errors import RankError
+from tnlm.metrics.metric import Elementwise, InputMoment, Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.rearrange import rearrange
 
 modes, seeds, parts = st.integers(1, 4), st.integers(0, 20), st.floats(0, 1)
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import token_mps
 from tnlm.decompositions.base import Budget
 from tnlm.decompositions.token_mps import FORMAT, TokenMPSSpec
 from tnlm.errors import RankError
+from tnlm.metrics.metric import Metric
 
 seeds, parts = st.integers(0, 20), st.floats(0, 1)
 splits = st.lists(st.integers(1, 4), min_size=2, max_size=4).map(tuple)

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorly.decomposition import tucker as tensorly_tucker
 
-from tnlm.calibration.metrics import Elementwise, InputMoment, Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions import hooi
 from tnlm.decompositions.base import Budget, as_tensor
-from tnlm.decompositions.linalg import truncated_svd
 from tnlm.decompositions.tucker import FORMAT, TuckerSpec
 from tnlm.errors import RankError
+from tnlm.metrics.metric import Elementwise, InputMoment, Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.linalg import truncated_svd
 
 seeds, parts = st.integers(0, 20), st.floats(0, 1)
 splits = st.sampled_from([((4,), (2, 3)), ((2, 3), (5,)), ((3, 2), (2, 4)), ((2, 2, 2), (3, 3))])

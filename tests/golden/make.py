@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import tnlm
-from tnlm.integrations.huggingface import FORMAT_VERSION
+from tnlm.checkpoint.description import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 IDS = torch.arange(6).reshape(1, 6) + 3

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import tnlm
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 SIZES = {
     "vocab_size": 64,

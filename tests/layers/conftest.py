@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 import tnlm
 from tnlm.decompositions import formats
 from tnlm.decompositions.base import Budget
-from tnlm.decompositions.gauge import fix
 from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.network import Factors, Network
+from tnlm.tensors.gauge import fix
+from tnlm.tensors.network import Factors, Network
 
 SHAPE = (24, 16)
 

@@ -13,7 +13,7 @@ from torch import nn
 import tnlm
 from tnlm.layers import arranged
 from tnlm.layers.arranged import ArrangedLinear, filled, linear
-from tnlm.machine import machine
+from tnlm.layers.machine import machine
 
 TALL, WIDE = (256, 96), (96, 256)
 

@@ -11,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tnlm import machine
+from tnlm.layers import machine
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.network import Gauge, Network
+from tnlm.tensors.network import Gauge, Network
 
 # Operations of torch for one token and for a batch of sequences, views and the bias among them.
 # Lower a number when a layer becomes leaner; a higher one is a regression.

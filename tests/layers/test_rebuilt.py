@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import tnlm
 from tnlm.decompositions import get_format
 from tnlm.errors import OptionError
-from tnlm.layers.contraction import chain
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.machine import Machine
 from tnlm.layers.pricing import crossing, rebuilding, through
 from tnlm.layers.rebuilt import RebuiltWeights, keep_rebuilt
-from tnlm.machine import Machine
-from tnlm.network import Network
+from tnlm.tensors.contraction import chain
+from tnlm.tensors.network import Network
 
 TRAIN = Network(
     {"a": "oab", "b": "pbcx", "c": "qcy"},

@@ -13,7 +13,7 @@ from transformers import BertForSequenceClassification
 
 import tnlm
 from tnlm.recovery.examples import batches
-from tnlm.recovery.tasks import examples_for
+from tnlm.recovery.model_kinds import examples_for
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.adapters import Lora
-from tnlm.calibration.metrics import InputMoment, Metric
-from tnlm.calibration.sides import Side
-from tnlm.decompositions.gauge import expand, fix
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec
 from tnlm.errors import RankError
+from tnlm.layers.adapters import Lora
+from tnlm.metrics.metric import InputMoment, Metric
+from tnlm.metrics.sides import Side
 from tnlm.recovery.compensate import concatenate, residual_start, retruncate
+from tnlm.tensors.gauge import expand, fix
 
 OUT, IN, K, R = 7, 6, 3, 2
 

@@ -11,7 +11,7 @@ from tnlm.errors import OptionError, TrainingError
 from tnlm.recovery.distillation import Distiller, distill, pair_layers
 from tnlm.recovery.examples import batches, collate
 from tnlm.recovery.lessons import Weights
-from tnlm.recovery.tasks import examples_for
+from tnlm.recovery.model_kinds import examples_for
 
 KINDS = ["llama", "gpt2", "masked-bert", "classifier"]
 ALL = {"logits": 1.0, "hidden": 1.0, "attention": 1.0, "embedding": 1.0, "labels": 1.0}

@@ -12,7 +12,6 @@ from transformers import BertForSequenceClassification
 import tnlm
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.labels import with_labels
-from tnlm.calibration.metrics import InputMoment, Metric
 from tnlm.errors import (
     CalibrationError,
     ModelError,
@@ -23,6 +22,7 @@ from tnlm.errors import (
 )
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.made import made_layers
+from tnlm.metrics.metric import InputMoment, Metric
 from tnlm.recovery import lora_training
 from tnlm.recovery.heal import heal
 

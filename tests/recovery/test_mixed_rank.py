@@ -9,7 +9,7 @@ from tnlm.errors import OptionError, TargetError, TrainingError
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.recovery.examples import batches, collate
 from tnlm.recovery.mixed_rank import MixedRank, MixedRankTrainer, mixed, mixed_rank
-from tnlm.recovery.tasks import examples_for
+from tnlm.recovery.model_kinds import examples_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 KINDS = ["llama", "gpt2", "classifier"]

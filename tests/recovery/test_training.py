@@ -14,7 +14,7 @@ from transformers import (
 import tnlm.recovery
 from tnlm.errors import CheckpointError, ModelError, OptionError, TrainingError
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.recovery.tasks import examples_for
+from tnlm.recovery.model_kinds import examples_for
 from tnlm.recovery.training import finetune
 
 KINDS = ["llama", "gpt2", "classifier"]

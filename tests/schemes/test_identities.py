@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.measures import get_measure
+from tnlm.compression.install import fit_target
 from tnlm.decompositions import get_format
 from tnlm.decompositions.low_rank import LowRankSpec
-from tnlm.network import Cost
-from tnlm.planning import LayerPlan
+from tnlm.metrics.named import get_measure
+from tnlm.plans.plan import LayerPlan
 from tnlm.schemes import get_scheme
-from tnlm.surgery import fit_target
-from tnlm.targets import Target
+from tnlm.targets.base import Target
+from tnlm.tensors.network import Cost
 
 ROWS, COLUMNS, TOKENS = 9, 7, 60
 ranks, seeds = st.integers(1, 6), st.integers(0, 15)

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import Metric
+from tnlm.checkpoint.entries import build
+from tnlm.compression.install import fit_target
 from tnlm.decompositions import get_format
 from tnlm.decompositions.kronecker import KroneckerSpec
-from tnlm.decompositions.rearrange import rearrange
-from tnlm.layers.build import build
-from tnlm.network import Cost
-from tnlm.planning import LayerPlan
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
 from tnlm.schemes import get_scheme
-from tnlm.surgery import fit_target
-from tnlm.targets import Target
+from tnlm.targets.base import Target
+from tnlm.tensors.network import Cost
+from tnlm.tensors.rearrange import rearrange
 
 ranks, seeds = st.integers(1, 6), st.integers(0, 15)
 SPLITS = st.sampled_from([((4, 3), (3, 2)), ((2, 6), (6, 1)), ((3, 4), (1, 6)), ((12, 1), (2, 3))])

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, LlamaConfig
 
 from tnlm.allocation.last import schedule
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget
 from tnlm.decompositions.kronecker import KroneckerSpec
@@ -17,9 +16,10 @@ from tnlm.decompositions.low_rank import LowRankSpec
 from tnlm.decompositions.token_mps import TokenMPSSpec
 from tnlm.decompositions.tucker import TuckerSpec
 from tnlm.errors import RankError
+from tnlm.metrics.metric import Metric
 from tnlm.schemes import get_scheme
 from tnlm.schemes.tucker import paper_params
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 LLAMA_7B = 6_738_415_616
 SQUARE, WIDE = (4096, 4096), (11008, 4096)

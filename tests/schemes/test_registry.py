@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 import tnlm
 from tests.conftest import TRAINED
-from tnlm import cli
 from tnlm.allocation import allocations
-from tnlm.calibration.measures import MEASURES
+from tnlm.cli import main as cli
 from tnlm.decompositions import formats, get_format
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.layers.embedding import FactorizedEmbedding
+from tnlm.metrics.named import MEASURES
 from tnlm.schemes import schemes
 from tnlm.schemes.base import Scheme
 

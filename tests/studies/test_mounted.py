@@ -6,7 +6,7 @@ from torch import nn
 
 from tnlm.layers.fused import FusedLinear
 from tnlm.studies.mounted import mounting
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 
 @pytest.fixture

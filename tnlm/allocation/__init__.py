@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnlm.allocation.base import Allocation
-from tnlm.registry import discover, lookup
+from tnlm.utils.registry import discover, lookup
 
 
 def allocations() -> dict[str, Allocation]:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import Format
-from tnlm.network import Cost
-from tnlm.planning import LayerPlan
-from tnlm.targets import Target, members_of
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Target, members_of
+from tnlm.tensors.network import Cost
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch import Tensor
 from tnlm.allocation.base import Problem
 from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.allocation.uniform import name_target, options_for, stay_dense
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import to_dict
-from tnlm.decompositions.ties import RELATIVE, significant
 from tnlm.errors import BudgetError, OptionError
-from tnlm.planning import LayerPlan
-from tnlm.targets import Target, members_of
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Target, members_of
+from tnlm.utils.ties import RELATIVE, significant
 
 STEPS = 60
 """Halvings of a multiplier or a tolerance: to the last bit that matters."""

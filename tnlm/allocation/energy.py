@@ -12,7 +12,7 @@ from tnlm.allocation.curves import (
     curves,
     least_within,
 )
-from tnlm.planning import LayerPlan
+from tnlm.plans.plan import LayerPlan
 
 
 class Energy(Allocation):

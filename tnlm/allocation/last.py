@@ -9,9 +9,9 @@ from tnlm.allocation.base import Allocation, Problem
 from tnlm.allocation.pricing import dense_cost
 from tnlm.allocation.uniform import Uniform, stay_dense
 from tnlm.errors import BudgetError
-from tnlm.names import block_of
-from tnlm.planning import LayerPlan
-from tnlm.targets import Target
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Target
+from tnlm.utils.names import block_of
 
 
 def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tnlm.allocation.base import Allocation, Problem
 from tnlm.allocation.curves import at_multiplier, check_budget, curves, least_within, spend_rest
-from tnlm.planning import LayerPlan
+from tnlm.plans.plan import LayerPlan
 
 
 class LossAware(Allocation):

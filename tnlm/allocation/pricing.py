@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from tnlm.decompositions.base import is_table, macs, row_macs
-from tnlm.feed_forward import FeedForward
-from tnlm.layers.contraction import chain
-from tnlm.mixtures import matrix_macs
-from tnlm.network import Cost, Network
-from tnlm.targets import Target
+from tnlm.targets.base import Target
+from tnlm.targets.channels import FeedForward
+from tnlm.targets.mixtures import matrix_macs
+from tnlm.tensors.contraction import chain
+from tnlm.tensors.costs import is_table, macs, row_macs
+from tnlm.tensors.network import Cost, Network
 
 
 def dense_cost(target: Target, itemsize: int) -> Cost:
@@ -51,7 +51,7 @@ def model_cost(model: nn.Module) -> Cost:
     """Return the cost of a whole dense model, shared tensors counted once.
 
     Multiply-adds are those of its linear layers, and of the experts that a token meets, see
-    :func:`tnlm.mixtures.matrix_macs`; attention's own products come on top.
+    :func:`tnlm.targets.mixtures.matrix_macs`; attention's own products come on top.
     """
     tensors = {id(p): p for p in model.parameters()}.values()
     return Cost(

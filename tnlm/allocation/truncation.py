@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tnlm.allocation.base import Allocation, Problem
 from tnlm.allocation.uniform import Uniform, decide
-from tnlm.calibration.metrics import Metric
-from tnlm.planning import LayerPlan
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
 
 MOST = 0.99
 """The largest part of itself that a matrix loses."""

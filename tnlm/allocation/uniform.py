@@ -13,13 +13,13 @@ from torch import Tensor
 from tnlm.allocation.base import Allocation, Limits, Problem
 from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.allocation.unseen import roomiest
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget, Format, from_dict, to_dict
-from tnlm.decompositions.ties import EXACT, least
 from tnlm.errors import OptionError
-from tnlm.planning import LayerPlan
-from tnlm.targets import Target
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Target
+from tnlm.utils.ties import EXACT, least
 
 
 def decide(

@@ -35,7 +35,7 @@ from tnlm.calibration.walk import (
     split,
     take_state,
 )
-from tnlm.spill import Spill
+from tnlm.utils.spill import Spill
 
 logger = logging.getLogger("tnlm")
 

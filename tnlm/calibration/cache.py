@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tnlm.checkpoint.claim import Claim
 from tnlm.checkpoint.exchange import check_place
 from tnlm.errors import CheckpointError
+from tnlm.utils.claim import Claim
 
 logger = logging.getLogger("tnlm")
 

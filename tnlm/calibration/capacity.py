@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.inputs import MEDIA, takes
 from tnlm.calibration.walk import eval_mode, run
-from tnlm.ends import input_table, vocabulary_of
 from tnlm.errors import CalibrationError
+from tnlm.targets.ends import input_table, vocabulary_of
 
 SHORT = (2, 3)
 """Lengths of the sequences on which a table of positions is looked for."""

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import Batch
 from tnlm.calibration.loss import IGNORED, make_tasks
-from tnlm.ends import output_head
 from tnlm.errors import CalibrationError
+from tnlm.targets.ends import output_head
 
 
 def check_are_batches(batches: Sequence[Mapping[str, Tensor]]) -> None:

@@ -15,13 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.adapters import Adapter, Lora, attached, size_of
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.labels import check_labels, count_predictions, examples, with_labels
 from tnlm.calibration.lora_sums import Importance, Sums, check_kind, importance_sums, lora_gradient
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
+from tnlm.layers.adapters import Adapter, Lora, attached, size_of
 
 SEEN = ("outputs", "inputs")
 """The side of a gradient that a LoRA at its start does not mix."""

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from tnlm.adapters import Adapter
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
+from tnlm.layers.adapters import Adapter
 
 KINDS = ("fisher", "taylor")
 """Squared gradients, or squared gradients times weights."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tnlm.adapters import matrix
 from tnlm.errors import CalibrationError
+from tnlm.layers.adapters import matrix
 
 logger = logging.getLogger("tnlm")
 

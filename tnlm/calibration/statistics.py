@@ -17,7 +17,7 @@ from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import stream
 from tnlm.errors import CalibrationError
-from tnlm.memory import release
+from tnlm.utils.memory import release
 
 __all__ = ["Statistics", "collect"]
 

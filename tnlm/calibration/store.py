@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration import cache
 from tnlm.calibration.data import Batch, fingerprint
-from tnlm.calibration.metrics import InputMoment
 from tnlm.errors import CalibrationError
-from tnlm.spill import Slot, Spill
+from tnlm.metrics.metric import InputMoment
+from tnlm.utils.hashing import model_hash
+from tnlm.utils.spill import Slot, Spill
 
 logger = logging.getLogger("tnlm")
 
@@ -25,9 +24,6 @@ IN_MEMORY = 2**25
 
 VERSION = 5
 """Counts the layouts that cache directories have had: none is read under another's name."""
-
-_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
-"""What a config says about where a model comes from, not what it computes."""
 
 
 class Statistics:
@@ -175,25 +171,4 @@ def content_hash(
     digest.update(model_hash(model).encode())
     digest.update("\n".join(modules).encode())
     digest.update(fingerprint(batches).encode())
-    return digest.hexdigest()
-
-
-def model_hash(model: PreTrainedModel) -> str:
-    """Name a model by its config and weights.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> tiny = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1))
-        >>> before = model_hash(tiny)
-        >>> _ = torch.nn.init.zeros_(tiny.transformer.ln_f.weight)
-        >>> model_hash(tiny) == before
-        False
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

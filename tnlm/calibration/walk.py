@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.caching import caches_kept
 from tnlm.calibration.data import Batch
-from tnlm.modes import modes_kept
+from tnlm.utils.training_flags import modes_kept
 
 logger = logging.getLogger("tnlm")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tnlm.checkpoint.json_file import shortened
+from tnlm.checkpoint.transformers_plugin import GUARD, METHOD
 from tnlm.errors import CheckpointError
-from tnlm.integrations.huggingface import GUARD, METHOD
 
 MOST_COUNTED = 100_000
 """Layers, labels or experts that a config may have; configs make lists of them."""

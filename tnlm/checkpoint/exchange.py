@@ -29,9 +29,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tnlm.checkpoint.lock import Lock
 from tnlm.errors import CheckpointError, TnlmError
-from tnlm.undo import attempt
+from tnlm.utils.lock import Lock
+from tnlm.utils.undo import attempt
 
 logger = logging.getLogger("tnlm")
 

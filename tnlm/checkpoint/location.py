@@ -8,11 +8,11 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from tnlm.checkpoint.dense_models import looks_like_path
 from tnlm.checkpoint.exchange import recover
 from tnlm.checkpoint.folder import INDEX, WEIGHTS, named, read_index
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.errors import CheckpointError
-from tnlm.integrations.models import looks_like_path
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.folder import Stored, read_headers
-from tnlm.decompositions.gauge import ORDER
 from tnlm.errors import CheckpointError
+from tnlm.tensors.gauge import ORDER
 
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 """What weights may be stored as, in the words of torch and of safetensors."""

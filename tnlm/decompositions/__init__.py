@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tnlm.registry import discover, lookup
+from tnlm.utils.registry import discover, lookup
 
 if TYPE_CHECKING:  # formats are fitted under metrics, which need linear algebra from here
     from tnlm.decompositions.base import Format

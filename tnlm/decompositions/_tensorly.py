@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.decompositions.linalg import truncated_svd
+from tnlm.tensors.linalg import truncated_svd
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import math
 
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.als import ROUNDING, SPENT, STEPS, Fit, State, half_steps
 from tnlm.decompositions.whitening import rebuild
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.network import Factors, Network
 
 SWEEPS = 200
 """Sweeps over all factors end after so many, unless asked."""
@@ -51,7 +51,7 @@ def accelerated(
 
     Example:
         >>> import torch
-        >>> from tnlm.calibration.metrics import Elementwise
+        >>> from tnlm.metrics.metric import Elementwise
         >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 3, "a": 1, "i": 2})
         >>> start = {"left": torch.ones(3, 1), "right": torch.ones(1, 2)}
         >>> weight = torch.tensor([[2.0, 4.0], [1.0, 2.0], [0.0, 0.0]])

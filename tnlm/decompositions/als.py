@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions.normal import Normal, inverse
 from tnlm.decompositions.whitening import (
     Decompose,
@@ -19,8 +17,10 @@ from tnlm.decompositions.whitening import (
     rebuild,
     reshaped,
 )
-from tnlm.layers.contraction import Pairwise, pairwise
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.contraction import Pairwise, pairwise
+from tnlm.tensors.network import Factors, Network
 
 SWEEPS, STALL = 8, 2e-2
 """Sweeps over all factors end after so many, or when one gains less than this share."""
@@ -80,7 +80,7 @@ def als(
 
     Example:
         >>> import torch
-        >>> from tnlm.calibration.metrics import InputMoment
+        >>> from tnlm.metrics.metric import InputMoment
         >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 3, "a": 1, "i": 2})
         >>> start = {"left": torch.ones(3, 1), "right": torch.ones(1, 2)}
         >>> weight = torch.tensor([[2.0, 4.0], [1.0, 2.0], [0.0, 0.0]])

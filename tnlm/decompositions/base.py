@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
-from tnlm.decompositions.ties import EXACT, least
 from tnlm.errors import OptionError, RankError, did_you_mean
-from tnlm.layers.contraction import chain, pairwise
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.contraction import pairwise
+from tnlm.tensors.costs import macs
+from tnlm.tensors.network import Factors, Network
+from tnlm.utils.ties import EXACT, least
 
 S = TypeVar("S")
 KEEPS = (0.2, 0.35, 0.5, 0.65, 0.8)
@@ -38,29 +39,6 @@ class Budget:
     def allows(self, network: Network) -> bool:
         """Tell whether a network is within both limits."""
         return network.params <= self.params and macs(network) <= self.macs
-
-
-def macs(network: Network) -> int:
-    """Return the multiply-adds per token of the cheapest way to apply a network.
-
-    A table of rows (an embedding, whose row mode may stand in several factors) is priced as the
-    rows it builds: the cost of one row.
-    """
-    return row_macs(network) if is_table(network) else chain(network).macs
-
-
-def row_macs(network: Network) -> int:
-    """Return the multiply-adds to build one row of a table."""
-    return pairwise(dataclasses.replace(network, sizes={**network.sizes, network.out: 1})).macs
-
-
-def is_table(network: Network) -> bool:
-    """Tell whether one mode numbers the rows and stands in several factors: only rows are built.
-
-    Where the rows split into several modes, as in a block tensor train, those that several factors
-    hold only number blocks, and an activation passes through the factors.
-    """
-    return len(network.out) == 1 and sum(network.out in m for m in network.factors.values()) > 1
 
 
 class Format(ABC, Generic[S]):

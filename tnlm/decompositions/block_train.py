@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions.als import SWEEPS, als
 from tnlm.decompositions.base import (
     Budget,
@@ -23,11 +21,13 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
-from tnlm.decompositions.linalg import rank_for, tails
-from tnlm.decompositions.rearrange import Split, divisor_pairs
 from tnlm.decompositions.whitening import grown
 from tnlm.errors import RankError
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.linalg import rank_for, tails
+from tnlm.tensors.network import Factors, Network
+from tnlm.tensors.rearrange import Split, divisor_pairs
 
 SPLITS = 32
 """Pairs of splits that are tried, those of the squarest blocks."""

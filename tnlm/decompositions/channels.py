@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import Budget, Format, Shape, matrix_shape
-from tnlm.decompositions.ties import greatest
 from tnlm.errors import RankError
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.network import Factors, Network
+from tnlm.utils.ties import greatest
 
 STEPS = 128
 """Greedy steps in which all channels are ordered; each adds a batch of them."""
@@ -43,7 +43,7 @@ class Channels(Format[ChannelsSpec]):
     the greedy choice is orthogonal least squares (Chen, Cowan and Grant 1991).
 
     Example:
-        >>> from tnlm.calibration.sides import Side
+        >>> from tnlm.metrics.sides import Side
         >>> copies = Side(torch.ones(4, 4))  # four channels that always agree
         >>> weight = torch.randn(4, 3)
         >>> factors = FORMAT.fit(weight, Metric(outputs=copies), ChannelsSpec(width=1))

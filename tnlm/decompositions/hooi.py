@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tnlm.decompositions import _tensorly
-from tnlm.decompositions.eigen import leading_eigenvectors
+from tnlm.tensors.eigen import leading_eigenvectors
 
 SWEEPS, STALL = 10, 1e-6
 """HOOI stops after so many sweeps, or when the core's energy grows by less than this share."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
     Budget,
@@ -20,11 +19,8 @@ from tnlm.decompositions.base import (
     as_tensor,
     check_split,
     given_split,
-    macs,
     matrix_shape,
 )
-from tnlm.decompositions.linalg import energies, rank_for, spectrum, tails, truncated_svd
-from tnlm.decompositions.rearrange import Split, divisor_pairs, rearrange, sample
 from tnlm.decompositions.whitening import (
     Decompose,
     closed_form,
@@ -34,7 +30,11 @@ from tnlm.decompositions.whitening import (
     whiten,
 )
 from tnlm.errors import RankError
-from tnlm.network import Factors, Gauge, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.costs import macs
+from tnlm.tensors.linalg import energies, rank_for, spectrum, tails, truncated_svd
+from tnlm.tensors.network import Factors, Gauge, Network
+from tnlm.tensors.rearrange import Split, divisor_pairs, rearrange, sample
 
 FINALISTS = 12
 """Splits that are scored exactly after all of them were screened on a sample."""

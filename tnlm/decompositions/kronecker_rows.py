@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import Budget, Format, Shape, check_split, given_split, matrix_shape
-from tnlm.decompositions.linalg import energies, rank_for, tails, truncated_svd
-from tnlm.decompositions.rearrange import Split, divisor_pairs
 from tnlm.errors import RankError
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.linalg import energies, rank_for, tails, truncated_svd
+from tnlm.tensors.network import Factors, Network
+from tnlm.tensors.rearrange import Split, divisor_pairs
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.accelerated import SWEEPS, accelerated
 from tnlm.decompositions.base import FITTING, Budget, Format, Shape, matrix_shape
-from tnlm.decompositions.linalg import rank_for, tails, truncated_svd
-from tnlm.decompositions.ties import EXACT, least
 from tnlm.decompositions.whitening import grown
 from tnlm.errors import RankError
-from tnlm.network import Factors, Gauge, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.linalg import rank_for, tails, truncated_svd
+from tnlm.tensors.network import Factors, Gauge, Network
+from tnlm.utils.ties import EXACT, least
 
 RANKS = 192
 """Ranks at which an error curve is sampled, at most."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions.whitening import whiten
-from tnlm.network import Network
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.network import Network
 
 DIRECT = 256
 """Up to this size the normal matrix of a factor is formed and inverted."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.als import als
 from tnlm.decompositions.base import (
     Budget,
@@ -21,12 +20,13 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
-from tnlm.decompositions.linalg import rank_for, spectrum, truncated_svd
 from tnlm.decompositions.splits import balanced_split, largest_within
 from tnlm.decompositions.tensor_train import BOND, OUT, chain_of_cores, orthogonal
 from tnlm.decompositions.whitening import Decompose, closed_form, grown, mode_sides, whiten
 from tnlm.errors import RankError
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.linalg import rank_for, spectrum, truncated_svd
+from tnlm.tensors.network import Factors, Network
 
 Split = tuple[int, ...]
 ORDER = 3

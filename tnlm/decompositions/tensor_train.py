@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import _tensorly
 from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
@@ -24,7 +23,6 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
-from tnlm.decompositions.linalg import rank_for, spectrum
 from tnlm.decompositions.splits import balanced_split, largest_within, orders, ranks_at
 from tnlm.decompositions.whitening import (
     Decompose,
@@ -35,7 +33,9 @@ from tnlm.decompositions.whitening import (
     whiten,
 )
 from tnlm.errors import RankError
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.linalg import rank_for, spectrum
+from tnlm.tensors.network import Factors, Network
 
 Split = tuple[int, ...]
 OUT, IN, BOND = "abcdefg", "hijklmn", "opqrstu"

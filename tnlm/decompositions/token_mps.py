@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import Budget, Format, Shape, check_split, given_split, matrix_shape
-from tnlm.decompositions.linalg import rank_for
 from tnlm.decompositions.splits import balanced_split, largest_within, orders, ranks_at
 from tnlm.errors import RankError
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.linalg import rank_for
+from tnlm.tensors.network import Factors, Network
 
 MODES, BOND = "abcdefghijkl", "mnopqrstuvw"
 ORDERS = (2, 3, 4)

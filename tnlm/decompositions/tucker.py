@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import _tensorly
 from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
@@ -24,11 +23,12 @@ from tnlm.decompositions.base import (
     matrix_shape,
 )
 from tnlm.decompositions.hooi import hooi, hosvd, unfold
-from tnlm.decompositions.linalg import rank_for, spectrum, truncated_svd
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
 from tnlm.decompositions.whitening import closed_form, grown, is_plain, mode_sides, whiten
 from tnlm.errors import RankError
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.linalg import rank_for, spectrum, truncated_svd
+from tnlm.tensors.network import Factors, Network
 
 Split = tuple[int, ...]
 OPEN, BOND = "abcdefgh", "pqrstuvw"

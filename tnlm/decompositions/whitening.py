@@ -8,11 +8,11 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.decompositions.base import as_tensor
-from tnlm.layers.contraction import pairwise
-from tnlm.network import Factors, Network
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+from tnlm.tensors.contraction import pairwise
+from tnlm.tensors.network import Factors, Network
 
 DAMPING = 1e-9
 """Keeps what a singular metric gives no weight, so that whitening can be undone."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tnlm.ends import vocabulary_of
 from tnlm.errors import OptionError
 from tnlm.evaluation.energy import meter, spent
 from tnlm.evaluation.footprint import disk_bytes, resident_bytes, weight_bytes, working_bytes
 from tnlm.evaluation.mode import check_positions, evaluating
 from tnlm.evaluation.speed import timed_decoding
 from tnlm.evaluation.usage import Efficiency, Spread, Timing, Usage
+from tnlm.targets.ends import vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tnlm.checkpoint.claim import temporary_folder
 from tnlm.errors import EvaluationError
-from tnlm.memory import release
+from tnlm.utils.claim import temporary_folder
+from tnlm.utils.memory import release
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,8 +101,8 @@ def disk_bytes(
         if not folder.is_dir():
             raise EvaluationError(f"directory={str(directory)!r} is no directory")
         return _total(folder)
-    from tnlm.integrations.huggingface import description
-    from tnlm.saving import save
+    from tnlm.checkpoint.saving import save
+    from tnlm.checkpoint.transformers_plugin import description
 
     with temporary_folder() as scratch:
         folder = scratch / "model"

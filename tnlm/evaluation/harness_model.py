@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from tnlm.ends import vocabulary_of
 from tnlm.errors import EvaluationError
 from tnlm.evaluation.local_tasks import NUMBER
+from tnlm.targets.ends import vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

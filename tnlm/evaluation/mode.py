@@ -10,7 +10,7 @@ import torch
 
 from tnlm.calibration.capacity import positions_of
 from tnlm.errors import EvaluationError
-from tnlm.modes import modes_kept
+from tnlm.utils.training_flags import modes_kept
 
 if TYPE_CHECKING:
     from torch import nn

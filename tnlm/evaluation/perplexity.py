@@ -15,9 +15,9 @@ from tqdm import tqdm
 from tnlm.calibration.data import text_of
 from tnlm.calibration.sources import first_ids
 from tnlm.calibration.text import AUTO, start_token
-from tnlm.ends import vocabulary_of
 from tnlm.errors import CalibrationError, EvaluationError, OptionError
 from tnlm.evaluation.mode import check_causal, check_positions, evaluating
+from tnlm.targets.ends import vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

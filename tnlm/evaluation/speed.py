@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tnlm.ends import vocabulary_of
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.cache import cache_name, cache_of
 from tnlm.evaluation.mode import check_positions, evaluating
+from tnlm.targets.ends import vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

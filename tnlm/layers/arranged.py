@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnlm.machine import machine
+from tnlm.layers.machine import machine
 
 SMALL = 2**14
 """Numbers below which a weight's order in memory makes no difference that can be measured."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnlm.layers.contraction import pairwise
-from tnlm.network import Factors, Network
+from tnlm.tensors.contraction import pairwise
+from tnlm.tensors.network import Factors, Network
 
 CHUNK_NUMBERS = 2**22
 """Numbers of the table that a head rebuilds at once, when it has to rebuild."""

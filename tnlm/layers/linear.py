@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tnlm.decompositions.gauge import ORDER, expand, with_identity
 from tnlm.layers.applied import applied_weight
 from tnlm.layers.arranged import arrange_made, linear
-from tnlm.layers.contraction import Step, chain, pairwise, passes_in, passes_out
+from tnlm.layers.machine import machine
 from tnlm.layers.pricing import crossing
 from tnlm.layers.rebuilt import RebuiltWeights
-from tnlm.machine import machine
-from tnlm.network import Factors, Network
+from tnlm.tensors.contraction import Step, chain, pairwise, passes_in, passes_out
+from tnlm.tensors.gauge import ORDER, expand, with_identity
+from tnlm.tensors.network import Factors, Network
 
 
 class FactorizedLinear(nn.Module):
@@ -105,7 +105,7 @@ class FactorizedLinear(nn.Module):
 
     @torch.no_grad()
     def store(self, factors: Factors, bias: Tensor | None = None) -> FactorizedLinear:
-        """Copy in the factors (as :func:`tnlm.decompositions.gauge.fix` returns them) and bias."""
+        """Copy in the factors (as :func:`tnlm.tensors.gauge.fix` returns them) and bias."""
         gauge = self.network.gauge
         for step in self.chain.steps:
             tensor = factors[step.factor]

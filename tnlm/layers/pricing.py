@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from tnlm.layers.contraction import Chain, pairwise, passes_in, passes_out
-from tnlm.machine import Machine
-from tnlm.network import Network
+from tnlm.layers.machine import Machine
+from tnlm.tensors.contraction import Chain, pairwise, passes_in, passes_out
+from tnlm.tensors.network import Network
 
 MOST_TOKENS = 2**15
 """Token counts are weighed up to this one."""
@@ -33,7 +33,7 @@ def crossing(
         A power of two, or infinity if the factors are faster at any count.
 
     Example:
-        >>> from tnlm.layers.contraction import chain
+        >>> from tnlm.tensors.contraction import chain
         >>> machine = Machine(1e-6, 1e-10, 1e-10, (1e-9, 1e-10, 2e-11, 1e-11), True)
         >>> low_rank = Network({"l": "oa", "r": "ai"}, "o", "i", {"o": 512, "a": 64, "i": 512})
         >>> crossing(low_rank, chain(low_rank), machine, 4)

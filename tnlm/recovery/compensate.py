@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tnlm.adapters import Lora
-from tnlm.calibration.metrics import Metric
 from tnlm.errors import RankError
+from tnlm.layers.adapters import Lora
+from tnlm.metrics.metric import Metric
 
 
 def concatenate(left: Tensor, right: Tensor, lora: Lora) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,10 @@ from tnlm.calibration.walk import eval_mode
 from tnlm.errors import ModelError, OptionError
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.lessons import Weights, logit_loss, map_loss, preset_weights, state_loss
-from tnlm.recovery.tasks import model_kind
+from tnlm.recovery.model_kinds import model_kind
 from tnlm.recovery.traces import Trace, Traces, model_blocks
 from tnlm.recovery.training import finetune
-from tnlm.undo import leaves_model
+from tnlm.utils.undo import leaves_model
 
 Pairs = Sequence[tuple[int, int]]
 """A layer of the student, and the layer of the teacher that it learns from."""

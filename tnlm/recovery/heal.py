@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tnlm.adapters import Lora, attach, attached, check_bare, matrix, size_of
-from tnlm.adapters import check as check_ranks
 from tnlm.calibration.labels import check_labels
-from tnlm.calibration.metrics import Metric
 from tnlm.calibration.text import AUTO
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import OptionError, TargetError, TrainingError, did_you_mean
+from tnlm.layers.adapters import Lora, attach, attached, check_bare, matrix, size_of
+from tnlm.layers.adapters import check as check_ranks
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.made import made_layers
+from tnlm.metrics.metric import Metric
 from tnlm.recovery.compensate import residual_start
 from tnlm.recovery.examples import batches as in_batches
 from tnlm.recovery.lora_training import schedule_of, train
 from tnlm.recovery.merging import charge, check_merge, merge_layers
-from tnlm.recovery.tasks import examples_for, padding_for
-from tnlm.undo import attempt, leaves_model
+from tnlm.recovery.model_kinds import examples_for, padding_for
+from tnlm.utils.undo import attempt, leaves_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from tnlm.adapters import Adapter
 from tnlm.calibration.labels import count_predictions
 from tnlm.errors import CalibrationError, TrainingError
+from tnlm.layers.adapters import Adapter
 
 logger = logging.getLogger("tnlm")
 

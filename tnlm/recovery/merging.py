@@ -11,19 +11,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tnlm.adapters import Lora
-from tnlm.calibration.metrics import Metric
-from tnlm.decompositions.gauge import fix
+from tnlm.checkpoint.description import TnlmConfig
+from tnlm.checkpoint.entries import Entry, build, network_of
+from tnlm.checkpoint.transformers_plugin import attach, config_of
 from tnlm.errors import ModelError, OptionError, RankError
-from tnlm.integrations.huggingface import TnlmConfig, attach, config_of
-from tnlm.layers.build import Entry, build, network_of
-from tnlm.layers.contraction import chain
+from tnlm.layers.adapters import Lora
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.network import Cost, Factors
-from tnlm.planning import LayerPlan
+from tnlm.layers.swap import Swap
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.plans.report import Report
 from tnlm.recovery.compensate import concatenate, retruncate
-from tnlm.reporting import Report
-from tnlm.surgery import Swap
+from tnlm.tensors.contraction import chain
+from tnlm.tensors.gauge import fix
+from tnlm.tensors.network import Cost, Factors
 
 
 def check_merge(model: nn.Module, ranks: Mapping[str, int], merge: str) -> None:

@@ -21,7 +21,7 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.lessons import logit_loss
 from tnlm.recovery.training import finetune
-from tnlm.undo import leaves_model
+from tnlm.utils.undo import leaves_model
 
 
 @leaves_model
@@ -104,7 +104,7 @@ class MixedRank(nn.Module):
         OptionError: if W has another shape, or p is no probability.
 
     Example:
-        >>> from tnlm.network import Network
+        >>> from tnlm.tensors.network import Network
         >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 6, "a": 2, "i": 5})
         >>> factors = {"left": torch.randn(6, 2), "right": torch.randn(2, 5)}
         >>> dense, x = torch.randn(6, 5), torch.randn(3, 5)

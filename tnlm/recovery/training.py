@@ -19,14 +19,14 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from tnlm.calibration.caching import caches_kept
 from tnlm.calibration.data import fingerprint
 from tnlm.calibration.text import AUTO
-from tnlm.checkpoint.claim import temporary_folder
 from tnlm.errors import CheckpointError, OptionError, did_you_mean
 from tnlm.layers.made import made_layers
-from tnlm.modes import modes_kept
 from tnlm.recovery.examples import Examples, batches, collate
 from tnlm.recovery.guard import GuardedTrainer
-from tnlm.recovery.tasks import examples_for, padding_for
-from tnlm.undo import leaves_model
+from tnlm.recovery.model_kinds import examples_for, padding_for
+from tnlm.utils.claim import temporary_folder
+from tnlm.utils.training_flags import modes_kept
+from tnlm.utils.undo import leaves_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tnlm.registry import discover, lookup
 from tnlm.schemes.base import Scheme
+from tnlm.utils.registry import discover, lookup
 
 
 def schemes() -> dict[str, Scheme]:

@@ -1,7 +1,7 @@
 """ALBERT's factored embedding, V x E times E x H, from the trained table by SVD."""
 
 from tnlm.schemes.base import Scheme
-from tnlm.targets import TOKEN_EMBEDDINGS
+from tnlm.targets.selection import TOKEN_EMBEDDINGS
 
 SCHEME = Scheme(
     name="albert",

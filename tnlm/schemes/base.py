@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tnlm.allocation import get_allocation
-from tnlm.calibration.measures import FISHER, GRADIENTS, LORA, MOVEMENT, get_measure
-from tnlm.targets import ALL_LINEAR, Selector
+from tnlm.metrics.named import FISHER, GRADIENTS, LORA, MOVEMENT, get_measure
+from tnlm.targets.base import Selector
+from tnlm.targets.selection import ALL_LINEAR
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Scheme:
         title: one line for tables.
         formats: the structures that may replace a matrix; the allocation chooses among several.
         source: the paper.
-        metric: how the error is measured; a name in `tnlm.calibration.measures`.
+        metric: how the error is measured; a name in `tnlm.metrics.named`.
         allocation: how the budget is shared out; a name in `tnlm.allocation`.
-        cascade: how far a fit knows what was fitted before it; see `tnlm.recovery.cascade`.
+        cascade: how far a fit knows what was fitted before it; see `tnlm.compression.cascade`.
         targets: the matrices chosen when the user names none.
         share: consecutive blocks whose matrices share their input factor.
         recover: how the whole model is trained afterwards; see `tnlm.recovery`.

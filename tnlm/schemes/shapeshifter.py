@@ -1,7 +1,7 @@
 """Shapeshifter: every matrix a sum of Kronecker products; here from trained weights."""
 
 from tnlm.schemes.base import Scheme
-from tnlm.targets import ALL_LINEAR, EMBEDDINGS
+from tnlm.targets.selection import ALL_LINEAR, EMBEDDINGS
 
 SCHEME = Scheme(
     name="shapeshifter",

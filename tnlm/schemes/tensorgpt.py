@@ -1,7 +1,7 @@
 """TensorGPT: every token embedding as a matrix product state of its own."""
 
 from tnlm.schemes.base import Scheme
-from tnlm.targets import TOKEN_EMBEDDINGS
+from tnlm.targets.selection import TOKEN_EMBEDDINGS
 
 SCHEME = Scheme(
     name="tensorgpt",

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from tnlm.compression.install import assemble
 from tnlm.layers.arranged import filled
-from tnlm.surgery import assemble
-from tnlm.targets import Target
+from tnlm.targets.base import Target
 from tnlm.utils.mounting import modules_kept
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec
-from tnlm.network import Factors
+from tnlm.metrics.metric import Metric
+from tnlm.tensors.network import Factors
 
 
 class NestedRanks:

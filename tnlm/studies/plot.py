@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tnlm.errors import OptionError
-from tnlm.names import place, shortened
-from tnlm.planning import Plan
-from tnlm.reporting import Report
+from tnlm.plans.plan import Plan
+from tnlm.plans.report import Report
+from tnlm.utils.names import place, shortened
 from tnlm.utils.pareto import pareto as pareto_front
 
 if TYPE_CHECKING:

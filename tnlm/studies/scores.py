@@ -90,7 +90,7 @@ def check_score(score: Score, kind: str) -> None:
 
     Args:
         score: as given by the user.
-        kind: as returned by `tnlm.recovery.tasks.model_kind`.
+        kind: as returned by `tnlm.recovery.model_kinds.model_kind`.
 
     Example:
         >>> check_score("loss", "causal")

@@ -9,7 +9,7 @@ import tnlm
 from tnlm.calibration.data import token_batches
 from tnlm.errors import CalibrationError, ModelError, OptionError, TargetError
 from tnlm.studies.analysis.analyze import EMBEDDING
-from tnlm.targets import select
+from tnlm.targets.selection import select
 
 IDS = torch.arange(256) % 61 + 3
 DATA = {"max_length": 32, "progress": False}

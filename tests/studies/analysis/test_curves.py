@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import tnlm
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions import get_format
+from tnlm.metrics.metric import Metric
 from tnlm.studies.analysis.curves import curve_rows
-from tnlm.targets import Target
+from tnlm.targets.base import Target
 
 FORMATS = ("low-rank", "kronecker", "tensor-train")
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.kronecker import FORMAT, KroneckerSpec
 from tnlm.errors import BudgetError
+from tnlm.metrics.metric import Metric
 from tnlm.studies.analysis.shapes import kronecker_errors
 
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.decompositions.linalg import energies
 from tnlm.errors import ModelError
 from tnlm.studies.analysis.marchenko_pastur import edge, random_directions
 from tnlm.studies.analysis.spectra import directions, rounding, smaller_gram, summarize
 from tnlm.studies.analysis.weights import weight_row
+from tnlm.tensors.linalg import energies
 
 sizes = st.integers(1, 24)
 seeds = st.integers(0, 2**20)

@@ -10,12 +10,13 @@ from torch import nn
 
 import tnlm
 from tnlm.calibration import store
-from tnlm.calibration.metrics import Metric
-from tnlm.calibration.sides import Side
 from tnlm.errors import CalibrationError, EvaluationError, ModelError, OptionError
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
 from tnlm.studies.analysis.groups import Truncation
 from tnlm.studies.analysis.truncation import GroupRow, _correlated
-from tnlm.targets import Target, select
+from tnlm.targets.base import Target
+from tnlm.targets.selection import select
 
 IDS = torch.arange(128) % 61 + 3
 FISHER = {"weighting": "fwsvd", "calibration": IDS, "max_length": 16, "gradient_samples": 4}

@@ -9,7 +9,7 @@ import pytest
 
 import tnlm
 from tnlm.errors import CheckpointError, OptionError
-from tnlm.reporting import Report
+from tnlm.plans.report import Report
 from tnlm.studies.page.write import write_page
 
 VOID = {"meta", "br", "path", "use", "rect", "line", "image", "stop"}

@@ -3,13 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.calibration.metrics import InputMoment, Metric
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec
 from tnlm.errors import BudgetError
+from tnlm.metrics.metric import InputMoment, Metric
 from tnlm.studies.nested_ranks import NestedRanks
 from tnlm.studies.rank_search.budget import Choice, choose
 from tnlm.studies.rank_search.ranks import CANDIDATES, MatrixRanks, RankFits
-from tnlm.targets import Target
+from tnlm.targets.base import Target
 
 SIZES = st.integers(6, 24)
 

@@ -126,7 +126,7 @@ def test_the_perplexities_are_those_of_the_models(small):
 @pytest.mark.parametrize("order", ["reverse", "forward"])
 def test_matrices_are_tried_in_order_and_ranks_smallest_first(order, small):
     model = small("two")
-    names = [target.name for target in tnlm.targets.select(model).targets]
+    names = [target.name for target in tnlm.targets.selection.select(model).targets]
     found = find(model, agreement(model), delta=0.3, order=order)
     tried = list(dict.fromkeys(trial.layer for trial in found.trials))
     assert tried == (names[::-1] if order == "reverse" else names)
@@ -245,7 +245,7 @@ def test_a_budget_out_of_reach_is_refused_before_any_trial(small):
 def test_later_matrices_leave_the_inputs_of_earlier_ones_alone(small):
     """What makes one calibration enough, in this order."""
     model = small("two")
-    names = [target.module for target in tnlm.targets.select(model).targets]
+    names = [target.module for target in tnlm.targets.selection.select(model).targets]
     batches = [{"input_ids": IDS[None, :32], "attention_mask": torch.ones(1, 32).long()}]
     before = collect(model, names, batches, progress=False)
     find(

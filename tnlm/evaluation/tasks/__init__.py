@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnlm.evaluation.tasks.base import Answer, Row, Scores, Task, TaskMetric, multiple_choice
-from tnlm.registry import discover, lookup
+from tnlm.utils.registry import discover, lookup
 
 __all__ = [
     "Answer",

@@ -12,20 +12,21 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import begins, count_tokens, token_batches
-from tnlm.calibration.metrics import InputMoment, Metric
 from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
 from tnlm.calibration.text import AUTO
-from tnlm.checks import check_model, check_weights
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
 from tnlm.errors import OptionError
-from tnlm.memory import release
+from tnlm.metrics.metric import InputMoment, Metric
 from tnlm.studies.analysis.curves import CurveRow, curve_rows
 from tnlm.studies.analysis.features import FeatureRow, feature_rows
 from tnlm.studies.analysis.result import Analysis
 from tnlm.studies.analysis.weights import WeightRow, weight_row
-from tnlm.targets import ALL_LINEAR, Selector, Target, select
+from tnlm.targets.base import Selector, Target
+from tnlm.targets.checks import check_model, check_weights
+from tnlm.targets.selection import ALL_LINEAR, select
+from tnlm.utils.memory import release
 
 EMBEDDING = "features: an embedding has no inputs to measure"
 UNSEEN = "features: the calibration data gave it no inputs"
@@ -58,7 +59,7 @@ def analyze(
             :func:`tnlm.calibration.data.token_batches`.
         tokenizer: turns texts into ids.
         targets: the matrices to analyze, all linear ones if not given; see
-            :func:`tnlm.targets.select`.
+            :func:`tnlm.targets.selection.select`.
         ignore: matrices left alone, in the same form.
         formats: names of formats to compute errors for at many sizes: in the Frobenius norm, and
             with calibration data also in the norm of outputs.

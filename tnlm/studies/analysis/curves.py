@@ -12,10 +12,10 @@ from torch import Tensor
 from tnlm.allocation.base import Limits
 from tnlm.allocation.pricing import network_cost
 from tnlm.allocation.uniform import name_target, options_for
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import Format, to_dict
 from tnlm.errors import OptionError
-from tnlm.targets import Target
+from tnlm.metrics.metric import Metric
+from tnlm.targets.base import Target
 
 
 @dataclass(frozen=True)

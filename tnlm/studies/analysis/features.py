@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnlm.calibration.measures import CONSTANT, get_measure
 from tnlm.decompositions.base import matrix_shape
 from tnlm.errors import CalibrationError
+from tnlm.metrics.named import CONSTANT, get_measure
 from tnlm.studies.analysis.spectra import Spectrum, rounding, summarize
 
 

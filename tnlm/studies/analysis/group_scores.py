@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.loss import IGNORED, make_tasks
 from tnlm.calibration.walk import run
-from tnlm.ends import output_head
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import check_positions, evaluating
 from tnlm.evaluation.perplexity import perplexity
+from tnlm.targets.ends import output_head
 from tnlm.utils.checks import check_whole
 
 GroupScore = Callable[[PreTrainedModel], float]

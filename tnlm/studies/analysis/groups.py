@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tnlm.calibration.metrics import Metric
 from tnlm.calibration.store import Statistics
 from tnlm.errors import OptionError
-from tnlm.targets import Target
+from tnlm.metrics.metric import Metric
+from tnlm.targets.base import Target
 from tnlm.utils.checks import check_whole
 
 
@@ -34,7 +34,7 @@ class Truncation:
         OptionError: if there are no groups, or more groups than a matrix has singular values.
 
     Example:
-        >>> from tnlm.targets import Target
+        >>> from tnlm.targets.selection import Target
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([3.0, 4.0])))
         >>> target = Target("0", "0", "linear", (2, 2))

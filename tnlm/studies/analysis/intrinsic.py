@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tnlm.errors import OptionError
 from tnlm.recovery.examples import batches
-from tnlm.recovery.tasks import examples_for, model_kind, padding_for
+from tnlm.recovery.model_kinds import examples_for, model_kind, padding_for
 from tnlm.studies.analysis.goals import goal_of
 from tnlm.studies.analysis.subspace import FullSpace, check_kind, layers_of
 from tnlm.studies.analysis.subspace_search import SubspaceRun, SubspaceSearch

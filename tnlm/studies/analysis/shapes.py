@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from tnlm.calibration.metrics import Metric
 from tnlm.decompositions.base import matrix_shape
 from tnlm.decompositions.kronecker import FORMAT, KroneckerSpec
 from tnlm.errors import BudgetError, RankError
+from tnlm.metrics.metric import Metric
 
 
 def kronecker_errors(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tnlm.errors import ModelError, OptionError, TrainingError, did_you_mean
-from tnlm.names import split_at_block
 from tnlm.studies.analysis.fastfood import Fastfood
 from tnlm.studies.analysis.projections import Dense, Projection
 from tnlm.utils.checks import check_whole
+from tnlm.utils.names import split_at_block
 
 KINDS = ("did", "said")
 """Without scales; or with a trained scale for each layer."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tnlm.calibration.data import Batch, fingerprint
-from tnlm.calibration.store import model_hash
 from tnlm.recovery.examples import Examples, batches
 from tnlm.studies.analysis.goals import Goal
 from tnlm.studies.analysis.subspace import FullSpace, Space, Subspace
 from tnlm.studies.analysis.training import TrainingConfig, train
 from tnlm.studies.journal import Journal
 from tnlm.studies.scores import Score, measure, name_of
+from tnlm.utils.hashing import model_hash
 
 PRECISION = 1.1
 """The search ends when the smallest d that is enough is at most this many times one that is not."""

@@ -11,10 +11,10 @@ from torch import nn
 
 from tnlm.calibration.data import Batch
 from tnlm.errors import OptionError, TrainingError
-from tnlm.modes import modes_kept
 from tnlm.recovery.examples import Examples, collate
 from tnlm.studies.analysis.subspace import Space
 from tnlm.utils.checks import check_whole, is_real
+from tnlm.utils.training_flags import modes_kept
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.checks import check_model
+from tnlm.compression.job import Data, prepare
+from tnlm.compression.request import make_request
 from tnlm.errors import OptionError, did_you_mean
 from tnlm.evaluation.number import finite
-from tnlm.job import Data, prepare
-from tnlm.modes import modes_kept
-from tnlm.request import make_request
 from tnlm.studies.analysis.group_scores import make_score
 from tnlm.studies.analysis.groups import Truncation, check_groups
-from tnlm.targets import ALL_LINEAR, Selector, select
+from tnlm.targets.base import Selector
+from tnlm.targets.checks import check_model
+from tnlm.targets.selection import ALL_LINEAR, select
+from tnlm.utils.training_flags import modes_kept
 
 WEIGHTINGS = ("svd", "fwsvd")
 """Schemes: singular values of the weights, or of weights with Fisher-weighted columns."""
@@ -118,7 +119,7 @@ def truncate_groups(
         groups: number of groups.
         tokenizer: turns texts into ids.
         targets: the matrices chosen, all linear ones if not given; see
-            :func:`tnlm.targets.select`.
+            :func:`tnlm.targets.selection.select`.
         ignore: matrices left alone, in the same form.
         higher_is_better: whether higher values of a function are better, as for accuracies.
         window: tokens per window of the score's text or ids.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tnlm.decompositions.base import matrix_shape
-from tnlm.decompositions.linalg import energies
 from tnlm.errors import ModelError
 from tnlm.studies.analysis.marchenko_pastur import edge, random_directions
 from tnlm.studies.analysis.spectra import ROWS, Spectrum, rounding, smaller_gram, summarize
+from tnlm.tensors.linalg import energies
 
 NEAR_ZERO = 0.01
 """An entry counts as zero up to this fraction of the matrix's root mean square."""

@@ -13,9 +13,9 @@ from tnlm.decompositions import get_format
 from tnlm.decompositions.low_rank import LowRankSpec
 from tnlm.decompositions.tucker import TuckerSpec
 from tnlm.errors import OptionError, did_you_mean
-from tnlm.network import Cost, Network
 from tnlm.schemes.tucker import paper_params
-from tnlm.targets import Target
+from tnlm.targets.base import Target
+from tnlm.tensors.network import Cost, Network
 
 SCHEMES = {"tucker": "tucker", "low-rank": "svd"}
 """The formats of a design space, and the scheme that makes each."""

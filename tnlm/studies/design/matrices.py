@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tnlm.allocation.pricing import model_cost
-from tnlm.checks import check_model
+from tnlm.compression.scratch import skeleton
 from tnlm.errors import OptionError, TargetError, did_you_mean
-from tnlm.names import split_at_block
-from tnlm.network import Cost
-from tnlm.scratch import skeleton
-from tnlm.targets import ALL_LINEAR, Selector, Target, select
+from tnlm.targets.base import Selector, Target
+from tnlm.targets.checks import check_model
+from tnlm.targets.selection import ALL_LINEAR, select
+from tnlm.tensors.network import Cost
+from tnlm.utils.names import split_at_block
 
 
 @dataclass(frozen=True)

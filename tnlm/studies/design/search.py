@@ -8,7 +8,6 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.calibration.store import model_hash
 from tnlm.errors import OptionError, did_you_mean
 from tnlm.studies.design.configuration import DENSE, Configuration
 from tnlm.studies.design.front import Front
@@ -19,6 +18,7 @@ from tnlm.studies.design.variants import Variants
 from tnlm.studies.design.worker import Worker
 from tnlm.studies.scores import ModelScore
 from tnlm.utils.checks import check_whole
+from tnlm.utils.hashing import model_hash
 
 COUNTED = ("params", "bytes", "macs")
 """Objectives that are computed from the space, without running the model."""

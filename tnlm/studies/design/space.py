@@ -13,7 +13,6 @@ from tnlm.allocation.pricing import dense_cost
 from tnlm.allocation.uniform import stay_dense
 from tnlm.api import compress, plan
 from tnlm.errors import OptionError, RankError, TargetError, did_you_mean
-from tnlm.network import Cost
 from tnlm.studies.design.configuration import DENSE, Configuration
 from tnlm.studies.design.forms import (
     SCHEMES,
@@ -25,7 +24,9 @@ from tnlm.studies.design.forms import (
 )
 from tnlm.studies.design.matrices import choices, matrices
 from tnlm.studies.design.rules import LayerSets, Rule
-from tnlm.targets import ALL_LINEAR, Selector, Target, select
+from tnlm.targets.base import Selector, Target
+from tnlm.targets.selection import ALL_LINEAR, select
+from tnlm.tensors.network import Cost
 from tnlm.utils.checks import check_whole
 
 COUNTS = ("stored", "published")

@@ -11,7 +11,6 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.calibration.store import model_hash
 from tnlm.errors import EvaluationError, TnlmError
 from tnlm.studies.design.configuration import DENSE, Configuration
 from tnlm.studies.design.space import DesignSpace
@@ -19,6 +18,7 @@ from tnlm.studies.design.variants import Variants
 from tnlm.studies.journal import Journal, Row
 from tnlm.studies.scores import ModelScore, named_scores
 from tnlm.studies.table import as_csv
+from tnlm.utils.hashing import model_hash
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tnlm.calibration.metrics import Metric
-from tnlm.checks import check_model, check_weights
-from tnlm.decompositions.gauge import fix
-from tnlm.decompositions.precision import as_stored
 from tnlm.errors import TargetError
-from tnlm.layers.contraction import chain
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.modes import modes_kept
-from tnlm.network import Factors
+from tnlm.metrics.metric import Metric
 from tnlm.studies.design.configuration import Configuration
 from tnlm.studies.design.forms import network_of, shrinks
 from tnlm.studies.design.space import DesignSpace
 from tnlm.studies.mounted import mounting
 from tnlm.studies.nested_ranks import NestedRanks
-from tnlm.targets import Target, select
+from tnlm.targets.base import Target
+from tnlm.targets.checks import check_model, check_weights
+from tnlm.targets.selection import select
+from tnlm.tensors.contraction import chain
+from tnlm.tensors.gauge import fix
+from tnlm.tensors.network import Factors
+from tnlm.tensors.precision import as_stored
+from tnlm.utils.training_flags import modes_kept
 
 
 class Variants:

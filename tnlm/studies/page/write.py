@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tnlm.checkpoint.describing import describe
-from tnlm.checkpoint.files import write_file
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.errors import CheckpointError
-from tnlm.planning import LayerPlan
-from tnlm.reporting import Report, versions
+from tnlm.plans.plan import LayerPlan
+from tnlm.plans.report import Report, versions
 from tnlm.studies.page.parts import facts, picture, table
+from tnlm.utils.files import write_file
 
 FILE = "report.html"
 

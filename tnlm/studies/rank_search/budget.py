@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tnlm.decompositions.ties import least
 from tnlm.errors import BudgetError
+from tnlm.utils.ties import least
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tnlm.compression.job import Job
+from tnlm.compression.request import Request, make_request
 from tnlm.decompositions.low_rank import FORMAT
 from tnlm.errors import BudgetError, EvaluationError, OptionError, TargetError, did_you_mean
-from tnlm.job import Job
-from tnlm.recovery.tasks import examples_for, model_kind, padding_for
-from tnlm.request import Request, make_request
+from tnlm.recovery.model_kinds import examples_for, model_kind, padding_for
 from tnlm.studies.rank_search.ranks import MatrixRanks, check_candidates
 from tnlm.studies.rank_search.scorers import CallableScorer, ItemScore, PerplexityScorer, Scorer
 from tnlm.utils.checks import check_whole, is_real

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from tnlm.allocation.pricing import dense_cost, network_cost
-from tnlm.calibration.metrics import Metric
+from tnlm.checkpoint.entries import Entry
+from tnlm.compression.install import fit_target
 from tnlm.decompositions.base import to_dict
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec
 from tnlm.errors import OptionError
-from tnlm.layers.build import Entry
-from tnlm.planning import LayerPlan
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
 from tnlm.studies.nested_ranks import NestedRanks
-from tnlm.surgery import fit_target
-from tnlm.targets import Target
+from tnlm.targets.base import Target
 from tnlm.utils.checks import is_real
 
 CANDIDATES = tuple(step / 10 for step in range(1, 11))

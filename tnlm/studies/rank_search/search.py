@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 
 from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import stay_dense
-from tnlm.calibration.store import model_hash
+from tnlm.compression.job import Data, Job, prepare
+from tnlm.compression.pipeline import carry_out
 from tnlm.errors import BudgetError, EvaluationError
 from tnlm.evaluation.flips import Flips, flips
-from tnlm.job import Data, Job, prepare
-from tnlm.pipeline import carry_out
-from tnlm.planning import Plan
+from tnlm.plans.plan import Plan
 from tnlm.studies.journal import Journal, check_journal
 from tnlm.studies.mounted import mounting
 from tnlm.studies.rank_search.options import (
@@ -31,7 +30,8 @@ from tnlm.studies.rank_search.ranks import CANDIDATES
 from tnlm.studies.rank_search.scorers import ItemScore, Measured
 from tnlm.studies.rank_search.splits import check_disjoint, chunks_of
 from tnlm.studies.rank_search.strategies import RankSearch, RankTrial, Subset
-from tnlm.targets import Selector
+from tnlm.targets.base import Selector
+from tnlm.utils.hashing import model_hash
 
 FILE = "search.jsonl"
 """The journal of a search, in its output_dir."""
@@ -116,7 +116,7 @@ def rank_search(
             ``max_length``. For a callable: a list of items made of plain values.
         report: the items on which the result is reported, in the same form. None may be in both.
         scheme: a low-rank scheme whose fits are nested: ``"sfsd"``, ``"svd-llm"``, ``"svd"``, ...
-        targets: the matrices; see :func:`tnlm.targets.select`. The scheme has a default.
+        targets: the matrices; see :func:`tnlm.targets.selection.select`. The scheme has a default.
         ignore: matrices left alone, in the same form; the paper leaves those of the first blocks.
         order: ``"reverse"`` or ``"forward"``. Calibration is always that of the dense model.
         candidates: ranks to try, as fractions of the rank at which a matrix would have as many

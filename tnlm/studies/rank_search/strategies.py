@@ -9,13 +9,13 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.calibration.metrics import Metric
+from tnlm.metrics.metric import Metric
 from tnlm.studies.journal import Journal
 from tnlm.studies.mounted import Mounted
 from tnlm.studies.rank_search.budget import Choice, choose
 from tnlm.studies.rank_search.ranks import MatrixRanks, RankFit, RankFits
 from tnlm.studies.rank_search.scorers import Scorer
-from tnlm.targets import Target
+from tnlm.targets.base import Target
 
 LOSS = "damage"
 """What a journal calls the loss of a trial."""

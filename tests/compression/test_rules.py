@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from tnlm.allocation import allocations, get_allocation
+from tnlm.compression import rules
+from tnlm.compression.request import make_request
+from tnlm.decompositions import formats, get_format
+from tnlm.errors import BudgetError, OptionError
+from tnlm.metrics.named import INPUTS, MEASURES, get_measure
+
+LOW_RANK = [get_format("low-rank")]
+
+
+def refused(check, *arguments, error=OptionError):
+    with pytest.raises(error) as caught:
+        check(*arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=lambda m: m.name)
+@pytest.mark.parametrize("structure", formats().values(), ids=lambda s: s.name)
+def test_a_format_is_fitted_only_under_what_it_says(measure, structure):
+    kind = "elementwise" if measure.is_elementwise else "separable"
+    if not measure.needs or kind in structure.metrics:
+        rules.check_measure("scheme", [structure], measure)
+        return
+    text = refused(rules.check_measure, "scheme", [structure], measure)
+    assert f"metric={measure.name!r} with scheme 'scheme': a {structure.name}" in text
+    allowed = text.partition("fitted under ")[2].removesuffix(" only").split(", ")
+    assert "identity" in allowed
+    for name in allowed:  # what it allows is allowed
+        rules.check_measure("scheme", [structure], get_measure(name))
+
+
+def test_every_format_has_to_serve_the_measure():
+    both = [get_format("low-rank"), get_format("channels")]
+    rules.check_measure("auto", both, get_measure("two-sided"))
+    assert "a channels" in refused(
+        rules.check_measure, "auto", both, get_measure("fisher-elements")
+    )
+
+
+def test_options_belong_to_one_of_the_formats():
+    both = [get_format("low-rank"), get_format("channels")]
+    rules.check_options("auto", both, {"rank": 3, "width": 4, "gauge": False})
+    assert "unknown option 'widht' for scheme 'auto'; did you mean 'width'" in refused(
+        rules.check_options, "auto", both, {"widht": 3}
+    )
+    assert "width=0; allowed: a whole number >= 1" in refused(
+        rules.check_options, "auto", both, {"width": 0}
+    )
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5, math.nan, math.inf, "0.1", True, [0.1]])
+def test_damping_is_a_fraction(value):
+    text = refused(rules.check_damping, get_measure("input"), value)
+    assert f"damping={value!r}; allowed: a fraction in [0, 1)" in text
+
+
+def test_damping_needs_something_to_damp():
+    assert "no effect on metric='identity'" in refused(
+        rules.check_damping, get_measure("identity"), 0.1
+    )
+    rules.check_damping(get_measure("identity"), None)
+    for value in (0, 0.0, 0.999):
+        rules.check_damping(get_measure("fisher-elements"), value)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=lambda m: m.name)
+@pytest.mark.parametrize("cascade", rules.CASCADES)
+def test_a_cascade_needs_a_measure_that_looks_at_inputs(measure, cascade):
+    if cascade == "none" or INPUTS in measure.needs:
+        rules.check_cascade(measure, cascade)
+    else:
+        text = refused(rules.check_cascade, measure, cascade)
+        assert f"cascade={cascade!r} with metric={measure.name!r}" in text
+        assert "allowed: a metric that does" in text
+
+
+@pytest.mark.parametrize("cascade", ["anchord", None, 3, ["none"], True])
+def test_an_unknown_cascade_names_the_known(cascade):
+    text = refused(rules.check_cascade, get_measure("input"), cascade)
+    assert f"unknown cascade {cascade!r}" in text
+    assert "anchored" in text
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=lambda m: m.name)
+@pytest.mark.parametrize("cascade", rules.CASCADES)
+def test_channels_are_chosen_together(measure, cascade):
+    channels = [get_format("low-rank"), get_format("channels")]
+    rules.check_channels(LOW_RANK, measure, cascade)
+    if measure.name in ("input", "two-sided") and cascade == "none":
+        rules.check_channels(channels, measure, cascade)
+    else:
+        text = refused(rules.check_channels, channels, measure, cascade)
+        assert f"metric={measure.name!r} and cascade={cascade!r} with channels" in text
+        assert "allowed: metric='input' or 'two-sided', and cascade='none'" in text
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, None])
+def test_shared_blocks_are_counted(value):
+    text = refused(rules.check_share, LOW_RANK, get_measure("input"), "none", value)
+    assert f"share={value!r}; allowed: a number of blocks, 1 for none" in text
+
+
+@pytest.mark.parametrize("structure", formats().values(), ids=lambda s: s.name)
+def test_only_low_rank_shares_a_factor(structure):
+    rules.check_share([structure], get_measure("input"), "anchored", 1)
+    if structure.stacks:
+        rules.check_share([structure], get_measure("input"), "none", 3)
+    else:
+        text = refused(rules.check_share, [structure], get_measure("input"), "none", 3)
+        assert f"share=3 with a {structure.name}; allowed: low rank" in text
+
+
+def test_sharing_excludes_cascades_and_biases():
+    for metric, cascade in (("input", "anchored"), ("centered", "none")):
+        text = refused(rules.check_share, LOW_RANK, get_measure(metric), cascade, 2)
+        assert f"cascade={cascade!r} or metric={metric!r}" in text
+
+
+@pytest.mark.parametrize("allocation", allocations().values(), ids=lambda a: a.name)
+@pytest.mark.parametrize("unit", rules.UNITS)
+def test_an_allocation_counts_in_its_own_units(allocation, unit):
+    if unit in allocation.units:
+        rules.check_shared(allocation, None, unit, None)
+    else:
+        text = refused(rules.check_shared, allocation, None, unit, None, error=BudgetError)
+        assert f"unit={unit!r} with allocation={allocation.name!r}; allowed: " in text
+        assert text.endswith(", ".join(allocation.units))
+
+
+@pytest.mark.parametrize("unit", ["param", "flops", None, 3])
+def test_an_unknown_unit_names_the_known(unit):
+    text = refused(rules.check_shared, get_allocation("loss"), None, unit, None, error=BudgetError)
+    assert f"unknown unit {unit!r}" in text
+    assert "params" in text
+
+
+@pytest.mark.parametrize("allocation", allocations().values(), ids=lambda a: a.name)
+def test_only_uniform_works_to_a_tolerance(allocation):
+    if allocation.name == "uniform":
+        rules.check_shared(allocation, 0.1, "params", None)
+    else:
+        text = refused(rules.check_shared, allocation, 0.1, "params", None, error=BudgetError)
+        assert f"tolerance with allocation={allocation.name!r}" in text
+        assert "allocation='uniform'" in text
+
+
+@pytest.mark.parametrize("allocation", allocations().values(), ids=lambda a: a.name)
+def test_blocks_are_counted_only_where_they_act(allocation):
+    if allocation.counts_blocks:
+        rules.check_shared(allocation, None, "params", 3)
+        for value in (0, -1, 1.0, True, "3"):
+            text = refused(rules.check_shared, allocation, None, "params", value)
+            assert f"blocks={value!r}; allowed: a whole number >= 1" in text
+    else:
+        text = refused(rules.check_shared, allocation, None, "params", 3)
+        assert f"blocks=3 has no effect on allocation={allocation.name!r}" in text
+
+
+@pytest.mark.parametrize("structure", formats().values(), ids=lambda s: s.name)
+def test_truncation_shares_out_ranks(structure):
+    for allocation in allocations().values():
+        if allocation.name == "truncation" and structure.name != "low-rank":
+            text = refused(rules.check_shared_formats, allocation, [*LOW_RANK, structure])
+            assert f"allocation='truncation' with a {structure.name}; allowed: low-rank" in text
+        else:
+            rules.check_shared_formats(allocation, [structure])
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, True, "8", None])
+def test_refining_takes_a_number_of_tokens(value):
+    text = refused(rules.check_refine, value)
+    assert f"refine={value!r}; allowed: a number of tokens, 0 for none" in text
+    rules.check_refine(0)
+
+
+RULES = {
+    "metric": {"metric": "covariance", "cascade": "sequential"},
+    "damping": {"metric": "input", "damping": 0.25},
+    "cascade": {"metric": "input", "cascade": "anchored"},
+    "refine": {"refine": 64},
+    "share": {"metric": "input", "share": 2},
+    "keep": {"keep": 0.9},
+    "keep_targets": {"keep_targets": 0.4},
+    "tolerance": {"tolerance": 0.2},
+    "max_macs": {"max_macs": 1.5},
+    "unit": {"unit": "bytes", "allocation": "loss"},
+    "blocks": {"blocks": 3, "allocation": "last"},
+    "allocation": {"allocation": "energy"},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_is_accepted_is_recorded(name):
+    asked = make_request("svd", options={"gauge": False}, **RULES[name])
+    record = asked.record()
+    assert record["gauge"] is False
+    for key, value in RULES[name].items():
+        if key == "metric":
+            assert asked.measure.name == value  # a plan holds it beside the record
+        else:
+            assert record[key] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"damping": 0.1}, "damping= has no effect"),
+        ({"cascade": "anchored"}, "cascade='anchored' with metric='identity'"),
+        ({"share": 0}, "share=0"),
+        ({"refine": -1}, "refine=-1"),
+        ({"unit": "bytes"}, "unit='bytes' with allocation='uniform'"),
+        ({"blocks": 2}, "blocks=2 has no effect on allocation='uniform'"),
+        ({"allocation": "last", "blocks": 0}, "blocks=0"),
+        ({"allocation": "lost"}, "did you mean 'loss'"),
+        ({"allocation": 3}, "unknown allocation 3"),
+        ({"allocation": "loss", "tolerance": 0.1}, "tolerance with allocation='loss'"),
+        ({"keep": 2}, "keep=2; allowed: a fraction in (0, 1]"),
+        ({"max_macs": 0}, "max_macs=0"),
+    ],
+)
+def test_a_request_asks_every_rule(arguments, words):
+    with pytest.raises(OptionError, match=re.escape(words)):
+        make_request("svd", options={}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "arguments", "words"),
+    [
+        ("auto", {"metric": "covariance"}, "with channels"),
+        ("auto", {"cascade": "sequential"}, "with channels"),
+        ("kron", {"share": 2}, "share=2 with a kronecker"),
+        ("kron", {"allocation": "truncation"}, "truncation' with a kronecker"),
+        ("modegpt", {"tolerance": 0.1, "options": {"width": 4}}, "tolerance and width given"),
+        ("basis-sharing", {"cascade": "anchored"}, "share=2 with cascade='anchored'"),
+    ],
+)
+def test_the_choices_of_a_scheme_are_held_to_the_rules(scheme, arguments, words):
+    with pytest.raises(OptionError, match=re.escape(words)):
+        make_request(scheme, **({"options": {}} | arguments))

@@ -1,0 +1,57 @@
+"""Predicted speed follows the machine's prices and the path that a layer takes."""
+
+from __future__ import annotations
+
+import pytest
+
+import tnlm
+from tnlm.errors import ModelError, OptionError
+from tnlm.evaluation import predicted_speed as prediction
+from tnlm.evaluation.predicted_speed import predict_speed
+from tnlm.layers.machine import Machine
+
+BY_BYTES = Machine(0.0, 1e-9, 0.0, (1e-15,) * 4, True)
+BY_WORK = Machine(0.0, 1e-15, 0.0, (1e-9,) * 4, True)
+BY_CALLS = Machine(1.0, 0.0, 0.0, (0.0,) * 4, True)
+
+
+def priced(monkeypatch, prices):
+    monkeypatch.setattr(prediction, "machine", lambda *asked: prices)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_where_only_multiply_adds_count_their_ratio_is_the_speed(kind, compressed, monkeypatch):
+    priced(monkeypatch, BY_WORK)
+    model = compressed(kind, "svd")
+    plan = tnlm.report(model).plan
+    gain = plan.targets_before.macs / plan.targets_after.macs
+    assert predict_speed(model, [1])[1] == pytest.approx(gain)
+
+
+def test_many_small_products_are_slower(compressed, monkeypatch):
+    priced(monkeypatch, BY_CALLS)
+    assert predict_speed(compressed("llama", "svd"), [1])[1] == pytest.approx(1 / 3)  # and order
+
+
+def test_fewer_channels_are_faster_by_what_they_drop(compressed, monkeypatch):
+    priced(monkeypatch, BY_BYTES)
+    model = compressed("llama", "modegpt", keep_targets=0.5)
+    found = predict_speed(model, (1, 64))
+    assert found[1] > 1.5
+    assert found.keys() == {1, 64}
+
+
+def test_a_rebuilt_weight_is_never_slower_than_dense(compressed, monkeypatch):
+    priced(monkeypatch, BY_WORK)
+    model = compressed("llama", "kron", terms=6, max_macs=9.0)
+    slow = predict_speed(model, [4096])[4096]
+    tnlm.keep_rebuilt(model, 2**30)
+    assert slow < predict_speed(model, [4096])[4096]
+    assert predict_speed(model, [4096])[4096] >= 1.0  # some layers gain by their factors
+
+
+def test_what_has_no_prediction_says_so(make_model, compressed):
+    with pytest.raises(ModelError, match="replaced no linear layer"):
+        predict_speed(make_model("llama"))
+    with pytest.raises(OptionError, match=r"tokens=\[0\]"):
+        predict_speed(compressed("llama", "svd"), [0])

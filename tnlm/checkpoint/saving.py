@@ -1,0 +1,72 @@
+"""save: a directory is written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tnlm.checkpoint.exchange import replace_directory
+from tnlm.checkpoint.sums import REPORT_FILE, record_sums
+from tnlm.checkpoint.transformers_plugin import description
+from tnlm.errors import ModelError
+from tnlm.plans.report import Report
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> Path:
+    """Write a compressed model as a Hugging Face directory that fails loudly without tnlm.
+
+    All is written aside first and then moved into place: a failure leaves the old files, and what a
+    killed process leaves is put in order by the next save or load of the directory. It may be a
+    mount point, or a link to a directory. ``model.save_pretrained`` writes the same files, but for
+    the report, and without any of this.
+
+    Args:
+        model: compressed by tnlm.
+        directory: new or empty, unless ``overwrite``.
+        tokenizer: saved along, if given.
+        overwrite: replace what the directory holds.
+        **kwargs: passed to ``save_pretrained``, e.g. ``max_shard_size``.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ModelError: if the model is not compressed, or was quantized by another library since.
+        CheckpointError: if the directory is not empty, cannot be written, or is being written by
+            another process.
+    """
+    if description(model) is None:
+        raise ModelError("the model is not compressed by tnlm; use model.save_pretrained")
+    _check_plain(model)
+    target = Path(directory)
+
+    def write(new: Path) -> None:
+        model.save_pretrained(new, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        report = getattr(model, "tnlm_report", None)
+        if isinstance(report, Report):
+            (new / REPORT_FILE).write_text(report.to_json())
+        record_sums(new)
+
+    replace_directory(target, write, overwrite=overwrite)
+    return target
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Raise `ModelError` if a parameter is more than its numbers, as torchao's quantized ones."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            raise ModelError(
+                f"{name} is held as {type(parameter).__name__}, of which config.json says nothing; "
+                "save the model first, and quantize it after loading"
+            )

@@ -1,0 +1,215 @@
+"""The quantizer plug-in through which transformers loads compressed models.
+
+This is the only file that touches that interface: transformers asks the quantizer to prepare the
+skeleton of the model before the weights are read. What it writes: `tnlm.checkpoint.writing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from tnlm.checkpoint.configs import GUARD as GUARD
+from tnlm.checkpoint.configs import METHOD as METHOD
+from tnlm.checkpoint.configs import clear_guard, own_config
+from tnlm.checkpoint.description import FORMAT_VERSION, READABLE, TnlmConfig
+from tnlm.checkpoint.entries import build, check_entry, dense_module
+from tnlm.checkpoint.naming import has, names_in, owner_of, rename, rename_in, with_wildcards
+from tnlm.checkpoint.parts import PART, around, describe_parts, submodels
+from tnlm.checkpoint.tensors import Arrivals
+from tnlm.checkpoint.vocabulary import install, uninstall
+from tnlm.errors import CheckpointError, ModelError
+from tnlm.layers.arranged import arrange_made
+
+
+@register_quantizer(METHOD)
+class TnlmQuantizer(HfQuantizer):
+    """Builds the factorized modules before weights are read, and turns them back on request."""
+
+    requires_calibration = True  # refuses to compress on the fly: that is tnlm.compress
+    quantization_config: TnlmConfig
+    arrivals: Arrivals | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse files of a layout that is not known."""
+        version = self.quantization_config.format_version
+        if version not in READABLE:
+            readable = " and ".join(map(str, READABLE))
+            raise CheckpointError(
+                f"the checkpoint has format_version {version!r}; this tnlm reads {readable}: "
+                "load it with the tnlm that wrote it, or compress again with this one"
+            )
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Clear the guard; the first hook that sees the config before files are looked for."""
+        clear_guard(config)
+        return config
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Drop what transformers does to names and layouts of dense files; a user's own stays."""
+        if self.quantization_config.format_version == 2:
+            return weight_conversions
+        given = len(weight_conversions) - len(get_model_conversion_mapping(model))
+        return weight_conversions[:given]
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Drop rules for modules that no longer exist; their factors stay whole on every rank."""
+        for name in self.quantization_config.modules:
+            plan.pop(with_wildcards(name), None)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Any = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        place(model, self.quantization_config)
+        self.arrivals = Arrivals(model, self.quantization_config.modules, checkpoint_files)
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Note what is about to be read; the dtype stays transformers' choice."""
+        if self.arrivals is not None:
+            self.arrivals.note(converter, param)
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        if self.arrivals is not None:
+            self.arrivals.check(model)
+            self.arrivals = None
+        arrange_made(model)  # files hold every weight by rows
+        self.quantization_config.format_version = FORMAT_VERSION  # of what is written from now on
+        vars(model).pop("_weight_conversions", None)  # of this file, not of a dense model's
+        describe_parts(model, self.quantization_config)
+        install(model)
+        # .half() and .float() stay allowed.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError(
+                "weights of the model are offloaded, and cannot be put together; load it without "
+                "device_map, or with one that keeps all in memory"
+            )
+        added = [n for n, e in self.quantization_config.modules.items() if e.get("bias_added")]
+        if added:
+            raise ModelError(
+                f"{type(model).__name__} has no place for the bias that was added to {added[0]} "
+                f"and {len(added) - 1} others; a dense copy would not load as what it is. Keep the "
+                "model compressed, or compress with a metric that adds no bias, such as 'input'"
+            )
+        uninstall(model)
+        for name, entry in self.quantization_config.modules.items():
+            if not has(model, name):
+                continue  # a head that this class of model lacks
+            module = model.get_submodule(name)
+            model.set_submodule(name, dense_module(entry, module).train(module.training))
+        for name in ("all_tied_weights_keys", "_tied_weights_keys"):
+            vars(model).pop(name, None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+        return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Forget that the model was compressed, but not what names its dense file had."""
+        conversions = vars(model).get("_weight_conversions")
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        if conversions is not None:
+            model._weight_conversions = conversions
+        for _, part in submodels(model):
+            vars(part).pop(PART, None)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Return True: the factors are ordinary tensors."""
+        return True
+
+    is_trainable = is_qat_trainable = is_compileable = property(lambda self: True)
+
+
+def place(model: PreTrainedModel, config: TnlmConfig) -> None:
+    """Put the modules that a config describes into a model, uninitialised.
+
+    Each is made on the device and in the dtype of the dense weight that it replaces.
+
+    Raises:
+        CheckpointError: if the config does not fit the model.
+    """
+    names = names_in(model, config)
+    found = {name: entry for name, entry in config.modules.items() if names[name] is not None}
+    for name, entry in found.items():
+        check_entry(name, entry, model.get_submodule(names[name] or ""))
+    for name, entry in found.items():
+        old: Any = model.get_submodule(names[name] or "").weight
+        made = build(entry, device=old.device, dtype=old.dtype)
+        model.set_submodule(names[name] or "", made)
+    tied = {
+        rename(names, target): rename(names, source)
+        for target, source in config.tied.items()
+        if _owners(config, target, source) <= found.keys()
+    }
+    _check_ties(model, tied)
+    retie(model, tied)
+    rename_in(config, names)  # so that saving it again writes what it holds
+
+
+def attach(model: PreTrainedModel, config: TnlmConfig) -> None:
+    """Make a compressed model save, load and dequantize through transformers."""
+    own_config(model).quantization_config = config
+    model.hf_quantizer = TnlmQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.quantization_method = METHOD  # type: ignore[assignment]
+    install(model)
+    retie(model, config.tied)
+    describe_parts(model, config)
+
+
+def config_of(model: nn.Module) -> TnlmConfig | None:
+    """Return what is said of a compressed model; None for any other.
+
+    A dense model that was made from the config of a compressed one is none.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer.quantization_config if isinstance(quantizer, TnlmQuantizer) else None
+
+
+def description(model: PreTrainedModel) -> TnlmConfig | None:
+    """Return what `config.json` must say of a model, a part of one, or one around others."""
+    own: TnlmConfig | None = config_of(model) or vars(model).get(PART)
+    if own is not None:
+        return own
+    inner = {name: config_of(part) for name, part in submodels(model)}
+    return around({name: config for name, config in inner.items() if config is not None})
+
+
+def retie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+    """Tell transformers which parameters are shared, now that names have changed.
+
+    Both attributes count: one is used at load, the other when saving drops duplicates.
+    """
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    old = model.all_tied_weights_keys.items()
+    kept = {target: source for target, source in old if {target, source} <= names}
+    model.all_tied_weights_keys = {**kept, **tied}
+    model._tied_weights_keys = dict(model.all_tied_weights_keys)
+
+
+def _owners(config: TnlmConfig, *parameters: str) -> set[str]:
+    """Return the compressed modules that hold parameters."""
+    owners = {owner_of(config.modules, name) for name in parameters}
+    if None in owners:
+        raise CheckpointError(f"config.json ties {' to '.join(parameters)}, of no module it names")
+    return {owner for owner in owners if owner is not None}
+
+
+def _check_ties(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    for target, source in tied.items():
+        if target not in shapes or shapes[target] != shapes.get(source):
+            raise CheckpointError(
+                f"config.json ties {target} to {source}: not two parameters of one shape"
+            )

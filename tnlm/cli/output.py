@@ -1,0 +1,71 @@
+"""What the commands share: where they print, the table of a plan, and lists of numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from tnlm.errors import OptionError
+from tnlm.plans.plan import LayerPlan
+from tnlm.plans.tables import HEADINGS, row
+from tnlm.utils.names import beginning, unprefixed
+
+T = TypeVar("T", int, float)
+
+console = Console()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def printable(value: object) -> str:
+    r"""Return a value as text that every terminal can print.
+
+    Example:
+        >>> printable("a\x1b[2J\ud800")
+        'a?[2J?'
+    """
+    return "".join(sign if sign.isprintable() else "?" for sign in str(value))
+
+
+def numbers(name: str, text: str | None, kind: type[T] = int) -> list[T] | None:
+    """Return the numbers of an option such as ``48,32``.
+
+    Args:
+        name: the option.
+        text: what the user wrote; None if nothing.
+        kind: whether whole numbers are wanted, or any.
+
+    Raises:
+        OptionError: if they are no such numbers.
+
+    Example:
+        >>> numbers("ranks", "8,16")
+        [8, 16]
+    """
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        allowed = "whole numbers, as in 48,32" if kind is int else "numbers, as in 0.25,0.5"
+        raise OptionError(f"--{name} {text!r}; allowed: {allowed}") from error
+
+
+def layers_table(layers: Sequence[LayerPlan]) -> Table:
+    """Return the table of a plan; what all names begin with stands above it."""
+    long = ("target", "spec")
+    columns = [Column(name, no_wrap=name not in long, overflow="fold") for name in HEADINGS]
+    found = [layer.name for layer in layers]
+    names, title = unprefixed(found), f"matrices of {beginning(found).strip('.') or 'the model'}"
+    table = Table(*columns, title=title, box=None, padding=(0, 1, 0, 0))
+    for layer in layers:
+        table.add_row(names[layer.name], *row(layer)[1:])
+    return table

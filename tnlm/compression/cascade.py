@@ -1,0 +1,224 @@
+"""The cascade: every matrix is fitted to the inputs that it will really get.
+
+Two streams of hidden states run through the blocks, one dense, which only *anchored* needs, and one
+compressed. Inside a block the matrices are fitted in the order in which they run; before each group
+that shares an input, the moments of that input are gathered again, with everything before it
+compressed already.
+
+With x the dense input and x~ the compressed one, *sequential* fits W to x~, and *anchored* fits the
+output that the dense model had: ``min ||W x - W' x~||``. Its optimum under any format is the fit of
+``W* = W K C~^-1`` under the metric C~, where C~ = E[x~ x~.T] and K = E[x x~.T].
+
+Source: anchored, AA-SVD (arXiv 2604.02119) and, the same, QEP; sequential, LLM-ROM (2312.07046).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from tnlm.calibration.data import Batch, count_tokens
+from tnlm.calibration.walk import (
+    Blocks,
+    Call,
+    call_block,
+    check_walk,
+    eval_mode,
+    find_blocks,
+    first_states,
+)
+from tnlm.compression.moments import Moments, Moved, Sums
+from tnlm.errors import CalibrationError
+from tnlm.targets.base import Target
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit gave: the dense ``(out, in)`` weight that its factors stand for, and the bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+Fit = Callable[[Target, Moved | None], Fitted | None]
+"""Fits a target, to its dense statistics if it is not moved; None leaves it as it is."""
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+States = list[Tensor]
+"""Hidden states between two blocks, one a batch."""
+
+
+def cascade(
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    batches: Sequence[Batch],
+    mode: str,
+    fit: Fit,
+    *,
+    centered: bool = False,
+    wanted: Callable[[Target], bool] = lambda _: True,
+    progress: bool = True,
+) -> None:
+    """Fit all targets that stand in blocks, block by block; the model itself is not changed.
+
+    Args:
+        model: its blocks must form one stack that can be walked.
+        targets: matrices, in the model's order.
+        batches: calibration data of one length, without padding.
+        mode: ``"sequential"`` or ``"anchored"``.
+        fit: called once a target, in the order in which they run.
+        centered: anchor about the means, which a bias takes care of.
+        wanted: tells which of the targets are fitted; the others stay dense.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: if the blocks cannot be walked, or a block's two inputs do not pair.
+    """
+    modules = list(dict.fromkeys(target.module for target in targets))
+    tokens = count_tokens(batches)
+    with eval_mode(model), torch.no_grad():
+        blocks, calls = open_walk(model, modules, batches)
+        compressed = first_states(model, blocks, batches)
+        dense = list(compressed) if mode == "anchored" else None
+        bar = tqdm(blocks, desc="cascade", unit="block", disable=not progress)
+        for (name, block), call in zip(bar, calls, strict=True):
+            pair = _Pair(name, block, copy.deepcopy(block), call)
+            inside = [t for t in filter(wanted, targets) if t.module.startswith(name + ".")]
+            groups = list(pair.groups(inside, compressed[0]))
+            for target in inside:
+                if not any(target in group for group in groups):
+                    pair.put(target, fit(target, None))
+            for group in groups:
+                moments = pair.moments(group[0].module, compressed, dense, tokens)
+                for target in group:
+                    pair.put(target, fit(target, moments.move(pair.weight(target), centered)))
+            pair.advance(compressed, dense)
+
+
+def open_walk(
+    model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch]
+) -> tuple[Blocks, list[Call]]:
+    """Return the blocks of a model, and each one's further arguments.
+
+    Raises:
+        CalibrationError: if the blocks cannot be walked.
+    """
+    blocks = find_blocks(model, modules)
+    calls = check_walk(model, blocks, batches) if blocks else None
+    if calls is None:
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be walked block by block on this data, which a cascade "
+            "needs: one stack of blocks, and sequences of one length without padding; use "
+            "cascade='none'"
+        )
+    return blocks, calls
+
+
+class _Pair:
+    """One block and its clone, which is compressed step by step."""
+
+    def __init__(self, name: str, block: nn.Module, clone: nn.Module, call: Call) -> None:
+        self._name, self._block, self._clone, self._call = name, block, clone, call
+
+    def _local(self, module: str) -> str:
+        return module.removeprefix(self._name + ".")
+
+    def weight(self, target: Target) -> Tensor:
+        return target.view(self._block.get_submodule(self._local(target.module)))
+
+    def put(self, target: Target, fitted: Fitted | None) -> None:
+        """Write a fit into the clone."""
+        if fitted is None:
+            return
+        module: Any = self._clone.get_submodule(self._local(target.module))
+        target.view(module).copy_(fitted.weight)
+        if fitted.bias is None:
+            return
+        if module.bias is None:
+            module.bias = nn.Parameter(fitted.bias.clone(), requires_grad=False)
+        else:
+            rows = target.shape[0]
+            module.bias[target.part * rows : (target.part + 1) * rows].copy_(fitted.bias)
+
+    def groups(self, targets: Sequence[Target], state: Tensor) -> Iterator[list[Target]]:
+        """Yield the targets that share an input, in the order in which they run.
+
+        Experts, which see some tokens only, would not pair and are left out.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str) -> Hook:
+            return lambda _, args: seen.__setitem__(name, args[0])
+
+        with _hooks(self._block, [self._local(t.module) for t in targets], note):
+            call_block(self._block, state, self._call)
+        order = list(seen)
+        whole = {n for n, x in seen.items() if x.shape[:-1].numel() == state.shape[:-1].numel()}
+        paired = [target for target in targets if self._local(target.module) in whole]
+        paired.sort(key=lambda target: order.index(self._local(target.module)))
+        for _, group in groupby(paired, key=lambda target: id(seen[self._local(target.module)])):
+            yield list(group)
+
+    def moments(
+        self, module: str, compressed: States, dense: States | None, tokens: int
+    ) -> Moments:
+        """Gather the moments of a module's input; without the dense stream, of one input alone."""
+        local, sums = self._local(module), Sums()
+        for index, state in enumerate(compressed):
+            seen = [_input_of(self._clone, local, state, self._call)]
+            if dense is not None:
+                seen.append(_input_of(self._block, local, dense[index], self._call))
+            inputs = [x for x in seen if x is not None]
+            if len(inputs) < len(seen) or inputs[0].shape != inputs[-1].shape:
+                raise CalibrationError(
+                    f"{module} sees other tokens in the compressed model than in the dense one, "
+                    "so that its inputs do not pair; ignore it, or use cascade='none'"
+                )
+            sums.add(*inputs)
+        return sums.means(tokens)
+
+    def advance(self, compressed: States, dense: States | None) -> None:
+        """Run the streams through the block."""
+        for states, module in ((dense or [], self._block), (compressed, self._clone)):
+            for index, state in enumerate(states):
+                states[index] = call_block(module, state, self._call)
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a block's run once a module's input is known."""
+
+
+def _input_of(block: nn.Module, module: str, state: Tensor, call: Call) -> Tensor | None:
+    """Return a module's input; None if it is not reached, as an expert that gets no token."""
+    found: list[Tensor] = []
+
+    def stop(_: str) -> Hook:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0])
+            raise _Reached
+
+        return hook
+
+    with _hooks(block, [module], stop), contextlib.suppress(_Reached):
+        call_block(block, state, call)
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def _hooks(block: nn.Module, modules: Sequence[str], make: Callable[[str], Hook]) -> Iterator[None]:
+    names = list(dict.fromkeys(modules))
+    handles = [block.get_submodule(n).register_forward_pre_hook(make(n)) for n in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

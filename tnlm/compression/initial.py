@@ -1,0 +1,126 @@
+"""Initial weights of a model whose chosen matrices are factorized before they ever existed."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tnlm.checkpoint.description import TnlmConfig
+from tnlm.errors import ModelError
+from tnlm.targets.base import Target
+from tnlm.tensors.gauge import fix
+from tnlm.tensors.gaussian import gaussian
+from tnlm.tensors.network import Factors, Network
+
+SAMPLE = 2**20
+"""About how many numbers of an embedding are drawn to learn how it is initialised."""
+
+
+def initialize(
+    model: PreTrainedModel,
+    replaced: Sequence[Target],
+    described: TnlmConfig,
+    device: torch.device,
+    seed: int,
+) -> dict[str, float]:
+    """Let the architecture initialise all that stays, and one module of each kind that goes.
+
+    Args:
+        model: dense, on the meta device.
+        replaced: targets of the modules that go.
+        described: says which modules those are.
+        device: where the tensors are made.
+        seed: draws the weights.
+
+    Returns:
+        The standard deviation that it gives each module that goes, by name.
+    """
+    for name, module in model.named_modules():
+        vars(module).pop("_is_hf_initialized", None)  # set while there was no data
+        if name not in described.modules:
+            module.to_empty(device=device, recurse=False)
+    kinds = {target.module: re.sub(r"\d+", "#", target.module) for target in replaced}
+    firsts = {kind: name for name, kind in reversed(kinds.items())}
+    dense = {name: model.get_submodule(name) for name in firsts.values()}
+    for name, module in dense.items():
+        model.set_submodule(name, _stand_in(module).to_empty(device=device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.initialize_weights()
+    stds = {}
+    for kind, name in firsts.items():
+        drawn: Any = model.get_submodule(name).weight
+        stds[kind] = 0.0 if drawn.is_meta else float(drawn.detach().double().std())
+        model.set_submodule(name, dense[name])
+    return {name: stds[kind] for name, kind in kinds.items()}
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """Return a module of the same kind without data; of an embedding, some rows do."""
+    if not isinstance(module, nn.Embedding):
+        return copy.deepcopy(module)
+    rows = min(module.num_embeddings, -(-SAMPLE // module.embedding_dim))
+    return nn.Embedding(rows, module.embedding_dim, device="meta", dtype=module.weight.dtype)
+
+
+def allocate(model: PreTrainedModel, described: TnlmConfig, device: torch.device) -> None:
+    """Make the tensors of the factorized modules, and share those that are tied."""
+    for name in described.modules:
+        model.get_submodule(name).to_empty(device=device)
+    # Not model.tie_weights(), which asks a head with a bias for its weight: it would be rebuilt.
+    for name, source in model.all_tied_weights_keys.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, model.get_parameter_or_buffer(source))
+
+
+@torch.no_grad()
+def draw(
+    model: PreTrainedModel,
+    replaced: Sequence[Target],
+    described: TnlmConfig,
+    stds: Mapping[str, float],
+    seed: int,
+) -> None:
+    """Draw the factors, and set biases to 0.
+
+    Args:
+        model: with the factorized modules in their places.
+        replaced: targets of the modules that were replaced.
+        described: says which modules those are, tied heads included.
+        stds: the standard deviation of each target's matrix, by module.
+        seed: draws the weights.
+
+    Raises:
+        ModelError: for a matrix that the architecture starts as zeros.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for target in replaced:
+        name = f"{target.module}.{target.parts[target.part]}" if target.parts else target.module
+        module: Any = model.get_submodule(name)
+        std = stds[target.module]
+        if std == 0.0:
+            raise ModelError(
+                f"{target.name} starts as zeros in this architecture, from which factors cannot "
+                "learn; name it in ignore="
+            )
+        factors = gaussian(module.network, std, generator)
+        if getattr(module, "padding_idx", None) is not None:
+            _clear(module.network, factors, module.padding_idx)
+        module.store(fix(module.network, factors))
+    for name in described.modules:
+        for key, parameter in model.get_submodule(name).named_parameters():
+            if key.rpartition(".")[2] == "bias":
+                parameter.zero_()
+
+
+def _clear(network: Network, factors: Factors, row: int) -> None:
+    """Set a row of a table to 0, as that of the padding is in a dense one."""
+    for name, modes in network.factors.items():
+        if modes.startswith(network.out):
+            factors[name][row] = 0.0

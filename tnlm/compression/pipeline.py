@@ -1,0 +1,271 @@
+"""The steps behind `tnlm.compress`: prepare, decide, fit, swap."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from tnlm.allocation.base import Limits, Problem
+from tnlm.allocation.pricing import dense_cost, model_cost
+from tnlm.allocation.uniform import reprice
+from tnlm.checkpoint.description import TnlmConfig
+from tnlm.checkpoint.transformers_plugin import attach
+from tnlm.compression.cascade import cascade
+from tnlm.compression.fitting import Fitting, by_module
+from tnlm.compression.install import install, replace_norm
+from tnlm.compression.job import Data, Job, prepare
+from tnlm.compression.refine import refine
+from tnlm.compression.request import make_request
+from tnlm.errors import BudgetError, TargetError
+from tnlm.layers.swap import Shelf, Swap
+from tnlm.plans.plan import Plan, total
+from tnlm.plans.report import Report, with_errors
+from tnlm.recovery.recover import MIXED, recover
+from tnlm.targets.base import members_of
+from tnlm.targets.stacks import tie
+from tnlm.utils.memory import release, unmap
+from tnlm.utils.undo import attempt
+
+logger = logging.getLogger("tnlm")
+
+
+def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -> Plan:
+    """Choose the spec of every target."""
+    start = time.perf_counter()
+    request, chosen = job.request, job.units
+    cost = model_cost(model)
+    part = total(dense_cost(t, t.weight(model).element_size()) for t in chosen)
+    limits = request.limits(cost, part)
+    problem = Problem(
+        job.weights_of(model),
+        chosen,
+        request.structures,
+        job.metric,
+        job.importance,
+        limits,
+        joint=job.joint,
+        adds_bias=request.measure.adds_bias,
+        predict=predict,
+        progress=progress,
+    )
+    decided = Plan(
+        request.scheme.name,
+        request.measure.name,
+        {**job.chosen, **request.record()},
+        tuple(request.allocation.allocate(problem)),
+        cost,
+        job.selection.skipped,
+    )
+    _check_worth(decided, limits)
+    job.seconds["plan"] = time.perf_counter() - start
+    return decided
+
+
+def _check_worth(decided: Plan, limits: Limits) -> None:
+    dense = [layer for layer in decided.layers if layer.format is None]
+    if len(dense) == len(decided.layers):
+        raise BudgetError(f"no matrix would shrink; {dense[0].name}: {dense[0].note}")
+    achieved = limits.price(decided.targets_after) / limits.price(decided.targets_before)
+    if dense and achieved > limits.keep * (1 + 1e-9):
+        logger.warning(
+            "asked to keep %.3f of the targets' %s, achieved %.3f: "
+            "%d of %d matrices stay dense (%s: %s)",
+            limits.keep,
+            limits.unit,
+            achieved,
+            len(dense),
+            len(decided.layers),
+            dense[0].name,
+            dense[0].note,
+        )
+    sized = set(decided.request) & {"terms", "rank", "ranks", "tolerance"}
+    if achieved < limits.keep / 2 and not sized:
+        logger.warning(
+            "asked to keep %.3f of the targets' %s, achieved %.3f: larger factors would need more "
+            "than max_macs=%s times the dense multiply-adds; raise max_macs= to allow them",
+            limits.keep,
+            limits.unit,
+            achieved,
+            decided.request.get("max_macs", "inf"),
+        )
+
+
+def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) -> tuple[Plan, Job]:
+    """Match a plan made earlier, and maybe changed by hand, with a model, and price it again.
+
+    Raises:
+        TargetError: if the model lacks a matrix of the plan, or has it in another shape.
+        OptionError: if a matrix cannot have the format or spec that the plan gives it.
+    """
+    request = make_request(
+        decided.scheme,
+        metric=decided.metric,
+        allocation="uniform",  # decided already: no gradients are needed for it
+        cascade=decided.request.get("cascade"),
+        damping=decided.request.get("damping"),
+        refine=decided.request.get("refine", 0),
+        share=decided.request.get("share", 1),
+        recover=decided.request.get("recover", "none"),
+        recover_tokens=decided.request.get("recover_tokens"),
+        options={},
+    )
+    wanted = {layer.name: layer.shape for layer in decided.layers}
+    names = [name for joined in wanted for name in joined.split("+")]
+    job = prepare(model, request, names, None, data, progress)
+    found = {target.name: target for target in (*job.units, *job.joint)}
+    for name, shape in wanted.items():
+        if name not in found or found[name].shape != shape:
+            has = found[name].shape if name in found else "no such matrix"
+            why = "".join(f": {job.selection.skipped.get(part, '')}" for part in name.split("+"))
+            raise TargetError(
+                f"the plan has {name} of {shape}; the model has {has}{why.rstrip(': ')}"
+            )
+    chosen = [found[name] for name in wanted]
+    covered = {member.name: member.module for unit in chosen for member in members_of(unit)}
+    modules = set(covered.values())
+    job.selection.targets = [t for t in job.selection.targets if t.module in modules]
+    for target in job.selection.targets:
+        if target.name not in covered:
+            raise TargetError(
+                f"the plan lacks {target.name}, a part of {target.module}, which is replaced as a "
+                "whole; list it, with format null to leave it dense"
+            )
+    job.seconds["plan"] = 0.0
+    layers = {layer.name: layer for layer in decided.layers}
+    read = job.weights_of(model)
+    priced = tuple(reprice(t, t.weight(read), layers[t.name]) for t in chosen)
+    return replace(decided, layers=priced, model=model_cost(model)), job
+
+
+def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -> PreTrainedModel:
+    """Fit every matrix, then swap them all in; any failure leaves or restores the model."""
+    start = time.perf_counter()
+    config = TnlmConfig(scheme=decided.scheme, options=decided.request)
+    teacher = copy.deepcopy(model) if job.request.recover == "distill" else None
+    read = job.weights_of(model)
+    shelf = Shelf()
+    fitting = Fitting(read, job, decided, shelf)
+    _fit_all(read, job, fitting, progress)
+    if job.request.refine:
+        _refine_all(read, job, fitting, progress)
+    job.forget()
+    dense = _dense_weights(read, job, fitting)
+    swap = Swap(model)
+
+    def finish() -> PreTrainedModel:
+        _swap_in(model, job, fitting, swap, shelf, config)
+        if job.request.recover != "none":
+            _recover(model, job, teacher, dense, progress)
+        spent = time.perf_counter() - start
+        job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
+        report = _report(job, with_errors(decided, fitting.errors))
+        model.tnlm_report = report  # type: ignore[assignment]
+        return model
+
+    return attempt(finish, swap.undo)
+
+
+def _swap_in(
+    model: PreTrainedModel, job: Job, fitting: Fitting, swap: Swap, shelf: Shelf, config: TnlmConfig
+) -> None:
+    """Put all that was fitted into the model."""
+    entries = fitting.entries
+    for target in job.selection.targets:
+        if target.name in entries:
+            swap.spill(target.module)
+    unmap(model)
+    release()
+    for group in by_module(job.selection.targets):
+        if group[0].name in entries:
+            modules, tied = install(model, swap, group, entries, shelf)
+            config.modules.update(modules)
+            config.tied.update(tied)
+    for name, norm in fitting.norms.items():
+        replace_norm(model, swap, name, norm)
+    tie(model, fitting.ties)
+    config.tied.update(fitting.ties)
+    attach(model, config)
+
+
+def _report(job: Job, done: Plan) -> Report:
+    tokens = job.inputs.tokens if job.inputs else 0
+    return Report(done, dict(job.seconds), tokens, data=job.drawn, fingerprint=job.fingerprint)
+
+
+def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[str, Tensor]:
+    """Return the weights that factorized layers stand for, if the layers are trained with them."""
+    if job.request.recover not in MIXED:
+        return {}
+    weights = {
+        target.name: target.weight(read)
+        for target in job.selection.targets
+        if target.kind == "linear" and "format" in fitting.entries.get(target.name, {})
+    }
+    if job.source is not None:
+        return weights
+    return {name: weight.clone() for name, weight in weights.items()}  # the model's own go
+
+
+def _recover(
+    model: PreTrainedModel,
+    job: Job,
+    teacher: PreTrainedModel | None,
+    dense: Mapping[str, Tensor],
+    progress: bool,
+) -> None:
+    start = time.perf_counter()
+    recover(
+        model,
+        job.request.recover,
+        job.lessons,
+        tokens=job.request.recover_tokens,
+        teacher=teacher,
+        dense=dense,
+        preset=job.request.scheme.distillation,
+        tokenizer=job.tokenizer,
+        seed=job.seed,
+        progress=progress,
+    )
+    job.seconds["recover"] = time.perf_counter() - start
+
+
+def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool) -> None:
+    if job.request.cascade != "none":
+        cascade(
+            model,
+            job.selection.targets,
+            job.batches,
+            job.request.cascade,
+            fitting.fit,
+            centered=job.request.measure.adds_bias,
+            wanted=fitting.shrinks,
+            progress=progress,
+        )
+    for unit in tqdm(fitting.units, desc="fitting", unit="matrix", disable=not progress):
+        if members_of(unit)[0].name not in fitting.entries:
+            fitting.fit(unit)
+            release()
+
+
+def _refine_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool) -> None:
+    start = time.perf_counter()
+    modules = {target.module for target in job.selection.targets if target.name in fitting.entries}
+    refine(
+        model,
+        sorted(modules),
+        job.batches,
+        job.request.refine,
+        fitting.take,
+        fitting.keep,
+        weigh=job.effect_root,
+        seed=job.seed,
+        progress=progress,
+    )
+    job.seconds["refine"] = time.perf_counter() - start

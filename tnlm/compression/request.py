@@ -1,0 +1,247 @@
+"""What the user asks for, checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tnlm.allocation import get_allocation
+from tnlm.allocation.base import Allocation, Limits
+from tnlm.compression.rules import (
+    check_budgets,
+    check_cascade,
+    check_channels,
+    check_damping,
+    check_fitting,
+    check_measure,
+    check_options,
+    check_recover,
+    check_refine,
+    check_share,
+    check_shared,
+    check_shared_formats,
+    check_speed,
+)
+from tnlm.decompositions import get_format
+from tnlm.decompositions.base import Format
+from tnlm.errors import BudgetError
+from tnlm.metrics.named import FISHER, GRADIENTS, INPUTS, MOVEMENT, Measure, get_measure
+from tnlm.schemes import get_scheme
+from tnlm.schemes.base import Scheme
+from tnlm.tensors.network import Cost
+
+SIZES = ("rank", "ranks", "terms", "width")
+RECOVER_TOKENS = 200_000
+"""Tokens that a recovery trains on, unless asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A scheme with its options and at most one budget.
+
+    Attributes:
+        scheme: the named scheme.
+        structures: its formats.
+        measure: how errors are measured.
+        allocation: how the budget is shared out.
+        cascade: what a fit knows of earlier ones.
+        damping: share of a second moment that is replaced by its mean diagonal.
+        refine: tokens on which every block is tuned after fitting; 0 for none.
+        share: consecutive blocks whose matrices share their input factor; 1 for none.
+        recover: how the whole model is trained afterwards; ``"none"`` for not at all.
+        recover_tokens: tokens that it is trained on, and that a metric is which prunes.
+        options: the format's options, defaults of the scheme included.
+        keep: fraction of the whole model's parameters, or None.
+        keep_targets: fraction of the targets' parameters, or None.
+        tolerance: relative error allowed, or None.
+        max_macs: multiply-adds per token, as a multiple of dense.
+        unit: what the budget counts.
+        blocks: how many of the last blocks are cut, for an allocation that asks.
+    """
+
+    scheme: Scheme
+    structures: tuple[Format[Any], ...]
+    measure: Measure
+    allocation: Allocation
+    cascade: str
+    damping: float
+    refine: int
+    share: int
+    recover: str
+    recover_tokens: int
+    options: Mapping[str, Any]
+    keep: float | None
+    keep_targets: float | None
+    tolerance: float | None
+    max_macs: float
+    unit: str
+    blocks: int | None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The kinds of statistics that the metric and the allocation need."""
+        needed = self.measure.needs
+        if self.allocation.weighs_loss and not needed & {GRADIENTS, FISHER}:
+            needed = needed | {INPUTS, GRADIENTS}
+        return needed
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained on ``recover_tokens`` tokens."""
+        return self.recover != "none" or MOVEMENT in self.measure.needs
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether data is needed."""
+        return self.measures or self.trains
+
+    @property
+    def measures(self) -> bool:
+        """Whether calibration data is needed for more than training."""
+        return bool(self.needs - {MOVEMENT}) or self.cascade != "none" or self.refine > 0
+
+    def limits(self, model: Cost, targets: Cost) -> Limits:
+        """Return what the matrices may cost.
+
+        Args:
+            model: cost of the whole model.
+            targets: cost of the targets.
+
+        Raises:
+            BudgetError: if ``keep`` is less than what lies outside the targets.
+        """
+        keep = 1.0 if self.tolerance is not None else self.keep_targets
+        if self.keep is not None:
+            whole, part = getattr(model, self.unit), getattr(targets, self.unit)
+            rest = whole - part
+            if part == 0:
+                raise BudgetError(
+                    f"keep={self.keep:g} counts {_words(self.unit)}, and the targets have none; "
+                    "add targets, or use another unit"
+                )
+            keep = (self.keep * whole - rest) / part
+            if keep <= 0:
+                least = min(math.floor(1000 * rest / whole + 1) / 1000, 1.0)
+                raise BudgetError(
+                    f"keep={self.keep:g} of {whole:,} {_words(self.unit)}, but {rest:,} lie "
+                    f"outside the targets; the smallest possible is keep={least:.3f}, "
+                    "or add targets"
+                )
+        if keep is None:
+            keep = 1.0 if self._size_is_given() else self.scheme.keep_targets
+        return Limits(keep, self.tolerance, self.max_macs, self.options, self.unit, self.blocks)
+
+    def _size_is_given(self) -> bool:
+        """Whether the options alone fix how large the factors are."""
+        return all(_is_sized(structure, self.options) for structure in self.structures)
+
+    def record(self) -> dict[str, Any]:
+        """Return what was asked, as plain values."""
+        values = {
+            "keep": self.keep,
+            "keep_targets": self.keep_targets,
+            "tolerance": self.tolerance,
+            "max_macs": self.max_macs if math.isfinite(self.max_macs) else None,
+            "allocation": self.allocation.name,
+            "cascade": self.cascade,
+            "damping": self.damping if self.measure.needs else None,
+            "refine": self.refine or None,
+            "share": self.share if self.share > 1 else None,
+            "recover": self.recover if self.recover != "none" else None,
+            "recover_tokens": self.recover_tokens if self.trains else None,
+            "unit": self.unit,
+            "blocks": self.blocks,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def make_request(
+    scheme: str,
+    *,
+    metric: str | None = None,
+    allocation: str | None = None,
+    cascade: str | None = None,
+    damping: float | None = None,
+    refine: int = 0,
+    share: int | None = None,
+    recover: str | None = None,
+    recover_tokens: int | None = None,
+    keep: float | None = None,
+    keep_targets: float | None = None,
+    tolerance: float | None = None,
+    max_macs: float = 1.0,
+    unit: str = "params",
+    blocks: int | None = None,
+    options: Mapping[str, Any],
+    keywords: Iterable[str] = (),
+) -> Request:
+    """Check a request and return it.
+
+    A misspelt option may mean one of ``keywords``, which the caller takes besides.
+
+    Raises:
+        OptionError: for an unknown scheme, metric, allocation, cascade or option, or an ill-typed
+            value, or choices that do not go together.
+        BudgetError: for a budget out of range, or more than one.
+
+    Example:
+        >>> make_request("kron", options={"terms": 4}).structures[0].name
+        'kronecker'
+    """
+    named = get_scheme(scheme)
+    structures = tuple(get_format(name) for name in named.formats)
+    measure = get_measure(named.metric if metric is None else metric)
+    check_measure(scheme, structures, measure)
+    shared = get_allocation(named.allocation if allocation is None else allocation)
+    chain = named.cascade if cascade is None else cascade
+    given = {key: value for key, value in options.items() if value is not None}
+    check_options(scheme, structures, given, keywords)
+    check_fitting(structures, measure, given)
+    budgets = {"keep": keep, "keep_targets": keep_targets, "tolerance": tolerance}
+    check_budgets({name: value for name, value in budgets.items() if value is not None})
+    sizes = [name for name in SIZES if name in given]
+    if tolerance is not None and sizes:
+        raise BudgetError(f"tolerance and {sizes[0]} given; a tolerance chooses {sizes[0]} itself")
+    check_speed(max_macs)
+    check_damping(measure, damping)
+    check_cascade(measure, chain)
+    check_channels(structures, measure, chain)
+    shared_blocks = named.share if share is None else share
+    check_share(structures, measure, chain, shared_blocks)
+    check_refine(refine)
+    after = named.recover if recover is None else recover
+    check_recover(measure, after, recover_tokens)
+    check_shared(shared, tolerance, unit, blocks)
+    check_shared_formats(shared, structures)
+    return Request(
+        named,
+        structures,
+        measure,
+        shared,
+        chain,
+        measure.damping if damping is None else damping,
+        refine,
+        shared_blocks,
+        after,
+        RECOVER_TOKENS if recover_tokens is None else recover_tokens,
+        {**named.defaults, **given},
+        keep,
+        keep_targets,
+        tolerance,
+        float(max_macs),
+        unit,
+        blocks,
+    )
+
+
+def _is_sized(structure: Format[Any], options: Mapping[str, Any]) -> bool:
+    fields = {item.name for item in dataclasses.fields(structure.spec)}
+    sizes = fields & {"rank", "ranks", "width"} or fields & {"terms", "out_split", "in_split"}
+    return sizes <= options.keys()
+
+
+def _words(unit: str) -> str:
+    return {"params": "parameters", "macs": "multiply-adds"}.get(unit, unit)

@@ -1,0 +1,203 @@
+"""Which choices exist, and which go together; every rule names what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tnlm.allocation.base import Allocation
+from tnlm.decompositions.base import Format, from_dict
+from tnlm.errors import BudgetError, OptionError, did_you_mean
+from tnlm.metrics.named import INPUTS, MEASURES, MOVEMENT, Measure
+
+BUDGETS = ("keep", "keep_targets", "tolerance")
+UNITS = ("params", "bytes", "macs")
+CASCADES = ("none", "sequential", "anchored")
+RECOVERIES = ("none", "lora", "distill", "finetune", "mixed-rank", "mixed-rank-frozen")
+
+
+def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
+    """Raise `OptionError` unless every format can be fitted under the metric.
+
+    A format for tables only is left out beside others: data passes embeddings over.
+    """
+    kind = "elementwise" if measure.is_elementwise else "separable"
+    fitted = [structure for structure in structures if structure.kinds != {"embedding"}]
+    for structure in fitted or structures:
+        if measure.needs and kind not in structure.metrics:
+            raise OptionError(
+                f"metric={measure.name!r} with scheme {scheme!r}: a {structure.name} can be fitted "
+                f"under {_allowed(structure)} only"
+            )
+
+
+def _allowed(structure: Format[Any]) -> str:
+    kinds = {m.name for m in MEASURES.values() if not m.needs}
+    for measure in MEASURES.values():
+        kind = "elementwise" if measure.is_elementwise else "separable"
+        if kind in structure.metrics:
+            kinds.add(measure.name)
+    return ", ".join(sorted(kinds))
+
+
+def check_options(
+    scheme: str,
+    structures: Sequence[Format[Any]],
+    given: Mapping[str, Any],
+    keywords: Iterable[str] = (),
+) -> None:
+    """Raise `OptionError` unless every option belongs to a format, with a legal value."""
+    known: set[str] = set()
+    for structure in structures:
+        fields = {item.name: _placeholder(item) for item in dataclasses.fields(structure.spec)}
+        known |= fields.keys()
+        from_dict(structure.spec, fields | {k: v for k, v in given.items() if k in fields})
+    for name in given:
+        if name not in known:
+            raise OptionError(
+                f"unknown option {name!r} for scheme {scheme!r}"
+                f"{did_you_mean(name, known, keywords)}"
+            )
+
+
+def check_fitting(
+    structures: Sequence[Format[Any]], measure: Measure, given: Mapping[str, Any]
+) -> None:
+    """Raise `OptionError` if options are given that only weights of single entries ask for."""
+    fields = [item for structure in structures for item in dataclasses.fields(structure.spec)]
+    for name in (item.name for item in fields if "fitting" in item.metadata):
+        if name in given and not measure.is_elementwise:
+            allowed = ", ".join(m.name for m in MEASURES.values() if m.is_elementwise)
+            raise OptionError(
+                f"{name}={given[name]!r} has no effect on metric={measure.name!r}, which has a "
+                f"closed form; allowed with metric={allowed!r}"
+            )
+
+
+def _placeholder(item: dataclasses.Field[Any]) -> Any:
+    """A legal value for a field that the user left open, so that the given ones are checked."""
+    if item.default is not dataclasses.MISSING:
+        return item.default
+    return (1,) if "tuple" in str(item.type) else 1
+
+
+def check_damping(measure: Measure, damping: float | None) -> None:
+    """Raise `OptionError` unless damping is a fraction, and there is a moment to damp."""
+    if damping is None:
+        return
+    if not measure.needs:
+        raise OptionError("damping= has no effect on metric='identity'; leave it out")
+    if not is_number(damping) or not 0 <= damping < 1:
+        raise OptionError(f"damping={damping!r}; allowed: a fraction in [0, 1)")
+
+
+def check_cascade(measure: Measure, cascade: str) -> None:
+    """Raise `OptionError` unless the cascade is known, and the metric looks at inputs."""
+    if cascade not in CASCADES:
+        raise OptionError(f"unknown cascade {cascade!r}{did_you_mean(str(cascade), CASCADES)}")
+    if cascade != "none" and INPUTS not in measure.needs:
+        raise OptionError(
+            f"cascade={cascade!r} with metric={measure.name!r}, which does not look at inputs; "
+            "allowed: a metric that does, such as 'input' or 'two-sided'"
+        )
+
+
+def check_channels(structures: Sequence[Format[Any]], measure: Measure, cascade: str) -> None:
+    """Raise `OptionError` if channels are asked for with what cannot choose them."""
+    if not any("channels" in structure.kinds for structure in structures):
+        return
+    if measure.name not in ("input", "two-sided") or cascade != "none":
+        raise OptionError(
+            f"metric={measure.name!r} and cascade={cascade!r} with channels, which are chosen "
+            "together; allowed: metric='input' or 'two-sided', and cascade='none'"
+        )
+
+
+def check_share(
+    structures: Sequence[Format[Any]], measure: Measure, cascade: str, share: int
+) -> None:
+    """Raise `OptionError` unless the formats and the metric let blocks share a factor."""
+    if not isinstance(share, int) or isinstance(share, bool) or share < 1:
+        raise OptionError(f"share={share!r}; allowed: a number of blocks, 1 for none")
+    if share == 1:
+        return
+    wrong = [structure.name for structure in structures if not structure.stacks]
+    if wrong or cascade != "none" or measure.adds_bias:
+        what = f"a {wrong[0]}" if wrong else f"cascade={cascade!r} or metric={measure.name!r}"
+        raise OptionError(
+            f"share={share} with {what}; allowed: low rank, cascade='none', and a metric that "
+            "adds no bias"
+        )
+
+
+def check_shared_formats(allocation: Allocation, structures: Sequence[Format[Any]]) -> None:
+    """Raise `OptionError` unless the allocation can share a budget between the formats."""
+    for structure in structures:
+        if allocation.formats is not None and structure.name not in allocation.formats:
+            raise OptionError(
+                f"allocation={allocation.name!r} with a {structure.name}; allowed: "
+                + ", ".join(sorted(allocation.formats))
+            )
+
+
+def check_shared(
+    allocation: Allocation, tolerance: float | None, unit: str, blocks: int | None
+) -> None:
+    """Raise an error unless the allocation can work with the budget."""
+    if unit not in UNITS:
+        raise BudgetError(f"unknown unit {unit!r}{did_you_mean(str(unit), UNITS)}")
+    if unit not in allocation.units:
+        raise BudgetError(
+            f"unit={unit!r} with allocation={allocation.name!r}; allowed: "
+            + ", ".join(allocation.units)
+        )
+    if tolerance is not None and not allocation.tolerates:
+        raise BudgetError(
+            f"tolerance with allocation={allocation.name!r}, which shares out a budget; pass keep "
+            "or keep_targets, or allocation='uniform'"
+        )
+    if blocks is None:
+        return
+    if not allocation.counts_blocks:
+        raise OptionError(f"blocks={blocks!r} has no effect on allocation={allocation.name!r}")
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+        raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1")
+
+
+def check_budgets(given: Mapping[str, Any]) -> None:
+    """Raise `BudgetError` unless there is at most one budget, a fraction."""
+    if len(given) > 1:
+        raise BudgetError(f"{' and '.join(given)} given; allowed: one of {', '.join(BUDGETS)}")
+    for name, value in given.items():
+        if not is_number(value) or not 0 < value <= 1:
+            raise BudgetError(f"{name}={value!r}; allowed: a fraction in (0, 1]")
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a real number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_speed(max_macs: float) -> None:
+    """Raise `BudgetError` unless a limit on multiply-adds is a number above 0."""
+    if not is_number(max_macs) or not max_macs > 0:
+        raise BudgetError(f"max_macs={max_macs!r}; allowed: a number > 0, or inf")
+
+
+def check_refine(refine: int) -> None:
+    """Raise `OptionError` unless a number of tokens is a whole number, or 0."""
+    if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
+        raise OptionError(f"refine={refine!r}; allowed: a number of tokens, 0 for none")
+
+
+def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
+    """Raise `OptionError` unless the recovery is known, and its tokens are a whole number."""
+    if recover not in RECOVERIES:
+        raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), RECOVERIES)}")
+    if tokens is None:
+        return
+    if recover == "none" and MOVEMENT not in measure.needs:
+        raise OptionError("recover_tokens= has no effect without recover=; leave it out")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise OptionError(f"recover_tokens={tokens!r}; allowed: a number of tokens >= 1")

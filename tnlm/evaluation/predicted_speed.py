@@ -1,0 +1,77 @@
+"""How fast the layers of a compressed model should be on this machine, beside dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from tnlm.errors import ModelError, OptionError
+from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.machine import Machine, machine
+from tnlm.layers.made import Made, made_layers
+from tnlm.layers.pricing import crossing, rebuilding, through
+
+
+def predict_speed(model: nn.Module, tokens: Sequence[int] = (1, 16, 512)) -> dict[int, float]:
+    """Predict how many times faster than dense the layers that tnlm replaced should be.
+
+    A factored layer trades one large product for several smaller ones, and a small matrix may lose
+    by it: below 1 the model is smaller, and slower. The prediction prices products, bytes and
+    reordering with times that are measured once on a machine; it leaves out attention, norms,
+    embeddings and heads. Where a layer is slow at many tokens, :func:`tnlm.keep_rebuilt` gives
+    dense speed for memory.
+
+    Args:
+        model: compressed, on a CPU or a CUDA device.
+        tokens: token counts, sequences times their lengths, of one forward pass.
+
+    Returns:
+        For each token count the dense layers' seconds over the replaced layers'.
+
+    Raises:
+        ModelError: if the model is not compressed by tnlm, or no linear layer was replaced.
+        OptionError: for a token count below 1.
+
+    Example:
+        >>> import tnlm
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> model = tnlm.compress(LlamaForCausalLM(tiny), "svd", progress=False)
+        >>> sorted(predict_speed(model))
+        [1, 16, 512]
+    """
+    if not tokens or min(tokens) < 1:
+        raise OptionError(f"tokens={list(tokens)}; allowed: counts of at least 1")
+    layers = [made for made in made_layers(model) if made.linear]
+    if not layers:
+        raise ModelError("tnlm replaced no linear layer of this model; compress or load one first")
+    parameter = next(layers[0].module.parameters())
+    prices = machine(parameter.dtype, parameter.device.type)
+    size = parameter.element_size()
+    found = {}
+    for count in tokens:
+        dense = [prices.product(count, *_dense_shape(made), 1, size) for made in layers]
+        found[count] = sum(dense) / sum(_seconds(m.module, prices, size, count) for m in layers)
+    return found
+
+
+def _dense_shape(made: Made) -> tuple[int, int]:
+    rows, columns = made.entry.get("full", made.entry["shape"])
+    return rows, columns
+
+
+def _seconds(layer: Any, prices: Machine, size: int, tokens: int) -> float:
+    """Return what a layer takes, by the path that it will choose itself."""
+    if not isinstance(layer, FactorizedLinear):
+        return prices.product(tokens, layer.out_features, layer.in_features, 1, size)
+    network, plan, kept = layer.network, layer.chain, layer.rebuilt is not None
+    start = layer.crossing
+    if start is None:
+        start = crossing(network, plan, prices, size, kept=kept)
+    if tokens < start:
+        return through(network, plan, prices, size, tokens)
+    first = 0.0 if kept else rebuilding(network, prices, size)
+    return first + prices.product(tokens, *network.shape, 1, size)

@@ -1,1 +1,0 @@
-"""Contact with other libraries, each in a file of its own."""

@@ -1,0 +1,231 @@
+"""LoRA adapters beside a model's linear layers: put on with PEFT, and taken off again."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.errors import ModelError, OptionError, RankError, TargetError
+from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.shapes import shape_of
+from tnlm.utils.mounting import modules_kept
+
+ADAPTER = "default"
+"""The name that PEFT gives an adapter."""
+
+_KNOWN = ("Unsupported layer type", "fan_in_fan_out is set to")
+"""What PEFT warns of, and handles: layers that are no `nn.Linear`, and weights held (in, out)."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank change of a matrix, ``scaling * B @ A`` (Hu et al. 2021, arXiv 2106.09685).
+
+    Attributes:
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        scaling: what the product is multiplied by, alpha / r.
+
+    Example:
+        >>> lora = Lora(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)
+        >>> lora.params, lora.delta().tolist()
+        (5, [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]])
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+
+    @property
+    def params(self) -> int:
+        """Numbers in A and B, r * (in + out)."""
+        return self.A.numel() + self.B.numel()
+
+    def delta(self) -> Tensor:
+        """Return the change ``(out, in)``, float64."""
+        return self.scaling * (self.B.detach().double() @ self.A.detach().double())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA on one module, while it is there.
+
+    Attributes:
+        base: the module.
+        A: ``(r, in)``, trainable.
+        B: ``(out, r)``, trainable.
+        scaling: what their product is multiplied by.
+    """
+
+    base: nn.Module
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+
+    def fill(self, lora: Lora) -> None:
+        """Copy in A and B; they must have been made for this scaling."""
+        with torch.no_grad():
+            self.A.copy_(lora.A)
+            self.B.copy_(lora.B)
+
+    def merged(self) -> Tensor:
+        """Return the weight ``(out, in)`` with the LoRA added, in the LoRA's dtype."""
+        A, B = self.A.detach(), self.B.detach()
+        return torch.addmm(matrix(self.base).to(B.dtype), B, A, alpha=self.scaling)
+
+    def lora(self) -> Lora:
+        """Return copies of A and B as they are."""
+        return Lora(self.A.detach().clone(), self.B.detach().clone(), self.scaling)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """Return the weight of a linear map as ``(out, in)``, a view unless it is factorized.
+
+    Example:
+        >>> matrix(Conv1D(5, 3)).shape
+        torch.Size([5, 3])
+    """
+    weight: Any = module.weight
+    held: Tensor = weight.detach()
+    return held.T if isinstance(module, Conv1D) else held
+
+
+def size_of(module: nn.Module) -> tuple[int, int]:
+    """Return the ``(out, in)`` shape of a linear map, whatever holds its weight.
+
+    Example:
+        >>> size_of(nn.Linear(3, 5))
+        (5, 3)
+    """
+    rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(rows, int) and isinstance(columns, int):
+        return rows, columns
+    return shape_of(module)
+
+
+@contextlib.contextmanager
+def attached(
+    model: nn.Module, ranks: Mapping[str, int], scaling: float, seed: int = 0
+) -> Iterator[dict[str, Adapter]]:
+    """Put adapters on while a block runs; then the model is as before, bit for bit.
+
+    Args:
+        model: everything but the adapters is frozen in the block.
+        ranks: rank of each adapter, by the dotted name of its module.
+        scaling: what the products are multiplied by.
+        seed: draws A.
+
+    Yields:
+        The adapters by module name, see :func:`attach`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> with attached(model, {"0": 1}, scaling=2.0) as found:
+        ...     found["0"].A.shape, model[0].weight.requires_grad
+        (torch.Size([1, 2]), False)
+        >>> model
+        Sequential(
+          (0): Linear(in_features=2, out_features=3, bias=True)
+        )
+    """
+    check(model, ranks)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with modules_kept(model, ranks):
+            yield attach(model, ranks, scaling, seed)
+    finally:
+        for parameter, needed in flags:
+            parameter.requires_grad_(needed)
+        vars(model).pop("peft_config", None)
+
+
+def attach(
+    model: nn.Module, ranks: Mapping[str, int], scaling: float, seed: int = 0
+) -> dict[str, Adapter]:
+    """Put PEFT's LoRA on modules, in place, and freeze the rest; return what was put on.
+
+    B starts at zero, and the rows of A are orthonormal: the gradient of B then is the weight's,
+    seen through a projection onto r random directions. Both are at least float32.
+
+    Raises:
+        OptionError: if PEFT is not installed.
+        ModelError: if the model has adapters already.
+        TargetError: if a module is not there, or PEFT puts no LoRA on it.
+        RankError: for a rank that a module cannot have.
+    """
+    check(model, ranks)
+    peft = _peft()
+    exact = {_escape(name): rank for name, rank in ranks.items()}
+    config = peft.LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=1,
+        target_modules=list(ranks),
+        rank_pattern=exact,
+        alpha_pattern={name: scaling * rank for name, rank in exact.items()},
+    )
+    config._register_custom_module({FactorizedLinear: peft.tuners.lora.Linear})
+    # PEFT draws weights of its own, which are overwritten.
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        for message in _KNOWN:
+            warnings.filterwarnings("ignore", message)
+        try:
+            peft.inject_adapter_in_model(config, model, ADAPTER)
+        except ValueError as error:  # of kinds of model where a module is read and not called
+            raise TargetError(f"PEFT puts no LoRA there: {error}; ignore such modules") from error
+    generator = torch.Generator().manual_seed(seed)
+    return {name: _adapter(model.get_submodule(name), generator) for name in ranks}
+
+
+def _adapter(layer: Any, generator: torch.Generator) -> Adapter:
+    down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    for child in (down, up):
+        child.to(torch.promote_types(child.weight.dtype, torch.float32))
+    rank, columns = down.weight.shape
+    basis = torch.linalg.qr(torch.randn(columns, rank, generator=generator, dtype=torch.float64))[0]
+    with torch.no_grad():
+        down.weight.copy_(basis.T)
+        up.weight.zero_()
+    return Adapter(layer.get_base_layer(), down.weight, up.weight, layer.scaling[ADAPTER])
+
+
+def check(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Raise what :func:`attach` would, before anything is changed."""
+    _peft()
+    check_bare(model)
+    if not ranks:
+        raise TargetError("LoRA needs a module to stand beside; none was given")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, rank in ranks.items():
+        if name not in modules:
+            raise TargetError(f"the model has no module {name!r}")
+        most = min(size_of(modules[name]))
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+            raise RankError(f"LoRA rank={rank!r} at {name}; allowed: 1 to {most}")
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise `ModelError` if a model has adapters."""
+    if hasattr(model, "peft_config"):
+        raise ModelError("the model has adapters already; merge or unload them first")
+
+
+def _escape(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _peft() -> Any:
+    try:
+        import peft
+        import peft.tuners.lora
+    except ImportError as error:
+        raise OptionError(
+            "LoRA needs the package peft, which is not installed: pip install 'tnlm[train]'"
+        ) from error
+    return peft

@@ -1,0 +1,113 @@
+"""Replaces modules so that nothing is lost if a step fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from tnlm.utils.spill import Slot, Spill
+from tnlm.utils.undo import Snapshot, signals_held
+
+
+class Swap:
+    """Replaces modules; undoes it all if the block it guards fails, attributes and config too.
+
+    The weights of replaced modules wait in a temporary file, so that memory holds the model once.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> try:
+        ...     with Swap(model) as swap:
+        ...         swap.replace("0", nn.Identity())
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt:
+        ...     print(model[0])
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Guard a model."""
+        self._model = model
+        self._before = Snapshot(model)
+        self._spill = Spill()
+        self._weights: dict[nn.Parameter, Slot | Tensor] = {}
+        self._biases: dict[nn.Parameter, Tensor] = {}
+        self._uses = Counter(p.untyped_storage().data_ptr() for p in model.parameters())
+
+    def spill(self, name: str) -> None:
+        """Move a module's weight to a file, ahead of its replacement.
+
+        A weight whose memory another parameter uses too would free none, and stays.
+
+        Raises:
+            CheckpointError: if the disk is full.
+        """
+        weight = self._model.get_submodule(name)._parameters.get("weight")
+        if weight is not None and weight not in self._weights:
+            shared = self._uses[weight.untyped_storage().data_ptr()] > 1
+            self._weights[weight] = weight.data if shared else self._spill.put(weight)
+            weight.data = weight.data.new_empty(0)
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of another, whose weight moves to a file."""
+        self.spill(name)
+        bias = self._model.get_submodule(name)._parameters.get("bias")
+        if bias is not None and bias not in self._biases:
+            # The new module may hold it, and train it.
+            self._biases[bias] = bias.detach().clone()
+        self._model.set_submodule(name, module)
+
+    def undo(self) -> None:
+        """Restore every module and weight; again if it was interrupted."""
+        for weight, held in self._weights.items():
+            weight.data = held if isinstance(held, Tensor) else self._spill.take(held)
+        for bias, values in self._biases.items():
+            bias.data.copy_(values)
+        self._before.restore()
+
+    def __enter__(self) -> Swap:
+        """Start."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Restore everything if there was an error."""
+        if kind is not None:
+            with signals_held():
+                self.undo()
+
+
+class Shelf:
+    """Keeps fitted modules in a temporary file until all are ready to be put into the model.
+
+    Example:
+        >>> shelf = Shelf()
+        >>> shelf.put("a", nn.Linear(2, 3))
+        >>> shelf.take("a")
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._modules: dict[str, tuple[nn.Module, torch.device]] = {}
+        self._slots: dict[str, dict[str, Slot]] = {}
+        self._spill = Spill()
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Move a module's tensors to a file.
+
+        Raises:
+            CheckpointError: if the disk is full.
+        """
+        device = next(module.parameters()).device
+        self._slots[name] = {k: self._spill.put(v) for k, v in module.state_dict().items()}
+        self._modules[name] = module.to("meta"), device
+
+    def take(self, name: str) -> nn.Module:
+        """Return a module with its tensors on their device again."""
+        module, device = self._modules.pop(name)
+        module.to_empty(device=device)
+        slots = self._slots.pop(name)
+        module.load_state_dict({key: self._spill.take(slot) for key, slot in slots.items()})
+        return module

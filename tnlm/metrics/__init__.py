@@ -1,0 +1,1 @@
+"""How the error of a matrix is measured."""

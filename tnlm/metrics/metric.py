@@ -1,0 +1,221 @@
+"""How the error of an approximation is measured: a symmetric positive form on E = W - W'."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tnlm.errors import CalibrationError
+from tnlm.metrics.sides import Side
+from tnlm.tensors.eigen import leading_eigenpairs, leading_eigenvectors, leading_left
+from tnlm.tensors.linalg import energies
+
+ACCURATE = 1e-10
+"""Squared singular values below this share of the largest are lost in a Gram matrix."""
+
+
+class Metric:
+    """A two-sided norm, ``||G^(1/2) E C^(1/2)||_F``; without sides, the Frobenius norm.
+
+    Every metric but the element-wise one is of this kind: G weighs the outputs (rows), C the
+    inputs (columns), each a full matrix, a diagonal, or nothing.
+
+    Args:
+        outputs: G, a form on the rows.
+        inputs: C, a form on the columns.
+        mean: the mean input ``(in,)``; the error ``E @ mean`` then goes into a bias and does not
+            count, so C should be centred.
+
+    Source: K-FAC (Martens and Grosse 2015) for the pair, SVD-LLM (arXiv 2403.07378) for C alone.
+
+    Example:
+        >>> Metric().norm(torch.tensor([[3.0, 4.0]]))
+        5.0
+        >>> Metric(outputs=Side(torch.tensor([4.0]))).norm(torch.tensor([[3.0, 4.0]]))
+        10.0
+    """
+
+    separable = True
+
+    def __init__(
+        self,
+        outputs: Side | None = None,
+        inputs: Side | None = None,
+        mean: Tensor | None = None,
+    ) -> None:
+        """Hold the sides; see the class for the arguments."""
+        self.outputs = outputs
+        self.inputs = inputs
+        self.mean = mean
+
+    def pull(self, error: Tensor) -> Tensor:
+        """Return ``G E C``, half the gradient of the squared norm, float64."""
+        error = error.detach().double()
+        if self.inputs is not None:
+            error = self.inputs.apply(error)
+        return error if self.outputs is None else self.outputs.apply(error.T).T
+
+    def norm(self, error: Tensor) -> float:
+        """Return the norm of an ``(out, in)`` error."""
+        error = error.detach().double()
+        if self.separable and self.outputs is None and self.inputs is None:
+            return float(error.norm())
+        return math.sqrt(max(float((self.pull(error) * error).sum()), 0.0))
+
+    def relative(self, weight: Tensor, approximation: Tensor) -> float:
+        """Return the norm of the error over the norm of ``weight``; 0 for a zero weight."""
+        size = self.norm(weight)
+        error = self.norm(weight.detach().double() - approximation.detach().double())
+        return error / size if size > 0 else 0.0
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """Return M = ``G^(1/2) W C^(1/2)``, float64, ``(out, in)``, whose Frobenius norm is W's."""
+        whitened = self.scale_outputs(weight)
+        return whitened if self.inputs is None else self.inputs.scale(whitened)
+
+    def scale_outputs(self, weight: Tensor) -> Tensor:
+        """Return ``G^(1/2) W``."""
+        weight = weight.detach().double()
+        return weight if self.outputs is None else self.outputs.scale(weight.T).T
+
+    def output_gram(self, weight: Tensor) -> Tensor:
+        """Return ``M @ M.T``, ``(out, out)``, without a root of C."""
+        scaled = self.scale_outputs(weight)
+        return (scaled if self.inputs is None else self.inputs.apply(scaled)) @ scaled.T
+
+    def input_gram(self, weight: Tensor) -> Tensor:
+        """Return ``M.T @ M``, ``(in, in)``, without a root of G, which is large if W is tall."""
+        weight = weight.detach().double()
+        weighed = weight if self.outputs is None else self.outputs.apply(weight.T).T
+        gram = weight.T @ weighed
+        return gram if self.inputs is None else self.inputs.scale(self.inputs.scale(gram).T)
+
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """Return the squared singular values of M, largest first."""
+        if weight.shape[0] <= weight.shape[1]:
+            return energies(self.output_gram(weight))
+        return energies(self.input_gram(weight))
+
+    def leading_outputs(self, weight: Tensor, rank: int) -> Tensor:
+        """Return an orthonormal basis ``(out, rank)`` of the leading left singular vectors of M."""
+        if weight.shape[0] <= weight.shape[1]:
+            return leading_eigenvectors(self.output_gram(weight), rank)
+        whitened = self.whiten(weight)
+        inputs = leading_eigenvectors(whitened.T @ whitened, rank)
+        basis: Tensor = torch.linalg.qr(whitened @ inputs)[0]
+        return basis
+
+    def low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return left ``(out, rank)`` and right ``(rank, in)`` of the best low-rank product.
+
+        With U the leading left singular vectors of M, it is ``G^(-1/2) U U.T G^(1/2) W``: no
+        inverse of C is needed, so a singular C does no harm and full rank is exact.
+        """
+        if self.outputs is not None and weight.shape[0] > weight.shape[1]:
+            tall = self._tall_low_rank(weight.detach().double(), rank)
+            if tall is not None:
+                return tall
+        if self.outputs is None and self.inputs is None:
+            return _plain_low_rank(weight.detach().double(), rank)
+        basis = self.leading_outputs(weight, rank)
+        right = basis.T @ self.scale_outputs(weight)
+        left = basis if self.outputs is None else self.outputs.unscale(basis.T).T
+        return left, right
+
+    def _tall_low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+        """Return the same product without a root of G, unless its small values are not accurate.
+
+        With V the right singular vectors of M and s its singular values, U = M V / s, so that
+        ``G^(-1/2) U = W C^(1/2) V / s`` and ``U.T G^(1/2) W = (C^(1/2) V / s).T W.T G W``.
+        """
+        values, vectors = leading_eigenpairs(self.input_gram(weight), rank)
+        if not float(values[-1]) > ACCURATE * float(values[0]):
+            return None
+        mixing = vectors if self.inputs is None else self.inputs.scale(vectors.T).T
+        mixing = mixing / values.sqrt()
+        left = weight @ mixing
+        weighed = left if self.outputs is None else self.outputs.apply(left.T).T
+        return left, weighed.T @ weight
+
+    def start(self) -> Metric:
+        """Return a separable metric near to this one, to start a fit from: itself."""
+        return self
+
+
+def _plain_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of least Frobenius error, from the Gram matrix of the shorter side."""
+    if weight.shape[0] <= weight.shape[1]:
+        return leading_left(weight, rank)
+    basis, rest = leading_left(weight.T, rank)
+    return rest.T, basis.T
+
+
+class InputMoment(Metric):
+    """The output error on data, ``E[||E x||^2] = tr(E C E.T)`` with C = E[x x.T].
+
+    Args:
+        moment: C, ``(in, in)``, symmetric; computed with in float64.
+        damping: see :class:`tnlm.metrics.sides.Side`.
+
+    Raises:
+        CalibrationError: if C is not finite.
+
+    Source: whitening as in SVD-LLM (arXiv 2403.07378) and DRONE; the square root is symmetric, from
+    an eigen-decomposition, so that it exists for every C.
+
+    Example:
+        >>> metric = InputMoment(torch.diag(torch.tensor([4.0, 1.0])), damping=0.0)
+        >>> metric.norm(torch.tensor([[3.0, 8.0]]))
+        10.0
+    """
+
+    def __init__(self, moment: Tensor, damping: float = 1e-6) -> None:
+        """Damp the moment; see the class for the arguments."""
+        super().__init__(inputs=Side(moment, damping))
+
+
+class Elementwise(Metric):
+    """Weighs every entry of the error by itself, ``sum of H * E**2``.
+
+    There is no closed form under it; fits start from the nearest separable weights.
+
+    Args:
+        weights: H, ``(out, in)``, not negative, e.g. a Fisher information; scaled to mean 1.
+        floor: smallest weight, relative to the mean, so that no entry is free.
+
+    Raises:
+        CalibrationError: if H is not finite, or negative.
+
+    Source: TFWSVD, Hua et al. 2022, arXiv 2211.09718.
+
+    Example:
+        >>> metric = Elementwise(torch.tensor([[1.0, 3.0]]) / 2, floor=0.0)
+        >>> round(metric.norm(torch.tensor([[2.0, 2.0]])) ** 2, 6)
+        8.0
+    """
+
+    separable = False
+
+    def __init__(self, weights: Tensor, floor: float = 1e-6) -> None:
+        """Scale the weights; see the class for the arguments."""
+        super().__init__()
+        weights = weights.detach().double()
+        if not bool(weights.isfinite().all()) or bool((weights < 0).any()):
+            raise CalibrationError("element-wise weights must be finite and not negative")
+        mean = float(weights.mean())
+        scaled = weights / mean if mean > 0 else torch.ones_like(weights)
+        self.weights = scaled.clamp_min(floor)
+
+    def pull(self, error: Tensor) -> Tensor:
+        """Return ``H * E``, half the gradient of the squared norm."""
+        return self.weights * error.detach().double()
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """Return ``H^(1/2) * W``, entry by entry."""
+        return self.weights.sqrt() * weight.detach().double()
+
+    def start(self) -> Metric:
+        """Return the nearest weights of the form row times column: FWSVD on both sides."""
+        return Metric(Side(self.weights.mean(1)), Side(self.weights.mean(0)))

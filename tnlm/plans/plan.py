@@ -1,0 +1,164 @@
+"""What will be done to every matrix, and what it costs, before any weight changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tnlm.errors import CheckpointError, OptionError
+from tnlm.plans.tables import change, table
+from tnlm.tensors.network import Cost
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision for one matrix.
+
+    Attributes:
+        name: the target's name.
+        kind: ``"linear"`` or ``"embedding"``.
+        shape: ``(out, in)``.
+        format: the structure that replaces it; None leaves it dense.
+        spec: the format's options, plain values.
+        before: cost of the dense matrix.
+        after: cost of what replaces it.
+        error: predicted relative error in the metric, if it was computed.
+        note: why the matrix is left dense.
+        bias: whether a bias is added to a matrix that has none.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    format: str | None
+    spec: Mapping[str, Any]
+    before: Cost
+    after: Cost
+    error: float | None = None
+    note: str = ""
+    bias: bool = False
+
+    @property
+    def keep(self) -> float:
+        """Fraction of the matrix's parameters that remains."""
+        return self.after.params / self.before.params
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for all matrices of a model; prints as a table and round-trips through JSON.
+
+    Attributes:
+        scheme: name of the scheme.
+        metric: how errors are measured.
+        request: the options asked for.
+        layers: one entry a target, in the model's order.
+        model: cost of the whole model before.
+        skipped: modules that matched but are left alone, with the reason.
+    """
+
+    scheme: str
+    metric: str
+    request: Mapping[str, Any]
+    layers: tuple[LayerPlan, ...]
+    model: Cost
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def targets_before(self) -> Cost:
+        """Cost of all targets as they are."""
+        return total(layer.before for layer in self.layers)
+
+    @property
+    def targets_after(self) -> Cost:
+        """Cost of all targets as planned."""
+        return total(layer.after for layer in self.layers)
+
+    @property
+    def model_after(self) -> Cost:
+        """Cost of the whole model as planned."""
+        before, after = self.targets_before, self.targets_after
+        return Cost(
+            self.model.params - before.params + after.params,
+            self.model.bytes - before.bytes + after.bytes,
+            self.model.macs - before.macs + after.macs,
+        )
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that :meth:`to_json` wrote.
+
+        Raises:
+            OptionError: if the text is not such a plan.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format_version") != FORMAT_VERSION:
+                raise OptionError(
+                    f"this plan is not of format_version {FORMAT_VERSION}; make it with this tnlm"
+                )
+            layers = tuple(_layer(**layer) for layer in data.pop("layers"))
+            return cls(layers=layers, model=Cost(**data.pop("model")), **data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, OptionError):
+                raise
+            raise OptionError(f"not a tnlm plan: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan written by :meth:`save`.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return cls.from_json(text)
+
+    def __str__(self) -> str:
+        """Return the plan as a table."""
+        return "\n".join([*table(self.layers), *self.summary()])
+
+    def summary(self) -> list[str]:
+        """Return the totals, a line each."""
+        return [
+            f"targets: {change(self.targets_before, self.targets_after)}",
+            f"model:   {change(self.model, self.model_after)}",
+            *(f"skipped: {name}: {reason}" for name, reason in self.skipped.items()),
+        ]
+
+
+def _layer(
+    shape: list[int], before: dict[str, int], after: dict[str, int], **rest: Any
+) -> LayerPlan:
+    rows, columns = shape
+    layer = LayerPlan(shape=(rows, columns), before=Cost(**before), after=Cost(**after), **rest)
+    plain = isinstance(layer.name, str) and isinstance(layer.spec, Mapping)
+    if not plain or not type(rows) is type(columns) is int:
+        raise ValueError(f"broken entry for {layer.name!r}")
+    return layer
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Return the sum of costs.
+
+    Example:
+        >>> total([Cost(1, 2, 3), Cost(1, 1, 1)])
+        Cost(params=2, bytes=3, macs=4)
+    """
+    return sum(costs, start=Cost(0, 0, 0))

@@ -1,0 +1,141 @@
+"""What a compression did: asked and achieved, per matrix and for the whole model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from tnlm.errors import OptionError
+from tnlm.plans.plan import FORMAT_VERSION, LayerPlan, Plan
+from tnlm.plans.tables import table
+
+COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs"}
+"""What a cost counts, and its name in a report."""
+PACKAGES = ("transformers", "tensorly", "numpy")
+"""What the numbers of a model depend on, beside tnlm, torch and Python."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes here.
+
+    Example:
+        >>> list(versions())[:3]
+        ['python', 'tnlm', 'torch']
+    """
+    own = importlib.import_module("tnlm").__version__  # of the code that runs, installed or not
+    found = {"python": platform.python_version(), "tnlm": own, "torch": str(torch.__version__)}
+    return found | {package: metadata.version(package) for package in PACKAGES}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The plan as it was carried out, with measured errors and times.
+
+    Attributes:
+        plan: decisions and costs; every ``error`` is measured, in the plan's metric.
+        seconds: wall time by stage: calibrate, plan, fit.
+        tokens: calibration tokens used.
+        data: the arguments by which data was drawn; empty if none was looked at.
+        fingerprint: SHA-256 of the tokens drawn, those for calibration before those for training;
+            empty if there were none.
+        versions: of what computed it.
+    """
+
+    plan: Plan
+    seconds: Mapping[str, float]
+    tokens: int = 0
+    data: Mapping[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the whole model before, shared ones counted once."""
+        return self.plan.model.params
+
+    @property
+    def parameters_after(self) -> int:
+        """Parameters of the whole model after."""
+        return self.plan.model_after.params
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        plan = self.plan
+        return {
+            "scheme": plan.scheme,
+            "metric": plan.metric,
+            "request": dict(plan.request),
+            "parameters_before": plan.model.params,
+            "parameters_after": plan.model_after.params,
+            "target_parameters_before": plan.targets_before.params,
+            "target_parameters_after": plan.targets_after.params,
+            "bytes_before": plan.model.bytes,
+            "bytes_after": plan.model_after.bytes,
+            "macs_before": plan.model.macs,
+            "macs_after": plan.model_after.macs,
+            "target_macs_before": plan.targets_before.macs,
+            "target_macs_after": plan.targets_after.macs,
+            "seconds": round(sum(self.seconds.values()), 3),
+            "seconds_by_stage": {k: round(v, 3) for k, v in self.seconds.items()},
+            "calibration_tokens": self.tokens,
+            "data": dict(self.data),
+            "fingerprint": self.fingerprint,
+            "versions": dict(self.versions),
+            "layers": [asdict(layer) for layer in plan.layers],
+            "skipped": dict(plan.skipped),
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Return the report that :meth:`to_json` wrote; ``tnlm.save`` keeps it beside a model.
+
+        Raises:
+            OptionError: if the text is not such a report.
+        """
+        try:
+            data = json.loads(text)
+            plan = {name: data[name] for name in ("scheme", "metric", "request", "skipped")}
+            plan["layers"] = data["layers"]
+            plan["model"] = {name: data[f"{long}_before"] for name, long in COUNTED.items()}
+            read = Plan.from_json(json.dumps({"format_version": FORMAT_VERSION, **plan}))
+            return cls(
+                read,
+                data["seconds_by_stage"],
+                data["calibration_tokens"],
+                data=dict(data.get("data", {})),
+                fingerprint=data.get("fingerprint", ""),
+                versions=dict(data.get("versions", {})),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OptionError):
+                raise
+            raise OptionError(f"not a tnlm report: {error!r}") from error
+
+    def summary(self) -> list[str]:
+        """Return the totals and times, a line each."""
+        times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        return [*self.plan.summary(), f"time:    {times}"]
+
+    def __str__(self) -> str:
+        """Return the report as a table."""
+        return "\n".join([*table(self.plan.layers), *self.summary()])
+
+
+def with_errors(plan: Plan, errors: Mapping[str, float]) -> Plan:
+    """Return the plan with measured errors in place of predicted ones."""
+
+    def measured(layer: LayerPlan) -> LayerPlan:
+        return replace(layer, error=errors.get(layer.name, layer.error))
+
+    return replace(plan, layers=tuple(measured(layer) for layer in plan.layers))

@@ -1,0 +1,118 @@
+"""What a model learns, by its kind, and data that suits it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from tnlm.calibration.sources import is_long
+from tnlm.calibration.text import AUTO
+from tnlm.errors import ModelError, OptionError, TrainingError
+from tnlm.evaluation.mode import room_of
+from tnlm.recovery.examples import Examples, check_tokens, draw, training_set
+from tnlm.targets.ends import vocabulary_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def examples_for(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_length: int = 512,
+    text: str = "text",
+    label: str = "label",
+    max_tokens: int | None = None,
+    seed: int = 0,
+    bos: bool | str = AUTO,
+) -> Examples:
+    """Turn data into what a model of this kind is trained on, as ``training_set`` does.
+
+    Raises:
+        ModelError: if its kind is not known.
+        TrainingError: if the data does not suit it.
+        OptionError: for sequences longer than the model has positions.
+    """
+    kind, classes = model_kind(model), model_kind(model) == "classes"
+    check_tokens(max_tokens)
+    most = room_of(model)
+    if most is not None and max_length > most:
+        raise OptionError(
+            f"max_length={max_length}, but the model has {most} positions; use at most these"
+        )
+    made = training_set(
+        data,
+        tokenizer,
+        max_length=max_length,
+        text=text,
+        label=label if classes else None,
+        masked=kind == "masked",
+        max_tokens=max_tokens if is_long(data) else None,  # a short text is checked as a whole
+        seed=seed,
+        bos=bos,
+    )
+    if classes != made.classes:
+        raise TrainingError(
+            f"{type(model).__name__} learns classes, but no row of the data has a column "
+            f"{label!r}; give rows with text and classes, and name their columns: text=, label="
+        )
+    _check(model, made)
+    return Examples(draw(made.items, max_tokens, seed), classes=classes)
+
+
+def _check(model: PreTrainedModel, examples: Examples) -> None:
+    """Refuse token ids and classes that the model does not have."""
+    words, choices = vocabulary_of(model), model.config.num_labels or 0
+    for index, item in enumerate(examples.items):
+        token = int(item["input_ids"].max())
+        if words is not None and token >= words:
+            raise TrainingError(
+                f"example {index} holds the token id {token}, but the model has {words} tokens; "
+                "use the model's own tokenizer"
+            )
+        if examples.classes and int(item["labels"]) >= choices:
+            raise TrainingError(
+                f"example {index} has the class {int(item['labels'])}, but the model has "
+                f"{choices}, from 0 on; load it with num_labels="
+            )
+
+
+def model_kind(model: PreTrainedModel) -> str:
+    """Tell what a model learns: ``"causal"`` or ``"masked"`` text, or ``"classes"``.
+
+    Raises:
+        ModelError: if it is none of these.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()  # within adapters
+    name = type(base).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "classes"
+    if name.endswith("ForMaskedLM"):
+        return "masked"
+    if base.config.is_encoder_decoder or not base.can_generate():
+        raise ModelError(
+            f"a {name} cannot be trained here; load it as a causal or masked language model, or "
+            "as a sequence classifier"
+        )
+    return "causal"
+
+
+def padding_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, batch_size: int
+) -> int:
+    """Return the id that pads: what the model takes for padding goes before the tokenizer's.
+
+    Raises:
+        OptionError: for a classifier that knows none, if there is anything to pad.
+    """
+    own = getattr(model.config, "pad_token_id", None)
+    if own is None and batch_size > 1 and model_kind(model) == "classes":
+        raise OptionError(
+            f"{type(model).__name__} does not know what padding is, and would not find the last "
+            "token of a sequence; set model.config.pad_token_id, or use batch_size=1"
+        )
+    known = (own, getattr(tokenizer, "pad_token_id", None))
+    return next((token for token in known if token is not None and token >= 0), 0)

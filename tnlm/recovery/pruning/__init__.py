@@ -1,0 +1,1 @@
+"""Removing what matters least: entries, channels and heads."""

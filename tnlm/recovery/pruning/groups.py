@@ -1,0 +1,197 @@
+"""Dependency groups: rows and columns of a block's matrices that can only go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tnlm.calibration.walk import find_blocks
+from tnlm.errors import ModelError, OptionError
+from tnlm.layers.adapters import matrix
+from tnlm.targets.channels import PAIRS
+from tnlm.targets.trial import Hidden, objection
+
+HEADS, CHANNELS = "heads", "channels"
+
+ATTENTIONS = (
+    (("q_proj", "k_proj", "v_proj"), "o_proj"),  # Llama, Mistral, Qwen, Gemma, SmolLM
+    (("q_proj", "k_proj", "v_proj"), "dense"),  # Phi
+)
+FEED_FORWARDS = (*PAIRS, (("intermediate.dense",), "output.dense"))  # the last is BERT's
+"""Names of the matrices that make heads or channels, and of the one that reads them."""
+
+WANTED = {
+    HEADS: "that takes separate q_proj, k_proj and v_proj, and a config in which head_dim stands "
+    "apart from hidden_size, as in Llama, Mistral and Qwen but not in GPT-2 and BERT",
+    CHANNELS: "that takes matrices called as in Llama, GPT-2, OPT, GPT-NeoX, GPT-J, T5 or BERT",
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part that every group of some kind has in one matrix.
+
+    Attributes:
+        module: dotted name of the module that holds the matrix.
+        axis: 0 if groups are rows of the ``(out, in)`` matrix, 1 if columns.
+        size: adjacent rows or columns of one group.
+    """
+
+    module: str
+    axis: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All the heads, or all the channels, of one block.
+
+    A group of heads is one key/value head with all the query heads that share it.
+
+    Attributes:
+        kind: ``"heads"`` or ``"channels"``.
+        parent: dotted name of the module that holds the matrices.
+        count: how many groups there are; group i is the i-th slab of every matrix.
+        producers: the cuts by rows.
+        consumer: the cut by columns: a group whose inputs there are zero has no effect.
+    """
+
+    kind: str
+    parent: str
+    count: int
+    producers: tuple[Cut, ...]
+    consumer: Cut
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """All cuts, producers first."""
+        return (*self.producers, self.consumer)
+
+    @property
+    def hidden(self) -> Hidden:
+        """The values between the producers and the consumer, named within the parent."""
+        cut = len(self.parent) + 1
+        producers = {producer.module[cut:]: producer.size for producer in self.producers}
+        return Hidden(producers, self.consumer.module[cut:], self.consumer.size, self.count)
+
+    def params(self, model: nn.Module) -> int:
+        """Return how many numbers one group has, with its share of the producers' biases."""
+        numbers = 0
+        for cut in self.cuts:
+            module: Any = model.get_submodule(cut.module)
+            rows_too = cut.axis == 0 and module.bias is not None
+            numbers += module.weight.numel() // self.count + rows_too * cut.size
+        return numbers
+
+
+def head_width(model: PreTrainedModel) -> int:
+    """Return the width of one attention head."""
+    config: Any = model.config
+    width: int = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return width
+
+
+def find_groups(model: PreTrainedModel, names: Sequence[str], kind: str) -> list[Groups]:
+    """Return the groups of one kind, a `Groups` for every block, in the model's order.
+
+    Args:
+        model: with a single stack of blocks.
+        names: dotted names of the linear modules in the blocks that may be cut.
+        kind: ``"heads"`` or ``"channels"``.
+
+    Raises:
+        OptionError: if the model has none of this kind that are known how to cut.
+        ModelError: if a block has none or several, if something else depends on their number, or
+            if channels do not act one by one.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=4, num_key_value_heads=2))
+        >>> names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        >>> [heads] = find_groups(model, names, "heads")
+        >>> heads.count, [(cut.module[-6:], cut.axis, cut.size) for cut in heads.cuts]
+        (2, [('q_proj', 0, 4), ('k_proj', 0, 2), ('v_proj', 0, 2), ('o_proj', 1, 4)])
+    """
+    patterns, read = (ATTENTIONS, _heads) if kind == HEADS else (FEED_FORWARDS, _channels)
+    found = [
+        read(model, parent, members)
+        for producers, consumer in patterns
+        for parent, members in _match(names, (*producers, consumer))
+    ]
+    if not found:
+        raise OptionError(
+            f"{kind}=True, but {type(model).__name__} has no {kind} that can be cut: "
+            f"{WANTED[kind]}; use {kind}=False"
+        )
+    blocks = find_blocks(model, names)
+    inside = [[g for g in found if f"{g.parent}.".startswith(f"{block}.")] for block, _ in blocks]
+    for (block, _), groups in zip(blocks, inside, strict=True):
+        if len(groups) != 1 or groups[0].count != inside[0][0].count:
+            raise ModelError(
+                f"{block}: each block must have one set of {kind}, of the same number, as a config "
+                f"has one size for all; found {[g.count for g in groups]}; use {kind}=False"
+            )
+    return [groups[0] for groups in inside]
+
+
+def _match(names: Sequence[str], endings: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield every parent under which all endings are, with their full names."""
+    known = set(names)
+    for name in names:
+        if name.endswith(f".{endings[0]}"):
+            parent = name.removesuffix(f".{endings[0]}")
+            members = [f"{parent}.{ending}" for ending in endings]
+            if known.issuperset(members):
+                yield parent, members
+
+
+def _heads(model: PreTrainedModel, parent: str, members: list[str]) -> Groups:
+    shapes = [matrix(model.get_submodule(name)).shape for name in members]
+    (queries, _), (keys, _), (values, _), (_, read) = shapes
+    width = head_width(model)
+    if keys % width or queries % keys or values != keys or read != queries:
+        raise ModelError(
+            f"{parent}: matrices of shapes {[tuple(shape) for shape in shapes]} do not divide into "
+            f"heads of width {width} with equally many query heads each; use heads=False"
+        )
+    for name, parameter in _others(model, parent, members):
+        if "." not in name or parameter.shape != (width,):  # a norm of single heads may stay
+            raise ModelError(f"{parent}.{name} may depend on the number of heads; use heads=False")
+    count = keys // width
+    sizes = (queries // count, width, width)
+    *makers, reader = members
+    cuts = tuple(Cut(name, 0, size) for name, size in zip(makers, sizes, strict=True))
+    return Groups(HEADS, parent, count, cuts, Cut(reader, 1, queries // count))
+
+
+def _channels(model: PreTrainedModel, parent: str, members: list[str]) -> Groups:
+    *makers, reader = members
+    count = matrix(model.get_submodule(reader)).shape[1]
+    rows = [matrix(model.get_submodule(name)).shape[0] for name in makers]
+    if any(number != count for number in rows):
+        raise ModelError(f"{parent}: {rows} channels are made, {count} read; use channels=False")
+    for name, parameter in _others(model, parent, members):
+        if count in parameter.shape:
+            raise ModelError(
+                f"{parent}.{name} may depend on the number of channels; use channels=False"
+            )
+    found = Groups(CHANNELS, parent, count, tuple(Cut(n, 0, 1) for n in makers), Cut(reader, 1, 1))
+    against = objection(model.get_submodule(parent), found.hidden)
+    if against is not None:
+        raise ModelError(f"{parent}: channels cannot be cut: {against}; use channels=False")
+    return found
+
+
+def _others(model: nn.Module, parent: str, members: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters below a parent that belong to none of the members."""
+    for name, parameter in model.get_submodule(parent).named_parameters():
+        if f"{parent}.{name}".rpartition(".")[0] not in members:
+            yield name, parameter

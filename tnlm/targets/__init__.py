@@ -1,0 +1,1 @@
+"""What is compressed: one file a kind of target."""

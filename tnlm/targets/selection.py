@@ -1,0 +1,238 @@
+"""Which matrices of a model are compressed, and how each is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.errors import TargetError, did_you_mean
+from tnlm.targets.base import Matrix, Selector, Target
+from tnlm.targets.blocks import in_blocks
+from tnlm.targets.ends import input_table, output_head
+from tnlm.targets.mixtures import expert_shares
+from tnlm.targets.plain import oddity
+
+ALL_LINEAR = "all-linear"
+EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
+ODD_BLOCKS = "odd-blocks"
+WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS)
+
+AROUND = "outside the model's blocks, as heads are; name it in targets= to compress it"
+
+FUSED = {"c_attn": {3: ("q", "k", "v"), 2: ("k", "v")}}
+"""Modules that hold several matrices side by side: by name, then by how many fit."""
+
+
+@dataclass
+class Selection:
+    """The targets chosen, and what was passed over with the reason why."""
+
+    targets: list[Target] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def select(
+    model: PreTrainedModel, targets: Selector = ALL_LINEAR, ignore: Selector | None = None
+) -> Selection:
+    """Choose the matrices of a model.
+
+    Args:
+        model: any Hugging Face model.
+        targets: ``"all-linear"`` (every linear weight in the model's blocks: no heads, poolers or
+            projections around them; where there are no blocks, every one but the output head),
+            ``"embeddings"``, ``"token-embeddings"`` (without those of positions and types),
+            ``"odd-blocks"`` (linear weights of every second block), a regular expression that a
+            module's name must match in full, a list of names or of their endings (as in PEFT) or of
+            these words, or a module class.
+        ignore: modules left alone, in the same words.
+
+    Returns:
+        The targets in the model's order.
+
+    Raises:
+        TargetError: if nothing matches, or ``ignore`` matches nothing.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> chosen = select(LlamaForCausalLM(tiny), ["q_proj", "down_proj"])
+        >>> [target.name for target in chosen.targets]
+        ['model.layers.0.self_attn.q_proj', 'model.layers.0.mlp.down_proj']
+    """
+    selection = Selection()
+    uses = _uses(model)
+    ends = _Ends.of(model)
+    shares = expert_shares(model)
+    all_linear = ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets)
+    claimed: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, Matrix):
+            continue
+        if ignore and _matches(name, module, ignore, ends):
+            continue
+        if not _matches(name, module, targets, ends):
+            if all_linear and ends.is_around(name, module):
+                selection.skipped[name] = AROUND
+            continue
+        found = _describe(name, module, uses[id(module.weight)], model)
+        if isinstance(found, str):
+            selection.skipped[name] = found
+        elif id(module.weight) not in claimed:
+            claimed.add(id(module.weight))
+            share = shares.get(name, 1.0)
+            selection.targets.extend(replace(target, share=share) for target in found)
+    if all_linear:
+        selection.skipped |= _stacked(model)
+    if not selection.targets:
+        raise _nothing(model, targets, ignore, selection.skipped)
+    if ignore:
+        _check_ignored(model, ignore, ends)
+    return selection
+
+
+def _check_ignored(model: nn.Module, ignore: Selector, ends: _Ends) -> None:
+    """Raise `TargetError` if ``ignore`` matches nothing: it is probably a slip."""
+    matrices = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, Matrix)
+    ]
+    if not any(_matches(name, module, ignore, ends) for name, module in matrices):
+        endings = {name.rpartition(".")[2] for name, _ in matrices}
+        hint = did_you_mean(str(ignore), endings)
+        raise TargetError(f"ignore={ignore!r} matches no matrix{hint}")
+
+
+def _uses(model: nn.Module) -> dict[int, list[str]]:
+    """Return, for every weight, the modules that hold it."""
+    uses: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None) if isinstance(module, Matrix) else None
+        if weight is not None:
+            uses.setdefault(id(weight), []).append(name)
+    return uses
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Where tokens enter a model, where they leave it, and what stands in its blocks between."""
+
+    table: nn.Module | None
+    head: nn.Module | None
+    blocks: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Ends:
+        inside = in_blocks(model)
+        linear = {name for name, module in model.named_modules() if _is_linear(module)}
+        blocks = inside if inside & linear else frozenset()
+        return cls(input_table(model), output_head(model), blocks)
+
+    def is_around(self, name: str, module: nn.Module) -> bool:
+        """Tell whether a linear weight stands beside the blocks, and is not the output head."""
+        linear = _is_linear(module) and module is not self.head
+        return linear and bool(self.blocks) and name not in self.blocks
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, Matrix) and not isinstance(module, nn.Embedding)
+
+
+def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> bool:
+    if isinstance(wanted, type):
+        return isinstance(module, wanted)
+    if isinstance(wanted, str):
+        if wanted == ALL_LINEAR:
+            linear = _is_linear(module) and module is not ends.head
+            return linear and not ends.is_around(name, module)
+        if wanted == EMBEDDINGS:
+            return isinstance(module, nn.Embedding)
+        if wanted == TOKEN_EMBEDDINGS:
+            return isinstance(module, nn.Embedding) and module is ends.table
+        if wanted == ODD_BLOCKS:
+            linear = not isinstance(module, nn.Embedding)
+            return linear and re.search(r"\.\d*[13579]\.", name) is not None
+        return _fits(wanted, name)
+    return any(
+        isinstance(module, word)
+        if isinstance(word, type)
+        else (word in WORDS and _matches(name, module, word, ends))
+        or name == word
+        or name.endswith("." + word)
+        or word.startswith(name + ".")  # a part of a fused module
+        for word in wanted
+    )
+
+
+def _fits(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise TargetError(
+            f"{pattern!r} is not a regular expression: {error}; to name modules, use a list"
+        ) from error
+
+
+def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> list[Target] | str:
+    """Return the matrices that a module holds, or why it is left alone."""
+    modules = [model.get_submodule(user) for user in users]
+    if any(getattr(other, "_hf_hook", None) for other in modules):
+        return "its weight is offloaded by accelerate; compress before dispatching"
+    for user, other in zip(users, modules, strict=True):
+        found = oddity(other)
+        if found is not None:
+            return f"{found}, at {user}"
+    embeddings = [
+        u for u, other in zip(users, modules, strict=True) if isinstance(other, nn.Embedding)
+    ]
+    if not embeddings:
+        if len(users) > 1:
+            return f"its weight is shared with {', '.join(u for u in users if u != name)}"
+        return list(_linear(name, module))
+    table = model.get_submodule(embeddings[0])
+    if len(embeddings) > 1:
+        return f"several embeddings share the weight: {', '.join(embeddings)}"
+    if table.max_norm is not None or table.sparse:
+        return "an embedding with max_norm or sparse gradients"
+    shape = (table.num_embeddings, table.embedding_dim)
+    tied = tuple(user for user in users if user != embeddings[0])
+    return [Target(embeddings[0], embeddings[0], "embedding", shape, tied=tied)]
+
+
+def _stacked(model: nn.Module) -> dict[str, str]:
+    """Return the 3-D parameters, as those of experts, and why they are left."""
+    return {
+        f"{name}.{part}": "a 3-D parameter; only modules whose weight is a matrix are replaced"
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")  # kernels of convolutions
+        for part, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1
+    }
+
+
+def _linear(name: str, module: Matrix) -> Iterator[Target]:
+    rows, columns = module.weight.shape
+    if isinstance(module, Conv1D):
+        rows, columns = columns, rows
+        parts = FUSED.get(name.rpartition(".")[2], {}).get(rows // columns, ())
+        if parts and rows % columns == 0:
+            for index, part in enumerate(parts):
+                shape = (rows // len(parts), columns)
+                yield Target(f"{name}.{part}", name, "linear", shape, index, parts)
+            return
+    yield Target(name, name, "linear", (rows, columns))
+
+
+def _nothing(
+    model: nn.Module, targets: Selector, ignore: Selector | None, skipped: dict[str, str]
+) -> TargetError:
+    endings = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Matrix)}
+    hint = did_you_mean(targets if isinstance(targets, str) else "", endings)
+    if isinstance(targets, str) and targets in endings:  # a pattern must match the whole name
+        hint = f"; use [{targets!r}], a list of endings"
+    reasons = "".join(f"; {name}: {reason}" for name, reason in list(skipped.items())[:3])
+    return TargetError(f"no matrix matches targets={targets!r}, ignore={ignore!r}{hint}{reasons}")

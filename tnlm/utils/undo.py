@@ -1,0 +1,153 @@
+"""All or nothing: what was begun is undone, even if the undoing is interrupted."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_HOLDERS = (nn.Module, PreTrainedConfig, GenerationConfig, QuantizationConfigMixin)
+"""What a model is made of: objects whose attributes are noted, and not only their identity."""
+
+
+def attempt(work: Callable[[], T], undo: Callable[[], None]) -> T:
+    """Return what ``work`` returns; if it fails, undo it and raise the error.
+
+    A ``with`` block cannot do this: an interruption may come between its end and the first line
+    of ``__exit__``. Here every line that may fail stands within a ``try``.
+
+    Args:
+        work: all of it; nothing runs after it.
+        undo: is run twice, so that a second interruption does not keep it from its end. It must
+            do no harm when there is nothing (more) to undo.
+
+    Example:
+        >>> done = []
+        >>> attempt(lambda: done.append("work"), done.clear)
+        >>> try:
+        ...     attempt(lambda: 1 / 0, done.clear)
+        ... except ZeroDivisionError:
+        ...     print(done)
+        []
+    """
+    try:
+        try:
+            return work()
+        except BaseException:
+            with signals_held():
+                undo()
+            raise
+    except BaseException:
+        with signals_held():
+            undo()
+        raise
+
+
+class _Later:
+    """A signal handler that only counts; the handler it stands for is called afterwards."""
+
+    def __init__(self, before: Any) -> None:
+        self.before, self.count = before, 0
+
+    def __call__(self, *_: object) -> None:
+        self.count += 1
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let Ctrl-C and termination wait until a block is through, if this is the main thread.
+
+    Signals that the program leaves to the system's own handling are not touched.
+    """
+    held: dict[signal.Signals, _Later] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if callable(before):  # a handler of ours may be left by an interrupted end
+                    held[number] = _Later(getattr(before, "before", before))
+                    signal.signal(number, held[number])
+        yield
+    finally:
+        for number, later in held.items():
+            signal.signal(number, later.before)
+        for number, later in held.items():
+            if later.count:
+                signal.raise_signal(number)
+
+
+class Snapshot:
+    """Notes all that a model is but the values of its tensors, and puts it back.
+
+    Modules, their attributes and hooks, configs, training flags, ``requires_grad`` and gradients
+    are what they were, the same objects; what was added is gone.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> before = Snapshot(model)
+        >>> model[0] = nn.Identity()
+        >>> _ = model.eval()
+        >>> before.restore()
+        >>> model[0], model.training
+        (Linear(in_features=2, out_features=2, bias=True), True)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Note a model."""
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, bool, Tensor | None]] = []
+        seen: set[int] = set()
+        waiting: list[Any] = [model]
+        while waiting:
+            found = waiting.pop()
+            if id(found) in seen:
+                continue
+            seen.add(id(found))
+            if isinstance(found, _HOLDERS):
+                waiting.append(vars(found))
+            elif isinstance(found, dict | list | set):
+                self._containers.append((found, found.copy()))
+                waiting.extend(found.values() if isinstance(found, dict) else found)
+            elif isinstance(found, Tensor) and found.is_leaf:
+                self._tensors.append((found, found.requires_grad, found.grad))
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for container, before in self._containers:
+            container.clear()
+            container.extend(before) if isinstance(container, list) else container.update(before)
+        for tensor, needed, gradient in self._tensors:
+            if tensor.requires_grad != needed:
+                tensor.requires_grad_(needed)
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
+
+
+def leaves_model(function: Callable[P, T]) -> Callable[P, T]:
+    """Leave every model that a function is given as it was, if the function fails.
+
+    Values of tensors are the function's own care, see `tnlm.layers.swap.Swap`.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = (*args, *kwargs.values())
+        before = [Snapshot(model) for model in given if isinstance(model, nn.Module)]
+
+        def undo() -> None:
+            for snapshot in before:
+                snapshot.restore()
+
+        return attempt(lambda: function(*args, **kwargs), undo)
+
+    return guarded
