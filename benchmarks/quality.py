@@ -123,7 +123,7 @@ def _looks_at_data(scheme: str, keywords: dict[str, Any]) -> bool:
     from tnlm.compression.request import make_request
 
     choices = {k: keywords[k] for k in ("metric", "allocation", "cascade") if k in keywords}
-    return make_request(scheme, **choices, options={}).looks_at_data
+    return make_request(scheme, **choices).looks_at_data
 
 
 def _table(rows: list[Row]) -> str:

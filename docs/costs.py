@@ -8,7 +8,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from tnlm.metrics.named import FISHER, GRADIENTS, INPUTS, get_measure
+from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS
+from tnlm.metrics.named import get_measure
 from tnlm.schemes.base import Scheme
 
 TOLD = tomllib.loads((Path(__file__).parent / "costs.toml").read_text())

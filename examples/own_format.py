@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 
 import tnlm
-from tnlm.decompositions import formats
 from tnlm.decompositions.als import als
 from tnlm.decompositions.base import Budget, Format, Shape, matrix_shape
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
-from tnlm.schemes import schemes
 from tnlm.schemes.base import Scheme
 from tnlm.tensors.network import Factors, Network
 
@@ -102,16 +100,18 @@ class Heads(Format[HeadsSpec]):
 
 # %%
 # A format that stays is a file in ``tnlm/decompositions/`` that ends with ``FORMAT = Heads()``, and
-# a scheme one in ``tnlm/schemes/``; both are found by looking. For a trial in one script the
-# objects are put into the registries. A checkpoint then loads only where the script has done so.
+# a scheme one in ``tnlm/schemes/``; both are found by looking. From outside of the library they are
+# registered. A checkpoint then loads only where that was done.
 
-formats()["heads"] = Heads()
-schemes()["heads"] = Scheme(
-    name="heads",
-    title="low rank head by head",
-    formats=("heads",),
-    targets=r".*(q_proj|k_proj|v_proj)",
-    source="this example",
+tnlm.register(Heads())
+tnlm.register(
+    Scheme(
+        name="heads",
+        title="low rank head by head",
+        formats=("heads",),
+        targets=r".*(q_proj|k_proj|v_proj)",
+        source="this example",
+    )
 )
 
 # %%

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import enum
-import importlib
 import json
 import math
 import pickle
@@ -16,6 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import tnlm
 from tests.conftest import TRAINED
 from tnlm.allocation import get_allocation
+from tnlm.checkpoint import transformers_plugin
+from tnlm.compression import pipeline
+from tnlm.compression.fitting import Fitting
 from tnlm.errors import (
     BudgetError,
     CalibrationError,
@@ -579,11 +581,8 @@ def test_results_do_not_hang_on_the_number_of_threads(scheme, make_model):
 
 def fail_after(monkeypatch, name, matches, error):
     """Let one step of compression fail after its work is done."""
-    where = {
-        "retie": "tnlm.checkpoint.transformers_plugin",
-        "fit_target": "tnlm.compression.fitting",
-    }.get(name, "tnlm.compression.pipeline")
-    real = getattr(importlib.import_module(where), name)
+    where = {"retie": transformers_plugin, "_fit": Fitting}.get(name, pipeline)
+    real = getattr(where, name)
 
     def failing(*args):
         done = real(*args)
@@ -591,14 +590,14 @@ def fail_after(monkeypatch, name, matches, error):
             raise error
         return done
 
-    monkeypatch.setattr(f"{where}.{name}", failing)
+    monkeypatch.setattr(where, name, failing)
 
 
 @pytest.mark.parametrize(
     ("function", "error"),
     [
-        ("fit_target", RuntimeError("no memory")),
-        ("fit_target", KeyboardInterrupt()),
+        ("_fit", RuntimeError("no memory")),
+        ("_fit", KeyboardInterrupt()),
         ("install", OSError("disk full")),
         ("install", KeyboardInterrupt()),
         ("retie", KeyboardInterrupt()),
@@ -613,7 +612,7 @@ def test_a_failure_at_the_end_leaves_the_model_bit_for_bit(
     asked = {"targets": targets, "keep_targets": 0.5}
     last = select(model, asked["targets"]).targets[-1]
     matches = {
-        "fit_target": lambda args: args[0] == last,
+        "_fit": lambda args: args[1] == last,
         "install": lambda args: last in args[2],
         "retie": lambda args: True,
     }

@@ -20,7 +20,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tnlm.allocation.pricing import network_cost
 from tnlm.checkpoint.entries import build, dense_module
 from tnlm.decompositions import formats, get_format
 from tnlm.decompositions.base import Budget, from_dict, to_dict
@@ -28,7 +27,7 @@ from tnlm.errors import OptionError, RankError
 from tnlm.layers import embedding
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.metrics.metric import InputMoment, Metric
-from tnlm.targets.base import Target
+from tnlm.targets.table import TableTarget
 from tnlm.tensors.costs import macs
 from tnlm.tensors.gauge import fix
 from tnlm.tensors.network import Factors, Network
@@ -495,8 +494,7 @@ def test_macs_are_counted_exactly(case, kind):
 def table_price(case: Case, kind: str) -> int:
     """Return what the report says a lookup, or the tied head, costs."""
     lookup, both = (
-        network_cost(Target("", "", "embedding", case.shape, tied=tied), case.network, 4).macs
-        for tied in [(), ("head",)]
+        TableTarget("", "", case.shape, tied).cost(case.network, 4).macs for tied in [(), ("head",)]
     )
     return lookup if kind == "embedding" else both - lookup
 

@@ -11,10 +11,12 @@ import pytest
 
 from tnlm.decompositions import formats, get_format
 from tnlm.decompositions.base import Budget, from_dict
-from tnlm.metrics.named import MEASURES
+from tnlm.metrics.named import measures
 from tnlm.schemes import schemes
 from tnlm.tensors.contraction import chain
 from tnlm.tensors.costs import row_macs
+
+MEASURES = measures()
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tnlm.checkpoint.saving import save
     from tnlm.checkpoint.sums import verify
     from tnlm.checkpoint.vocabulary import set_rows
+    from tnlm.compression.choices import Budget, Calibration, Recovery, scheme
+    from tnlm.compression.register import register, unregister
     from tnlm.compression.scratch import from_config
     from tnlm.errors import TnlmError
     from tnlm.evaluation import Efficiency, Evaluation, efficiency, evaluate, perplexity
@@ -84,6 +86,12 @@ _HOMES = {
     "load": "tnlm.checkpoint.loading",
     "save": "tnlm.checkpoint.saving",
     "list_schemes": "tnlm.schemes",
+    "Budget": "tnlm.compression.choices",
+    "Calibration": "tnlm.compression.choices",
+    "Recovery": "tnlm.compression.choices",
+    "scheme": "tnlm.compression.choices",
+    "register": "tnlm.compression.register",
+    "unregister": "tnlm.compression.register",
     "from_config": "tnlm.compression.scratch",
     "rank_search": "tnlm.studies.rank_search.search",
     "verify": "tnlm.checkpoint.sums",
@@ -91,11 +99,14 @@ _HOMES = {
 
 __all__ = [
     "Analysis",
+    "Budget",
+    "Calibration",
     "Configuration",
     "DesignSpace",
     "Efficiency",
     "Evaluation",
     "Plan",
+    "Recovery",
     "Report",
     "Rule",
     "TnlmError",
@@ -119,13 +130,16 @@ __all__ = [
     "predict_speed",
     "prune",
     "rank_search",
+    "register",
     "report",
     "save",
+    "scheme",
     "search",
     "set_rows",
     "sweep",
     "to_dense",
     "truncate_groups",
+    "unregister",
     "verify",
     "write_page",
 ]

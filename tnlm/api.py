@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.transformers_plugin import config_of
-from tnlm.compression.job import Data, prepare
-from tnlm.compression.keywords import keywords_of, meant
+from tnlm.compression.choices import Budget, Recovery, choices_of, gather_choices
+from tnlm.compression.job import prepare
 from tnlm.compression.pipeline import carry_out, resume, settle
-from tnlm.compression.request import make_request
-from tnlm.errors import ModelError, OptionError
+from tnlm.compression.request import request_of
+from tnlm.errors import ModelError, OptionError, did_you_mean
 from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report
+from tnlm.schemes.base import Scheme
 from tnlm.targets.base import Selector
 from tnlm.utils.undo import leaves_model
 
@@ -23,35 +24,19 @@ from tnlm.utils.undo import leaves_model
 @leaves_model
 def compress(
     model: PreTrainedModel,
-    scheme: str | Plan,
+    scheme: str | Scheme | Plan,
     *,
     targets: Selector | None = None,
     ignore: Selector | None = None,
-    metric: str | None = None,
-    allocation: str | None = None,
-    cascade: str | None = None,
-    damping: float | None = None,
-    refine: int = 0,
-    share: int | None = None,
-    recover: str | None = None,
-    recover_tokens: int | None = None,
     keep: float | None = None,
     keep_targets: float | None = None,
-    tolerance: float | None = None,
-    max_macs: float = 1.0,
-    unit: str = "params",
-    blocks: int | None = None,
     calibration: Any = None,
-    training: Any = None,
     tokenizer: Any = None,
-    num_samples: int | None = None,
-    max_length: int | None = None,
-    bos: bool | str | None = None,
-    gradient_samples: int | None = None,
-    cache_dir: str | Path | None = None,
+    budget: Budget | None = None,
+    recovery: Recovery | None = None,
     seed: int | None = None,
     progress: bool = True,
-    **options: Any,
+    **choices: Any,
 ) -> PreTrainedModel:
     """Compress a model in place, and return it.
 
@@ -60,54 +45,29 @@ def compress(
 
     Args:
         model: any Hugging Face model, not quantized.
-        scheme: a name from ``tnlm.list_schemes()``, or a plan made by :func:`plan`.
-        targets: the matrices chosen; see :func:`~tnlm.targets.select`. The scheme has a default.
+        scheme: a name from ``tnlm.list_schemes()``, a changed copy of a scheme made by
+            :func:`scheme`, or a plan made by :func:`plan`.
+        targets: the matrices chosen; see :func:`tnlm.targets.selection.select`. The scheme has a
+            default.
         ignore: matrices left alone, in the same words.
-        metric: how errors are measured, instead of the scheme's own: ``"identity"``,
-            ``"diagonal"``, ``"input"``, ``"covariance"``, ``"centered"``, ``"two-sided"``,
-            ``"fisher-inputs"``, ``"fisher-outputs"``, ``"fisher-both"``, ``"fisher-elements"``,
-            ``"lora-fisher"``, ``"lora-taylor"``, ``"lora-both"``, ``"movement"`` or ``"pruned"``.
-            The last two train and prune a copy of the model first, whose weights are then fitted.
-        allocation: how the budget is shared out, instead of the scheme's own: ``"uniform"``,
-            ``"loss"``, ``"energy"``, ``"last"`` or ``"truncation"``.
-        cascade: ``"none"``; ``"sequential"``, every matrix fitted to the inputs that the
-            compressed model gives it; or ``"anchored"``, fitted to the outputs that the dense
-            model had there.
-        damping: share of a second moment that is replaced by its mean diagonal, in [0, 1).
-        refine: tokens of calibration data on which every block is tuned after fitting, to do what
-            the dense block did; 0 for none. It changes norms, too.
-        share: consecutive blocks whose matrices share their input factor, in low rank.
-        recover: how the compressed model is trained in the end: ``"none"``; ``"lora"``, by adapters
-            that are merged into the factors; ``"distill"``, all factors, to give the dense model's
-            logits (after ``"kngpt2"`` its embeddings, attention and states, and labels);
-            ``"finetune"``, all factors, on the data itself; or ``"mixed-rank"``, the same with
-            layers that are their dense weights now and then, which are trained along
-            (``"mixed-rank-frozen"`` leaves them). What tnlm did not replace stays as it is.
-        recover_tokens: tokens of training data it sees, and pruning (200,000 if not given).
         keep: fraction of the whole model's parameters that remains, tied ones counted once.
         keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
-        tolerance: relative error allowed to every matrix, in the metric.
-        max_macs: multiply-adds per token of a matrix, at most this multiple of the dense ones.
-        unit: what ``keep`` and ``keep_targets`` count: ``"params"``, ``"bytes"`` or ``"macs"``.
-        blocks: how many of the last blocks are cut, for ``allocation="last"``.
         calibration: a list of strings, a text or JSONL file, token ids, a DataLoader or a
-            ``datasets.Dataset``; for schemes that look at data. See
-            :func:`tnlm.calibration.data.token_batches`.
-        training: data for ``recover`` and pruning, as ``calibration``, which it is drawn from if
-            not given.
+            ``datasets.Dataset``; or a :class:`Calibration`, which also says how it is cut.
         tokenizer: turns texts into ids.
-        num_samples: windows of calibration data used (64 if not given).
-        max_length: tokens in a window (512 if not given).
-        bos: whether a window of text begins with BOS: ``"auto"``, as the tokenizer puts it in front
-            of a text by itself; True or False (``"auto"`` if not given).
-        gradient_samples: windows used for gradients (16 if not given), where they are needed.
-        cache_dir: keeps calibration statistics between runs.
+        budget: further limits, see :class:`Budget`.
+        recovery: training after the fit, see :class:`Recovery`.
         seed: draws the windows, the labels that gradients are taken of, the starts of LoRAs, and
             the order in which anything is trained (0 if not given).
         progress: show progress bars.
-        **options: the format's own: ``rank``, ``terms``, ``ranks``, ``out_split``, ``in_split``,
-            ``gauge``; integers or lists of integers. Under ``"fisher-elements"`` also ``sweeps``,
-            the most passes of its least squares, and ``ridge``, which shrinks the factors.
+        **choices: any field of :class:`Calibration`, :class:`Budget`, :class:`Recovery` or
+            :class:`~tnlm.schemes.base.Scheme` by itself, such as ``metric``, ``allocation``,
+            ``cascade``, ``refine``, ``recover``, ``tolerance``, ``max_macs``, ``unit``,
+            ``num_samples``, ``max_length`` or ``cache_dir`` (``tnlm compress --help`` lists all);
+            and the options of the scheme's formats: ``rank``, ``terms``, ``ranks``, ``out_split``,
+            ``in_split``, ``gauge``, integers or lists of integers; under ``"fisher-elements"``
+            also ``sweeps``, the most passes of its least squares, and ``ridge``, which shrinks the
+            factors.
 
     Returns:
         The same model, whose chosen modules are factorized.
@@ -123,47 +83,23 @@ def compress(
         >>> model.model.layers[0].mlp.up_proj.right  # 6 of its 16 columns are an identity block
         ArrangedLinear(in_features=10, out_features=6, bias=False)
     """
-    data = Data(
-        calibration,
-        tokenizer,
-        num_samples,
-        max_length,
-        cache_dir,
-        seed,
-        gradient_samples,
-        training,
-        bos,
-    )
-    if isinstance(scheme, Plan):
-        asked = (targets, ignore, metric, allocation, cascade, damping, share, keep, keep_targets)
-        _only_plan(
-            *asked, tolerance, recover, recover_tokens, refine, max_macs, unit, blocks, options
-        )
-    else:
-        request = make_request(
-            scheme,
-            metric=metric,
-            allocation=allocation,
-            cascade=cascade,
-            damping=damping,
-            refine=refine,
-            share=share,
-            recover=recover,
-            recover_tokens=recover_tokens,
-            keep=keep,
-            keep_targets=keep_targets,
-            tolerance=tolerance,
-            max_macs=max_macs,
-            unit=unit,
-            blocks=blocks,
-            options=options,
-            keywords=keywords_of(compress),
-        )
+    given = {
+        "keep": keep,
+        "keep_targets": keep_targets,
+        "calibration": calibration,
+        "tokenizer": tokenizer,
+        "budget": budget,
+        "recovery": recovery,
+        "seed": seed,
+        **choices,
+    }
     with torch.inference_mode(False):  # the model can be trained, wherever it was compressed
         if isinstance(scheme, Plan):
-            decided, job = resume(model, scheme, data, progress)
+            _only_data(given, targets, ignore)
+            decided, job = resume(model, scheme, given, progress)
         else:
-            job = prepare(model, request, targets, ignore, data, progress)
+            asked = gather_choices(scheme, given)
+            job = prepare(model, request_of(asked), targets, ignore, asked.calibration, progress)
             decided = settle(model, job, predict=False, progress=progress)
         return carry_out(model, job, decided, progress)
 
@@ -171,35 +107,12 @@ def compress(
 @leaves_model
 def plan(
     model: PreTrainedModel,
-    scheme: str,
+    scheme: str | Scheme,
     *,
     targets: Selector | None = None,
     ignore: Selector | None = None,
-    metric: str | None = None,
-    allocation: str | None = None,
-    cascade: str | None = None,
-    damping: float | None = None,
-    refine: int = 0,
-    share: int | None = None,
-    recover: str | None = None,
-    recover_tokens: int | None = None,
-    keep: float | None = None,
-    keep_targets: float | None = None,
-    tolerance: float | None = None,
-    max_macs: float = 1.0,
-    unit: str = "params",
-    blocks: int | None = None,
-    calibration: Any = None,
-    training: Any = None,
-    tokenizer: Any = None,
-    num_samples: int | None = None,
-    max_length: int | None = None,
-    bos: bool | str | None = None,
-    gradient_samples: int | None = None,
-    cache_dir: str | Path | None = None,
-    seed: int | None = None,
     progress: bool = True,
-    **options: Any,
+    **choices: Any,
 ) -> Plan:
     """Decide what :func:`compress` would do, with predicted errors; no weight changes.
 
@@ -217,38 +130,9 @@ def plan(
         >>> decided.layers[0].format, decided.layers[0].keep <= 0.8
         ('kronecker', True)
     """
-    request = make_request(
-        scheme,
-        metric=metric,
-        allocation=allocation,
-        cascade=cascade,
-        damping=damping,
-        refine=refine,
-        share=share,
-        recover=recover,
-        recover_tokens=recover_tokens,
-        keep=keep,
-        keep_targets=keep_targets,
-        tolerance=tolerance,
-        max_macs=max_macs,
-        unit=unit,
-        blocks=blocks,
-        options=options,
-        keywords=keywords_of(plan),
-    )
-    data = Data(
-        calibration,
-        tokenizer,
-        num_samples,
-        max_length,
-        cache_dir,
-        seed,
-        gradient_samples,
-        training,
-        bos,
-    )
+    asked = gather_choices(scheme, choices)
     with torch.inference_mode(False):
-        job = prepare(model, request, targets, ignore, data, progress)
+        job = prepare(model, request_of(asked), targets, ignore, asked.calibration, progress)
         return settle(model, job, predict=True, progress=progress)
 
 
@@ -283,8 +167,10 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return dense
 
 
-def _only_plan(*given: Any) -> None:
-    defaults: tuple[Any, ...] = (*[None] * 12, 0, 1.0, "params", None, {})
-    if given != defaults:
-        hint = meant(given[-1], compress)
+def _only_data(given: Mapping[str, Any], *chosen: Selector | None) -> None:
+    """Raise `OptionError` if more than data is given beside a plan, which holds the rest."""
+    about_data = {each.keyword for each in choices_of("calibration")} | {"training"}
+    others = [name for name, value in given.items() if value is not None and name not in about_data]
+    if others or any(each is not None for each in chosen):
+        hint = f": {others[0]}={did_you_mean(others[0], about_data)}" if others else ""
         raise OptionError(f"a plan holds targets, budget and options already; give it alone{hint}")

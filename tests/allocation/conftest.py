@@ -12,8 +12,8 @@ from tnlm.allocation.base import Limits, Problem
 from tnlm.decompositions import get_format
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
-from tnlm.targets.base import Target
 from tnlm.targets.channels import pairs
+from tnlm.targets.matrix import MatrixTarget
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def make_problem(gaussian) -> Callable[..., Problem]:
             # Spectra that fall at different rates.
             fall = torch.linspace(0, -index - 1, shape[1], dtype=torch.float64).exp()
             model[name].weight = nn.Parameter(gaussian(*shape, seed=seed + index) * fall)
-            targets.append(Target(name, name, "linear", tuple(shape)))
+            targets.append(MatrixTarget(name, name, tuple(shape)))
         weights = effects or [1.0] * len(shapes)
         measure = metric or Metric()
         return Problem(
@@ -63,7 +63,7 @@ def make_pairs(gaussian) -> Callable[..., Problem]:
             moments[f"h.{index}.fc2"] = Side(data.T @ data / 40, 1e-6)
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         targets = [
-            Target(name, name, "linear", tuple(model.get_submodule(name).weight.shape))
+            MatrixTarget(name, name, tuple(model.get_submodule(name).weight.shape))
             for name in names
         ]
 

@@ -25,7 +25,6 @@ from tnlm.decompositions.base import from_dict
 from tnlm.errors import BudgetError, RankError
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
-from tnlm.targets.base import members_of
 from tnlm.tensors.network import Cost
 
 
@@ -220,7 +219,7 @@ def test_a_pair_is_best_at_every_multiplier(alike, make_pairs):
             (unit.params * spec.width // unit.shape[0], (error * metric.norm(weight)) ** 2)
             for spec, error in channels
         ]
-        parts = [alone[member.name] for member in members_of(unit)]
+        parts = [alone[member.name] for member in unit.members]
         every += [(price_of(c), loss_of(c)) for c in itertools.product(*parts)]
         for power in range(-12, 8):
             multiplier = 10.0 ** (power / 2)

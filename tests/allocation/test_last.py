@@ -12,7 +12,7 @@ from tnlm.decompositions.base import Budget
 from tnlm.errors import BudgetError
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import total
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
 
 
 class Blocks(nn.Module):
@@ -29,8 +29,7 @@ class Blocks(nn.Module):
         names = [f"layers.{i}.q" for i in range(len(self.layers))]
         names += ["head"] if self.head is not None else []
         targets = [
-            Target(name, name, "linear", tuple(self.get_submodule(name).weight.shape))
-            for name in names
+            MatrixTarget(name, name, tuple(self.get_submodule(name).weight.shape)) for name in names
         ]
         return Problem(
             self,

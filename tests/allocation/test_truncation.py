@@ -15,7 +15,7 @@ from tnlm.decompositions.base import Budget
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 from tnlm.plans.plan import total
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
 
 losses = st.lists(st.floats(1.0001, 1e12), min_size=1, max_size=12)
 
@@ -63,7 +63,7 @@ def model_of(gaussian, scales, shape=(24, 20)):
 
 def problem_of(model, keep, metric=None, **limits):
     targets = [
-        Target(name, name, "linear", tuple(module.weight.shape))
+        MatrixTarget(name, name, tuple(module.weight.shape))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tnlm.allocation.base import Limits
-from tnlm.allocation.pricing import dense_cost, model_cost
+from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import decide
 from tnlm.decompositions import formats, get_format
 from tnlm.decompositions.base import Budget, from_dict, to_dict
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
+from tnlm.targets.table import TableTarget
 from tnlm.tensors.network import Cost
 
 LINEAR = [name for name, structure in formats().items() if "linear" in structure.kinds]
@@ -24,7 +26,8 @@ TABLES = [name for name, structure in formats().items() if "embedding" in struct
 
 
 def plan(weight, name, *, kind="linear", metric=None, predict=False, tied=(), **limits):
-    target = Target("layer.q", "layer.q", kind, tuple(weight.shape), tied=tied)
+    kinds = {"linear": MatrixTarget, "embedding": partial(TableTarget, tied=tied)}
+    target = kinds[kind]("layer.q", "layer.q", tuple(weight.shape))
     asked = Limits(limits.pop("keep", 1.0), **limits)
     return decide(target, weight, metric or Metric(), get_format(name), asked, predict=predict)
 
@@ -155,6 +158,6 @@ def test_a_model_counts_shared_tensors_once(tiny_gpt2):
 
 
 def test_costs_add_up():
-    target = Target("", "", "linear", (3, 4))
-    total = dense_cost(target, 2) + Cost(1, 2, 3)
+    target = MatrixTarget("", "", (3, 4))
+    total = target.dense_cost(2) + Cost(1, 2, 3)
     assert dataclasses.astuple(total) == (13, 26, 15)

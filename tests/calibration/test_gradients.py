@@ -20,7 +20,8 @@ from tnlm.calibration import backward, gradients, store
 from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.statistics import collect
-from tnlm.compression.job import Data, prepare
+from tnlm.compression.choices import Calibration
+from tnlm.compression.job import prepare
 from tnlm.compression.request import make_request
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.targets.selection import select
@@ -496,13 +497,13 @@ def test_nothing_to_gather_is_refused(wrong, make):
      ("input", "loss", 1), ("identity", "loss", 1), ("two-sided", "uniform", 2)],
 )  # fmt: skip
 def test_a_job_gathers_what_it_reads(metric, allocation, dimensions, make):
-    request = make_request("svd-llm", metric=metric, allocation=allocation, options={})
-    data = Data(IDS, None, 8, 16, None, 0)
+    request = make_request("svd-llm", metric=metric, allocation=allocation)
+    data = Calibration(IDS, num_samples=8, max_length=16)
     job = prepare(make("gpt2"), request, ["c_attn"], None, data, False)
     if dimensions is None:
-        with pytest.raises(CalibrationError, match=r"'gradient' of .* was not gathered"):
-            job.gradients.tensor("transformer.h.0.attn.c_attn", "gradient")
+        with pytest.raises(CalibrationError, match=r"gradient of .* was not gathered"):
+            job.evidence.statistic(job.units[0], "gradient")
     else:
-        assert job.gradients.tensor("transformer.h.0.attn.c_attn", "gradient").dim() == dimensions
+        assert job.evidence.statistic(job.units[0], "gradient").dim() == dimensions
     for target in job.units:
-        assert 0 < job.importance(target) < float("inf")
+        assert 0 < job.evidence.importance(target) < float("inf")

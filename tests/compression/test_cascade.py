@@ -10,7 +10,7 @@ from torch import nn
 
 import tnlm
 from tnlm.calibration.data import token_batches
-from tnlm.compression.cascade import Fitted, _Pair, cascade
+from tnlm.compression.cascade import Output, _Pair, cascade
 from tnlm.compression.moments import anchored
 from tnlm.errors import CalibrationError
 from tnlm.metrics.metric import InputMoment
@@ -41,7 +41,7 @@ def crude(model, seen=None, rank=3):
     def fit(target, moved):
         if seen is not None:
             seen[target.name] = moved
-        return Fitted(truncated(target.weight(model), rank), None)
+        return Output(truncated(target.weight(model), rank), None)
 
     return fit
 
@@ -249,7 +249,7 @@ def errors_of_the_last_matrix(model, mode, batches, rank=8):
                 weight, moment = moved.weight, moved.statistics["moment"]
             left, right = InputMoment(moment, 1e-9).low_rank(weight, rank)
             made[target.name] = left @ right
-        return Fitted(made[target.name], None)
+        return Output(made[target.name], None)
 
     targets = select(model).targets
     cascade(model, targets, batches, "sequential" if mode == "none" else mode, fit, progress=False)

@@ -7,20 +7,20 @@ import torch
 from torch import nn
 
 import tnlm
+from tnlm.compression.choices import Calibration
 from tnlm.compression.fitting import Fitting, by_module
-from tnlm.compression.job import Data, prepare
+from tnlm.compression.job import prepare
 from tnlm.compression.moments import Moved
 from tnlm.compression.pipeline import settle
 from tnlm.compression.request import make_request
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.swap import Shelf
-from tnlm.targets.base import members_of
 from tnlm.targets.selection import select
 
 IDS = torch.arange(256) % 61 + 3
-NO_DATA = Data(None, None, 64, 512, None, 0)
-DATA = Data(IDS, None, 8, 32, None, 0)
+NO_DATA = Calibration()
+DATA = Calibration(IDS, num_samples=8, max_length=32)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def start(make_model):
 
         def begin(kind, scheme, change=lambda layer: layer, targets=None, **options):
             model = make_model(kind)
-            request = make_request(scheme, options={}, **options)
+            request = make_request(scheme, **options)
             data = DATA if request.looks_at_data else NO_DATA
             job = prepare(model, request, targets, None, data, progress=False)
             plan = settle(model, job, predict=False, progress=False)
@@ -69,7 +69,7 @@ def test_the_model_waits_and_the_shelf_fills(kind, scheme, start):
     for unit in fitting.units:
         assert fitting.fit(unit) is None
     assert is_as_before(model, before)
-    names = {member.name for unit in fitting.units for member in members_of(unit)}
+    names = {member.name for unit in fitting.units for member in unit.members}
     assert fitting.entries.keys() == names
     assert fitting.errors.keys() == {layer.name for layer in plan.layers}
     assert all(0 < error < 1 for error in fitting.errors.values())
@@ -138,7 +138,7 @@ def test_members_of_a_stack_are_cut_apart(start):
     name = "model.layers.{}.self_attn.q_proj.right.weight".format
     assert fitting.ties == {name(1): name(0)}
     whole, weight = torch.cat([first.weight, second.weight]), unit.weight(model)
-    metric = fitting._job.metric(unit)
+    metric = fitting._job.evidence.metric(unit)
     assert fitting.errors[unit.name] == pytest.approx(metric.relative(weight, whole), rel=1e-4)
     entries = [fitting.entries[member.name] for member in unit.members]
     assert entries[0] == entries[1]
@@ -150,12 +150,12 @@ def test_the_error_of_a_pair_is_that_of_its_reader(start):
     for unit in fitting.units:
         fitting.fit(unit)
         rows = shelf.take(unit.producers[0].name).weight
-        reader = shelf.take(unit.reader.name).weight.detach()
+        reader = shelf.take(unit.consumer.name).weight.detach()
         all_rows = unit.producers[0].weight(model)
         kept = torch.cat([(all_rows == row).all(1).nonzero().flatten() for row in rows])
         rebuilt = torch.zeros(unit.shape)
         rebuilt[kept] = reader.T
-        expected = fitting._job.metric(unit).relative(unit.weight(model), rebuilt)
+        expected = fitting._job.evidence.metric(unit).relative(unit.weight(model), rebuilt)
         assert fitting.errors[unit.name] == pytest.approx(expected, rel=1e-4)
 
 
@@ -189,7 +189,7 @@ def test_a_block_is_taken_off_the_shelf_and_put_back(scheme, start):
 
 def test_blocks_with_like_names_are_told_apart(start, tiny_llama, monkeypatch):
     model = tiny_llama(num_hidden_layers=11)
-    job = prepare(model, make_request("svd", options={}), ["up_proj"], None, NO_DATA, False)
+    job = prepare(model, make_request("svd"), ["up_proj"], None, NO_DATA, False)
     plan = settle(model, job, predict=False, progress=False)
     with Shelf() as shelf:
         fitting = Fitting(model, job, plan, shelf)

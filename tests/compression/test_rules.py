@@ -7,10 +7,14 @@ import pytest
 
 from tnlm.allocation import allocations, get_allocation
 from tnlm.compression import rules
+from tnlm.compression.choices import Budget
 from tnlm.compression.request import make_request
 from tnlm.decompositions import formats, get_format
 from tnlm.errors import BudgetError, OptionError
-from tnlm.metrics.named import INPUTS, MEASURES, get_measure
+from tnlm.metrics.measure import INPUTS
+from tnlm.metrics.named import get_measure, measures
+
+MEASURES = measures()
 
 LOW_RANK = [get_format("low-rank")]
 
@@ -24,7 +28,7 @@ def refused(check, *arguments, error=OptionError):
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=lambda m: m.name)
 @pytest.mark.parametrize("structure", formats().values(), ids=lambda s: s.name)
 def test_a_format_is_fitted_only_under_what_it_says(measure, structure):
-    kind = "elementwise" if measure.is_elementwise else "separable"
+    kind = "elementwise" if measure.elementwise else "separable"
     if not measure.needs or kind in structure.metrics:
         rules.check_measure("scheme", [structure], measure)
         return
@@ -127,16 +131,16 @@ def test_sharing_excludes_cascades_and_biases():
 @pytest.mark.parametrize("unit", rules.UNITS)
 def test_an_allocation_counts_in_its_own_units(allocation, unit):
     if unit in allocation.units:
-        rules.check_shared(allocation, None, unit, None)
+        rules.check_shared(allocation, Budget(unit=unit))
     else:
-        text = refused(rules.check_shared, allocation, None, unit, None, error=BudgetError)
+        text = refused(rules.check_shared, allocation, Budget(unit=unit), error=BudgetError)
         assert f"unit={unit!r} with allocation={allocation.name!r}; allowed: " in text
         assert text.endswith(", ".join(allocation.units))
 
 
 @pytest.mark.parametrize("unit", ["param", "flops", None, 3])
 def test_an_unknown_unit_names_the_known(unit):
-    text = refused(rules.check_shared, get_allocation("loss"), None, unit, None, error=BudgetError)
+    text = refused(rules.check_shared, get_allocation("loss"), Budget(unit=unit), error=BudgetError)
     assert f"unknown unit {unit!r}" in text
     assert "params" in text
 
@@ -144,9 +148,9 @@ def test_an_unknown_unit_names_the_known(unit):
 @pytest.mark.parametrize("allocation", allocations().values(), ids=lambda a: a.name)
 def test_only_uniform_works_to_a_tolerance(allocation):
     if allocation.name == "uniform":
-        rules.check_shared(allocation, 0.1, "params", None)
+        rules.check_shared(allocation, Budget(tolerance=0.1))
     else:
-        text = refused(rules.check_shared, allocation, 0.1, "params", None, error=BudgetError)
+        text = refused(rules.check_shared, allocation, Budget(tolerance=0.1), error=BudgetError)
         assert f"tolerance with allocation={allocation.name!r}" in text
         assert "allocation='uniform'" in text
 
@@ -154,12 +158,12 @@ def test_only_uniform_works_to_a_tolerance(allocation):
 @pytest.mark.parametrize("allocation", allocations().values(), ids=lambda a: a.name)
 def test_blocks_are_counted_only_where_they_act(allocation):
     if allocation.counts_blocks:
-        rules.check_shared(allocation, None, "params", 3)
+        rules.check_shared(allocation, Budget(blocks=3))
         for value in (0, -1, 1.0, True, "3"):
-            text = refused(rules.check_shared, allocation, None, "params", value)
+            text = refused(rules.check_shared, allocation, Budget(blocks=value))
             assert f"blocks={value!r}; allowed: a whole number >= 1" in text
     else:
-        text = refused(rules.check_shared, allocation, None, "params", 3)
+        text = refused(rules.check_shared, allocation, Budget(blocks=3))
         assert f"blocks=3 has no effect on allocation={allocation.name!r}" in text
 
 
@@ -198,7 +202,7 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_what_is_accepted_is_recorded(name):
-    asked = make_request("svd", options={"gauge": False}, **RULES[name])
+    asked = make_request("svd", gauge=False, **RULES[name])
     record = asked.record()
     assert record["gauge"] is False
     for key, value in RULES[name].items():
@@ -227,7 +231,7 @@ def test_what_is_accepted_is_recorded(name):
 )
 def test_a_request_asks_every_rule(arguments, words):
     with pytest.raises(OptionError, match=re.escape(words)):
-        make_request("svd", options={}, **arguments)
+        make_request("svd", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -237,10 +241,10 @@ def test_a_request_asks_every_rule(arguments, words):
         ("auto", {"cascade": "sequential"}, "with channels"),
         ("kron", {"share": 2}, "share=2 with a kronecker"),
         ("kron", {"allocation": "truncation"}, "truncation' with a kronecker"),
-        ("modegpt", {"tolerance": 0.1, "options": {"width": 4}}, "tolerance and width given"),
+        ("modegpt", {"tolerance": 0.1, "width": 4}, "tolerance and width given"),
         ("basis-sharing", {"cascade": "anchored"}, "share=2 with cascade='anchored'"),
     ],
 )
 def test_the_choices_of_a_scheme_are_held_to_the_rules(scheme, arguments, words):
     with pytest.raises(OptionError, match=re.escape(words)):
-        make_request(scheme, **({"options": {}} | arguments))
+        make_request(scheme, **arguments)

@@ -6,17 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.errors import OptionError
+from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
 from tnlm.metrics.metric import Metric
-from tnlm.metrics.named import (
-    FISHER,
-    GRADIENT_SHRINK,
-    GRADIENTS,
-    INPUTS,
-    LORA,
-    MEASURES,
-    MOVEMENT,
-    get_measure,
-)
+from tnlm.metrics.named import get_measure, measures
+from tnlm.metrics.named.two_sided import GRADIENT_SHRINK
+
+MEASURES = measures()
 
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
 NAMES |= {"gradient": GRADIENTS, "fisher": FISHER}
@@ -57,7 +52,7 @@ def test_a_measure_reads_only_what_it_says_it_needs(name, gaussian):
     # What the last one needs is pruned weights, not a statistic.
     assert read == (frozenset() if name == "pruned" else MEASURES[name].needs)
     assert all(torch.equal(found[key], before[key]) for key in found)  # statistics are shared
-    assert metric.separable != MEASURES[name].is_elementwise
+    assert metric.separable != MEASURES[name].elementwise
     assert (metric.mean is not None) == MEASURES[name].adds_bias
     assert metric.norm(gaussian(OUT, IN, seed=9)) > 0
 

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.compression.install import fit_target
 from tnlm.decompositions import get_format
 from tnlm.decompositions.low_rank import LowRankSpec
 from tnlm.metrics.named import get_measure
 from tnlm.plans.plan import LayerPlan
 from tnlm.schemes import get_scheme
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
 from tnlm.tensors.network import Cost
 
 ROWS, COLUMNS, TOKENS = 9, 7, 60
@@ -52,10 +51,11 @@ def layer_of(scheme, weight, bias, gathered, rank):
     """Return the layer that a scheme puts in place of a linear layer."""
     shape = tuple(weight.shape)
     spec = {"rank": rank, "gauge": False}
-    target = Target("layer", "layer", "linear", shape)
+    target = MatrixTarget("layer", "layer", shape)
     cost = Cost(0, 0, 0)
     plan = LayerPlan("layer", "linear", shape, "low-rank", spec, cost, cost, bias=bias is None)
-    return fit_target(target, weight, bias, metric_of(scheme, gathered), plan)[1]
+    ((_, _, layer),) = target.fit_to(weight, bias, plan, metric_of(scheme, gathered)).pieces
+    return layer
 
 
 def spectrum(matrix):

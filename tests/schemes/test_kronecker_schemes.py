@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.checkpoint.entries import build
-from tnlm.compression.install import fit_target
 from tnlm.decompositions import get_format
 from tnlm.decompositions.kronecker import KroneckerSpec
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.schemes import get_scheme
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
 from tnlm.tensors.network import Cost
 from tnlm.tensors.rearrange import rearrange
 
@@ -59,10 +58,10 @@ def test_a_layer_applies_the_sum_without_forming_it(splits, terms, gauge, seed, 
     weight, x = gaussian(12, 6, seed=seed), gaussian(5, 6, seed=seed + 1)
     (a, b), (c, d) = splits
     spec = {"terms": min(terms, a * c, b * d), "out_split": (a, b), "in_split": (c, d)}
-    target = Target("layer", "layer", "linear", (12, 6))
+    target = MatrixTarget("layer", "layer", (12, 6))
     cost, options = Cost(0, 0, 0), spec | {"gauge": gauge}
     plan = LayerPlan("layer", "linear", (12, 6), "kronecker", options, cost, cost)
-    entry, layer, _ = fit_target(target, weight, None, Metric(), plan)
+    ((_, entry, layer),) = target.fit_to(weight, None, plan, Metric()).pieces
     layer.crossing = float("inf")  # through the factors
     rebuilt = summed(kronecker(weight, KroneckerSpec(**options)))
     same(layer(x).detach(), x @ rebuilt.T)

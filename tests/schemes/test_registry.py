@@ -16,9 +16,11 @@ from tnlm.cli import main as cli
 from tnlm.decompositions import formats, get_format
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.layers.embedding import FactorizedEmbedding
-from tnlm.metrics.named import MEASURES
+from tnlm.metrics.named import measures
 from tnlm.schemes import schemes
 from tnlm.schemes.base import Scheme
+
+MEASURES = measures()
 
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
 PUBLISHED = {

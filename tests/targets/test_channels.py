@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import OPTConfig, OPTForCausalLM
 
 import tnlm
-from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.decompositions.channels import FORMAT, ChannelsSpec
 from tnlm.errors import CheckpointError, OptionError
 from tnlm.targets.channels import pairs, sliced
@@ -82,7 +81,7 @@ def test_biases_of_producers_go_with_their_channels(make_model):
     [first, _] = pairs(model, select(model).targets)
     assert (first.shape, first.params, first.biases) == ((48, 32), 2 * 48 * 32, 1)
     assert first.saved(20) == 28 * (2 * 32 + 1)
-    assert torch.equal(first.weight(model), weight_of(model, first.reader.name).T)
+    assert torch.equal(first.weight(model), weight_of(model, first.consumer.name).T)
 
 
 def test_matrices_that_stand_directly_in_a_block_make_a_pair():
@@ -103,7 +102,7 @@ def test_matrices_that_stand_directly_in_a_block_make_a_pair():
 def test_a_norm_between_the_matrices_is_no_pair(make_model):
     model = make_model("llama")
     model.model.layers[0].mlp.sub_norm = nn.RMSNorm(48)  # as in BitNet
-    assert [pair.reader.name for pair in pairs(model, select(model).targets)] == [DOWN["llama"]]
+    assert [pair.consumer.name for pair in pairs(model, select(model).targets)] == [DOWN["llama"]]
 
 
 # What a cut does
@@ -122,11 +121,11 @@ def test_producers_keep_rows_and_the_sliced_model_is_the_masked_one(kind, cut, m
             assert isinstance(module, nn.Linear)
             if module.bias is not None:
                 assert torch.equal(module.bias, dense.get_submodule(producer.name).bias[kept])
-        reader = dense.get_submodule(pair.reader.name)
-        masked = pair.reader.view(reader)
+        reader = dense.get_submodule(pair.consumer.name)
+        masked = pair.consumer.view(reader)
         masked.zero_()
-        masked[:, kept] = weight_of(model, pair.reader.name)
-        made = model.get_submodule(pair.reader.name)
+        masked[:, kept] = weight_of(model, pair.consumer.name)
+        made = model.get_submodule(pair.consumer.name)
         assert (made.bias is None) == (reader.bias is None)
         assert made.bias is None or torch.equal(made.bias, reader.bias)
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
@@ -182,9 +181,9 @@ def test_costs_are_those_of_the_model(kind, cut, make_model):
 def test_the_price_of_a_width_is_what_stays(make_model):
     model = make_model("gpt2")
     [pair, _] = pairs(model, select(model).targets)
-    full = network_cost(pair, FORMAT.network(pair.shape, ChannelsSpec(48)), 4)
-    assert full == dense_cost(pair, 4)
-    part = network_cost(pair, FORMAT.network(pair.shape, ChannelsSpec(10)), 2)
+    full = pair.cost(FORMAT.network(pair.shape, ChannelsSpec(48)), 4)
+    assert full == pair.dense_cost(4)
+    part = pair.cost(FORMAT.network(pair.shape, ChannelsSpec(10)), 2)
     assert part.params == 2 * 48 * 32 - 38 * 65
     assert part.bytes == 2 * part.params
     assert part.macs == 10 * 2 * 32

@@ -10,9 +10,10 @@ from safetensors import safe_open
 
 import tnlm
 from tnlm.errors import CheckpointError, OptionError, TargetError
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
 from tnlm.targets.selection import select
 from tnlm.targets.stacks import Stack, stack, ties
+from tnlm.targets.table import TableTarget
 
 IDS = torch.arange(24).reshape(2, 12) % 61 + 3
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
@@ -42,7 +43,7 @@ def moment_of(model, name):
 
 
 def block(layer, name, shape=(8, 4)):
-    return Target(f"h.{layer}.{name}", f"h.{layer}.{name}", "linear", shape)
+    return MatrixTarget(f"h.{layer}.{name}", f"h.{layer}.{name}", shape)
 
 
 # Which matrices are stacked
@@ -64,7 +65,7 @@ def test_consecutive_blocks_are_stacked_and_the_last_may_be_short(layers, blocks
     assert [unit.name for unit in units] == names
     for unit, group in zip(units, expected, strict=True):
         assert unit.shape == (8 * len(group), 4)
-        assert unit.copies == len(group)
+        assert len(unit.members) == len(group)
         assert isinstance(unit, Stack) == (len(group) > 1)
 
 
@@ -74,8 +75,8 @@ def test_what_cannot_share_stays_by_itself():
         block(1, "mlp.down_proj"),  # writes to the residual stream
         block(0, "up", (8, 4)),
         block(1, "up", (6, 4)),  # another shape
-        Target("embed", "embed", "embedding", (8, 4)),
-        Target("lm_head", "lm_head", "linear", (8, 4)),
+        TableTarget("embed", "embed", (8, 4)),
+        MatrixTarget("lm_head", "lm_head", (8, 4)),
     ]
     assert stack(alone, 2) == alone
     apart = [block(1, "up"), block(2, "up")]  # neighbours, of different pairs

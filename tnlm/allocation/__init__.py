@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tnlm.allocation.base import Allocation
-from tnlm.utils.registry import discover, lookup
+from tnlm.utils.registry import Registry
+
+ALLOCATIONS: Registry[Allocation] = Registry(__name__, "ALLOCATION", "allocation")
 
 
 def allocations() -> dict[str, Allocation]:
@@ -13,7 +15,7 @@ def allocations() -> dict[str, Allocation]:
         >>> "loss" in allocations()
         True
     """
-    return discover(__name__, "ALLOCATION")
+    return ALLOCATIONS.all()
 
 
 def get_allocation(name: str) -> Allocation:
@@ -22,5 +24,4 @@ def get_allocation(name: str) -> Allocation:
     Raises:
         OptionError: for an unknown name, with the close and the allowed ones.
     """
-    found: Allocation = lookup("allocation", name, allocations())
-    return found
+    return ALLOCATIONS.get(name)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from tnlm.decompositions.base import Format
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
-from tnlm.targets.base import Target, members_of
+from tnlm.targets.base import Target
 from tnlm.tensors.network import Cost
 
 
@@ -74,7 +74,7 @@ class Problem:
     @property
     def replaced(self) -> dict[str, Target]:
         """The joint target that could take a target's place, by the target's name."""
-        return {member.name: unit for unit in self.joint for member in members_of(unit)}
+        return {member.name: unit for unit in self.joint for member in unit.members}
 
     def each(self) -> Iterator[tuple[Target, Tensor, Metric]]:
         """Yield every target with its weight and metric, under a progress bar."""
@@ -84,8 +84,7 @@ class Problem:
 
     def extra(self, target: Target) -> int:
         """Return the size of the bias that is added to a target, 0 if none is."""
-        biased = target.kind != "linear" or target.bias(self.model) is not None
-        return 0 if biased or not self.adds_bias else target.shape[0]
+        return target.added_bias(self.model) if self.adds_bias else 0
 
 
 class Allocation(ABC):

@@ -12,13 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from tnlm.allocation.base import Problem
-from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.allocation.uniform import name_target, options_for, stay_dense
 from tnlm.decompositions.base import to_dict
 from tnlm.errors import BudgetError, OptionError
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
-from tnlm.targets.base import Target, members_of
+from tnlm.targets.base import Target
 from tnlm.utils.ties import RELATIVE, significant
 
 STEPS = 60
@@ -80,7 +79,7 @@ def curves(
         if unit is None:
             found[target.name] = alone[target.name]
         elif unit.name not in found:
-            apart = combine([alone[member.name] for member in members_of(unit)])
+            apart = combine([alone[member.name] for member in unit.members])
             joined = [c for c in alone[unit.name] if c.layers[0].format is not None]
             found[unit.name] = _front([*apart, *joined], harm)
     return list(found.values())
@@ -136,7 +135,7 @@ def _candidates(
     stays = stay_dense(target, weight, "worth more than it costs")
     extra = problem.extra(target)
     energy = metric.norm(weight) ** 2 * problem.importance(target)
-    macs = math.inf if target.kind == "embedding" else limits.max_macs * target.params
+    macs = target.most_macs(limits.max_macs)
     found = [Candidate((stays,), limits.price(stays.before), 0.0)]
     for structure in problem.formats:
         if target.kind not in structure.kinds:
@@ -148,7 +147,7 @@ def _candidates(
             raise name_target(target, wrong) from wrong
         for spec, error in sampled:
             network = structure.network(target.shape, spec)
-            after = network_cost(target, network, size, extra)
+            after = target.cost(network, size, extra)
             if after.params > target.most or after.macs > macs * target.share:
                 continue
             layer = replace(
@@ -181,7 +180,7 @@ def check_budget(problem: Problem, found: Sequence[Curve]) -> float:
     """
     limits = problem.limits
     sizes = [(t, t.weight(problem.model).element_size()) for t in problem.targets]
-    dense = sum(limits.price(dense_cost(target, size)) for target, size in sizes)
+    dense = sum(limits.price(target.dense_cost(size)) for target, size in sizes)
     least = sum(curve[0].price for curve in found)
     budget = math.floor(limits.keep * dense * (1.0 + 1e-12))  # 0.29 of 100 is 29, not 28
     if least > budget:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tnlm.allocation.base import Allocation, Problem
-from tnlm.allocation.pricing import dense_cost
 from tnlm.allocation.uniform import Uniform, stay_dense
 from tnlm.errors import BudgetError
 from tnlm.plans.plan import LayerPlan
@@ -78,7 +77,7 @@ class LastBlocks(Allocation):
 def _keep(problem: Problem, numbered: Sequence[Target]) -> float:
     """Return what the blocks' targets keep of their cost, as all others stay dense."""
     limits, inside = problem.limits, {target.name for target in numbered}
-    prices = {target.name: limits.price(dense_cost(target, 1)) for target in problem.targets}
+    prices = {target.name: limits.price(target.dense_cost(1)) for target in problem.targets}
     whole, part = sum(prices.values()), sum(prices[name] for name in inside)
     if whole == part:
         return limits.keep

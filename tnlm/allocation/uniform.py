@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from tnlm.allocation.base import Allocation, Limits, Problem
-from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.allocation.unseen import roomiest
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Budget, Format, from_dict, to_dict
@@ -46,7 +45,7 @@ def decide(
     Raises:
         RankError: if the options ask for what the matrix cannot have; names the target.
     """
-    before = dense_cost(target, weight.element_size())
+    before = target.dense_cost(weight.element_size())
     try:
         specs = _specs(target, weight, metric, structure, limits, extra)
         if not specs:
@@ -64,7 +63,7 @@ def decide(
     scores = [math.inf if error is None else error for error in errors]
     best = least(scores, EXACT)
     network = structure.network(target.shape, specs[best])
-    after = network_cost(target, network, weight.element_size(), extra)
+    after = target.cost(network, weight.element_size(), extra)
     return LayerPlan(
         target.name,
         target.kind,
@@ -87,7 +86,7 @@ def name_target(target: Target, error: OptionError) -> OptionError:
 
 def stay_dense(target: Target, weight: Tensor, note: str) -> LayerPlan:
     """Return the decision to leave a target as it is, with the reason."""
-    cost = dense_cost(target, weight.element_size())
+    cost = target.dense_cost(weight.element_size())
     return LayerPlan(target.name, target.kind, target.shape, None, {}, cost, cost, note=note)
 
 
@@ -97,7 +96,7 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
     Raises:
         OptionError: if the matrix cannot have the format or spec, or would not shrink.
     """
-    before = dense_cost(target, weight.element_size())
+    before = target.dense_cost(weight.element_size())
     if layer.format is None:
         return replace(layer, kind=target.kind, before=before, after=before)
     try:
@@ -105,14 +104,14 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
         if target.kind not in structure.kinds:
             raise OptionError(f"a {structure.name} cannot replace a {target.kind}")
         network = structure.network(target.shape, from_dict(structure.spec, layer.spec))
-        if network.gauge is not None and (target.kind == "embedding" or target.copies > 1):
+        if network.gauge is not None and target.whole:
             raise OptionError("gauge=true; allowed for an embedding or a stack: false")
-        if network_cost(target, network, 1).params > target.most:
+        if target.cost(network, 1).params > target.most:
             raise OptionError(f"{dict(layer.spec)} is not smaller than the dense matrix")
     except OptionError as error:
         raise type(error)(f"{target.name}: {error}") from error
     extra = target.shape[0] if layer.bias else 0
-    after = network_cost(target, network, weight.element_size(), extra)
+    after = target.cost(network, weight.element_size(), extra)
     return replace(layer, kind=target.kind, before=before, after=after)
 
 
@@ -120,10 +119,7 @@ def options_for(target: Target, structure: Format[Any], limits: Limits) -> dict[
     """Return the options that a format takes, as they apply to a target."""
     fields = {item.name for item in dataclasses.fields(structure.spec)}
     options = {name: value for name, value in limits.options.items() if name in fields}
-    # Rows of a gauge-fixed table could not be looked up: an embedding keeps its factors whole.
-    # The factors of a stack are cut into its members'.
-    plain = target.kind == "embedding" or target.copies > 1
-    return options | ({"gauge": False} if plain else {})
+    return options | ({"gauge": False} if target.whole else {})
 
 
 def _specs(
@@ -143,19 +139,8 @@ def _specs(
 
 
 def _budget(target: Target, limits: Limits, extra: int) -> Budget:
-    # Strictly fewer parameters than dense: a layer that cannot shrink stays as it is.
     keep = 1.0 if limits.tolerance is not None else limits.keep
-    share = 1.0 if limits.unit == "macs" else keep
-    if target.kind == "channels":  # counted in rows of the matrix that reads them
-        return Budget(min(share, limits.max_macs) * math.prod(target.shape) + 1e-9)
-    params = min(math.floor(share * target.params + 1e-9), target.most) - extra
-    if target.kind == "embedding":
-        return Budget(params)  # a lookup costs little, and rows are priced by the report
-    speed = min(limits.max_macs, keep) if limits.unit == "macs" else limits.max_macs
-    rows, columns = target.shape
-    # A stack's network has the shared factor once, but every member applies it.
-    once = (rows + columns) / (rows + target.copies * columns)
-    return Budget(params, speed * target.params * once)
+    return target.budget(keep, limits.max_macs, unit=limits.unit, extra=extra)
 
 
 def _why_dense(
@@ -167,7 +152,7 @@ def _why_dense(
     extra: int,
 ) -> str:
     lifted = replace(limits, max_macs=math.inf)
-    if target.kind == "linear" and _specs(target, weight, metric, structure, lifted, extra):
+    if _specs(target, weight, metric, structure, lifted, extra):
         return f"needs more than max_macs={limits.max_macs:g} times the dense multiply-adds"
     if limits.tolerance is not None:
         return f"not smaller than dense at tolerance={limits.tolerance:g}"

@@ -17,50 +17,12 @@ from rich.table import Table
 from typer.main import get_command
 
 import tnlm
-from tnlm.cli.options import (
-    AllocationName,
-    Blocks,
-    Bos,
-    CacheDir,
-    Calibration,
-    Cascade,
-    Damping,
-    Dtype,
-    Gauge,
-    GradientSamples,
-    Ignore,
-    InSplit,
-    Json,
-    Keep,
-    KeepTargets,
-    MaxLengthAsked,
-    MaxMacs,
-    MetricName,
-    Model,
-    NumSamples,
-    OutSplit,
-    Overwrite,
-    Rank,
-    Ranks,
-    Recover,
-    RecoverTokens,
-    Refine,
-    Ridge,
-    SchemeName,
-    SeedAsked,
-    Share,
-    Sweeps,
-    Targets,
-    Terms,
-    Tolerance,
-    Training,
-    Unit,
-    Width,
-)
-from tnlm.cli.output import console, layers_table, numbers, print_json, printable
+from tnlm.cli.choices import asked, with_choices
+from tnlm.cli.options import FILE, Dtype, Ignore, Json, Model, Overwrite, SchemeName, Targets
+from tnlm.cli.output import console, layers_table, print_json, printable
 from tnlm.cli.studies import studies
 from tnlm.cli.words import in_options
-from tnlm.errors import TnlmError
+from tnlm.errors import OptionError, TnlmError
 
 app = typer.Typer(
     add_completion=False,
@@ -71,34 +33,22 @@ app = typer.Typer(
 app.add_typer(studies)
 
 
-OPTIONS = ("terms", "rank", "width", "gauge", "ridge", "sweeps")
-CHOICES = ("metric", "allocation", "cascade", "damping", "refine", "share")
-RECOVERY = ("recover", "recover_tokens")
-BUDGET = ("keep", "keep_targets", "tolerance", "max_macs", "unit", "blocks")
-CUT = ("num_samples", "max_length", "bos", "gradient_samples", "seed")
-DATA = ("targets", "ignore", "calibration", "training", "cache_dir", *CUT)
-
-
-def _asked(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a command's options as arguments of `tnlm.compress`, checked before a model loads."""
+def _read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> Any:
+    """Return the plan of a file, or the scheme; what is asked is checked before a model loads."""
     from tnlm.calibration.cache import check_cache
     from tnlm.compression.request import make_request
+    from tnlm.plans.plan import Plan
 
-    if values["cache_dir"] is not None:
-        check_cache(values["cache_dir"])
-    options = {name: values[name] for name in OPTIONS}
-    for name in ("ranks", "out_split", "in_split"):
-        options[name] = numbers(name.replace("_", "-"), values[name])
-    budget = {name: values[name] for name in (*CHOICES, *RECOVERY, *BUDGET)}
-    make_request(values["scheme"], **budget, options=options)
-    data = {name: values[name] for name in DATA}
-    return {"scheme": values["scheme"], **budget, **data, **options}
-
-
-def _reading(asked: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Return the tokenizer as an argument, if there is data for it to read."""
-    given = asked["calibration"] is not None or asked["training"] is not None
-    return {"tokenizer": tokenizer} if given else {}
+    if given.get("cache_dir") is not None:
+        check_cache(given["cache_dir"])
+    if path is None and scheme is None:
+        raise OptionError("nothing says how to compress; give --scheme, or --plan")
+    if path is None:
+        make_request(str(scheme), **given)
+        return scheme
+    if scheme is not None:
+        raise OptionError("--scheme and --plan given; a plan holds its scheme")
+    return Plan.load(path)
 
 
 @app.command()
@@ -127,51 +77,35 @@ def schemes(as_json: Json = False) -> None:
 
 
 @app.command()
+@with_choices
 def plan(
     model: Model,
     scheme: SchemeName,
-    terms: Terms = None,
-    rank: Rank = None,
-    ranks: Ranks = None,
-    width: Width = None,
-    out_split: OutSplit = None,
-    in_split: InSplit = None,
-    gauge: Gauge = None,
-    ridge: Ridge = None,
-    sweeps: Sweeps = None,
-    keep: Keep = None,
-    keep_targets: KeepTargets = None,
-    tolerance: Tolerance = None,
-    max_macs: MaxMacs = 1.0,
-    metric: MetricName = None,
-    allocation: AllocationName = None,
-    cascade: Cascade = None,
-    damping: Damping = None,
-    refine: Refine = 0,
-    share: Share = None,
-    unit: Unit = "params",
-    blocks: Blocks = None,
-    calibration: Calibration = None,
-    num_samples: NumSamples = None,
-    max_length: MaxLengthAsked = None,
-    bos: Bos = None,
-    gradient_samples: GradientSamples = None,
-    cache_dir: CacheDir = None,
     targets: Targets = None,
     ignore: Ignore = None,
-    seed: SeedAsked = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the plan as JSON, for `tnlm compress --plan`.")
+    ] = None,
     dtype: Dtype = "auto",
-    recover: Recover = None,
-    recover_tokens: RecoverTokens = None,
-    training: Training = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Print what compress would do to every matrix, and what it would cost."""
-    asked = _asked(locals())
+    choices = asked(given)
+    _read_plan(None, scheme, choices)
     from tnlm.checkpoint.dense_models import load_model
 
     loaded, tokenizer = load_model(model, dtype=dtype)
-    decided = tnlm.plan(loaded, **_reading(asked, tokenizer), progress=not as_json, **asked)
+    decided = tnlm.plan(
+        loaded,
+        scheme,
+        targets=targets,
+        ignore=ignore,
+        progress=not as_json,
+        **_with(tokenizer, choices),
+    )
+    if out is not None:
+        decided.save(out)
     if as_json:
         print_json(json.loads(decided.to_json()))
         return
@@ -179,56 +113,46 @@ def plan(
     console.print("\n".join(decided.summary()), highlight=False, soft_wrap=True)
 
 
+def _with(tokenizer: Any, choices: dict[str, Any]) -> dict[str, Any]:
+    """Return choices with a tokenizer, if there is data for it to read."""
+    reads = {"calibration", "training"} & choices.keys()
+    return {**choices, "tokenizer": tokenizer} if reads else choices
+
+
 @app.command()
+@with_choices
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
-    scheme: SchemeName,
-    terms: Terms = None,
-    rank: Rank = None,
-    ranks: Ranks = None,
-    width: Width = None,
-    out_split: OutSplit = None,
-    in_split: InSplit = None,
-    gauge: Gauge = None,
-    ridge: Ridge = None,
-    sweeps: Sweeps = None,
-    keep: Keep = None,
-    keep_targets: KeepTargets = None,
-    tolerance: Tolerance = None,
-    max_macs: MaxMacs = 1.0,
-    metric: MetricName = None,
-    allocation: AllocationName = None,
-    cascade: Cascade = None,
-    damping: Damping = None,
-    refine: Refine = 0,
-    share: Share = None,
-    unit: Unit = "params",
-    blocks: Blocks = None,
-    calibration: Calibration = None,
-    num_samples: NumSamples = None,
-    max_length: MaxLengthAsked = None,
-    bos: Bos = None,
-    gradient_samples: GradientSamples = None,
-    cache_dir: CacheDir = None,
+    scheme: Annotated[
+        str | None, typer.Option("--scheme", "-s", help="A name from `tnlm schemes`.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan from `tnlm plan --out`, instead.", **FILE)
+    ] = None,
     targets: Targets = None,
     ignore: Ignore = None,
-    seed: SeedAsked = None,
     dtype: Dtype = "auto",
-    recover: Recover = None,
-    recover_tokens: RecoverTokens = None,
-    training: Training = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Compress a model and save it."""
-    asked = _asked(locals())
+    choices = asked(given)
+    scheme_or_plan = _read_plan(plan, scheme, choices)
     from tnlm.checkpoint.dense_models import load_model
     from tnlm.checkpoint.exchange import check_writable
 
     check_writable(out, overwrite=overwrite)
     loaded, tokenizer = load_model(model, dtype=dtype)
-    tnlm.compress(loaded, **_reading(asked, tokenizer), progress=not as_json, **asked)
+    tnlm.compress(
+        loaded,
+        scheme_or_plan,
+        targets=targets,
+        ignore=ignore,
+        progress=not as_json,
+        **_with(tokenizer, choices),
+    )
     tnlm.save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
     report = tnlm.report(loaded)
     if as_json:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tnlm.errors import OptionError
-from tnlm.plans.plan import LayerPlan
-from tnlm.plans.tables import HEADINGS, row
+from tnlm.plans.plan import HEADINGS, LayerPlan, row
 from tnlm.utils.names import beginning, unprefixed
 
 T = TypeVar("T", int, float)

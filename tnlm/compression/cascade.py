@@ -38,18 +38,18 @@ from tnlm.calibration.walk import (
 )
 from tnlm.compression.moments import Moments, Moved, Sums
 from tnlm.errors import CalibrationError
-from tnlm.targets.base import Target
+from tnlm.targets.base import Member
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Output:
     """What a fit gave: the dense ``(out, in)`` weight that its factors stand for, and the bias."""
 
     weight: Tensor
     bias: Tensor | None
 
 
-Fit = Callable[[Target, Moved | None], Fitted | None]
+Fit = Callable[[Member, Moved | None], Output | None]
 """Fits a target, to its dense statistics if it is not moved; None leaves it as it is."""
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
@@ -59,13 +59,13 @@ States = list[Tensor]
 
 def cascade(
     model: PreTrainedModel,
-    targets: Sequence[Target],
+    targets: Sequence[Member],
     batches: Sequence[Batch],
     mode: str,
     fit: Fit,
     *,
     centered: bool = False,
-    wanted: Callable[[Target], bool] = lambda _: True,
+    wanted: Callable[[Member], bool] = lambda _: True,
     progress: bool = True,
 ) -> None:
     """Fit all targets that stand in blocks, block by block; the model itself is not changed.
@@ -132,10 +132,10 @@ class _Pair:
     def _local(self, module: str) -> str:
         return module.removeprefix(self._name + ".")
 
-    def weight(self, target: Target) -> Tensor:
+    def weight(self, target: Member) -> Tensor:
         return target.view(self._block.get_submodule(self._local(target.module)))
 
-    def put(self, target: Target, fitted: Fitted | None) -> None:
+    def put(self, target: Member, fitted: Output | None) -> None:
         """Write a fit into the clone."""
         if fitted is None:
             return
@@ -146,10 +146,9 @@ class _Pair:
         if module.bias is None:
             module.bias = nn.Parameter(fitted.bias.clone(), requires_grad=False)
         else:
-            rows = target.shape[0]
-            module.bias[target.part * rows : (target.part + 1) * rows].copy_(fitted.bias)
+            module.bias[target.rows].copy_(fitted.bias)
 
-    def groups(self, targets: Sequence[Target], state: Tensor) -> Iterator[list[Target]]:
+    def groups(self, targets: Sequence[Member], state: Tensor) -> Iterator[list[Member]]:
         """Yield the targets that share an input, in the order in which they run.
 
         Experts, which see some tokens only, would not pair and are left out.

@@ -6,24 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.entries import Entry
-from tnlm.compression.cascade import Fitted
-from tnlm.compression.install import assemble, fit_target
+from tnlm.compression.cascade import Output
 from tnlm.compression.job import Job
 from tnlm.compression.moments import Moved
-from tnlm.decompositions.base import from_dict
-from tnlm.decompositions.channels import FORMAT as CHANNELS
-from tnlm.decompositions.channels import ChannelsSpec
 from tnlm.layers.swap import Shelf
 from tnlm.plans.plan import LayerPlan, Plan
-from tnlm.targets.base import Target, members_of
-from tnlm.targets.channels import FeedForward, sliced
-from tnlm.targets.stacks import Stack, ties, unstack
-from tnlm.tensors.precision import is_half, rounded
+from tnlm.targets.base import Fitted, Member, Target
 
 
 class Fitting:
@@ -52,7 +44,7 @@ class Fitting:
             member.name
             for unit in self.units
             if self._layers[unit.name].format is not None
-            for member in members_of(unit)
+            for member in unit.members
         }
         # A fused module is replaced whole, so its dense parts are kept beside the fitted ones.
         self._replaced = {
@@ -66,61 +58,33 @@ class Fitting:
         """Return whether a target is given a format, and so is fitted."""
         return target.name in self._shrinks
 
-    def fit(self, unit: Target, moved: Moved | None = None) -> Fitted | None:
-        """Fit one target or stack, to the dense model's statistics or to moved ones."""
+    def fit(self, unit: Target, moved: Moved | None = None) -> Output | None:
+        """Fit one target, to the dense model's statistics or to moved ones."""
         layer = self._layers[unit.name]
-        members = [member for member in members_of(unit) if member.name in self._replaced]
+        members = [member for member in unit.members if member.name in self._replaced]
         if not members:
             return None
-        if layer.format is None:
+        if layer.format is None:  # parts of a fused module of which others are fitted
             for member in members:
-                self._fit_one(member, layer, None)
+                self._put(member, layer, self._fit(member, layer, None))
             return None
-        if isinstance(unit, Stack):
-            self._fit_stack(unit, layer)
-            return None
-        if isinstance(unit, FeedForward):
-            self._fit_channels(unit, layer)
-            return None
-        return self._fit_one(unit, layer, moved)
+        fitted = self._job.ready.get(unit.name) or self._fit(unit, layer, moved)
+        dense = None if moved is None else _dense(fitted.pieces[0][2])
+        self._put(unit, layer, fitted)
+        return dense
 
-    def _fit_one(self, target: Target, layer: LayerPlan, moved: Moved | None) -> Fitted | None:
-        dense, bias = target.weight(self._model), target.bias(self._model)
-        weight, output = dense, None
-        if moved is not None:
-            weight, output = moved.weight.to(dense), moved.output
-        metric = self._job.metric(target, moved.statistics if moved else None)
-        entry, module, error = self._job.ready.get(target.name) or fit_target(
-            target, weight, bias, metric, layer, output
-        )
-        fitted = None if moved is None else _dense(module)
-        self.errors[layer.name] = error
-        self._put(target, entry, module)
-        return fitted
+    def _fit(self, unit: Target, layer: LayerPlan, moved: Moved | None) -> Fitted:
+        metric = self._job.evidence.metric(unit, moved.statistics if moved else None)
+        if moved is None:
+            return unit.fit(self._model, layer, metric)
+        return unit.fit(self._model, layer, metric, moved.weight, moved.output)
 
-    def _fit_stack(self, unit: Stack, layer: LayerPlan) -> None:
-        weight, metric = unit.weight(self._model), self._job.metric(unit)
-        entry, module, self.errors[layer.name] = fit_target(unit, weight, None, metric, layer)
-        biases = [member.bias(self._model) for member in unit.members]
-        for member, parts in zip(unit.members, unstack(unit, entry, module, biases), strict=True):
-            self._put(member, *parts)
-        self.ties.update(ties(unit))
-
-    def _fit_channels(self, unit: FeedForward, layer: LayerPlan) -> None:
-        weight, metric = unit.weight(self._model), self._job.metric(unit)
-        structure, spec = CHANNELS, from_dict(ChannelsSpec, layer.spec)
-        with torch.no_grad():
-            factors = structure.fit(weight, metric, spec)
-            rows = rounded(factors["rows"], weight.dtype, f"the reader's weight in {unit.name}")
-            seen = factors | ({"rows": rows.double()} if is_half(weight.dtype) else {})
-            rebuilt = structure.reconstruct(unit.shape, spec, seen)
-            self.errors[layer.name] = metric.relative(weight, rebuilt)
-        for member, entry, module in sliced(unit, self._model, factors):
-            self._put(member, entry, module)
-
-    def _put(self, target: Target, entry: Entry, module: nn.Module) -> None:
-        self.entries[target.name] = entry
-        self._shelf.put(target.name, module)
+    def _put(self, unit: Target, layer: LayerPlan, fitted: Fitted) -> None:
+        self.errors[layer.name] = fitted.error
+        self.ties.update(fitted.ties)
+        for target, entry, module in fitted.pieces:
+            self.entries[target.name] = entry
+            self._shelf.put(target.name, module)
 
     def take(self, block: str) -> dict[str, nn.Module]:
         """Return the fitted modules of a block, off the shelf, by module name."""
@@ -134,7 +98,7 @@ class Fitting:
                     if self.entries[target.name].get("shared"):  # by blocks tuned one by one
                         parts[target.name].get_submodule("right").requires_grad_(False)
                 self._taken.update(parts)
-                found[module] = assemble(group, parts)
+                found[module] = group[0].assemble(group, parts)
         return found
 
     def keep(self, block: str, tuned: Mapping[str, nn.Module]) -> None:
@@ -145,11 +109,11 @@ class Fitting:
         self.norms.update({name: m for name, m in tuned.items() if name not in modules})
 
 
-def by_module(targets: Sequence[Target]) -> Iterator[list[Target]]:
+def by_module(targets: Sequence[Member]) -> Iterator[list[Member]]:
     """Yield the targets of one module together, in order."""
     for _, group in groupby(targets, key=lambda target: target.module):
         yield list(group)
 
 
-def _dense(module: Any) -> Fitted:
-    return Fitted(module.weight.detach(), module.bias)
+def _dense(module: Any) -> Output:
+    return Output(module.weight.detach(), module.bias)

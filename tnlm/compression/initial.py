@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.errors import ModelError
-from tnlm.targets.base import Target
+from tnlm.targets.base import Member
 from tnlm.tensors.gauge import fix
 from tnlm.tensors.gaussian import gaussian
 from tnlm.tensors.network import Factors, Network
@@ -24,7 +24,7 @@ SAMPLE = 2**20
 
 def initialize(
     model: PreTrainedModel,
-    replaced: Sequence[Target],
+    replaced: Sequence[Member],
     described: TnlmConfig,
     device: torch.device,
     seed: int,
@@ -82,7 +82,7 @@ def allocate(model: PreTrainedModel, described: TnlmConfig, device: torch.device
 @torch.no_grad()
 def draw(
     model: PreTrainedModel,
-    replaced: Sequence[Target],
+    replaced: Sequence[Member],
     described: TnlmConfig,
     stds: Mapping[str, float],
     seed: int,
@@ -101,8 +101,7 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed)
     for target in replaced:
-        name = f"{target.module}.{target.parts[target.part]}" if target.parts else target.module
-        module: Any = model.get_submodule(name)
+        module: Any = model.get_submodule(target.path)
         std = stds[target.module]
         if std == 0.0:
             raise ModelError(

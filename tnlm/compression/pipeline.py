@@ -7,33 +7,39 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.allocation.base import Limits, Problem
-from tnlm.allocation.pricing import dense_cost, model_cost
+from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import reprice
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.compression.cascade import cascade
+from tnlm.compression.choices import gather_choices
 from tnlm.compression.fitting import Fitting, by_module
 from tnlm.compression.install import install, replace_norm
-from tnlm.compression.job import Data, Job, prepare
+from tnlm.compression.job import Job, prepare
 from tnlm.compression.refine import refine
-from tnlm.compression.request import make_request
+from tnlm.compression.request import request_of
+from tnlm.compression.rules import NO_RECOVERY
 from tnlm.errors import BudgetError, TargetError
 from tnlm.layers.swap import Shelf, Swap
 from tnlm.plans.plan import Plan, total
 from tnlm.plans.report import Report, with_errors
-from tnlm.recovery.recover import MIXED, recover
-from tnlm.targets.base import members_of
+from tnlm.recovery.kinds import get_recovery
+from tnlm.recovery.kinds.base import Practice, RecoveryKind
+from tnlm.recovery.recover import as_lessons
 from tnlm.targets.stacks import tie
 from tnlm.utils.memory import release, unmap
 from tnlm.utils.undo import attempt
 
 logger = logging.getLogger("tnlm")
+RESUMED = ("cascade", "damping", "refine", "recover_tokens")
+"""What a plan says of the steps that follow it."""
 
 
 def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -> Plan:
@@ -41,14 +47,14 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     start = time.perf_counter()
     request, chosen = job.request, job.units
     cost = model_cost(model)
-    part = total(dense_cost(t, t.weight(model).element_size()) for t in chosen)
+    part = total(t.dense_cost(t.weight(model).element_size()) for t in chosen)
     limits = request.limits(cost, part)
     problem = Problem(
-        job.weights_of(model),
+        job.evidence.weights_of(model),
         chosen,
         request.structures,
-        job.metric,
-        job.importance,
+        job.evidence.metric,
+        job.evidence.importance,
         limits,
         joint=job.joint,
         adds_bias=request.measure.adds_bias,
@@ -97,28 +103,26 @@ def _check_worth(decided: Plan, limits: Limits) -> None:
         )
 
 
-def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) -> tuple[Plan, Job]:
+def resume(
+    model: PreTrainedModel, decided: Plan, data: Mapping[str, Any], progress: bool
+) -> tuple[Plan, Job]:
     """Match a plan made earlier, and maybe changed by hand, with a model, and price it again.
 
     Raises:
         TargetError: if the model lacks a matrix of the plan, or has it in another shape.
         OptionError: if a matrix cannot have the format or spec that the plan gives it.
     """
-    request = make_request(
-        decided.scheme,
-        metric=decided.metric,
-        allocation="uniform",  # decided already: no gradients are needed for it
-        cascade=decided.request.get("cascade"),
-        damping=decided.request.get("damping"),
-        refine=decided.request.get("refine", 0),
-        share=decided.request.get("share", 1),
-        recover=decided.request.get("recover", "none"),
-        recover_tokens=decided.request.get("recover_tokens"),
-        options={},
-    )
+    choices = {
+        "metric": decided.metric,
+        "allocation": "uniform",  # decided already: no gradients are needed for it
+        "share": decided.request.get("share", 1),
+        "recover": decided.request.get("recover", "none"),
+        **{name: decided.request.get(name) for name in RESUMED},
+    }
+    asked = gather_choices(decided.scheme, {**choices, **data})
     wanted = {layer.name: layer.shape for layer in decided.layers}
     names = [name for joined in wanted for name in joined.split("+")]
-    job = prepare(model, request, names, None, data, progress)
+    job = prepare(model, request_of(asked), names, None, asked.calibration, progress)
     found = {target.name: target for target in (*job.units, *job.joint)}
     for name, shape in wanted.items():
         if name not in found or found[name].shape != shape:
@@ -128,7 +132,7 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
                 f"the plan has {name} of {shape}; the model has {has}{why.rstrip(': ')}"
             )
     chosen = [found[name] for name in wanted]
-    covered = {member.name: member.module for unit in chosen for member in members_of(unit)}
+    covered = {member.name: member.module for unit in chosen for member in unit.members}
     modules = set(covered.values())
     job.selection.targets = [t for t in job.selection.targets if t.module in modules]
     for target in job.selection.targets:
@@ -139,7 +143,7 @@ def resume(model: PreTrainedModel, decided: Plan, data: Data, progress: bool) ->
             )
     job.seconds["plan"] = 0.0
     layers = {layer.name: layer for layer in decided.layers}
-    read = job.weights_of(model)
+    read = job.evidence.weights_of(model)
     priced = tuple(reprice(t, t.weight(read), layers[t.name]) for t in chosen)
     return replace(decided, layers=priced, model=model_cost(model)), job
 
@@ -148,21 +152,22 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     """Fit every matrix, then swap them all in; any failure leaves or restores the model."""
     start = time.perf_counter()
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
-    teacher = copy.deepcopy(model) if job.request.recover == "distill" else None
-    read = job.weights_of(model)
+    after = None if job.request.recover == NO_RECOVERY else get_recovery(job.request.recover)
+    teacher = copy.deepcopy(model) if after is not None and after.needs_teacher else None
+    read = job.evidence.weights_of(model)
     shelf = Shelf()
     fitting = Fitting(read, job, decided, shelf)
     _fit_all(read, job, fitting, progress)
     if job.request.refine:
         _refine_all(read, job, fitting, progress)
-    job.forget()
-    dense = _dense_weights(read, job, fitting)
+    job.evidence.forget()
+    dense = _dense_weights(read, job, fitting) if after is not None and after.needs_dense else {}
     swap = Swap(model)
 
     def finish() -> PreTrainedModel:
         _swap_in(model, job, fitting, swap, shelf, config)
-        if job.request.recover != "none":
-            _recover(model, job, teacher, dense, progress)
+        if after is not None:
+            _recover(model, job, after, teacher, dense, progress)
         spent = time.perf_counter() - start
         job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
         report = _report(job, with_errors(decided, fitting.errors))
@@ -195,20 +200,20 @@ def _swap_in(
 
 
 def _report(job: Job, done: Plan) -> Report:
-    tokens = job.inputs.tokens if job.inputs else 0
-    return Report(done, dict(job.seconds), tokens, data=job.drawn, fingerprint=job.fingerprint)
+    known = job.evidence
+    return Report(
+        done, dict(job.seconds), known.tokens, data=known.drawn, fingerprint=known.fingerprint
+    )
 
 
 def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[str, Tensor]:
-    """Return the weights that factorized layers stand for, if the layers are trained with them."""
-    if job.request.recover not in MIXED:
-        return {}
+    """Return the weights that factorized layers stand for."""
     weights = {
         target.name: target.weight(read)
         for target in job.selection.targets
-        if target.kind == "linear" and "format" in fitting.entries.get(target.name, {})
+        if {"format", "order"} <= fitting.entries.get(target.name, {}).keys()
     }
-    if job.source is not None:
+    if job.evidence.source is not None:
         return weights
     return {name: weight.clone() for name, weight in weights.items()}  # the model's own go
 
@@ -216,23 +221,23 @@ def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[st
 def _recover(
     model: PreTrainedModel,
     job: Job,
+    after: RecoveryKind,
     teacher: PreTrainedModel | None,
     dense: Mapping[str, Tensor],
     progress: bool,
 ) -> None:
     start = time.perf_counter()
-    recover(
-        model,
-        job.request.recover,
-        job.lessons,
-        tokens=job.request.recover_tokens,
-        teacher=teacher,
-        dense=dense,
-        preset=job.request.scheme.distillation,
-        tokenizer=job.tokenizer,
-        seed=job.seed,
-        progress=progress,
+    lessons = as_lessons(job.evidence.lessons, job.request.recover_tokens)
+    practice = Practice(
+        lessons,
+        teacher,
+        dense,
+        job.request.scheme.distillation,
+        job.data.tokenizer,
+        job.data.cut.seed,
+        progress,
     )
+    after.run(model, practice)
     job.seconds["recover"] = time.perf_counter() - start
 
 
@@ -241,7 +246,7 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool)
         cascade(
             model,
             job.selection.targets,
-            job.batches,
+            job.evidence.batches,
             job.request.cascade,
             fitting.fit,
             centered=job.request.measure.adds_bias,
@@ -249,7 +254,7 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool)
             progress=progress,
         )
     for unit in tqdm(fitting.units, desc="fitting", unit="matrix", disable=not progress):
-        if members_of(unit)[0].name not in fitting.entries:
+        if unit.members[0].name not in fitting.entries:
             fitting.fit(unit)
             release()
 
@@ -260,12 +265,12 @@ def _refine_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bo
     refine(
         model,
         sorted(modules),
-        job.batches,
+        job.evidence.batches,
         job.request.refine,
         fitting.take,
         fitting.keep,
         weigh=job.effect_root,
-        seed=job.seed,
+        seed=job.data.cut.seed,
         progress=progress,
     )
     job.seconds["refine"] = time.perf_counter() - start

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tnlm.allocation import get_allocation
 from tnlm.allocation.base import Allocation, Limits
+from tnlm.compression.choices import Asked, gather_choices
 from tnlm.compression.rules import (
     check_budgets,
     check_cascade,
@@ -22,13 +23,12 @@ from tnlm.compression.rules import (
     check_share,
     check_shared,
     check_shared_formats,
-    check_speed,
 )
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
 from tnlm.errors import BudgetError
-from tnlm.metrics.named import FISHER, GRADIENTS, INPUTS, MOVEMENT, Measure, get_measure
-from tnlm.schemes import get_scheme
+from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS, MOVEMENT, Measure
+from tnlm.metrics.named import get_measure
 from tnlm.schemes.base import Scheme
 from tnlm.tensors.network import Cost
 
@@ -59,6 +59,7 @@ class Request:
         max_macs: multiply-adds per token, as a multiple of dense.
         unit: what the budget counts.
         blocks: how many of the last blocks are cut, for an allocation that asks.
+        training: data that anything is trained on; the calibration data if None.
     """
 
     scheme: Scheme
@@ -78,6 +79,7 @@ class Request:
     max_macs: float
     unit: str
     blocks: int | None
+    training: Any = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -86,6 +88,12 @@ class Request:
         if self.allocation.weighs_loss and not needed & {GRADIENTS, FISHER}:
             needed = needed | {INPUTS, GRADIENTS}
         return needed
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of targets that its formats replace."""
+        formats = self.structures
+        return frozenset[str]().union(*(each.kinds | each.made_of for each in formats))
 
     @property
     def trains(self) -> bool:
@@ -158,29 +166,12 @@ class Request:
         return {key: value for key, value in values.items() if value is not None}
 
 
-def make_request(
-    scheme: str,
-    *,
-    metric: str | None = None,
-    allocation: str | None = None,
-    cascade: str | None = None,
-    damping: float | None = None,
-    refine: int = 0,
-    share: int | None = None,
-    recover: str | None = None,
-    recover_tokens: int | None = None,
-    keep: float | None = None,
-    keep_targets: float | None = None,
-    tolerance: float | None = None,
-    max_macs: float = 1.0,
-    unit: str = "params",
-    blocks: int | None = None,
-    options: Mapping[str, Any],
-    keywords: Iterable[str] = (),
-) -> Request:
+def make_request(scheme: str | Scheme, **given: Any) -> Request:
     """Check a request and return it.
 
-    A misspelt option may mean one of ``keywords``, which the caller takes besides.
+    Args:
+        scheme: a name, or a scheme.
+        **given: keywords of `tnlm.compress`; what is none of them is an option of the formats.
 
     Raises:
         OptionError: for an unknown scheme, metric, allocation, cascade or option, or an ill-typed
@@ -188,52 +179,50 @@ def make_request(
         BudgetError: for a budget out of range, or more than one.
 
     Example:
-        >>> make_request("kron", options={"terms": 4}).structures[0].name
+        >>> make_request("kron", terms=4).structures[0].name
         'kronecker'
     """
-    named = get_scheme(scheme)
+    return request_of(gather_choices(scheme, given))
+
+
+def request_of(asked: Asked) -> Request:
+    """Check what is asked, and return it as a request; see :func:`make_request`."""
+    named, budget, recovery = asked.scheme, asked.budget, asked.recovery
     structures = tuple(get_format(name) for name in named.formats)
-    measure = get_measure(named.metric if metric is None else metric)
-    check_measure(scheme, structures, measure)
-    shared = get_allocation(named.allocation if allocation is None else allocation)
-    chain = named.cascade if cascade is None else cascade
-    given = {key: value for key, value in options.items() if value is not None}
-    check_options(scheme, structures, given, keywords)
-    check_fitting(structures, measure, given)
-    budgets = {"keep": keep, "keep_targets": keep_targets, "tolerance": tolerance}
-    check_budgets({name: value for name, value in budgets.items() if value is not None})
-    sizes = [name for name in SIZES if name in given]
-    if tolerance is not None and sizes:
-        raise BudgetError(f"tolerance and {sizes[0]} given; a tolerance chooses {sizes[0]} itself")
-    check_speed(max_macs)
-    check_damping(measure, damping)
-    check_cascade(measure, chain)
-    check_channels(structures, measure, chain)
-    shared_blocks = named.share if share is None else share
-    check_share(structures, measure, chain, shared_blocks)
-    check_refine(refine)
-    after = named.recover if recover is None else recover
-    check_recover(measure, after, recover_tokens)
-    check_shared(shared, tolerance, unit, blocks)
+    measure, shared = get_measure(named.metric), get_allocation(named.allocation)
+    check_measure(named.name, structures, measure)
+    options = {**named.defaults, **asked.options}
+    check_options(named.name, structures, options)
+    check_fitting(structures, measure, asked.options)
+    check_budgets(budget, [name for name in SIZES if name in asked.options])
+    check_damping(measure, named.damping)
+    check_cascade(measure, named.cascade)
+    check_channels(structures, measure, named.cascade)
+    check_share(structures, measure, named.cascade, named.share)
+    check_refine(recovery.refine)
+    after = named.recover if recovery.kind is None else recovery.kind
+    check_recover(measure, after, recovery.tokens)
+    check_shared(shared, budget)
     check_shared_formats(shared, structures)
     return Request(
-        named,
-        structures,
-        measure,
-        shared,
-        chain,
-        measure.damping if damping is None else damping,
-        refine,
-        shared_blocks,
-        after,
-        RECOVER_TOKENS if recover_tokens is None else recover_tokens,
-        {**named.defaults, **given},
-        keep,
-        keep_targets,
-        tolerance,
-        float(max_macs),
-        unit,
-        blocks,
+        scheme=named,
+        structures=structures,
+        measure=measure,
+        allocation=shared,
+        cascade=named.cascade,
+        damping=measure.damping if named.damping is None else named.damping,
+        refine=recovery.refine,
+        share=named.share,
+        recover=after,
+        recover_tokens=RECOVER_TOKENS if recovery.tokens is None else recovery.tokens,
+        options=options,
+        keep=budget.keep,
+        keep_targets=budget.keep_targets,
+        tolerance=budget.tolerance,
+        max_macs=float(budget.max_macs),
+        unit=budget.unit,
+        blocks=budget.blocks,
+        training=recovery.training,
     )
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnlm.allocation.base import Allocation
+from tnlm.compression.choices import Budget, choices_of
 from tnlm.decompositions.base import Format, from_dict
 from tnlm.errors import BudgetError, OptionError, did_you_mean
-from tnlm.metrics.named import INPUTS, MEASURES, MOVEMENT, Measure
+from tnlm.metrics.measure import INPUTS, MOVEMENT, Measure
+from tnlm.metrics.named import measures
+from tnlm.recovery.kinds import recoveries
 
 BUDGETS = ("keep", "keep_targets", "tolerance")
 UNITS = ("params", "bytes", "macs")
 CASCADES = ("none", "sequential", "anchored")
-RECOVERIES = ("none", "lora", "distill", "finetune", "mixed-rank", "mixed-rank-frozen")
+NO_RECOVERY = "none"
 
 
 def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
@@ -22,7 +25,7 @@ def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measu
 
     A format for tables only is left out beside others: data passes embeddings over.
     """
-    kind = "elementwise" if measure.is_elementwise else "separable"
+    kind = "elementwise" if measure.elementwise else "separable"
     fitted = [structure for structure in structures if structure.kinds != {"embedding"}]
     for structure in fitted or structures:
         if measure.needs and kind not in structure.metrics:
@@ -33,26 +36,22 @@ def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measu
 
 
 def _allowed(structure: Format[Any]) -> str:
-    kinds = {m.name for m in MEASURES.values() if not m.needs}
-    for measure in MEASURES.values():
-        kind = "elementwise" if measure.is_elementwise else "separable"
+    kinds = {m.name for m in measures().values() if not m.needs}
+    for measure in measures().values():
+        kind = "elementwise" if measure.elementwise else "separable"
         if kind in structure.metrics:
             kinds.add(measure.name)
     return ", ".join(sorted(kinds))
 
 
-def check_options(
-    scheme: str,
-    structures: Sequence[Format[Any]],
-    given: Mapping[str, Any],
-    keywords: Iterable[str] = (),
-) -> None:
+def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping[str, Any]) -> None:
     """Raise `OptionError` unless every option belongs to a format, with a legal value."""
     known: set[str] = set()
     for structure in structures:
         fields = {item.name: _placeholder(item) for item in dataclasses.fields(structure.spec)}
         known |= fields.keys()
         from_dict(structure.spec, fields | {k: v for k, v in given.items() if k in fields})
+    keywords = {each.keyword for each in choices_of()} | {"targets", "ignore", "progress"}
     for name in given:
         if name not in known:
             raise OptionError(
@@ -67,8 +66,8 @@ def check_fitting(
     """Raise `OptionError` if options are given that only weights of single entries ask for."""
     fields = [item for structure in structures for item in dataclasses.fields(structure.spec)]
     for name in (item.name for item in fields if "fitting" in item.metadata):
-        if name in given and not measure.is_elementwise:
-            allowed = ", ".join(m.name for m in MEASURES.values() if m.is_elementwise)
+        if name in given and not measure.elementwise:
+            allowed = ", ".join(m.name for m in measures().values() if m.elementwise)
             raise OptionError(
                 f"{name}={given[name]!r} has no effect on metric={measure.name!r}, which has a "
                 f"closed form; allowed with metric={allowed!r}"
@@ -141,10 +140,9 @@ def check_shared_formats(allocation: Allocation, structures: Sequence[Format[Any
             )
 
 
-def check_shared(
-    allocation: Allocation, tolerance: float | None, unit: str, blocks: int | None
-) -> None:
+def check_shared(allocation: Allocation, budget: Budget) -> None:
     """Raise an error unless the allocation can work with the budget."""
+    unit, blocks = budget.unit, budget.blocks
     if unit not in UNITS:
         raise BudgetError(f"unknown unit {unit!r}{did_you_mean(str(unit), UNITS)}")
     if unit not in allocation.units:
@@ -152,7 +150,7 @@ def check_shared(
             f"unit={unit!r} with allocation={allocation.name!r}; allowed: "
             + ", ".join(allocation.units)
         )
-    if tolerance is not None and not allocation.tolerates:
+    if budget.tolerance is not None and not allocation.tolerates:
         raise BudgetError(
             f"tolerance with allocation={allocation.name!r}, which shares out a budget; pass keep "
             "or keep_targets, or allocation='uniform'"
@@ -165,24 +163,24 @@ def check_shared(
         raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1")
 
 
-def check_budgets(given: Mapping[str, Any]) -> None:
+def check_budgets(budget: Budget, sizes: Sequence[str]) -> None:
     """Raise `BudgetError` unless there is at most one budget, a fraction."""
+    values = {name: getattr(budget, name) for name in BUDGETS}
+    given = {name: value for name, value in values.items() if value is not None}
     if len(given) > 1:
         raise BudgetError(f"{' and '.join(given)} given; allowed: one of {', '.join(BUDGETS)}")
     for name, value in given.items():
         if not is_number(value) or not 0 < value <= 1:
             raise BudgetError(f"{name}={value!r}; allowed: a fraction in (0, 1]")
+    if budget.tolerance is not None and sizes:
+        raise BudgetError(f"tolerance and {sizes[0]} given; a tolerance chooses {sizes[0]} itself")
+    if not is_number(budget.max_macs) or not budget.max_macs > 0:
+        raise BudgetError(f"max_macs={budget.max_macs!r}; allowed: a number > 0, or inf")
 
 
 def is_number(value: Any) -> bool:
     """Tell whether a value is a real number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_speed(max_macs: float) -> None:
-    """Raise `BudgetError` unless a limit on multiply-adds is a number above 0."""
-    if not is_number(max_macs) or not max_macs > 0:
-        raise BudgetError(f"max_macs={max_macs!r}; allowed: a number > 0, or inf")
 
 
 def check_refine(refine: int) -> None:
@@ -193,8 +191,9 @@ def check_refine(refine: int) -> None:
 
 def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
     """Raise `OptionError` unless the recovery is known, and its tokens are a whole number."""
-    if recover not in RECOVERIES:
-        raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), RECOVERIES)}")
+    known = (NO_RECOVERY, *recoveries())
+    if recover not in known:
+        raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), known)}")
     if tokens is None:
         return
     if recover == "none" and MOVEMENT not in measure.needs:

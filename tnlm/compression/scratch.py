@@ -10,18 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tnlm.checkpoint.description import TnlmConfig
-from tnlm.checkpoint.entries import Entry, network_of
 from tnlm.checkpoint.transformers_plugin import attach, place
+from tnlm.compression.evidence import Evidence
 from tnlm.compression.fitting import by_module
 from tnlm.compression.initial import allocate, draw, initialize
-from tnlm.compression.install import entry_of
 from tnlm.compression.job import Job
-from tnlm.compression.keywords import keywords_of
 from tnlm.compression.pipeline import settle
 from tnlm.compression.request import Request, make_request
 from tnlm.decompositions import get_format
@@ -29,7 +25,7 @@ from tnlm.errors import ModelError, OptionError
 from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report
 from tnlm.schemes import get_scheme, schemes
-from tnlm.targets.base import Selector, Target
+from tnlm.targets.base import Member, Selector
 from tnlm.targets.selection import select
 
 
@@ -112,9 +108,9 @@ def _make(
     start = time.perf_counter()
     model = skeleton(config, model_class, dtype)
     selection = select(model, request.scheme.targets if targets is None else targets, ignore)
-    decided = settle(
-        model, Job(request, selection, selection.targets), predict=False, progress=False
-    )
+    known = Evidence(request.measure, request.damping)
+    job = Job(request, selection, selection.targets, [], [], known)
+    decided = settle(model, job, predict=False, progress=False)
     described = _describe(model, selection.targets, decided)
     replaced = [target for target in selection.targets if target.module in described.modules]
     device = torch.get_default_device()
@@ -151,8 +147,7 @@ def _request(
         keep=keep,
         keep_targets=keep_targets,
         max_macs=max_macs,
-        options=whole | dict(options),
-        keywords=keywords_of(from_config),
+        **whole | dict(options),
     )
 
 
@@ -185,27 +180,18 @@ def skeleton(
     return model
 
 
-def _describe(model: PreTrainedModel, targets: Sequence[Target], decided: Plan) -> TnlmConfig:
+def _describe(model: PreTrainedModel, targets: Sequence[Member], decided: Plan) -> TnlmConfig:
     """Return what a checkpoint of the model will say."""
     layers = {layer.name: layer for layer in decided.layers}
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     for group in by_module(targets):
         if layers[group[0].name].format is None:  # and so are all parts, being of one shape
             continue
-        first, old = group[0], model.get_submodule(group[0].module)
-        entries = [entry_of(t, layers[t.name], biased=t.bias(model) is not None) for t in group]
-        entry: Entry = entries[0]
-        if first.parts:
-            named = zip(first.parts, entries, strict=True)
-            entry = {"kind": "fused", "parts": [{"name": n, **part} for n, part in named]}
-        if isinstance(old, Conv1D):
-            entry["conv1d"] = True
-        if isinstance(old, nn.Embedding):
-            entry["padding_idx"] = old.padding_idx
-        config.modules[first.module] = entry
-        for head in first.tied:
-            biased = getattr(model.get_submodule(head), "bias", None) is not None
-            config.modules[head] = {**entry, "kind": "head", "bias": biased}
-            for factor in network_of(entry).factors:
-                config.tied[f"{head}.{factor}"] = f"{first.module}.{factor}"
+        entries = {
+            target.name: target.entry(layers[target.name], biased=target.bias(model) is not None)
+            for target in group
+        }
+        found, ties = group[0].describe(model, group, entries)
+        config.modules.update(found)
+        config.tied.update(ties)
     return config

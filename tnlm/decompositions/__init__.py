@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tnlm.utils.registry import discover, lookup
+from tnlm.decompositions.base import Format
+from tnlm.utils.registry import Registry
 
-if TYPE_CHECKING:  # formats are fitted under metrics, which need linear algebra from here
-    from tnlm.decompositions.base import Format
+FORMATS: Registry[Format[Any]] = Registry(__name__, "FORMAT", "format")
 
 
 def formats() -> dict[str, Format[Any]]:
@@ -17,7 +17,7 @@ def formats() -> dict[str, Format[Any]]:
         >>> "kronecker" in formats()
         True
     """
-    return discover(__name__, "FORMAT")
+    return FORMATS.all()
 
 
 def get_format(name: str) -> Format[Any]:
@@ -26,5 +26,4 @@ def get_format(name: str) -> Format[Any]:
     Raises:
         OptionError: for an unknown name, with the close and the allowed ones.
     """
-    found: Format[Any] = lookup("format", name, formats())
-    return found
+    return FORMATS.get(name)

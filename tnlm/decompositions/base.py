@@ -53,6 +53,7 @@ class Format(ABC, Generic[S]):
         spec: a frozen dataclass of plain values (int, bool, tuples of int) that fixes the network.
         metrics: names of the metrics that :meth:`fit` is optimal or exact for.
         kinds: what it can replace: ``"linear"`` weights, ``"embedding"`` tables, or both.
+        made_of: kinds of the matrices that are replaced together, if they are several.
         stacks: whether matrices that are stacked can be cut apart again, sharing ``right``.
     """
 
@@ -61,6 +62,7 @@ class Format(ABC, Generic[S]):
     spec: type[S]
     metrics: ClassVar[frozenset[str]] = frozenset({"identity"})
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    made_of: ClassVar[frozenset[str]] = frozenset()
     stacks: ClassVar[bool] = False
 
     @abstractmethod

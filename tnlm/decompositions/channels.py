@@ -56,6 +56,7 @@ class Channels(Format[ChannelsSpec]):
     spec = ChannelsSpec
     metrics = frozenset({"separable"})
     kinds = frozenset({"channels"})
+    made_of = frozenset({"linear"})
 
     def network(self, shape: Shape, spec: ChannelsSpec) -> Network:
         """Return the one factor of kept rows; the layers that use it are plain."""

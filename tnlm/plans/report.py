@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from tnlm.errors import OptionError
-from tnlm.plans.plan import FORMAT_VERSION, LayerPlan, Plan
-from tnlm.plans.tables import table
+from tnlm.plans.plan import FORMAT_VERSION, LayerPlan, Plan, table
 
 COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs"}
 """What a cost counts, and its name in a report."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tnlm.schemes.base import Scheme
-from tnlm.utils.registry import discover, lookup
+from tnlm.utils.registry import Registry
+
+SCHEMES: Registry[Scheme] = Registry(__name__, "SCHEME", "scheme")
 
 
 def schemes() -> dict[str, Scheme]:
@@ -13,7 +15,7 @@ def schemes() -> dict[str, Scheme]:
         >>> schemes()["svd-llm"].metric
         'input'
     """
-    return discover(__name__, "SCHEME")
+    return SCHEMES.all()
 
 
 def list_schemes() -> list[str]:
@@ -32,5 +34,4 @@ def get_scheme(name: str) -> Scheme:
     Raises:
         OptionError: for an unknown name, with the close and the allowed ones.
     """
-    found: Scheme = lookup("scheme", name, schemes())
-    return found
+    return SCHEMES.get(name)

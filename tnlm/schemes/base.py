@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tnlm.allocation import get_allocation
-from tnlm.metrics.named import FISHER, GRADIENTS, LORA, MOVEMENT, get_measure
-from tnlm.targets.base import Selector
-from tnlm.targets.selection import ALL_LINEAR
+if TYPE_CHECKING:  # the command line reads choices before it needs torch
+    from tnlm.targets.base import Selector
+
+
+def choice(default: Any, text: str, keyword: str = "", *, shell: bool = True) -> Any:
+    """Return a field that stands for a keyword of `tnlm.compress`.
+
+    Args:
+        default: what stands there if it is not given.
+        text: what it does, in one sentence.
+        keyword: how it is written in the call; the field's name if empty.
+        shell: whether the command line has an option for it.
+    """
+    return field(default=default, metadata={"text": text, "keyword": keyword, "shell": shell})
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class Scheme:
         allocation: how the budget is shared out; a name in `tnlm.allocation`.
         cascade: how far a fit knows what was fitted before it; see `tnlm.compression.cascade`.
         targets: the matrices chosen when the user names none.
+        damping: share of a second moment that is replaced by its mean diagonal; the metric's own
+            if None.
         share: consecutive blocks whose matrices share their input factor.
         recover: how the whole model is trained afterwards; see `tnlm.recovery`.
         distillation: what ``recover="distill"`` compares; a preset of `tnlm.recovery.lessons`.
@@ -36,11 +48,12 @@ class Scheme:
     title: str
     formats: tuple[str, ...]
     source: str
-    metric: str = "identity"
-    allocation: str = "uniform"
-    cascade: str = "none"
-    targets: Selector = ALL_LINEAR
-    share: int = 1
+    metric: str = choice("identity", "How errors are measured, e.g. input or two-sided.")
+    allocation: str = choice("uniform", "How the budget is shared out, e.g. uniform or loss.")
+    cascade: str = choice("none", "What a fit knows of earlier ones: none, sequential, anchored.")
+    damping: float | None = choice(None, "Share of a moment replaced by its mean diagonal.")
+    targets: Selector = "all-linear"
+    share: int = choice(1, "Consecutive blocks that share an input factor, in low rank.")
     recover: str = "none"
     distillation: str = "logits"
     keep_targets: float = 0.8
@@ -49,6 +62,10 @@ class Scheme:
     @property
     def needs(self) -> str:
         """What the scheme looks at besides the weights: nothing, data, or data and gradients."""
+        from tnlm.allocation import get_allocation
+        from tnlm.metrics.measure import FISHER, GRADIENTS, LORA, MOVEMENT
+        from tnlm.metrics.named import get_measure
+
         needed = get_measure(self.metric).needs
         weighs_loss = get_allocation(self.allocation).weighs_loss
         if needed & {GRADIENTS, FISHER, LORA, MOVEMENT} or weighs_loss:

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from tnlm.compression.install import assemble
 from tnlm.layers.arranged import filled
-from tnlm.targets.base import Target
+from tnlm.targets.base import Member
 from tnlm.utils.mounting import modules_kept
 
 
 @contextmanager
-def mounting(model: nn.Module, targets: Sequence[Target]) -> Iterator[Mounted]:
+def mounting(model: nn.Module, targets: Sequence[Member]) -> Iterator[Mounted]:
     """Restore the modules of all targets after a block in which replacements are mounted.
 
     Args:
@@ -26,7 +25,7 @@ def mounting(model: nn.Module, targets: Sequence[Target]) -> Iterator[Mounted]:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> with mounting(model, [Target("0", "0", "linear", (2, 2))]) as mounted:
+        >>> with mounting(model, [Member("0", "0", "linear", (2, 2))]) as mounted:
         ...     mounted.put({"0": nn.Linear(2, 2, bias=False)})
         ...     model[0].bias is None
         True
@@ -41,7 +40,7 @@ class Mounted:
     """A model with some of its matrices replaced; see :func:`mounting`."""
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[Target], own: Mapping[str, nn.Module]
+        self, model: nn.Module, targets: Sequence[Member], own: Mapping[str, nn.Module]
     ) -> None:
         """Start with nothing replaced."""
         self._model, self._own = model, own
@@ -78,5 +77,5 @@ class Mounted:
             for target in group
         }
         trainable = any(parameter.requires_grad for parameter in own.parameters())
-        new = assemble(group, parts).requires_grad_(trainable).train(own.training)
+        new = group[0].assemble(group, parts).requires_grad_(trainable).train(own.training)
         model.set_submodule(module, new)

@@ -1,1 +1,26 @@
-"""What is compressed: one file a kind of target."""
+"""What is compressed: one file a kind of target, found by looking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+from torch import nn
+
+from tnlm.targets.base import Finder, Target
+from tnlm.utils.registry import Registry
+
+FINDERS: Registry[Finder] = Registry(__name__, "FINDER", "kind of target")
+
+
+def joint_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
+    """Return the targets that may take the place of several of those given, of every kind."""
+    return [found for each in FINDERS.all().values() for found in each.find(model, targets)]
+
+
+def usable_targets(model: nn.Module, found: Sequence[Target], kinds: Set[str]) -> list[Target]:
+    """Return the joint targets of some kinds that may really be used."""
+    used: list[Target] = []
+    for name, finder in FINDERS.all().items():
+        if name in kinds:
+            used += finder.usable(model, [each for each in found if each.kind == name])
+    return used

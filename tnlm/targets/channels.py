@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tnlm.checkpoint.entries import Entry
+from tnlm.decompositions import get_format
+from tnlm.decompositions.base import Budget, from_dict
 from tnlm.layers.arranged import filled
-from tnlm.targets.base import Target
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Finder, Fitted, Read, Target
+from tnlm.targets.matrix import MatrixTarget
 from tnlm.targets.trial import Hidden, objection
-from tnlm.tensors.network import Factors
+from tnlm.tensors.network import Cost, Factors, Network
+from tnlm.tensors.precision import is_half, rounded
 
 logger = logging.getLogger("tnlm")
 
@@ -39,54 +47,95 @@ class FeedForward(Target):
         biases: how many producers have a bias, which loses channels as well.
     """
 
-    producers: tuple[Target, ...] = ()
-    consumer: Target | None = None
+    producers: tuple[MatrixTarget, ...]
+    consumer: MatrixTarget
     biases: int = 0
+
+    kind = "channels"
+
+    @property
+    def members(self) -> tuple[MatrixTarget, ...]:
+        """All the targets, producers first."""
+        return (*self.producers, self.consumer)
 
     @property
     def params(self) -> int:
-        """Numbers in all the matrices."""
+        """Parameters of all the matrices."""
         return sum(member.params for member in self.members)
-
-    @property
-    def members(self) -> tuple[Target, ...]:
-        """All the targets, producers first."""
-        return (*self.producers, *([self.consumer] if self.consumer else []))
-
-    def saved(self, width: int) -> int:
-        """Return how many numbers go when only ``width`` channels stay, biases included."""
-        channels = self.shape[0] - width
-        return channels * (self.params // self.shape[0] + self.biases)
 
     def weight(self, model: nn.Module) -> Tensor:
         """Return the consumer's weight, transposed: a row for every channel."""
-        return self.reader.weight(model).T
+        return self.consumer.weight(model).T
 
     def bias(self, model: nn.Module) -> Tensor | None:
         """Return None: each member keeps its own bias."""
         return None
 
     @property
-    def reader(self) -> Target:
-        """The consumer."""
-        if self.consumer is None:
-            raise ValueError("a feed-forward target without a consumer")
+    def measured(self) -> Target:
+        """The consumer, whose inputs are the channels."""
         return self.consumer
+
+    def metric(self, measured: Metric) -> Metric:
+        """Weigh channels by their second moment, and outputs as the consumer's metric does."""
+        return Metric(measured.inputs, measured.outputs)
+
+    def statistic(self, name: str, read: Read) -> Tensor:
+        """Return a statistic of the consumer."""
+        return self.consumer.statistic(name, read)
+
+    def saved(self, width: int) -> int:
+        """Return how many parameters go when only ``width`` channels stay, biases included."""
+        channels = self.shape[0] - width
+        return channels * (self.params // self.shape[0] + self.biases)
+
+    def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
+        """Return the cost of all the matrices with the network's channels alone."""
+        width = network.shape[0]
+        rest = self.params - self.saved(width)
+        work = width * (self.params // self.shape[0])
+        return Cost(rest, rest * itemsize, self.met(work))
+
+    def budget(
+        self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
+    ) -> Budget:
+        """Return the most channels, counted in rows of the matrix that reads them."""
+        share = 1.0 if unit == "macs" else keep
+        return Budget(min(share, max_macs) * math.prod(self.shape) + 1e-9)
+
+    def fit(
+        self,
+        model: nn.Module,
+        layer: LayerPlan,
+        metric: Metric,
+        weight: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> Fitted:
+        """Choose the channels that stay, and cut all the matrices."""
+        whole = self.weight(model)
+        structure = get_format(str(layer.format))
+        spec = from_dict(structure.spec, layer.spec)
+        with torch.no_grad():
+            factors = structure.fit(whole, metric, spec)
+            rows = rounded(factors["rows"], whole.dtype, f"the weight of {self.consumer.name}")
+            seen = factors | ({"rows": rows.double()} if is_half(whole.dtype) else {})
+            error = metric.relative(whole, structure.reconstruct(self.shape, spec, seen))
+        return Fitted(sliced(self, model, factors), error)
 
 
 def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
     """Return the feed-forward pairs all of whose matrices are targets.
 
     Example:
-        >>> up = Target("h.0.mlp.c_fc", "h.0.mlp.c_fc", "linear", (8, 4))
-        >>> down = Target("h.0.mlp.c_proj", "h.0.mlp.c_proj", "linear", (4, 8))
+        >>> up = MatrixTarget("h.0.mlp.c_fc", "h.0.mlp.c_fc", (8, 4))
+        >>> down = MatrixTarget("h.0.mlp.c_proj", "h.0.mlp.c_proj", (4, 8))
         >>> layer = nn.ModuleDict({"c_fc": nn.Linear(4, 8), "c_proj": nn.Linear(8, 4)})
         >>> model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"mlp": layer})])})
         >>> [(pair.shape, pair.params) for pair in pairs(model, [up, down])]
         [((8, 4), 64)]
     """
     found = []
-    by_name = {target.name: target for target in targets}
+    by_name = {t.name: t for t in targets if isinstance(t, MatrixTarget)}
     for target in targets:
         parent, _, ending = target.name.rpartition(".")
         for producers, consumer in PAIRS:
@@ -100,7 +149,7 @@ def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
     return found
 
 
-def _in_between(parent: nn.Module, members: Sequence[Target]) -> bool:
+def _in_between(parent: nn.Module, members: Sequence[MatrixTarget]) -> bool:
     """Tell whether something else has as many channels, as the norm in BitNet's layer."""
     own = {member.module.rpartition(".")[2] for member in members}
     others = (p for name, p in parent.named_parameters() if name.rpartition(".")[0] not in own)
@@ -133,45 +182,44 @@ def narrowable(model: nn.Module, found: Sequence[FeedForward]) -> list[FeedForwa
 
 
 def _objection(model: nn.Module, pair: FeedForward) -> str | None:
-    parent = pair.reader.module.rpartition(".")[0]
+    parent = pair.consumer.module.rpartition(".")[0]
     cut = len(parent) + 1 if parent else 0
     producers = {member.module[cut:]: 1 for member in pair.producers}
-    hidden = Hidden(producers, pair.reader.module[cut:], size=1, count=pair.shape[0])
+    hidden = Hidden(producers, pair.consumer.module[cut:], size=1, count=pair.shape[0])
     return objection(model.get_submodule(parent), hidden)
 
 
-def _pair(model: nn.Module, members: list[Target]) -> FeedForward:
+def _pair(model: nn.Module, members: list[MatrixTarget]) -> FeedForward:
     *producers, consumer = members
     return FeedForward(
         "+".join(member.name for member in members),
         consumer.module,
-        "channels",
         (consumer.shape[1], consumer.shape[0]),
-        share=consumer.share,
         producers=tuple(producers),
         consumer=consumer,
+        share=consumer.share,
         biases=sum(producer.bias(model) is not None for producer in producers),
     )
 
 
 def sliced(
     unit: FeedForward, model: nn.Module, factors: Factors
-) -> list[tuple[Target, Entry, nn.Module]]:
+) -> list[tuple[MatrixTarget, Entry, nn.Module]]:
     """Return every member with the entry and the module that replace it."""
     kept = factors["kept"]
-    found: list[tuple[Target, Entry, nn.Module]] = []
+    found: list[tuple[MatrixTarget, Entry, nn.Module]] = []
     for member in unit.producers:
         bias = member.bias(model)
         rows = None if bias is None else bias[kept]
         module = filled(member.weight(model)[kept], rows)
         found.append((member, _entry(member, module, "rows"), module))
-    like, bias = unit.reader.weight(model), unit.reader.bias(model)
+    like, bias = unit.consumer.weight(model), unit.consumer.bias(model)
     module = filled(factors["rows"].T.to(like), None if bias is None else bias)
-    found.append((unit.reader, _entry(unit.reader, module, "columns"), module))
+    found.append((unit.consumer, _entry(unit.consumer, module, "columns"), module))
     return found
 
 
-def _entry(member: Target, module: nn.Linear, cut: str) -> Entry:
+def _entry(member: MatrixTarget, module: nn.Linear, cut: str) -> Entry:
     shape: list[Any] = [module.out_features, module.in_features]
     return {
         "kind": "sliced",
@@ -180,3 +228,6 @@ def _entry(member: Target, module: nn.Linear, cut: str) -> Entry:
         "cut": cut,
         "bias": module.bias is not None,
     }
+
+
+FINDER = Finder("channels", pairs, narrowable)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tnlm.errors import TargetError, did_you_mean
-from tnlm.targets.base import Matrix, Selector, Target
+from tnlm.targets.base import Matrix, Member, Selector
 from tnlm.targets.blocks import in_blocks
 from tnlm.targets.ends import input_table, output_head
+from tnlm.targets.matrix import matrices_of
 from tnlm.targets.mixtures import expert_shares
 from tnlm.targets.plain import oddity
+from tnlm.targets.table import TableTarget
 
 ALL_LINEAR = "all-linear"
 EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
@@ -24,15 +25,12 @@ WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS)
 
 AROUND = "outside the model's blocks, as heads are; name it in targets= to compress it"
 
-FUSED = {"c_attn": {3: ("q", "k", "v"), 2: ("k", "v")}}
-"""Modules that hold several matrices side by side: by name, then by how many fit."""
-
 
 @dataclass
 class Selection:
     """The targets chosen, and what was passed over with the reason why."""
 
-    targets: list[Target] = field(default_factory=list)
+    targets: list[Member] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -177,7 +175,9 @@ def _fits(pattern: str, name: str) -> bool:
         ) from error
 
 
-def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> list[Target] | str:
+def _describe(
+    name: str, module: Matrix, users: list[str], model: nn.Module
+) -> Sequence[Member] | str:
     """Return the matrices that a module holds, or why it is left alone."""
     modules = [model.get_submodule(user) for user in users]
     if any(getattr(other, "_hf_hook", None) for other in modules):
@@ -192,7 +192,7 @@ def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> 
     if not embeddings:
         if len(users) > 1:
             return f"its weight is shared with {', '.join(u for u in users if u != name)}"
-        return list(_linear(name, module))
+        return list(matrices_of(name, module))  # type: ignore[arg-type]  # no embedding is left
     table = model.get_submodule(embeddings[0])
     if len(embeddings) > 1:
         return f"several embeddings share the weight: {', '.join(embeddings)}"
@@ -200,7 +200,7 @@ def _describe(name: str, module: Matrix, users: list[str], model: nn.Module) -> 
         return "an embedding with max_norm or sparse gradients"
     shape = (table.num_embeddings, table.embedding_dim)
     tied = tuple(user for user in users if user != embeddings[0])
-    return [Target(embeddings[0], embeddings[0], "embedding", shape, tied=tied)]
+    return [TableTarget(embeddings[0], embeddings[0], shape, tied)]
 
 
 def _stacked(model: nn.Module) -> dict[str, str]:
@@ -212,19 +212,6 @@ def _stacked(model: nn.Module) -> dict[str, str]:
         for part, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and min(parameter.shape) > 1
     }
-
-
-def _linear(name: str, module: Matrix) -> Iterator[Target]:
-    rows, columns = module.weight.shape
-    if isinstance(module, Conv1D):
-        rows, columns = columns, rows
-        parts = FUSED.get(name.rpartition(".")[2], {}).get(rows // columns, ())
-        if parts and rows % columns == 0:
-            for index, part in enumerate(parts):
-                shape = (rows // len(parts), columns)
-                yield Target(f"{name}.{part}", name, "linear", shape, index, parts)
-            return
-    yield Target(name, name, "linear", (rows, columns))
 
 
 def _nothing(

@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tnlm.checkpoint.entries import Entry, build
-from tnlm.targets.base import Target
+from tnlm.decompositions.base import Budget
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Fitted, Read, Target
+from tnlm.targets.matrix import BY_OUTPUT, MatrixTarget, share_of
+from tnlm.tensors.costs import macs
+from tnlm.tensors.network import Cost, Network
 
 PRIVATE = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "wo", "dense")
 """Endings of matrices that write to the residual stream; Basis Sharing leaves them alone."""
@@ -19,13 +25,23 @@ PRIVATE = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "wo", "dense")
 
 @dataclass(frozen=True)
 class Stack(Target):
-    """Several targets of one shape as one tall matrix, in the order of their blocks.
+    """Several targets of one shape as one tall matrix, in the order of their blocks."""
 
-    Attributes:
-        members: the targets.
-    """
+    matrices: tuple[MatrixTarget, ...]
 
-    members: tuple[Target, ...] = ()
+    kind = "linear"
+    whole = True  # the factors are cut into the members'
+
+    @property
+    def members(self) -> tuple[MatrixTarget, ...]:
+        """The targets."""
+        return self.matrices
+
+    @property
+    def most(self) -> int:
+        """Parameters at the largest rank that one member can have, or one fewer than dense."""
+        rank = min(self.members[0].shape)
+        return min(self.params - 1, rank * sum(self.shape))
 
     def weight(self, model: nn.Module) -> Tensor:
         """Return all members' weights, one below the other."""
@@ -35,16 +51,54 @@ class Stack(Target):
         """Return None: each member keeps its own bias."""
         return None
 
-    @property
-    def copies(self) -> int:
-        """How many matrices are applied, each with the shared factor."""
-        return len(self.members)
+    def added_bias(self, model: nn.Module) -> int:
+        """Return the size of the biases that the members lack."""
+        return self.shape[0]
 
-    @property
-    def most(self) -> int:
-        """Numbers at the largest rank that one member can have, or one fewer than dense."""
-        rank = min(self.members[0].shape)
-        return min(self.params - 1, rank * sum(self.shape))
+    def statistic(self, name: str, read: Read) -> Tensor:
+        """Return means of what concerns inputs, and blocks of what outputs do."""
+        parts = [member.statistic(name, read) for member in self.members]
+        if name == "gradient" and parts[0].dim() == 2:
+            blocks: Tensor = torch.block_diag(*parts)
+            return blocks
+        return torch.cat(parts) if name in BY_OUTPUT else torch.stack(parts).mean(0)
+
+    def input_group(self, leaders: Mapping[str, str]) -> str:
+        """Return the name of the stack, whose inputs are those of all its members."""
+        return self.name
+
+    def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
+        """Return what the factors cost: what is shared is stored once, and applied everywhere."""
+        copies = len(self.members)
+        sizes = {**network.sizes, network.out: self.shape[0] // copies}
+        size = network.params * itemsize + network.index_bytes + extra * itemsize
+        work = copies * macs(replace(network, sizes=sizes))
+        return Cost(network.params + extra, size, self.met(work))
+
+    def budget(
+        self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
+    ) -> Budget:
+        """Return the most that a network may have, which holds the shared factor once."""
+        rows, columns = self.shape
+        once = (rows + columns) / (rows + len(self.members) * columns)
+        return share_of(self, keep, max_macs, unit, extra, once)
+
+    def fit(
+        self,
+        model: nn.Module,
+        layer: LayerPlan,
+        metric: Metric,
+        weight: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> Fitted:
+        """Fit the tall matrix, and cut the factors apart."""
+        tall = MatrixTarget(self.name, self.module, self.shape)
+        found = tall.fit_to(self.weight(model), None, layer, metric)
+        ((_, entry, module),) = found.pieces
+        biases = [member.bias(model) for member in self.members]
+        parts = unstack(self, entry, module, biases)
+        pieces = [(m, *part) for m, part in zip(self.members, parts, strict=True)]
+        return Fitted(pieces, found.error, ties(self))
 
 
 def stack(targets: Sequence[Target], blocks: int) -> list[Target]:
@@ -55,43 +109,43 @@ def stack(targets: Sequence[Target], blocks: int) -> list[Target]:
     Source: Basis Sharing, Wang et al. 2024, arXiv 2410.03765.
 
     Example:
-        >>> two = [Target(f"h.{i}.up", f"h.{i}.up", "linear", (8, 4)) for i in (0, 1)]
+        >>> two = [MatrixTarget(f"h.{i}.up", f"h.{i}.up", (8, 4)) for i in (0, 1)]
         >>> [(unit.name, unit.shape) for unit in stack(two, 2)]
         [('h.0.up+h.1.up', (16, 4))]
     """
     if blocks == 1:
         return list(targets)
-    groups: dict[tuple[str, int], list[Target]] = {}
+    groups: dict[tuple[str, int], list[MatrixTarget]] = {}
     for target in targets:
-        groups.setdefault(_key(target, blocks), []).append(target)
+        if isinstance(target, MatrixTarget):
+            groups.setdefault(_key(target, blocks), []).append(target)
     units: list[Target] = []
     for target in targets:
-        members = groups[_key(target, blocks)]
-        if target is members[0] and len(members) > 1 and len({m.shape for m in members}) == 1:
-            units.append(_stacked(members))
-        elif len(members) == 1 or len({m.shape for m in members}) > 1:
+        members = groups[_key(target, blocks)] if isinstance(target, MatrixTarget) else []
+        if len(members) < 2 or len({member.shape for member in members}) > 1:
             units.append(target)
+        elif target is members[0]:
+            units.append(_stacked(members))
     return units
 
 
-def _stacked(members: list[Target]) -> Stack:
+def _stacked(members: list[MatrixTarget]) -> Stack:
     first = members[0]
     rows, columns = first.shape
     return Stack(
         "+".join(member.name for member in members),
         first.module,
-        first.kind,
         (rows * len(members), columns),
+        tuple(members),
         share=first.share,
-        members=tuple(members),
     )
 
 
-def _key(target: Target, blocks: int) -> tuple[str, int]:
+def _key(target: MatrixTarget, blocks: int) -> tuple[str, int]:
     """Return what members of a stack have in common; unique for a target that has no stack."""
     found = re.search(r"\.(\d+)\.", f".{target.name}.")
     ending = target.module.rpartition(".")[2]
-    if target.kind != "linear" or found is None or ending in PRIVATE:
+    if found is None or ending in PRIVATE:
         return target.name, -1
     kind = target.name.replace(f"{found[1]}.", "#.", 1)
     return kind, int(found[1]) // blocks
@@ -120,7 +174,7 @@ def unstack(
 
 def ties(unit: Stack) -> dict[str, str]:
     """Return the parameters that the members share: name to the name it shares."""
-    source, *others = (f"{_path(member)}.right.weight" for member in unit.members)
+    source, *others = (f"{member.path}.right.weight" for member in unit.members)
     return dict.fromkeys(others, source)
 
 
@@ -129,7 +183,3 @@ def tie(model: nn.Module, pairs: Mapping[str, str]) -> None:
     for target, source in pairs.items():
         owner = model.get_submodule(target.rpartition(".")[0])
         owner.weight = model.get_submodule(source.rpartition(".")[0]).weight
-
-
-def _path(target: Target) -> str:
-    return f"{target.module}.{target.parts[target.part]}" if target.parts else target.module

@@ -4,41 +4,87 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import cache
-from typing import Any
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 from tnlm.errors import OptionError, did_you_mean
 
+T = TypeVar("T")
 
-@cache
-def discover(package: str, attribute: str) -> dict[str, Any]:
-    """Import the modules of a package and collect the object that each keeps under a name.
+
+class Registry(Generic[T]):
+    """The objects that the modules of a package keep under a name, and those added from outside.
 
     Args:
         package: dotted name, e.g. ``"tnlm.schemes"``.
-        attribute: the module-level name looked for, e.g. ``"SCHEME"``; modules without it are
-            helpers and are passed over.
+        attribute: the module-level name looked for, e.g. ``"SCHEME"``, of one object or a tuple of
+            them; modules without it are helpers and are passed over.
+        kind: what the objects are called in errors.
 
-    Returns:
-        The objects by their own ``name``, sorted.
-
-    Raises:
-        OptionError: if two modules use the same name.
+    Example:
+        >>> schemes = Registry("tnlm.schemes", "SCHEME", "scheme")
+        >>> schemes.get("kron").name
+        'kron'
     """
-    found: dict[str, Any] = {}
-    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        module = importlib.import_module(f"{package}.{info.name}")
-        item = getattr(module, attribute, None)
-        if item is None:
-            continue
-        if item.name in found:
-            raise OptionError(f"{module.__name__} and another module both define {item.name!r}")
-        found[item.name] = item
-    return dict(sorted(found.items()))
 
+    def __init__(self, package: str, attribute: str, kind: str) -> None:
+        """Look at nothing yet; see the class for the arguments."""
+        self._package, self._attribute, self.kind = package, attribute, kind
+        self._added: dict[str, T] = {}
 
-def lookup(kind: str, name: str, items: dict[str, Any]) -> Any:
-    """Return ``items[name]``, or raise an error that names the close and the allowed ones."""
-    if not isinstance(name, str) or name not in items:
-        raise OptionError(f"unknown {kind} {name!r}{did_you_mean(str(name), items)}")
-    return items[name]
+    @cached_property
+    def _found(self) -> dict[str, T]:
+        found: dict[str, T] = {}
+        for item in self._look():
+            if item.name in found:
+                raise OptionError(f"two modules of {self._package} define {item.name!r}")
+            found[item.name] = item
+        return found
+
+    def _look(self) -> Iterator[Any]:
+        for info in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
+            module = importlib.import_module(f"{self._package}.{info.name}")
+            held = getattr(module, self._attribute, ())
+            yield from held if isinstance(held, tuple) else (held,)
+
+    def all(self) -> dict[str, T]:
+        """Return the objects by their own ``name``, sorted.
+
+        Raises:
+            OptionError: if two modules use the same name.
+        """
+        return dict(sorted((self._found | self._added).items()))
+
+    def get(self, name: str) -> T:
+        """Return an object by name.
+
+        Raises:
+            OptionError: for an unknown name, with the close and the allowed ones.
+        """
+        items = self.all()
+        if not isinstance(name, str) or name not in items:
+            raise OptionError(f"unknown {self.kind} {name!r}{did_you_mean(str(name), items)}")
+        return items[name]
+
+    def add(self, item: Any) -> None:
+        """Add an object, until the process ends or it is removed.
+
+        Raises:
+            OptionError: if its name is taken, or is none.
+        """
+        if not isinstance(item.name, str) or not item.name:
+            raise OptionError(f"a {self.kind} named {item.name!r}; allowed: a text")
+        if item.name in self.all():
+            raise OptionError(f"a {self.kind} named {item.name!r} exists already; choose another")
+        self._added[item.name] = item
+
+    def remove(self, name: str) -> None:
+        """Take out an object that was added.
+
+        Raises:
+            OptionError: if none of this name was.
+        """
+        if name not in self._added:
+            raise OptionError(f"no {self.kind} {name!r} was added{did_you_mean(name, self._added)}")
+        del self._added[name]

@@ -7,13 +7,13 @@ import tnlm
 from tnlm.decompositions import get_format
 from tnlm.metrics.metric import Metric
 from tnlm.studies.analysis.curves import curve_rows
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
 
 FORMATS = ("low-rank", "kronecker", "tensor-train")
 
 
 def rows_of(weight, formats, **metrics):
-    target = Target("w", "w", "linear", tuple(weight.shape))
+    target = MatrixTarget("w", "w", tuple(weight.shape))
     structures = [get_format(name) for name in formats]
     return list(curve_rows(target, weight, structures, metrics or {"identity": Metric()}, 2.0))
 

@@ -15,7 +15,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 from tnlm.studies.analysis.groups import Truncation
 from tnlm.studies.analysis.truncation import GroupRow, _correlated
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
 from tnlm.targets.selection import select
 
 IDS = torch.arange(128) % 61 + 3
@@ -46,7 +46,7 @@ def assert_same(before, after):
 def single(weight):
     model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
     model[0].weight = nn.Parameter(weight.clone())
-    return model, Target("0", "0", "linear", tuple(weight.shape))
+    return model, MatrixTarget("0", "0", tuple(weight.shape))
 
 
 @given(

@@ -9,7 +9,7 @@ from tnlm.metrics.metric import InputMoment, Metric
 from tnlm.studies.nested_ranks import NestedRanks
 from tnlm.studies.rank_search.budget import Choice, choose
 from tnlm.studies.rank_search.ranks import CANDIDATES, MatrixRanks, RankFits
-from tnlm.targets.base import Target
+from tnlm.targets.matrix import MatrixTarget
 
 SIZES = st.integers(6, 24)
 
@@ -23,7 +23,7 @@ def test_smaller_factors_are_slices_and_as_good_as_a_fit_of_their_own(
     weight = gaussian(rows, columns, seed=seed)
     x = gaussian(50, columns, seed=seed + 1)
     metric = InputMoment(x.T @ x / 50) if data else Metric()
-    matrix = MatrixRanks.of(Target("a", "a", "linear", (rows, columns)), CANDIDATES, gauge=gauge)
+    matrix = MatrixRanks.of(MatrixTarget("a", "a", (rows, columns)), CANDIDATES, gauge=gauge)
     nested = NestedRanks(weight, metric, matrix.ranks[-1], gauge=gauge)
     fits, errors = RankFits(matrix, weight, None, metric), []
     for rank in matrix.ranks:
@@ -42,7 +42,7 @@ def test_smaller_factors_are_slices_and_as_good_as_a_fit_of_their_own(
 
 @given(rows=SIZES, columns=SIZES, biased=st.booleans(), gauge=st.booleans())
 def test_every_rank_makes_the_matrix_smaller(rows, columns, biased, gauge):
-    target = Target("a", "a", "linear", (rows, columns))
+    target = MatrixTarget("a", "a", (rows, columns))
     extra = rows if biased else 0
     matrix = MatrixRanks.of(target, CANDIDATES, gauge=gauge, extra=extra)
     assert list(matrix.ranks) == sorted(set(matrix.ranks))

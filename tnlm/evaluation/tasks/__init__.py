@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnlm.evaluation.tasks.base import Answer, Row, Scores, Task, TaskMetric, multiple_choice
-from tnlm.utils.registry import discover, lookup
+from tnlm.utils.registry import Registry
 
 __all__ = [
     "Answer",
@@ -17,6 +17,8 @@ __all__ = [
     "tasks",
 ]
 
+TASKS: Registry[Task] = Registry(__name__, "TASK", "task")
+
 
 def tasks() -> dict[str, Task]:
     """Return every task by name.
@@ -25,7 +27,7 @@ def tasks() -> dict[str, Task]:
         >>> tasks()["gsm8k"].num_fewshot
         5
     """
-    return discover(__name__, "TASK")
+    return TASKS.all()
 
 
 def list_tasks() -> list[str]:
@@ -44,5 +46,4 @@ def get_task(name: str) -> Task:
     Raises:
         OptionError: for an unknown name, with the close and the allowed ones.
     """
-    found: Task = lookup("task", name, tasks())
-    return found
+    return TASKS.get(name)

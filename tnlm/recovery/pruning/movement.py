@@ -21,7 +21,7 @@ from tnlm.errors import BudgetError, OptionError, TargetError, TrainingError
 from tnlm.recovery.guard import GuardedTrainer
 from tnlm.recovery.pruning.schedule import cubic
 from tnlm.recovery.training import finetune
-from tnlm.targets.base import Target
+from tnlm.targets.base import Member
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Pruned:
 def movement_prune(
     model: PreTrainedModel,
     data: Any,
-    targets: Sequence[Target],
+    targets: Sequence[Member],
     *,
     keep: float = 0.5,
     warmup: float = 0.1,
@@ -93,7 +93,7 @@ def movement_prune(
     if "output_dir" in options:
         raise OptionError("output_dir= has no effect: pruning cannot be resumed; leave it out")
     for target in targets:
-        if target.kind != "linear":
+        if target.unmeasured:
             raise TargetError(f"{target.name} is an {target.kind}; name linear matrices alone")
     pruned = copy.deepcopy(model)
     entries = Entries(pruned, targets)
@@ -135,7 +135,7 @@ class Entries:
         targets: linear matrices.
     """
 
-    def __init__(self, model: PreTrainedModel, targets: Sequence[Target]) -> None:
+    def __init__(self, model: PreTrainedModel, targets: Sequence[Member]) -> None:
         """Start with no scores, and nothing masked."""
         self._model, self._targets = model, targets
         self._masked: dict[str, Masked] = {}
@@ -183,7 +183,7 @@ class Entries:
         for own, other in zip(self._model.parameters(), like.parameters(), strict=True):
             own.requires_grad_(other.requires_grad)
 
-    def _part(self, target: Target, stored: Tensor) -> Tensor:
+    def _part(self, target: Member, stored: Tensor) -> Tensor:
         return target.part_of(self._model.get_submodule(target.module), stored)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from tnlm.allocation.base import Limits
-from tnlm.allocation.pricing import network_cost
 from tnlm.allocation.uniform import name_target, options_for
 from tnlm.decompositions.base import Format, to_dict
 from tnlm.errors import OptionError
@@ -71,14 +69,14 @@ def curve_rows(
     Example:
         >>> import torch
         >>> from tnlm.decompositions import get_format
-        >>> target = Target("up", "up", "linear", (4, 4))
+        >>> from tnlm.targets.matrix import MatrixTarget
+        >>> target = MatrixTarget("up", "up", (4, 4))
         >>> rows = curve_rows(target, torch.eye(4), [get_format("low-rank")],
         ...                   {"identity": Metric()}, stable_rank=4.0)
         >>> [(row.spec["rank"], row.params, round(row.error**2, 2), row.damage) for row in rows]
         [(1, 7, 0.75, 2.25), (2, 12, 0.5, 1.0), (3, 15, 0.25, 0.25)]
     """
-    embedding = target.kind == "embedding"
-    macs = math.inf if embedding else float(target.params)
+    macs = target.most_macs(1.0)
     for structure in formats:
         if target.kind not in structure.kinds:
             continue
@@ -90,7 +88,7 @@ def curve_rows(
                 raise name_target(target, wrong) from wrong
             for spec, error in sampled:
                 network = structure.network(target.shape, spec)
-                cost = network_cost(target, network, weight.element_size())
+                cost = target.cost(network, weight.element_size())
                 if cost.params > target.most or cost.macs > macs:
                     continue
                 keep = cost.params / target.params

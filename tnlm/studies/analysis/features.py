@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tnlm.decompositions.base import matrix_shape
 from tnlm.errors import CalibrationError
-from tnlm.metrics.named import CONSTANT, get_measure
+from tnlm.metrics.named import get_measure
+from tnlm.metrics.named.inputs import CONSTANT
 from tnlm.studies.analysis.spectra import Spectrum, rounding, summarize
 
 

@@ -34,10 +34,10 @@ class Truncation:
         OptionError: if there are no groups, or more groups than a matrix has singular values.
 
     Example:
-        >>> from tnlm.targets.selection import Target
+        >>> from tnlm.targets.matrix import MatrixTarget
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([3.0, 4.0])))
-        >>> target = Target("0", "0", "linear", (2, 2))
+        >>> target = MatrixTarget("0", "0", (2, 2))
         >>> with Truncation(model, [target], lambda _: Metric(), 2, progress=False) as cut:
         ...     cut.drop(0)
         ...     model[0].weight.abs().tolist()

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.compression.job import Data, prepare
+from tnlm.compression.choices import Calibration
+from tnlm.compression.job import prepare
 from tnlm.compression.request import make_request
 from tnlm.errors import OptionError, did_you_mean
 from tnlm.evaluation.number import finite
@@ -154,15 +155,22 @@ def truncate_groups(
     if weighting not in WEIGHTINGS:
         raise OptionError(f"weighting={weighting!r}{did_you_mean(str(weighting), WEIGHTINGS)}")
     measure = make_score(model, score, tokenizer, window, windows, higher_is_better)
-    data = Data(calibration, tokenizer, num_samples, max_length, None, seed, gradient_samples)
-    request = make_request(weighting, options={})
+    data = Calibration(
+        calibration,
+        tokenizer,
+        num_samples,
+        max_length,
+        gradient_samples=gradient_samples,
+        seed=seed,
+    )
+    request = make_request(weighting)
     check_model(model)
     check_groups(select(model, targets or ALL_LINEAR, ignore).targets, groups)  # before long work
     job = prepare(model, request, targets, ignore, data, progress)
     chosen = job.selection.targets
     with modes_kept(model):
         dense = finite(measure(model), "the score of the whole model")
-        with Truncation(model, chosen, job.metric, groups, progress=progress) as cut:
+        with Truncation(model, chosen, job.evidence.metric, groups, progress=progress) as cut:
             values = []
             for group in tqdm(range(groups), desc="measuring", unit="group", disable=not progress):
                 cut.drop(group)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tnlm.allocation.pricing import dense_cost, network_cost
 from tnlm.decompositions import get_format
 from tnlm.decompositions.low_rank import LowRankSpec
 from tnlm.decompositions.tucker import TuckerSpec
@@ -57,12 +56,12 @@ def shrinks(form: str, target: Target, rank: int) -> bool:
     if rank > min(target.shape):
         return False
     cost = stored(form, target, rank, 1)
-    return cost.params <= target.most and cost.macs <= dense_cost(target, 1).macs
+    return cost.params <= target.most and cost.macs <= target.dense_cost(1).macs
 
 
 def stored(form: str, target: Target, rank: int, itemsize: int) -> Cost:
     """Return the cost of a matrix as the library stores it."""
-    return network_cost(target, network_of(form, target.shape, rank), itemsize)
+    return target.cost(network_of(form, target.shape, rank), itemsize)
 
 
 def published(form: str, target: Target, rank: int) -> int:
@@ -71,7 +70,8 @@ def published(form: str, target: Target, rank: int) -> int:
     Source: Moar, Tahmasebi, Pellauer and Kwon 2024, arXiv 2405.06626.
 
     Example:
-        >>> matrix = Target("q", "q", "linear", (6, 5))
+        >>> from tnlm.targets.matrix import MatrixTarget
+        >>> matrix = MatrixTarget("q", "q", (6, 5))
         >>> [published(form, matrix, 2) for form in SCHEMES]
         [26, 22]
     """

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tnlm.allocation.pricing import dense_cost
 from tnlm.allocation.uniform import stay_dense
 from tnlm.api import compress, plan
 from tnlm.errors import OptionError, RankError, TargetError, did_you_mean
@@ -206,7 +205,7 @@ class DesignSpace:
             found = Cost(
                 found.params - target.params + after.params,
                 found.bytes - target.params * self._itemsize + after.bytes,
-                found.macs - dense_cost(target, 1).macs + after.macs,
+                found.macs - target.dense_cost(1).macs + after.macs,
             )
         return found
 

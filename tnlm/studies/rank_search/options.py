@@ -14,6 +14,7 @@ from tnlm.errors import BudgetError, EvaluationError, OptionError, TargetError, 
 from tnlm.recovery.model_kinds import examples_for, model_kind, padding_for
 from tnlm.studies.rank_search.ranks import MatrixRanks, check_candidates
 from tnlm.studies.rank_search.scorers import CallableScorer, ItemScore, PerplexityScorer, Scorer
+from tnlm.targets.matrix import MatrixTarget
 from tnlm.utils.checks import check_whole, is_real
 
 ORDERS = ("reverse", "forward")
@@ -21,8 +22,8 @@ ORDERS = ("reverse", "forward")
 
 def request_of(scheme: str) -> Request:
     """Return the request for the fits of a scheme, if smaller ranks are slices of larger ones."""
-    request = make_request(scheme, allocation="uniform", options={})
-    nested = request.structures == (FORMAT,) and not request.measure.is_elementwise
+    request = make_request(scheme, allocation="uniform")
+    nested = request.structures == (FORMAT,) and not request.measure.elementwise
     tunes = request.cascade != "none" or request.recover != "none" or request.share > 1
     if not nested or tunes:
         raise OptionError(
@@ -96,7 +97,7 @@ def matrices_of(
     """Return the matrices in the order in which they are tried; skip other targets."""
     gauge, found, chosen = bool(job.request.options.get("gauge", True)), [], job.selection
     for target in list(chosen.targets):
-        if target.kind != "linear":
+        if not isinstance(target, MatrixTarget):
             chosen.targets.remove(target)
             chosen.skipped[target.name] = "a rank search replaces linear matrices only"
             continue

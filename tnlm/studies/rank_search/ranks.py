@@ -6,18 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tnlm.allocation.pricing import dense_cost, network_cost
-from tnlm.checkpoint.entries import Entry
-from tnlm.compression.install import fit_target
 from tnlm.decompositions.base import to_dict
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec
 from tnlm.errors import OptionError
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.studies.nested_ranks import NestedRanks
-from tnlm.targets.base import Target
+from tnlm.targets.base import Fitted
+from tnlm.targets.matrix import MatrixTarget
 from tnlm.utils.checks import is_real
 
 CANDIDATES = tuple(step / 10 for step in range(1, 11))
@@ -35,19 +33,24 @@ class MatrixRanks:
         extra: parameters of a bias that the replacement adds.
     """
 
-    target: Target
+    target: MatrixTarget
     ranks: tuple[int, ...]
     gauge: bool = False
     extra: int = 0
 
     @classmethod
     def of(
-        cls, target: Target, candidates: Sequence[float], *, gauge: bool = False, extra: int = 0
+        cls,
+        target: MatrixTarget,
+        candidates: Sequence[float],
+        *,
+        gauge: bool = False,
+        extra: int = 0,
     ) -> MatrixRanks:
         """Keep those candidates, fractions of the rank that saves nothing, which save something.
 
         Example:
-            >>> MatrixRanks.of(Target("a", "a", "linear", (30, 60)), [1.0, 0.1, 0.5]).ranks
+            >>> MatrixRanks.of(MatrixTarget("a", "a", (30, 60)), [1.0, 0.1, 0.5]).ranks
             (2, 10)
         """
         rows, columns = target.shape
@@ -60,7 +63,7 @@ class MatrixRanks:
         """Return how many parameters a rank saves.
 
         Example:
-            >>> MatrixRanks(Target("a", "a", "linear", (30, 60)), (10,), extra=30).saved(10)
+            >>> MatrixRanks(MatrixTarget("a", "a", (30, 60)), (10,), extra=30).saved(10)
             870
         """
         network = FORMAT.network(self.target.shape, LowRankSpec(rank, self.gauge))
@@ -87,11 +90,11 @@ class RankFit:
 
     Attributes:
         layer: the decision, with the error measured.
-        fit: the entry of a checkpoint, the module and the error, as `fit_target` returns them.
+        fit: what replaces the matrix.
     """
 
     layer: LayerPlan
-    fit: tuple[Entry, nn.Module, float]
+    fit: Fitted
 
 
 class RankFits:
@@ -122,16 +125,10 @@ class RankFits:
             target.shape,
             FORMAT.name,
             to_dict(spec),
-            dense_cost(target, size),
-            network_cost(target, network, size, matrix.extra),
+            target.dense_cost(size),
+            target.cost(network, size, matrix.extra),
             bias=matrix.extra > 0,
         )
-        fit = fit_target(
-            target,
-            self._weight,
-            self._bias,
-            self._metric,
-            layer,
-            factors=self._nested.factors(rank),
-        )
-        return RankFit(replace(layer, error=fit[2]), fit)
+        factors = self._nested.factors(rank)
+        fit = target.fit_to(self._weight, self._bias, layer, self._metric, factors=factors)
+        return RankFit(replace(layer, error=fit.error), fit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import stay_dense
-from tnlm.compression.job import Data, Job, prepare
+from tnlm.compression.choices import Calibration
+from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import carry_out
 from tnlm.errors import BudgetError, EvaluationError
 from tnlm.evaluation.flips import Flips, flips
@@ -167,14 +168,16 @@ def rank_search(
     names, chunked = check_disjoint(*splits), chunks_of(splits[0], chunks)
     # The splits are cut by the same length and tokenizer, so these act without calibration data.
     shared = (tokenizer, max_length) if request.looks_at_data else (None, None)
-    data = Data(calibration, shared[0], num_samples, shared[1], cache_dir, seed)
+    data = Calibration(
+        calibration, shared[0], num_samples, shared[1], cache_dir=cache_dir, seed=seed
+    )
     job = prepare(model, request, targets, ignore, data, progress)
     matrices = matrices_of(model, job, candidates, order)
     journal = Journal(
         file,
         {
             "model": model_hash(model),
-            "calibration": job.fingerprint or None,
+            "calibration": job.evidence.fingerprint or None,
             "search": names[0],
             "report": names[1],
             "metric": scorer.name,
@@ -194,7 +197,7 @@ def rank_search(
         for number, items in enumerate(chunked, start=1)
     ]
     with mounting(model, job.selection.targets) as mounted:
-        tried = RankSearch(model, mounted, job.metric, matrices, scorer, journal, progress)
+        tried = RankSearch(model, mounted, job.evidence.metric, matrices, scorer, journal, progress)
         if keep is None:
             tried.to_tolerance(whole, parts)
         else:
@@ -202,8 +205,8 @@ def rank_search(
         after = [scorer.measure(model, items) for items in splits]
     _check_result(tried, before[0], after[0], bounded=keep is None)
     plan = _plan(model, job, tried, keep)
-    job.ready = {name: fitted.fit for name, fitted in tried.chosen.items()}
-    carry_out(model, job, plan, progress)
+    ready = {name: fitted.fit for name, fitted in tried.chosen.items()}
+    carry_out(model, replace(job, ready=ready), plan, progress)
     scored = before[1].items, after[1].items
     return RankSearchResult(
         plan,

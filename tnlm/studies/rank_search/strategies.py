@@ -194,4 +194,4 @@ class _Fitted:
             weight, bias = target.weight(search.model), target.bias(search.model)
             self._fits = RankFits(self._matrix, weight, bias, search.metric(target))
         fitted = search.chosen[target.name] = self._fits.at(rank)
-        search.mounted.put({target.name: fitted.fit[1]})
+        search.mounted.put({target.name: fitted.fit.pieces[0][2]})

@@ -1,0 +1,125 @@
+"""Options of the shell for every keyword of `tnlm.compress`, from their one definition."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from tnlm.cli.options import (
+    FILE,
+    Gauge,
+    InSplit,
+    OutSplit,
+    Rank,
+    Ranks,
+    Ridge,
+    Sweeps,
+    Terms,
+    Width,
+)
+from tnlm.cli.output import numbers
+from tnlm.compression.choices import Choice, choices_of
+from tnlm.errors import OptionError
+
+Command = TypeVar("Command", bound=Callable[..., None])
+PANELS = {
+    "scheme": "Method",
+    "calibration": "Data",
+    "budget": "Size",
+    "recovery": "Recovery",
+}
+TYPES: Mapping[str, Any] = {
+    "int": int | None,
+    "int | None": int | None,
+    "float": float | None,
+    "float | None": float | None,
+    "str": str | None,
+    "str | None": str | None,
+    "bool | str | None": bool | None,
+    "str | Path | None": Path | None,
+    "Any": Path | None,
+}
+"""What the shell reads for each annotation; nothing is None."""
+FORMAT_OPTIONS: Mapping[str, Any] = {
+    "terms": Terms,
+    "rank": Rank,
+    "ranks": Ranks,
+    "width": Width,
+    "out_split": OutSplit,
+    "in_split": InSplit,
+    "gauge": Gauge,
+    "ridge": Ridge,
+    "sweeps": Sweeps,
+}
+LISTS = ("ranks", "out_split", "in_split")
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other option of the scheme's formats, in JSON: --set sweeps=40.",
+        rich_help_panel="Size",
+    ),
+]
+
+
+def with_choices(command: Command) -> Command:
+    """Give a command, which takes ``**given``, an option for every keyword of `tnlm.compress`."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    named = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    formats = [_parameter(name, kind) for name, kind in FORMAT_OPTIONS.items()]
+    rest = [_parameter(each.keyword, _annotation(each)) for each in choices_of() if each.shell]
+    found = [*named, *formats, _parameter("set_", Set), *rest]
+    command.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in found}
+    return command
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=None, annotation=annotation)
+
+
+def _annotation(each: Choice) -> Any:
+    flag = f"--{each.keyword.replace('_', '-')}"
+    names = [f"{flag}/--no-{flag[2:]}"] if "bool" in each.type else [flag]
+    read = FILE if each.type == "Any" else {}
+    panel = PANELS[each.group]
+    option = typer.Option(*names, help=each.text, rich_help_panel=panel, **read)
+    return Annotated[TYPES[each.type], option]
+
+
+def asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was typed as keywords of `tnlm.compress`.
+
+    Raises:
+        OptionError: if a list or a value of ``--set`` cannot be read.
+
+    Example:
+        >>> asked({"ranks": "8,16", "keep": None, "set_": ["sweeps=40"]})
+        {'ranks': [8, 16], 'sweeps': 40}
+    """
+    typed = {name: value for name, value in given.items() if value is not None}
+    for item in typed.pop("set_", []):
+        name, separator, value = item.partition("=")
+        if not separator or not name:
+            raise OptionError(f"--set {item!r}; allowed: NAME=VALUE, as in sweeps=40")
+        typed[name] = _value(name, value)
+    for name in LISTS:
+        if isinstance(typed.get(name), str):
+            typed[name] = numbers(name.replace("_", "-"), typed[name])
+    return typed
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise OptionError(
+            f"--set {name}={text}; allowed: a number, true, false or a list such as [8,16]"
+        ) from error

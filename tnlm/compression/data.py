@@ -1,0 +1,97 @@
+"""The data that a request is given, and whether it fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tnlm.calibration.cache import check_cache
+from tnlm.calibration.data import Batch, begins, token_batches
+from tnlm.compression.choices import Calibration, choices_of
+from tnlm.compression.request import Request
+from tnlm.errors import CalibrationError, OptionError
+from tnlm.metrics.measure import MOVEMENT
+
+
+def windows(calibration: Calibration, model: PreTrainedModel) -> list[Batch]:
+    """Return the sequences that statistics are taken of."""
+    if calibration.data is None:
+        return []
+    return _cut(calibration, calibration.data, calibration.cut.num_samples, model)
+
+
+def lessons(calibration: Calibration, model: PreTrainedModel, request: Request) -> list[Batch]:
+    """Return the sequences that anything is trained on."""
+    source = calibration.data if request.training is None else request.training
+    count = max(1, -(-request.recover_tokens // calibration.cut.max_length))
+    return _cut(calibration, source, count, model)
+
+
+def _cut(calibration: Calibration, source: Any, count: int, model: PreTrainedModel) -> list[Batch]:
+    cut = calibration.cut
+    return token_batches(
+        source,
+        calibration.tokenizer,
+        num_samples=count,
+        max_length=cut.max_length,
+        seed=cut.seed,
+        bos=cut.bos,
+        model=model,
+    )
+
+
+def drawn(calibration: Calibration, training: Any) -> dict[str, int]:
+    """Return the arguments that say which of the data is used."""
+    cut = calibration.cut
+    names = ("num_samples", "max_length", "gradient_samples", "seed")
+    found: dict[str, int] = {name: getattr(cut, name) for name in names}
+    sources = (calibration.data, training)
+    if any(begins(source, calibration.tokenizer, cut.bos) for source in sources):
+        found["bos"] = True
+    return found
+
+
+def check_data(request: Request, data: Calibration) -> None:
+    """Raise a `TnlmError` unless data is given where it is needed, and only there."""
+    scheme, metric, training = request.scheme.name, request.measure.name, request.training
+    given = data.data is not None or (training is not None and not request.measures)
+    if not (given or request.measures or MOVEMENT in request.needs) and request.trains:
+        raise CalibrationError(
+            f"recover={request.recover!r} trains on data; pass training= or calibration= "
+            "(texts, a file, token ids) and tokenizer="
+        )
+    if request.looks_at_data and not given:
+        raise CalibrationError(
+            f"scheme {scheme!r} with metric={metric!r} looks at data; pass "
+            "calibration= (texts, a file, token ids) and tokenizer="
+        )
+    if not request.looks_at_data and data.data is not None:
+        raise OptionError(
+            f"calibration= has no effect on scheme {scheme!r} with metric='identity'; "
+            "leave it out, or choose a scheme or metric that looks at data: svd-llm, metric='input'"
+        )
+    if request.needs == {MOVEMENT} and data.cache_dir is not None:
+        raise OptionError(
+            f"cache_dir= keeps calibration statistics; metric={metric!r} trains, and keeps none"
+        )
+    if data.cache_dir is not None:
+        check_cache(data.cache_dir)
+    if not request.trains and training is not None:
+        raise OptionError("training= has no effect without recover=; leave it out")
+    check_unused(request, data)
+    samples = data.cut.gradient_samples
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise OptionError(f"gradient_samples={samples!r}; allowed: a number >= 1")
+
+
+def check_unused(request: Request, data: Calibration) -> None:
+    """Raise `OptionError` for an argument about data that is given, and none is looked at."""
+    if request.looks_at_data:
+        return
+    for each in choices_of("calibration"):
+        if getattr(data, each.field) is not None:
+            raise OptionError(
+                f"{each.keyword}= has no effect on scheme {request.scheme.name!r} with "
+                f"metric={request.measure.name!r}, which looks at no data; leave it out"
+            )

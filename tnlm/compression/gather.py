@@ -1,0 +1,86 @@
+"""Gathers what a request needs to know from data."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from tnlm.calibration.capacity import check_batches
+from tnlm.calibration.data import fingerprint
+from tnlm.compression.choices import Calibration
+from tnlm.compression.data import drawn, lessons, windows
+from tnlm.compression.evidence import Evidence
+from tnlm.compression.gatherers import gatherers
+from tnlm.compression.gatherers.base import Found, Task
+from tnlm.compression.request import Request
+from tnlm.targets.base import Member
+from tnlm.utils.memory import release
+
+logger = logging.getLogger("tnlm")
+
+UNREACHED = "the data never reaches it: it is not called, or no token is sent there"
+"""Why a matrix stays dense: its weight may be read by another module, it may be an expert that no
+token chose, or stand in a tower for images where the data is text."""
+
+
+def gather(
+    model: PreTrainedModel,
+    request: Request,
+    targets: Sequence[Member],
+    data: Calibration,
+    progress: bool,
+) -> Evidence:
+    """Return the statistics that a request needs, and the data that its later steps do."""
+    start = time.perf_counter()
+    batches = windows(data, model)
+    check_batches(model, batches)
+    release()
+    practice = lessons(data, model, request) if request.trains else []
+    check_batches(model, practice)
+    known = Evidence(
+        request.measure,
+        request.damping,
+        batches=batches if request.cascade != "none" or request.refine else [],
+        lessons=practice,
+        drawn=drawn(data, request.training),
+        fingerprint=fingerprint([*batches, *practice]),
+    )
+    task = Task(model, targets, batches, practice, request.recover_tokens, data, progress)
+    for gatherer in gatherers():
+        if gatherer.name not in request.needs:
+            continue
+        found = gatherer(task, **request.measure.gathering.get(gatherer.name, {}))
+        known.add(gatherer, found)
+        task = replace(task, model=found.model or task.model, targets=_reached(task, found, known))
+        if found.model is not None:
+            known.seconds["prune"] = time.perf_counter() - start
+    _warn(known, len(targets))
+    release()
+    known.seconds["calibrate"] = time.perf_counter() - start - sum(known.seconds.values())
+    return known
+
+
+def _reached(task: Task, found: Found, known: Evidence) -> Sequence[Member]:
+    """Return the targets that data reaches, and note the others."""
+    if found.store is None:
+        return task.targets
+    leaders = found.store.leaders
+    gone = [target for target in task.targets if target.module not in leaders]
+    known.skipped |= {target.name: UNREACHED for target in gone}
+    return [target for target in task.targets if target.module in leaders]
+
+
+def _warn(known: Evidence, before: int) -> None:
+    gone = list(known.skipped)
+    if gone:
+        logger.warning(
+            "%d of %d matrices stay dense, as %s: %s",
+            len(gone),
+            before,
+            UNREACHED,
+            ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else ""),
+        )

@@ -1,0 +1,13 @@
+"""Ways to learn from data: one file each, found by looking."""
+
+from __future__ import annotations
+
+from tnlm.compression.gatherers.base import Gatherer
+from tnlm.utils.registry import Registry
+
+GATHERERS: Registry[Gatherer] = Registry(__name__, "GATHERER", "gatherer")
+
+
+def gatherers() -> list[Gatherer]:
+    """Return every gatherer, in the order in which they run."""
+    return sorted(GATHERERS.all().values(), key=lambda gatherer: not gatherer.first)

@@ -1,0 +1,23 @@
+"""Squares of weight gradients by example, under the data's own labels (FWSVD and TFWSVD)."""
+
+from tnlm.calibration.gradients import collect_gradients
+from tnlm.compression.gatherers.base import Found, Gatherer, Task, by_module
+
+
+def _gather(task: Task) -> Found:
+    return by_module(
+        collect_gradients(
+            task.model,
+            task.modules,
+            task.few,
+            moment="none",
+            fisher=True,
+            labels="data",
+            seed=task.data.cut.seed,
+            cache_dir=task.data.cache_dir,
+            progress=task.progress,
+        )
+    )
+
+
+GATHERER = Gatherer("fisher", ("fisher",), _gather)

@@ -1,0 +1,65 @@
+"""Adds choices from outside the library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tnlm.allocation import ALLOCATIONS
+from tnlm.allocation.base import Allocation
+from tnlm.compression.gatherers import GATHERERS
+from tnlm.compression.gatherers.base import Gatherer
+from tnlm.decompositions import FORMATS
+from tnlm.decompositions.base import Format
+from tnlm.errors import OptionError
+from tnlm.metrics.measure import Measure
+from tnlm.metrics.named import METRICS
+from tnlm.schemes import SCHEMES
+from tnlm.schemes.base import Scheme
+from tnlm.targets import FINDERS
+from tnlm.targets.base import Finder
+from tnlm.utils.registry import Registry
+
+KINDS: tuple[tuple[type, Registry[Any]], ...] = (
+    (Format, FORMATS),
+    (Scheme, SCHEMES),
+    (Measure, METRICS),
+    (Allocation, ALLOCATIONS),
+    (Gatherer, GATHERERS),
+    (Finder, FINDERS),
+)
+
+
+def register(item: Any) -> Any:
+    """Add a format, scheme, metric, allocation, gatherer or kind of target, and return it.
+
+    It is found by its name like those of the library, until the process ends. A checkpoint that
+    uses a registered format loads only where the format was registered before.
+
+    Args:
+        item: the object that a file of the library would keep, e.g. a `tnlm.schemes.base.Scheme`.
+
+    Raises:
+        OptionError: if its name is taken, or it is nothing of the kind.
+
+    Example:
+        >>> from tnlm.schemes.base import Scheme
+        >>> mine = Scheme("mine", "two products", ("kronecker",), "", defaults={"terms": 2})
+        >>> register(mine).name
+        'mine'
+        >>> unregister(mine)
+    """
+    _registry_of(item).add(item)
+    return item
+
+
+def unregister(item: Any) -> None:
+    """Take out what :func:`register` added."""
+    _registry_of(item).remove(item.name)
+
+
+def _registry_of(item: Any) -> Registry[Any]:
+    for kind, registry in KINDS:
+        if isinstance(item, kind):
+            return registry
+    allowed = ", ".join(kind.__name__ for kind, _ in KINDS)
+    raise OptionError(f"a {type(item).__name__} cannot be registered; allowed: {allowed}")

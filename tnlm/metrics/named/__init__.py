@@ -1,0 +1,31 @@
+"""Named metrics: one file for each family, found by looking."""
+
+from __future__ import annotations
+
+from tnlm.metrics.measure import Measure
+from tnlm.utils.registry import Registry
+
+METRICS: Registry[Measure] = Registry(__name__, "MEASURES", "metric")
+
+
+def measures() -> dict[str, Measure]:
+    """Return every named metric, by name.
+
+    Example:
+        >>> "two-sided" in measures()
+        True
+    """
+    return METRICS.all()
+
+
+def get_measure(name: str) -> Measure:
+    """Return a named metric.
+
+    Raises:
+        OptionError: for an unknown name, with the close and the allowed ones.
+
+    Example:
+        >>> sorted(get_measure("two-sided").needs)
+        ['gradients', 'inputs']
+    """
+    return METRICS.get(name)

@@ -1,0 +1,63 @@
+"""Metrics that look at the Fisher information of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tnlm.metrics.measure import FISHER, Gathered, Measure
+from tnlm.metrics.metric import Elementwise, Metric
+from tnlm.metrics.sides import Side
+
+
+def _sides(rows: bool, columns: bool) -> Callable[[Gathered, float], Metric]:
+    def build(of: Gathered, damping: float) -> Metric:
+        fisher = of("fisher").double()
+        outputs = Side(fisher.mean(1), damping) if rows else None
+        inputs = fisher.mean(0)
+        if outputs is not None:  # the scale once, not squared
+            inputs = inputs / outputs.mean
+        return Metric(outputs, Side(inputs, damping) if columns else None)
+
+    return build
+
+
+def _mean(of: Gathered) -> float:
+    return float(of("fisher").mean())
+
+
+def _any(of: Gathered) -> float:
+    """Return 1, as the metric is the effect itself; 0 where the data shows none."""
+    return float(_mean(of) > 0)
+
+
+MEASURES = (
+    Measure(
+        "fisher-inputs",
+        "columns weighted by their Fisher information (FWSVD)",
+        build=_sides(rows=False, columns=True),
+        importance=_any,
+        needs=frozenset({FISHER}),
+    ),
+    Measure(
+        "fisher-outputs",
+        "rows weighted by their Fisher information",
+        build=_sides(rows=True, columns=False),
+        importance=_any,
+        needs=frozenset({FISHER}),
+    ),
+    Measure(
+        "fisher-both",
+        "rows and columns weighted by their Fisher information",
+        build=_sides(rows=True, columns=True),
+        importance=_any,
+        needs=frozenset({FISHER}),
+    ),
+    Measure(
+        "fisher-elements",
+        "every entry weighted by its Fisher information (TFWSVD)",
+        build=lambda of, damping: Elementwise(of("fisher"), damping),
+        importance=_mean,  # its weights are scaled to mean 1
+        needs=frozenset({FISHER}),
+        elementwise=True,
+    ),
+)

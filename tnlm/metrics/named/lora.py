@@ -1,0 +1,44 @@
+"""Metrics that estimate Fisher information from the gradients of a LoRA."""
+
+from __future__ import annotations
+
+from tnlm.metrics.measure import LORA, Gathered, Measure, effect
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+
+
+def _inputs(of: Gathered, damping: float) -> Metric:
+    return Metric(inputs=Side(of("lora_inputs"), damping))
+
+
+def _both(of: Gathered, damping: float) -> Metric:
+    outputs = Side(of("lora_outputs"), damping)
+    # The scale once, not squared.
+    return Metric(outputs, Side(of("lora_inputs").double() / outputs.mean, damping))
+
+
+MEASURES = (
+    Measure(
+        "lora-fisher",
+        "columns weighted by their Fisher information, estimated from a LoRA's gradients",
+        build=_inputs,
+        importance=effect("lora_inputs"),
+        needs=frozenset({LORA}),
+    ),
+    Measure(
+        "lora-taylor",
+        "columns weighted by squared gradient times weight, estimated from a LoRA's gradients",
+        build=_inputs,
+        importance=effect("lora_inputs"),
+        needs=frozenset({LORA}),
+        gathering={LORA: {"kind": "taylor"}},
+    ),
+    Measure(
+        "lora-both",
+        "rows and columns weighted by their Fisher information, estimated from a LoRA's gradients",
+        build=_both,
+        importance=effect("lora_inputs"),
+        needs=frozenset({LORA}),
+        gathering={LORA: {"outputs": True}},
+    ),
+)

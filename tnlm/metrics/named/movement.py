@@ -1,0 +1,22 @@
+"""Metrics of matrices that are pruned first, by where training moves their weights."""
+
+from tnlm.metrics.measure import MOVEMENT, Measure, effect
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+
+MEASURES = (
+    Measure(
+        "movement",
+        "columns weighted by where training moves their weights, of pruned matrices (LPAF)",
+        build=lambda of, damping: Metric(inputs=Side(of("movement"), damping)),
+        importance=effect("movement"),
+        needs=frozenset({MOVEMENT}),
+    ),
+    Measure(
+        "pruned",
+        "Frobenius norm of the error of pruned matrices (LPAF without weights)",
+        build=lambda of, damping: Metric(),
+        importance=effect(None),
+        needs=frozenset({MOVEMENT}),
+    ),
+)

@@ -1,0 +1,33 @@
+"""The metric that looks at inputs and at the gradients of outputs (K-FAC)."""
+
+from __future__ import annotations
+
+from tnlm.metrics.measure import GRADIENTS, INPUTS, Gathered, Measure
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
+
+GRADIENT_SHRINK = 0.3
+"""Share of an output-gradient moment that is replaced by its mean diagonal (LEMS's choice)."""
+
+
+def _build(of: Gathered, damping: float) -> Metric:
+    return Metric(Side(of("gradient"), GRADIENT_SHRINK), Side(of("moment"), damping))
+
+
+def _importance(of: Gathered) -> float:
+    """Return 1, as the metric is the effect itself; 0 where the data shows none."""
+    gradient = float(of("gradient").diagonal().mean())
+    return float(gradient * float(of("moment").diagonal().mean()) > 0)
+
+
+MEASURES = (
+    Measure(
+        "two-sided",
+        "error of the output weighted by its effect on the loss (K-FAC)",
+        build=_build,
+        importance=_importance,
+        needs=frozenset({INPUTS, GRADIENTS}),
+        gathering={GRADIENTS: {"moment": "full"}},
+        damping=5e-2,
+    ),
+)

@@ -1,0 +1,27 @@
+"""Named recoveries: one file each, found by looking. Trainers are imported when they run."""
+
+from __future__ import annotations
+
+from tnlm.recovery.kinds.base import RecoveryKind
+from tnlm.utils.registry import Registry
+
+RECOVERIES: Registry[RecoveryKind] = Registry(__name__, "RECOVERY", "recover")
+
+
+def recoveries() -> dict[str, RecoveryKind]:
+    """Return every recovery by name.
+
+    Example:
+        >>> recoveries()["distill"].needs_teacher
+        True
+    """
+    return RECOVERIES.all()
+
+
+def get_recovery(name: str) -> RecoveryKind:
+    """Return a recovery by name.
+
+    Raises:
+        OptionError: for an unknown name, with the close and the allowed ones.
+    """
+    return RECOVERIES.get(name)

@@ -1,0 +1,19 @@
+"""distill: all factors are trained to do what the dense model does."""
+
+from transformers import PreTrainedModel
+
+from tnlm.errors import OptionError
+from tnlm.recovery.kinds.base import Practice, RecoveryKind
+
+
+def _run(model: PreTrainedModel, practice: Practice) -> None:
+    from tnlm.recovery.distillation import distill
+
+    options = practice.options
+    if practice.teacher is None:
+        raise OptionError("recover='distill' needs the dense model as a teacher")
+    rows = options.pop("data")
+    distill(model, practice.teacher, rows, preset=practice.preset, train="factors", **options)
+
+
+RECOVERY = RecoveryKind("distill", "all factors, after the dense model", _run, needs_teacher=True)

@@ -1,0 +1,66 @@
+"""Fits one matrix as planned, and stores what was found in a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tnlm.checkpoint.entries import Entry, build, network_of
+from tnlm.decompositions import get_format
+from tnlm.decompositions.base import from_dict
+from tnlm.layers.arranged import filled
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.tensors.gauge import expand, fix
+from tnlm.tensors.network import Factors
+from tnlm.tensors.precision import as_stored, is_half, rounded, widened
+
+
+def fit_matrix(
+    entry: Entry,
+    weight: Tensor,
+    bias: Tensor | None,
+    metric: Metric,
+    layer: LayerPlan,
+    output: Tensor | None = None,
+    factors: Factors | None = None,
+) -> tuple[nn.Module, float]:
+    """Fit one matrix as planned.
+
+    Args:
+        entry: what a checkpoint will say of it.
+        weight: ``(out, in)``, what to approximate.
+        bias: the bias that stands beside it.
+        metric: how the error is measured.
+        layer: the decision.
+        output: mean output ``(out,)`` wanted, for a metric with a mean; that of ``weight`` if None.
+        factors: every factor in full, if they were fitted already.
+
+    Returns:
+        The built module on the weight's device in its dtype, and the relative error in the metric:
+        of what is stored in half precision, else of the float64 factors, which differ by rounding.
+        A metric with a mean moves the mean error into the bias.
+
+    Raises:
+        ModelError: if a value is too large for the weight's dtype.
+    """
+    if layer.format is None:
+        return filled(weight, bias), 0.0
+    structure = get_format(layer.format)
+    network = network_of(entry)
+    # Built before fitting: long-lived tensors first, so that the heap stays compact.
+    module = build(entry | {"padding_idx": None}, device=weight.device, dtype=weight.dtype)
+    spec = from_dict(structure.spec, layer.spec)
+    with torch.no_grad():
+        stored = fix(network, factors or structure.fit(weight, metric, spec))
+        kept = as_stored(network, stored, weight.dtype, layer.name)
+        seen = kept if is_half(weight.dtype) else stored
+        rebuilt = structure.reconstruct(layer.shape, spec, expand(network, widened(seen)))
+        error = metric.relative(weight, rebuilt)
+        if metric.mean is not None:
+            wanted = weight.double() @ metric.mean if output is None else output
+            shift = wanted - rebuilt @ metric.mean
+            shift = shift if bias is None else bias.double() + shift
+            bias = rounded(shift, weight.dtype, f"the bias of {layer.name}")
+        module.store(kept, bias)  # type: ignore[operator]
+    return module, error

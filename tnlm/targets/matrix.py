@@ -1,0 +1,206 @@
+"""A matrix: the weight of a linear module, or one of the matrices that it holds side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.checkpoint.entries import Entry, network_of
+from tnlm.decompositions.base import Budget
+from tnlm.layers.fused import FusedLinear
+from tnlm.layers.swap import Swap
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Fitted, Member, Read
+from tnlm.targets.fit import fit_matrix
+from tnlm.tensors.contraction import chain
+from tnlm.tensors.costs import macs
+from tnlm.tensors.network import Cost, Factors, Network
+
+FUSED = {"c_attn": {3: ("q", "k", "v"), 2: ("k", "v")}}
+"""Modules that hold several matrices side by side: by name, then by how many fit."""
+BY_OUTPUT = ("gradient", "fisher", "lora_outputs")
+"""Statistics whose rows are those of the weight."""
+
+
+@dataclass(frozen=True)
+class MatrixTarget(Member):
+    """The weight of a linear module, or one of several equal blocks of its rows.
+
+    Attributes:
+        part: which of the module's ``parts`` this is.
+        parts: names of the blocks of a fused module, empty for an ordinary one.
+    """
+
+    part: int = 0
+    parts: tuple[str, ...] = ()
+
+    kind = "linear"
+
+    @property
+    def blocks(self) -> int:
+        """How many targets its module holds side by side."""
+        return len(self.parts) or 1
+
+    @property
+    def path(self) -> str:
+        """Dotted name of the module that will hold the factors."""
+        return f"{self.module}.{self.parts[self.part]}" if self.parts else self.module
+
+    @property
+    def rows(self) -> slice:
+        """The target's rows in its module."""
+        return slice(self.part * self.shape[0], (self.part + 1) * self.shape[0])
+
+    def part_of(self, module: nn.Module, stored: Tensor) -> Tensor:
+        """Return the target's ``(out, in)`` part of a tensor laid out like the module's weight."""
+        turned = stored.T if isinstance(module, Conv1D) else stored  # GPT-2 stores (in, out)
+        return turned[self.rows]
+
+    def bias(self, model: nn.Module) -> Tensor | None:
+        """Return the bias that belongs to the matrix, if any."""
+        bias: Tensor | None = getattr(model.get_submodule(self.module), "bias", None)
+        return None if bias is None else bias.detach()[self.rows]
+
+    def added_bias(self, model: nn.Module) -> int:
+        """Return the size of the bias that the matrix lacks."""
+        return self.shape[0] if self.bias(model) is None else 0
+
+    def statistic(self, name: str, read: Read) -> Tensor:
+        """Return the target's rows of a statistic of outputs; what concerns inputs is shared."""
+        tensor = read(self, name)
+        if name == "movement":  # is kept by the target
+            return tensor
+        if name == "gradient" and tensor.dim() == 2:
+            return tensor[self.rows, self.rows]
+        if name == "lora_inputs" and self.parts:
+            return tensor[self.part]
+        return tensor[self.rows] if name in BY_OUTPUT else tensor
+
+    def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
+        """Return what the factors cost, and a bias of ``extra`` parameters."""
+        size = network.params * itemsize + network.index_bytes + extra * itemsize
+        return Cost(network.params + extra, size, self.met(macs(network)))
+
+    def budget(
+        self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
+    ) -> Budget:
+        """Return the most that a network may have: strictly fewer parameters than the matrix."""
+        return share_of(self, keep, max_macs, unit, extra)
+
+    def entry(self, layer: LayerPlan, *, biased: bool) -> Entry:
+        """Return what a checkpoint says of the matrix once it is replaced as planned."""
+        shape = list(self.shape)
+        if layer.format is None:
+            return {"kind": "dense", "shape": shape, "bias": biased}
+        entry: Entry = {
+            "kind": "linear",
+            "shape": shape,
+            "bias": biased or layer.bias,
+            "format": layer.format,
+            "options": dict(layer.spec),
+        }
+        if layer.bias:
+            entry["bias_added"] = True
+        return entry | {"order": list(chain(network_of(entry)).order)}
+
+    def fit(
+        self,
+        model: nn.Module,
+        layer: LayerPlan,
+        metric: Metric,
+        weight: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> Fitted:
+        """Fit the matrix as planned."""
+        own = self.weight(model)
+        wanted = own if weight is None else weight.to(own)
+        return self.fit_to(wanted, self.bias(model), layer, metric, output)
+
+    def fit_to(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: LayerPlan,
+        metric: Metric,
+        output: Tensor | None = None,
+        factors: Factors | None = None,
+    ) -> Fitted:
+        """Fit a matrix like the target's; see `tnlm.targets.fit.fit_matrix`."""
+        entry = self.entry(layer, biased=bias is not None)
+        module, error = fit_matrix(entry, weight, bias, metric, layer, output, factors)
+        return Fitted([(self, entry, module)], error)
+
+    def assemble(self, group: Sequence[Member], modules: Mapping[str, nn.Module]) -> nn.Module:
+        """Return the target's module, or that of all parts side by side."""
+        if not self.parts:
+            return modules[self.name]
+        names = (member.path.rpartition(".")[2] for member in group)
+        return FusedLinear(dict(zip(names, (modules[m.name] for m in group), strict=True)))
+
+    def describe(
+        self, model: nn.Module, group: Sequence[Member], entries: Mapping[str, Entry]
+    ) -> tuple[dict[str, Entry], dict[str, str]]:
+        """Return what a checkpoint says of the module."""
+        entry = dict(entries[self.name])
+        if self.parts:
+            named = zip(self.parts, (entries[member.name] for member in group), strict=True)
+            entry = {"kind": "fused", "parts": [{"name": n, **part} for n, part in named]}
+        if isinstance(model.get_submodule(self.module), Conv1D):
+            entry["conv1d"] = True
+        return {self.module: entry}, {}
+
+    def install(
+        self, model: nn.Module, swap: Swap, module: nn.Module, entries: Mapping[str, Entry]
+    ) -> None:
+        """Put the module in its place; a bias that did not change stays the same parameter."""
+        bias = getattr(model.get_submodule(self.module), "bias", None)
+        own = getattr(module, "bias", None)
+        super().install(model, swap, module, entries)
+        if not self.parts and bias is not None and own is not None and torch.equal(bias, own):
+            module.bias = bias  # which other modules may share
+
+
+def share_of(
+    target: Member | Any, keep: float, max_macs: float, unit: str, extra: int, once: float = 1.0
+) -> Budget:
+    """Return a share of a matrix's parameters and multiply-adds.
+
+    Args:
+        target: the matrix.
+        keep: fraction of what ``unit`` counts.
+        max_macs: multiply-adds, as a multiple of the dense ones.
+        unit: what ``keep`` counts.
+        extra: parameters taken by a bias.
+        once: multiply-adds of a network, as a part of those that it takes in the model.
+    """
+    params = target.most
+    if unit != "macs":
+        params = min(math.floor(keep * target.params + 1e-9), params)
+    speed = min(max_macs, keep) if unit == "macs" else max_macs
+    return Budget(params - extra, speed * target.params * once)
+
+
+def matrices_of(name: str, module: nn.Linear | Conv1D) -> Iterator[MatrixTarget]:
+    """Yield the matrices that a linear module holds.
+
+    Example:
+        >>> [target.name for target in matrices_of("h.0.attn.c_attn", Conv1D(24, 8))]
+        ['h.0.attn.c_attn.q', 'h.0.attn.c_attn.k', 'h.0.attn.c_attn.v']
+    """
+    rows, columns = module.weight.shape
+    if isinstance(module, Conv1D):
+        rows, columns = columns, rows
+        parts = FUSED.get(name.rpartition(".")[2], {}).get(rows // columns, ())
+        if parts and rows % columns == 0:
+            for index, part in enumerate(parts):
+                shape = (rows // len(parts), columns)
+                yield MatrixTarget(f"{name}.{part}", name, shape, part=index, parts=parts)
+            return
+    yield MatrixTarget(name, name, (rows, columns))

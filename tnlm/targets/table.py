@@ -1,0 +1,127 @@
+"""A table: the weight of an embedding, with the output heads that share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tnlm.checkpoint.entries import Entry, network_of
+from tnlm.decompositions.base import Budget
+from tnlm.layers.embedding import FactorizedHead
+from tnlm.layers.swap import Swap
+from tnlm.metrics.metric import Metric
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Fitted, Member
+from tnlm.targets.fit import fit_matrix
+from tnlm.tensors.contraction import chain
+from tnlm.tensors.costs import is_table, row_macs
+from tnlm.tensors.network import Cost, Network
+
+
+@dataclass(frozen=True)
+class TableTarget(Member):
+    """The weight of an embedding, ``(vocabulary, width)``.
+
+    Attributes:
+        tied: other modules that use the same weight (a tied output head).
+    """
+
+    tied: tuple[str, ...] = ()
+
+    kind = "embedding"
+    unmeasured = "an embedding has no input to measure; use metric='identity'"
+    whole = True  # rows of a gauge-fixed table could not be looked up
+
+    def bias(self, model: nn.Module) -> Tensor | None:
+        """Return None: a table has no bias."""
+        return None
+
+    def dense_cost(self, itemsize: int) -> Cost:
+        """Return the cost of the table; looking a row up takes no multiply-adds, heads do."""
+        heads = self.params * len(self.tied)
+        return Cost(self.params, self.params * itemsize, self.met(heads))
+
+    def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
+        """Return what the factors cost.
+
+        A tied head passes through the factors, or rebuilds the rows and multiplies by them.
+        """
+        lookup = row_macs(network)
+        rebuilt = self.params + self.shape[0] * lookup
+        head = rebuilt if is_table(network) else chain(network).macs
+        size = network.params * itemsize + network.index_bytes
+        return Cost(network.params, size, lookup + head * len(self.tied))
+
+    def budget(
+        self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
+    ) -> Budget:
+        """Return the most parameters; a lookup costs little, and rows are priced by the report."""
+        share = 1.0 if unit == "macs" else keep
+        return Budget(min(math.floor(share * self.params + 1e-9), self.most) - extra)
+
+    def most_macs(self, max_macs: float) -> float:
+        """Return infinity: a lookup costs little."""
+        return math.inf
+
+    def entry(self, layer: LayerPlan, *, biased: bool) -> Entry:
+        """Return what a checkpoint says of the table once it is replaced as planned."""
+        shape = list(self.shape)
+        if layer.format is None:
+            return {"kind": "dense", "shape": shape, "bias": biased}
+        spec = dict(layer.spec)
+        return {
+            "kind": "embedding",
+            "shape": shape,
+            "bias": biased,
+            "format": layer.format,
+            "options": spec,
+        }
+
+    def fit(
+        self,
+        model: nn.Module,
+        layer: LayerPlan,
+        metric: Metric,
+        weight: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> Fitted:
+        """Fit the table as planned."""
+        own = self.weight(model)
+        entry = self.entry(layer, biased=False)
+        wanted = own if weight is None else weight.to(own)
+        module, error = fit_matrix(entry, wanted, None, metric, layer)
+        return Fitted([(self, entry, module)], error)
+
+    def describe(
+        self, model: nn.Module, group: Sequence[Member], entries: Mapping[str, Entry]
+    ) -> tuple[dict[str, Entry], dict[str, str]]:
+        """Return what a checkpoint says of the embedding and of its tied heads."""
+        old: Any = model.get_submodule(self.module)
+        entry = {**entries[self.name], "padding_idx": old.padding_idx}
+        found, ties = {self.module: entry}, {}
+        for head in self.tied:
+            biased = getattr(model.get_submodule(head), "bias", None) is not None
+            found[head] = {**entry, "kind": "head", "bias": biased}
+            for factor in network_of(entry).factors:
+                ties[f"{head}.{factor}"] = f"{self.module}.{factor}"
+        return found, ties
+
+    def install(
+        self, model: nn.Module, swap: Swap, module: nn.Module, entries: Mapping[str, Entry]
+    ) -> None:
+        """Put the table in its place, and heads that share its factors in theirs."""
+        table: Any = module
+        table.padding_idx = entries[self.module]["padding_idx"]
+        for name in self.tied:
+            old = model.get_submodule(name)
+            head = FactorizedHead(table.network, bias=False, device="meta")
+            for factor in table.network.factors:
+                setattr(head, factor, getattr(table, factor))
+            bias: nn.Parameter | None = getattr(old, "bias", None)
+            head.bias = bias
+            swap.replace(name, head.train(old.training))
+        super().install(model, swap, module, entries)
