@@ -9,10 +9,11 @@ import torch
 
 import tnlm
 from tnlm.allocation import allocations
-from tnlm.cli import options as cli_options
-from tnlm.compression.rules import CASCADES, RECOVERIES, UNITS
+from tnlm.compression.choices import choices_of
+from tnlm.compression.rules import CASCADES, NO_RECOVERY, UNITS
 from tnlm.errors import OptionError
-from tnlm.metrics.named import MEASURES
+from tnlm.metrics.named import measures
+from tnlm.recovery.kinds import recoveries
 
 IDLE = {
     "num_samples": 64,
@@ -23,20 +24,12 @@ IDLE = {
     "cache_dir": "cache",
 }
 CHOICES = {
-    "metric": MEASURES,
+    "metric": measures(),
     "allocation": allocations(),
     "cascade": CASCADES,
-    "recover": RECOVERIES,
+    "recover": [NO_RECOVERY, *recoveries()],
     "unit": UNITS,
 }
-
-
-def described(function, argument):
-    """Return what a docstring says of an argument."""
-    found = re.search(
-        rf"^        {argument}: (.*?)(?=^        \w+: )", function.__doc__, re.M | re.S
-    )
-    return found[1]
 
 
 @pytest.mark.parametrize("name", [*IDLE, "tokenizer"])
@@ -68,10 +61,10 @@ def test_what_is_not_given_has_its_default(tiny_llama):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_surgical_search_without_data_refuses_what_would_not_act(tiny_llama):
+def test_a_rank_search_without_data_refuses_what_would_not_act(tiny_llama):
     ids = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(0))
     with pytest.raises(OptionError, match="seed= has no effect on scheme 'svd'"):
-        tnlm.surgical_search(
+        tnlm.rank_search(
             tiny_llama(),
             "perplexity",
             search=ids[0],
@@ -84,21 +77,7 @@ def test_a_surgical_search_without_data_refuses_what_would_not_act(tiny_llama):
         )
 
 
-@pytest.mark.parametrize("argument", CHOICES)
-def test_docstrings_list_every_choice(argument):
-    said = set(re.findall(r'``"([\w-]+)"``', described(tnlm.compress, argument)))
-    assert said == set(CHOICES[argument])
-
-
-@pytest.mark.parametrize(
-    ("option", "choices"),
-    [
-        (cli_options.AllocationName, allocations()),
-        (cli_options.Cascade, CASCADES),
-        (cli_options.Recover, RECOVERIES),
-        (cli_options.Unit, UNITS),
-    ],
-)
-def test_the_command_line_lists_every_choice(option, choices):
-    [told] = option.__metadata__
-    assert set(choices) <= set(re.findall(r"[\w-]+", told.help))
+@pytest.mark.parametrize("keyword", CHOICES)
+def test_what_is_said_of_a_choice_lists_all_of_them(keyword):
+    (text,) = (each.text for each in choices_of() if each.keyword == keyword)
+    assert set(CHOICES[keyword]) <= set(re.findall(r"[\w-]+", text))

@@ -77,7 +77,7 @@ class Recovery:
 
     kind: str | None = choice(
         None,
-        "Training of the compressed model, e.g. lora or distill; none for none.",
+        "Training after the fit: lora, distill, finetune, mixed-rank, mixed-rank-frozen or none.",
         keyword="recover",
     )
     tokens: int | None = choice(

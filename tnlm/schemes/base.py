@@ -48,9 +48,16 @@ class Scheme:
     title: str
     formats: tuple[str, ...]
     source: str
-    metric: str = choice("identity", "How errors are measured, e.g. input or two-sided.")
-    allocation: str = choice("uniform", "How the budget is shared out, e.g. uniform or loss.")
-    cascade: str = choice("none", "What a fit knows of earlier ones: none, sequential, anchored.")
+    metric: str = choice(
+        "identity",
+        "How errors are measured: identity, diagonal, input, covariance, centered, two-sided, "
+        "fisher-inputs, fisher-outputs, fisher-both, fisher-elements, lora-fisher, lora-taylor, "
+        "lora-both, movement or pruned; the last two train and prune a copy of the model first.",
+    )
+    allocation: str = choice(
+        "uniform", "How the budget is shared out: uniform, loss, energy, last or truncation."
+    )
+    cascade: str = choice("none", "What a fit knows of earlier ones: none, sequential or anchored.")
     damping: float | None = choice(None, "Share of a moment replaced by its mean diagonal.")
     targets: Selector = "all-linear"
     share: int = choice(1, "Consecutive blocks that share an input factor, in low rank.")
