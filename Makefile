@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-fast demo docs linkcheck bench clean
+.PHONY: help install lint test test-fast hostile demo docs linkcheck bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,16 +23,20 @@ install: .venv/.installed  ## Make .venv and install tnlm with its development t
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[docs]"
 	@touch $@
 
-lint: install  ## Check style, format and types
+lint: install  ## Check style, format, types and layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict tnlm
+	$(BIN)/lint-imports
 
 test: lint  ## Lint, then run every test and doctest, slow ones too
 	$(BIN)/python -m pytest -n auto
 
 test-fast: install  ## Run the tests and doctests that take no real model
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow and not hostile"
+
+hostile: install  ## Injected faults, kills and broken checkpoints in full numbers (about 15 minutes)
+	$(BIN)/python -m pytest -n auto -m hostile tests/hostile
 
 demo: install  ## Compress a real model, reload it and measure it (under 10 minutes on 2 cores)
 	$(BIN)/python -m tnlm demo
