@@ -17,8 +17,8 @@ from tests.hostile.parsing import CONFIG, parse
 
 KEYS = [
     "quantization_config", "quant_method", "scheme", "options", "format_version", "modules",
-    "parts", "format", "kind", "weight_map", "metadata", "architectures", "sha256", "metric", "num_layers",
-    "attn_implementation", "transformers_weights",
+    "parts", "format", "kind", "weight_map", "metadata", "architectures", "sha256", "metric",
+    "num_layers", "attn_implementation", "transformers_weights",
 ]  # fmt: skip
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 LEAVES |= st.sampled_from(["tnlm", "a.safetensors", "../a.safetensors", "x/y"])
@@ -58,7 +58,7 @@ def test_any_field_of_a_config(value, name):
 @pytest.mark.hostile
 @pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed")
 def test_bytes_that_atheris_chooses():
-    command = [sys.executable, "-m", "tests.hostile.parsing", "-runs=20000", "-max_total_time=60"]
+    command = [sys.executable, "-m", "tests.hostile.fuzz", "-runs=20000", "-max_total_time=60"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )
