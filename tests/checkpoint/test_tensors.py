@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -222,3 +224,11 @@ def test_an_order_is_a_permutation(order):
     check_order("o", torch.zeros(0, dtype=torch.int64))
     with pytest.raises(CheckpointError, match=r"^o "):
         check_order("o", order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["tensors", "loading", "configuration", "describing"])
+def test_every_module_may_be_imported_first(module):
+    command = [sys.executable, "-c", f"import tnlm.checkpoint.{module}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

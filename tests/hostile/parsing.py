@@ -1,13 +1,8 @@
-"""Bytes for the parsers of config, index and report; also a program that lets atheris choose them.
-
-python -m tests.hostile.parsing -max_total_time=60, where atheris is installed.
-"""
+"""Bytes for the parsers of config, index and report."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-import tempfile
 from pathlib import Path
 
 from tnlm.checkpoint.configuration import check_config
@@ -33,16 +28,3 @@ def parse(data: bytes, folder: Path) -> None:
         for read in (describe, verify, lambda f: check_config(read_object(f / config.name), False)):
             with contextlib.suppress(TnlmError):
                 read(folder)
-
-
-def main() -> None:
-    import atheris
-
-    atheris.instrument_all()
-    with tempfile.TemporaryDirectory() as folder:
-        atheris.Setup(sys.argv, lambda data: parse(data, Path(folder)))
-        atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

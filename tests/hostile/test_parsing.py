@@ -58,7 +58,7 @@ def test_any_field_of_a_config(value, name):
 @pytest.mark.hostile
 @pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed")
 def test_bytes_that_atheris_chooses():
-    command = [sys.executable, "-m", "tests.hostile.parsing", "-runs=20000", "-max_total_time=60"]
+    command = [sys.executable, "-m", "tests.hostile.fuzz", "-runs=20000", "-max_total_time=60"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )

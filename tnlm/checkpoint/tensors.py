@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tnlm.checkpoint.folder import Stored, read_headers
 from tnlm.errors import CheckpointError
 from tnlm.tensors.gauge import ORDER
+
+if TYPE_CHECKING:  # whose import imports the plug-in, and that this file
+    from transformers import PreTrainedModel
 
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 """What weights may be stored as, in the words of torch and of safetensors."""
