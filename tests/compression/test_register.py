@@ -13,9 +13,11 @@ from tnlm.allocation.uniform import Uniform
 from tnlm.compression.gatherers.base import Found, Gatherer
 from tnlm.decompositions.low_rank import LowRank
 from tnlm.errors import OptionError
+from tnlm.evaluation.tasks.base import ACC, Task, multiple_choice
 from tnlm.metrics.measure import Measure, effect
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
+from tnlm.recovery.kinds.base import RecoveryKind
 from tnlm.schemes.base import Scheme
 from tnlm.targets.base import Finder
 
@@ -80,7 +82,7 @@ def test_a_metric_and_how_it_is_gathered(tiny_llama):
         build=lambda of, damping: Metric(inputs=Side(of("sizes"), damping)),
         importance=effect(None),
         needs=frozenset({"sizes"}),
-        gathering={"power": 2},
+        gathering={"sizes": {"power": 2}},
     )
     with registered(metric, Gatherer("sizes", ("sizes",), gather)):
         model = tnlm.compress(
@@ -95,6 +97,39 @@ def test_a_kind_of_target_is_asked_for(tiny_llama):
     with registered(Finder("none", lambda model, targets: asked.append(len(targets)) or [])):
         tnlm.plan(tiny_llama(), "svd", progress=False)
     assert asked == [14]
+
+
+def test_a_recovery(tiny_llama):
+    seen = []
+
+    def run(model, practice):
+        seen.append((practice.seed, practice.lessons["tokens"], len(practice.dense)))
+
+    with registered(RecoveryKind("mine", "nothing", run, needs_dense=True)):
+        tnlm.compress(
+            tiny_llama(),
+            "svd",
+            targets=["up_proj"],
+            recover="mine",
+            recover_tokens=64,
+            training=IDS,
+            max_length=32,
+            seed=5,
+            progress=False,
+        )
+    assert seen == [(5, 64, 2)]
+
+
+def test_a_benchmark(tiny_llama, word_tokenizer):
+    task = Task("mine", "this test", (ACC,), adapt=dict, config=multiple_choice("{{query}}"))
+    rows = [{"query": "word5", "choices": ["word6", "word7"], "gold": 0}] * 3
+    with registered(task):
+        found = tnlm.evaluate(
+            tiny_llama(), "mine", tokenizer=word_tokenizer, data={"mine": rows}, progress=False
+        )
+    assert found["mine"].n == 3
+    with pytest.raises(OptionError, match="unknown task 'mine'"):
+        tnlm.evaluate(tiny_llama(), "mine", tokenizer=word_tokenizer, data={"mine": rows})
 
 
 def test_names_are_taken_once():

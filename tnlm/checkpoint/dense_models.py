@@ -116,7 +116,9 @@ def _read_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerB
     found = [file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)]
     if folder.is_dir() and not options and not found:
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, **options)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        place, trust_remote_code=False, **options
+    )
     return tokenizer
 
 
@@ -132,7 +134,9 @@ def _read_model(
         options = options | {"quantization_config": GgufConfig(dequantize=True)}
     else:
         kind = _class_of(place) or kind
-    loaded: Any = kind.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+    # Said, or transformers asks on the terminal whether a checkpoint's code may run.
+    options = options | {"dtype": dtype, "trust_remote_code": False}
+    loaded: Any = kind.from_pretrained(place, output_loading_info=True, **options)
     model, info = loaded
     return model, sorted(info["missing_keys"])
 

@@ -76,12 +76,14 @@ def prepare(
     selection = select(model, request.scheme.targets if targets is None else targets, ignore)
     _check_kinds(request, selection)
     check_weights(model, selection.targets)
-    usable = usable_targets(model, joint_targets(model, selection.targets), request.kinds)
+    groups = joint_targets(model, selection.targets)
+    usable = usable_targets(model, groups, request.kinds)
     evidence = Evidence(request.measure, request.damping)
     if request.looks_at_data:
         evidence = gather(model, request, selection.targets, data, progress)
     reached = [target for target in selection.targets if target.name not in evidence.skipped]
-    groups = joint_targets(model, reached)
+    if evidence.skipped:
+        groups = joint_targets(model, reached)
     names = {group.name for group in groups}
     return Job(
         request,

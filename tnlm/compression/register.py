@@ -11,8 +11,12 @@ from tnlm.compression.gatherers.base import Gatherer
 from tnlm.decompositions import FORMATS
 from tnlm.decompositions.base import Format
 from tnlm.errors import OptionError
+from tnlm.evaluation.tasks import TASKS
+from tnlm.evaluation.tasks.base import Task
 from tnlm.metrics.measure import Measure
 from tnlm.metrics.named import METRICS
+from tnlm.recovery.kinds import RECOVERIES
+from tnlm.recovery.kinds.base import RecoveryKind
 from tnlm.schemes import SCHEMES
 from tnlm.schemes.base import Scheme
 from tnlm.targets import FINDERS
@@ -26,17 +30,20 @@ KINDS: tuple[tuple[type, Registry[Any]], ...] = (
     (Allocation, ALLOCATIONS),
     (Gatherer, GATHERERS),
     (Finder, FINDERS),
+    (RecoveryKind, RECOVERIES),
+    (Task, TASKS),
 )
 
 
 def register(item: Any) -> Any:
-    """Add a format, scheme, metric, allocation, gatherer or kind of target, and return it.
+    """Add a choice from outside of the library, and return it.
 
     It is found by its name like those of the library, until the process ends. A checkpoint that
     uses a registered format loads only where the format was registered before.
 
     Args:
-        item: the object that a file of the library would keep, e.g. a `tnlm.schemes.base.Scheme`.
+        item: the object that a file of the library would keep: a format, scheme, metric,
+            allocation, gatherer, kind of target, recovery or benchmark.
 
     Raises:
         OptionError: if its name is taken, or it is nothing of the kind.
