@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tnlm.calibration.inputs import check_columns
+from tnlm.calibration.sequences import ALLOWED, Row, sequence_rows, token_ids
 from tnlm.calibration.sources import (
     WHOLE,
     Memory,
@@ -33,18 +33,6 @@ Batch = dict[str, Tensor]
 ``labels``, the class of every sequence, ``(sequences,)``."""
 
 _T = TypeVar("_T")
-_ALLOWED = (
-    "a list of strings, the path of a text or .jsonl file, a tensor or list of token ids, "
-    "a DataLoader, or a datasets.Dataset with a column 'input_ids' or 'text'"
-)
-
-
-class _Row(NamedTuple):
-    """One sequence: its token ids and its mask, both ``(length,)``, and its class if it has one."""
-
-    ids: Tensor
-    mask: Tensor
-    label: int | None = None
 
 
 def token_batches(
@@ -101,7 +89,7 @@ def token_batches(
     else:
         rows = _rows(calibration, max_length, model)
     if not rows:
-        raise CalibrationError(f"calibration holds no tokens; give {_ALLOWED}")
+        raise CalibrationError(f"calibration holds no tokens; give {ALLOWED}")
     rows = _draw(rows, num_samples, seed)
     return [_collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
@@ -178,16 +166,16 @@ def begins(data: Any, tokenizer: PreTrainedTokenizerBase | None, bos: bool | str
     return tokenizer is not None and is_text(data) and start_token(tokenizer, bos) is not None
 
 
-def _rows(data: Any, max_length: int, model: PreTrainedModel | None) -> list[_Row]:
+def _rows(data: Any, max_length: int, model: PreTrainedModel | None) -> list[Row]:
     """Return the sequences of data that is at hand: ids or a list of these."""
     if isinstance(data, Mapping):
-        return _sequence_rows(data, max_length, model)
+        return sequence_rows(data, max_length, model)
     if isinstance(data, list | tuple) and not all(isinstance(i, int | np.integer) for i in data):
-        return [row for item in data for row in _sequence_rows(item, max_length, model)]
+        return [row for item in data for row in sequence_rows(item, max_length, model)]
     if isinstance(data, list | tuple | np.ndarray | Tensor):
-        ids = _token_ids(data)
-        return _windows(ids, max_length) if ids.ndim == 1 else _sequence_rows(ids, max_length)
-    raise CalibrationError(f"calibration is a {type(data).__name__}, but must be {_ALLOWED}")
+        ids = token_ids(data)
+        return _windows(ids, max_length) if ids.ndim == 1 else sequence_rows(ids, max_length)
+    raise CalibrationError(f"calibration is a {type(data).__name__}, but must be {ALLOWED}")
 
 
 def _join(texts: Sequence[Any]) -> str:
@@ -207,7 +195,7 @@ def _text_windows(
     count: int,
     seed: int,
     bos: bool | str,
-) -> list[_Row]:
+) -> list[Row]:
     """Cut a text into windows: a short one whole, of a long one no more than are wanted."""
     if tokenizer is None:
         raise CalibrationError("calibration is text, which needs the model's tokenizer: tokenizer=")
@@ -227,7 +215,7 @@ def _text_windows(
     return _windows(tokenize(text, tokenizer), length, start) if text.strip() else []
 
 
-def _windows(ids: Tensor, length: int, start: int | None = None) -> list[_Row]:
+def _windows(ids: Tensor, length: int, start: int | None = None) -> list[Row]:
     """Cut ids ``(tokens,)`` into full windows without overlap, each after a start token."""
     more = int(start is not None)
     if 0 < len(ids) < length:
@@ -239,19 +227,19 @@ def _windows(ids: Tensor, length: int, start: int | None = None) -> list[_Row]:
     return [_row(window, start) for window in windows]
 
 
-def _row(window: Tensor, start: int | None) -> _Row:
+def _row(window: Tensor, start: int | None) -> Row:
     if start is not None:
         window = torch.cat([window.new_tensor([start]), window])
-    return _Row(window, torch.ones_like(window))
+    return Row(window, torch.ones_like(window))
 
 
 def _first_rows(
     loader: DataLoader[Any], count: int, max_length: int, model: PreTrainedModel | None
-) -> list[_Row]:
+) -> list[Row]:
     """Return the first sequences of a DataLoader, and read no further."""
-    rows: list[_Row] = []
+    rows: list[Row] = []
     for item in loader:
-        rows += _sequence_rows(item, max_length, model)
+        rows += sequence_rows(item, max_length, model)
         if len(rows) >= count:
             break
     return rows[:count]
@@ -259,7 +247,7 @@ def _first_rows(
 
 def _dataset_rows(
     dataset: Any, count: int, max_length: int, seed: int, model: PreTrainedModel | None
-) -> list[_Row]:
+) -> list[Row]:
     """Return sequences of a ``datasets.Dataset``; only the ``input_ids`` drawn are read."""
     columns = dataset.column_names or []
     if not hasattr(dataset, "__len__"):
@@ -269,72 +257,10 @@ def _dataset_rows(
         )
     if "input_ids" in columns:
         drawn = _draw(range(len(dataset)), count, seed)
-        return [row for i in drawn for row in _sequence_rows(dataset[i], max_length, model)]
+        return [row for i in drawn for row in sequence_rows(dataset[i], max_length, model)]
     raise CalibrationError(
         f"the calibration dataset has the columns {columns}; it needs 'input_ids' or 'text'"
     )
-
-
-def _sequence_rows(item: Any, max_length: int, model: PreTrainedModel | None = None) -> list[_Row]:
-    """Return the sequences of one item: ids ``(length,)`` or ``(rows, length)``, maybe with a mask.
-
-    Padding at both ends is dropped before a row is cut to ``max_length``, so that a row padded on
-    the left keeps its tokens; a row without tokens is dropped.
-    """
-    mask, classes = None, None
-    if isinstance(item, Mapping):
-        if "input_ids" not in item:
-            raise CalibrationError(f"a batch has the keys {list(item)}; it needs 'input_ids'")
-        check_columns(item, model)
-        classes = item.get("labels")
-        item, mask = item["input_ids"], item.get("attention_mask")
-    elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
-        item = item[0]  # what a TensorDataset yields
-    ids = _token_ids(item)
-    if ids.numel() == 0:
-        return []
-    kept = torch.ones_like(ids) if mask is None else (torch.as_tensor(mask).cpu() != 0).long()
-    if ids.ndim not in (1, 2) or kept.shape != ids.shape:
-        raise CalibrationError(
-            f"token ids of shape {tuple(ids.shape)} with a mask of shape {tuple(kept.shape)}; "
-            "both must be (length,) or (sequences, length)"
-        )
-    rows = ids.reshape(-1, ids.shape[-1]), kept.reshape(-1, ids.shape[-1])
-    found = []
-    for row, keep, label in zip(*rows, _classes(classes, len(rows[0])), strict=True):
-        at = keep.nonzero().flatten().tolist()
-        if at:
-            span = slice(at[0], min(at[-1] + 1, at[0] + max_length))
-            found.append(_Row(row[span], keep[span], label))
-    return found
-
-
-def _classes(labels: Any, count: int) -> Sequence[int | None]:
-    """Return the class of every sequence; labels of tokens are not classes."""
-    if labels is None:
-        return [None] * count
-    classes = torch.as_tensor(labels)
-    if classes.dim() > 1 or classes.is_floating_point() or classes.numel() != count:
-        return [None] * count
-    return [int(label) for label in classes.flatten()]
-
-
-def _token_ids(value: Any) -> Tensor:
-    """Return token ids as an int64 tensor on the CPU, or say why they are none."""
-    try:
-        ids = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as err:
-        raise CalibrationError(
-            f"calibration holds a {type(value).__name__} that is no token ids ({err}); "
-            f"give {_ALLOWED}"
-        ) from err
-    if ids.numel() == 0:
-        return ids.to("cpu", torch.int64)
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise CalibrationError(f"token ids must be integers, got {ids.dtype}")
-    if int(ids.min()) < 0:
-        raise CalibrationError(f"token ids must not be negative, got {int(ids.min())}")
-    return ids.to("cpu", torch.int64)
 
 
 def _draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
@@ -346,7 +272,7 @@ def _draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
     return [items[i] for i in chosen.tolist()]
 
 
-def _collate(rows: Sequence[_Row]) -> Batch:
+def _collate(rows: Sequence[Row]) -> Batch:
     """Stack rows into one batch, padded on the right to the longest."""
     pad = torch.nn.utils.rnn.pad_sequence
     batch = {
