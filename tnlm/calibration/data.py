@@ -22,6 +22,7 @@ from tnlm.calibration.sources import (
 )
 from tnlm.calibration.text import AUTO, read_text, start_token, tokenize
 from tnlm.errors import CalibrationError, OptionError
+from tnlm.utils.checks import is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,7 +125,7 @@ def fingerprint(batches: Iterable[Batch]) -> str:
 def _check_positive(**options: int) -> None:
     """Refuse counts below 1."""
     for name, value in options.items():
-        if not isinstance(value, int) or value < 1:
+        if not is_whole(value) or value < 1:
             raise OptionError(f"{name}={value!r}, but it must be an integer of at least 1")
 
 

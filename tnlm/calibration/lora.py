@@ -22,6 +22,7 @@ from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
 from tnlm.layers.adapters import Adapter, Lora, attached, size_of
+from tnlm.utils.checks import is_whole
 
 SEEN = ("outputs", "inputs")
 """The side of a gradient that a LoRA at its start does not mix."""
@@ -252,7 +253,7 @@ def lora_statistics(
 
 
 def _check_numbers(steps: int, learning_rate: float, decay: float | None) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+    if not is_whole(steps) or steps < 0:
         raise OptionError(f"steps={steps!r}; allowed: a whole number, 0 for no training")
     if not 0 < learning_rate < math.inf:
         raise OptionError(f"learning_rate={learning_rate!r}; allowed: a number above 0")
@@ -261,7 +262,7 @@ def _check_numbers(steps: int, learning_rate: float, decay: float | None) -> Non
 
 
 def _check_numbers_of_lora(rank: int, alpha: float) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_whole(rank) or rank < 1:
         raise OptionError(f"rank={rank!r}; allowed: a whole number >= 1")
     if not 0 < alpha < math.inf:
         raise OptionError(f"alpha={alpha!r}; allowed: a number above 0")

@@ -12,6 +12,7 @@ from tnlm.compression.choices import Calibration, choices_of
 from tnlm.compression.request import Request
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.metrics.measure import MOVEMENT
+from tnlm.utils.checks import is_whole
 
 
 def windows(calibration: Calibration, model: PreTrainedModel) -> list[Batch]:
@@ -81,7 +82,7 @@ def check_data(request: Request, data: Calibration) -> None:
         raise OptionError("training= has no effect without recover=; leave it out")
     check_unused(request, data)
     samples = data.cut.gradient_samples
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+    if not is_whole(samples) or samples < 1:
         raise OptionError(f"gradient_samples={samples!r}; allowed: a number >= 1")
 
 

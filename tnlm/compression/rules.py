@@ -13,6 +13,7 @@ from tnlm.errors import BudgetError, OptionError, did_you_mean
 from tnlm.metrics.measure import INPUTS, MOVEMENT, Measure
 from tnlm.metrics.named import measures
 from tnlm.recovery.kinds import recoveries
+from tnlm.utils.checks import is_whole
 
 BUDGETS = ("keep", "keep_targets", "tolerance")
 UNITS = ("params", "bytes", "macs")
@@ -117,7 +118,7 @@ def check_share(
     structures: Sequence[Format[Any]], measure: Measure, cascade: str, share: int
 ) -> None:
     """Raise `OptionError` unless the formats and the metric let blocks share a factor."""
-    if not isinstance(share, int) or isinstance(share, bool) or share < 1:
+    if not is_whole(share) or share < 1:
         raise OptionError(f"share={share!r}; allowed: a number of blocks, 1 for none")
     if share == 1:
         return
@@ -159,7 +160,7 @@ def check_shared(allocation: Allocation, budget: Budget) -> None:
         return
     if not allocation.counts_blocks:
         raise OptionError(f"blocks={blocks!r} has no effect on allocation={allocation.name!r}")
-    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+    if not is_whole(blocks) or blocks < 1:
         raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1")
 
 
@@ -185,7 +186,7 @@ def is_number(value: Any) -> bool:
 
 def check_refine(refine: int) -> None:
     """Raise `OptionError` unless a number of tokens is a whole number, or 0."""
-    if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0:
+    if not is_whole(refine) or refine < 0:
         raise OptionError(f"refine={refine!r}; allowed: a number of tokens, 0 for none")
 
 
@@ -198,5 +199,5 @@ def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
         return
     if recover == "none" and MOVEMENT not in measure.needs:
         raise OptionError("recover_tokens= has no effect without recover=; leave it out")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+    if not is_whole(tokens) or tokens < 1:
         raise OptionError(f"recover_tokens={tokens!r}; allowed: a number of tokens >= 1")

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tnlm.errors import ModelError, OptionError, RankError, TargetError
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.shapes import shape_of
+from tnlm.utils.checks import is_whole
 from tnlm.utils.mounting import modules_kept
 
 ADAPTER = "default"
@@ -206,7 +207,7 @@ def check(model: nn.Module, ranks: Mapping[str, int]) -> None:
         if name not in modules:
             raise TargetError(f"the model has no module {name!r}")
         most = min(size_of(modules[name]))
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+        if not is_whole(rank) or not 1 <= rank <= most:
             raise RankError(f"LoRA rank={rank!r} at {name}; allowed: 1 to {most}")
 
 

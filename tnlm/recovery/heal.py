@@ -26,6 +26,7 @@ from tnlm.recovery.examples import batches as in_batches
 from tnlm.recovery.lora_training import schedule_of, train
 from tnlm.recovery.merging import charge, check_merge, merge_layers
 from tnlm.recovery.model_kinds import examples_for, padding_for
+from tnlm.utils.checks import is_whole
 from tnlm.utils.undo import attempt, leaves_model
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def _check(
 
 def _check_numbers(rank: int, alpha: float, learning_rate: float, tokens: int) -> None:
     for name, number in (("rank", rank), ("tokens", tokens)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        if not is_whole(number) or number < 1:
             raise OptionError(f"{name}={number!r}; allowed: a whole number >= 1")
     for name, value in (("alpha", alpha), ("learning_rate", learning_rate)):
         if not 0 < value < math.inf:

@@ -17,6 +17,7 @@ from tnlm.targets.matrix import matrices_of
 from tnlm.targets.mixtures import expert_shares
 from tnlm.targets.plain import oddity
 from tnlm.targets.table import TableTarget
+from tnlm.utils.names import block_of
 
 ALL_LINEAR = "all-linear"
 EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
@@ -153,7 +154,7 @@ def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> boo
             return isinstance(module, nn.Embedding) and module is ends.table
         if wanted == ODD_BLOCKS:
             linear = not isinstance(module, nn.Embedding)
-            return linear and re.search(r"\.\d*[13579]\.", name) is not None
+            return linear and (block_of(name) or 0) % 2 == 1
         return _fits(wanted, name)
     return any(
         isinstance(module, word)

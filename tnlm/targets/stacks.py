@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ from tnlm.targets.base import Fitted, Read, Target
 from tnlm.targets.matrix import BY_OUTPUT, MatrixTarget, share_of
 from tnlm.tensors.costs import macs
 from tnlm.tensors.network import Cost, Network
+from tnlm.utils.names import split_at_block
 
 PRIVATE = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "wo", "dense")
 """Endings of matrices that write to the residual stream; Basis Sharing leaves them alone."""
@@ -143,12 +143,12 @@ def _stacked(members: list[MatrixTarget]) -> Stack:
 
 def _key(target: MatrixTarget, blocks: int) -> tuple[str, int]:
     """Return what members of a stack have in common; unique for a target that has no stack."""
-    found = re.search(r"\.(\d+)\.", f".{target.name}.")
+    found = split_at_block(target.name)
     ending = target.module.rpartition(".")[2]
     if found is None or ending in PRIVATE:
         return target.name, -1
-    kind = target.name.replace(f"{found[1]}.", "#.", 1)
-    return kind, int(found[1]) // blocks
+    before, block, after = found
+    return f"{before}.#.{after}", block // blocks
 
 
 def unstack(
