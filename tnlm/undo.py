@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -143,8 +144,10 @@ def leaves_model(function: Callable[P, T]) -> Callable[P, T]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         given = (*args, *kwargs.values())
         before = [Snapshot(model) for model in given if isinstance(model, nn.Module)]
+        grad = torch.is_grad_enabled()
 
         def undo() -> None:
+            torch.set_grad_enabled(grad)  # the end of a `no_grad` may have been interrupted
             for snapshot in before:
                 snapshot.restore()
 
