@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -172,3 +173,23 @@ def test_gradients_are_taken_again_after_an_interrupted_no_grad():
     with pytest.raises(KeyboardInterrupt):
         work(nn.Linear(2, 2))
     assert torch.is_grad_enabled()
+
+
+def test_a_context_whose_end_was_interrupted_ends_before_the_undo():
+    done = []
+
+    @contextmanager
+    def context():
+        try:
+            yield
+        finally:
+            done.append("context")
+
+    def work():
+        block = context()
+        block.__enter__()  # its end does not come
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(work, lambda: done.append("undo"))
+    assert done == ["context", "undo", "undo"]

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def portrait(model):
 
     named = model.named_modules(remove_duplicate=False)
     return {name: {k: seen(v) for k, v in vars(module).items()} for name, module in named}
+
+
+def differences(now, before):
+    """Where two portraits differ: attributes by the names of their modules."""
+    names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
+    return [
+        (name, key)
+        for name in names
+        for key in {**now.get(name, {}), **before.get(name, {})}
+        if now.get(name, {}).get(key) != before.get(name, {}).get(key)
+    ]
 
 
 class Lines:
@@ -149,8 +161,9 @@ def compress_with_injections(scheme, kind, count, seed, make_model, scratch):
         else:
             told = None
         gc.collect()
-        if told is not None and portrait(model) != before:
-            failures.append((at, error.__name__, "the model has changed"))
+        changed = differences(portrait(model), before)
+        if told is not None and changed:
+            failures.append((at, error.__name__, changed))
         if list(scratch.iterdir()):
             failures.append((at, error.__name__, [p.name for p in scratch.iterdir()]))
             for path in scratch.iterdir():
@@ -238,8 +251,8 @@ def test_errors_at_any_line_of_a_save_leave_old_or_new_files(stage):
 
 
 def interrupted(work, first, second):
-    """Run some work, with two interruptions; return whether it was kept from its end."""
-    delays, done = [second], []
+    """Run some work, with two interruptions; return where in the package one came, if in it."""
+    delays, raised = [second], None
 
     def ring(*_):
         if delays:
@@ -250,17 +263,19 @@ def interrupted(work, first, second):
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, first)
-            done.append(work())
-        except (KeyboardInterrupt, tnlm.errors.TnlmError):
-            pass
+            work()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:  # the second one, just now
-        pass
+    except (KeyboardInterrupt, tnlm.errors.TnlmError) as error:
+        raised = error
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    return not done
+    places = []
+    while raised is not None:
+        frames = traceback.extract_tb(raised.__traceback__)
+        places += [(f.filename, f.lineno) for f in frames if f.filename.startswith(PACKAGE)][-1:]
+        raised = raised.__context__
+    return places
 
 
 def measured(work):
@@ -290,8 +305,9 @@ def compress_with_interruptions(scheme, count, make_model, scratch):
         before = portrait(model)
         delays = generator.uniform(1e-4, most), 10 ** generator.uniform(-5, -2)
         broken = interrupted(work, *delays)
-        if broken and portrait(model) != before:
-            failures.append((delays, "the model has changed"))
+        changed = differences(portrait(model), before)
+        if broken and changed:
+            failures.append((delays, broken, changed))
         gc.collect()
         if list(scratch.iterdir()):
             failures.append((delays, [p.name for p in scratch.iterdir()]))
