@@ -127,6 +127,12 @@ def scratch(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def quiet(monkeypatch):
+    """Errors may also come while an object is deleted, where Python tells and forgets them."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+
+
 def prepared(make_model, kind):
     """A model with what must be kept: a frozen part, a gradient, modes, a hook."""
     model = make_model(kind)
@@ -172,13 +178,13 @@ def compress_with_injections(scheme, kind, count, seed, make_model, scratch):
 
 
 @pytest.mark.parametrize("scheme", ["svd-llm", "tensorgpt"])
-def test_a_few_errors_leave_the_model_as_it_was(scheme, make_model, scratch):
+def test_a_few_errors_leave_the_model_as_it_was(scheme, make_model, scratch, quiet):
     assert compress_with_injections(scheme, "gpt2", 2, 0, make_model, scratch) == []
 
 
 @pytest.mark.hostile
 @pytest.mark.parametrize("scheme", tnlm.list_schemes())
-def test_errors_at_any_line_leave_the_model_as_it_was(scheme, make_model, scratch):
+def test_errors_at_any_line_leave_the_model_as_it_was(scheme, make_model, scratch, quiet):
     count = -(-INJECTIONS // len(tnlm.list_schemes()))
     assert compress_with_injections(scheme, "tied-llama", count, 1, make_model, scratch) == []
 
@@ -238,12 +244,12 @@ def save_with_injections(stage, count, seed):
     return failures
 
 
-def test_a_few_errors_in_a_save_leave_old_or_new_files(stage):
+def test_a_few_errors_in_a_save_leave_old_or_new_files(stage, quiet):
     assert save_with_injections(stage, 4, 0) == []
 
 
 @pytest.mark.hostile
-def test_errors_at_any_line_of_a_save_leave_old_or_new_files(stage):
+def test_errors_at_any_line_of_a_save_leave_old_or_new_files(stage, quiet):
     assert save_with_injections(stage, INJECTIONS, 1) == []
 
 
@@ -282,12 +288,6 @@ def measured(work):
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-@pytest.fixture
-def quiet(monkeypatch):
-    """Ctrl-C may also come while some object of another library is deleted, which Python tells."""
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
 
 
 def compress_with_interruptions(scheme, count, make_model, scratch):
