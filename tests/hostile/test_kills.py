@@ -28,10 +28,10 @@ def kill_saves(folder, count, seed):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 @pytest.mark.parametrize(
-    "count", [pytest.param(4, id="few"), pytest.param(60, id="all", marks=pytest.mark.hostile)]
+    "count", [pytest.param(3, id="few"), pytest.param(60, id="all", marks=pytest.mark.hostile)]
 )
 def test_after_a_kill_the_old_model_or_the_new_one_is_found(count, tmp_path):
     found = kill_saves(tmp_path, count, seed=count)
     assert found["wrong"] == []
-    assert found["killed"] >= count / 2
+    assert found["killed"] >= count // 2
     assert found["svd"] + found["kron"] == count

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import tnlm
 from tnlm.errors import CheckpointError
 from tnlm.utils.spill import Spill
-from tnlm.utils.undo import Snapshot, attempt, signals_held
+from tnlm.utils.undo import Snapshot, attempt, leaves_model, signals_held
 
 
 def test_work_that_succeeds_is_not_undone():
@@ -161,3 +162,34 @@ def test_a_dense_copy_that_fails_halfway_leaves_the_model_compressed(compressed,
     with pytest.raises(MemoryError):
         tnlm.to_dense(model)
     assert same(model, before)
+
+
+def test_gradients_are_taken_again_after_an_interrupted_no_grad():
+    @leaves_model
+    def work(model):
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work(nn.Linear(2, 2))
+    assert torch.is_grad_enabled()
+
+
+def test_a_context_whose_end_was_interrupted_ends_before_the_undo():
+    done = []
+
+    @contextmanager
+    def context():
+        try:
+            yield
+        finally:
+            done.append("context")
+
+    def work():
+        block = context()
+        block.__enter__()  # its end does not come
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(work, lambda: done.append("undo"))
+    assert done == ["context", "undo", "undo"]

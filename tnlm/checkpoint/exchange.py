@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 
 from tnlm.errors import CheckpointError, TnlmError
 from tnlm.utils.lock import Lock
-from tnlm.utils.undo import attempt
+from tnlm.utils.undo import attempt, signals_held
 
 logger = logging.getLogger("tnlm")
 
@@ -223,6 +223,7 @@ class _Exchange:
             self.end()  # the directory has come or gone since
 
 
+@signals_held()
 def _settle(work: Path, target: Path) -> bool:
     """Bring an exchange to its end, or back to its start; return whether files had to move."""
     moved = False

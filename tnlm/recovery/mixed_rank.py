@@ -184,8 +184,10 @@ def mixed(model: PreTrainedModel, dense: Mapping[str, Tensor]) -> Iterator[list[
             model.set_submodule(name, wrapper)
         yield list(wrapped.values())
     finally:
+        now = dict(model.named_modules(remove_duplicate=False))
         for name, wrapper in wrapped.items():
-            model.set_submodule(name, wrapper.factorized)
+            if now.get(name) is wrapper:
+                model.set_submodule(name, wrapper.factorized)
 
 
 class MixedRankTrainer(GuardedTrainer):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tnlm.utils.lock import Lock
+from tnlm.utils.undo import signals_held
 
 logger = logging.getLogger("tnlm")
 
@@ -68,6 +69,7 @@ class Claim:
         _remove(self._made, self._locks)
 
 
+@signals_held()  # Python's rmtree closes files twice if it is interrupted
 def _remove(made: list[Path], locks: list[Lock]) -> None:
     for lock in locks:
         lock.close()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -43,14 +45,28 @@ def attempt(work: Callable[[], T], undo: Callable[[], None]) -> T:
     try:
         try:
             return work()
-        except BaseException:
+        except BaseException as error:
             with signals_held():
+                _end(error)
                 undo()
             raise
-    except BaseException:
+    except BaseException as error:
         with signals_held():
+            _end(error)
             undo()
         raise
+
+
+def _end(error: BaseException) -> None:
+    """Let go of the frames of a failure, with all that waits in them.
+
+    A context manager whose end was interrupted is a generator that waits in its frame, and would
+    run its ``finally`` when the error is forgotten: after the undo.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__context__
 
 
 class _Later:
@@ -143,8 +159,10 @@ def leaves_model(function: Callable[P, T]) -> Callable[P, T]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         given = (*args, *kwargs.values())
         before = [Snapshot(model) for model in given if isinstance(model, nn.Module)]
+        grad = torch.is_grad_enabled()
 
         def undo() -> None:
+            torch.set_grad_enabled(grad)  # the end of a `no_grad` may have been interrupted
             for snapshot in before:
                 snapshot.restore()
 
