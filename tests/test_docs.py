@@ -47,7 +47,7 @@ def test_every_picture_function_is_in_the_reference(site):
 def test_every_package_has_a_page_of_its_own(site):
     pages, _ = site
     folder = Path(tnlm.__file__).parent
-    found = [*folder.glob("*/__init__.py"), *folder.glob("studies/*/__init__.py")]
+    found = folder.glob("*/**/__init__.py")
     names = (".".join(path.parent.relative_to(folder.parent).parts) for path in found)
     assert set(pages.PACKAGES) == set(names)
 
@@ -57,7 +57,7 @@ def test_every_package_has_a_page_of_its_own(site):
     [
         ("tnlm.studies.analysis", "kronecker_errors"),
         ("tnlm.evaluation", "decode_rates"),
-        ("tnlm.recovery", "movement_prune"),
+        ("tnlm.recovery.pruning", "movement_prune"),
         ("tnlm.recovery", "retruncate"),
         ("tnlm.decompositions", "LowRank"),
     ],
