@@ -25,6 +25,7 @@ PACKAGES = {
     "tnlm.allocation": "Allocation",
     "tnlm.calibration": "Calibration",
     "tnlm.checkpoint": "Checkpoints",
+    "tnlm.cli": "Command line",
     "tnlm.compression": "Compression",
     "tnlm.compression.gatherers": "Ways to gather statistics",
     "tnlm.decompositions": "Formats",
