@@ -114,7 +114,7 @@ def test_a_place_that_cannot_be_a_cache_is_refused_before_any_work(
     else:
         path.write_text("mine")
     path = path / "below" if kind == "below a file" else path
-    monkeypatch.setattr("tnlm.compression.evidence.collect", None)
+    monkeypatch.setattr("tnlm.compression.gatherers.inputs.collect", None)
     with pytest.raises(CheckpointError, match=r"file|nowhere|permission"):
         tnlm.compress(
             make_model("llama"), "svd-llm", calibration=torch.arange(64) % 61, cache_dir=path

@@ -335,7 +335,7 @@ def test_a_cache_hit_needs_no_pass_and_each_kind_has_its_own(make, tmp_path, mon
         assert torch.equal(again.tensor(UP, which), first.tensor(UP, which))
     for change in (
         {"fisher": False},
-        {"fisher": True, "seed": 1},
+        {"fisher": True, "labels": "sampled", "seed": 1},
         {"fisher": True, "labels": "sampled"},
         {"fisher": True, "batches": token_batches(IDS, max_length=32)},
     ):

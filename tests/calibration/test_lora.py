@@ -362,7 +362,7 @@ def test_at_full_rank_the_scheme_is_fwsvd(make_model, monkeypatch):
     targets = {"targets": ["o_proj"], "rank": 9}
     fwsvd = tnlm.compress(make_model("llama"), "fwsvd", **targets, **DATA)
     whole = functools.partial(lora_statistics, rank=32)
-    monkeypatch.setattr("tnlm.compression.evidence.lora_statistics", whole)
+    monkeypatch.setattr("tnlm.compression.gatherers.lora.lora_statistics", whole)
     ours = tnlm.compress(make_model("llama"), "lora-svd", **targets, **DATA)
     a, b = (m.get_submodule(OUTPUT).to_dense() for m in (fwsvd, ours))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -376,7 +376,7 @@ def test_even_importances_are_the_svd(make_model, monkeypatch):
             store.put(module, [module], {"lora_inputs": torch.full_like(found, 3.0)})
         return store
 
-    monkeypatch.setattr("tnlm.compression.evidence.lora_statistics", even)
+    monkeypatch.setattr("tnlm.compression.gatherers.lora.lora_statistics", even)
     ours = tnlm.compress(make_model("llama"), "lora-svd", **DATA)
     plain = tnlm.compress(make_model("llama"), "svd", progress=False)
     for a, b in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):

@@ -62,10 +62,8 @@ def test_a_name_without_a_file_is_refused_by_every_function(name, tiny_llama, wo
         lambda: tnlm.finetune(model, name, **small),
         lambda: tnlm.distill(model, tiny_llama(), name, **small),
         lambda: tnlm.perplexity(model, name, word_tokenizer, window=2),
-        lambda: tnlm.evaluate(
-            model, ["perplexity"], data={"perplexity": name}, max_length=2, **words
-        ),
-        lambda: tnlm.surgical_search(
+        lambda: tnlm.evaluate(model, ["perplexity"], data={"perplexity": name}, window=2, **words),
+        lambda: tnlm.rank_search(
             model, "perplexity", search=name, report=name, growth=1.1, scheme="svd", **small
         ),
         lambda: tnlm.prune(model, name, progress=False),

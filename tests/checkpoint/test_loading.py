@@ -246,7 +246,7 @@ def test_trusted_code_is_found_in_a_subfolder(own, model, tmp_path):
 @pytest.mark.parametrize("source", ["./nothing", "/nothing/there", Path("nothing"), "~/nothing"])
 def test_a_directory_that_is_not_there_is_not_looked_for_on_the_hub(source, monkeypatch):
     monkeypatch.setattr("tnlm.checkpoint.location.cached_file", lambda *_, **__: pytest.fail("hub"))
-    with pytest.raises(CheckpointError, match="there is no such directory"):
+    with pytest.raises(CheckpointError, match="no such file or directory"):
         tnlm.load(source)
 
 

@@ -209,7 +209,7 @@ def test_a_place_where_nothing_can_be_made_is_named(compressed):
 @pytest.mark.parametrize(
     "error", [OSError("disk full"), SafetensorError("disk full"), KeyboardInterrupt()]
 )
-@pytest.mark.parametrize("step", ["weights", "guard", "move"])
+@pytest.mark.parametrize("step", ["weights", "sums", "move"])
 def test_a_save_that_fails_leaves_the_old_files(step, error, compressed, saved, monkeypatch):
     def fail(*args, **kwargs):
         raise error
@@ -222,8 +222,8 @@ def test_a_save_that_fails_leaves_the_old_files(step, error, compressed, saved, 
 
     if step == "weights":
         monkeypatch.setattr(type(model), "save_pretrained", fail)
-    elif step == "guard":
-        monkeypatch.setattr("tnlm.checkpoint.saving._set_guard", fail)
+    elif step == "sums":
+        monkeypatch.setattr("tnlm.checkpoint.saving.record_sums", fail)
     else:
         monkeypatch.setattr(Path, "replace", fail_at_the_second)
     expected = CheckpointError if isinstance(error, Exception) else KeyboardInterrupt

@@ -10,6 +10,7 @@ from tnlm.errors import EvaluationError
 from tnlm.evaluation import evaluate, lm_eval_tasks
 from tnlm.evaluation.rows import adapted, example_rows
 from tnlm.evaluation.tasks import (
+    TASKS,
     Answer,
     Task,
     TaskMetric,
@@ -212,7 +213,7 @@ def test_a_task_is_one_object(monkeypatch, tiny_llama, word_tokenizer):
         },
         right="",
     )
-    monkeypatch.setattr("tnlm.evaluation.tasks.tasks", lambda: {"mine": mine})
+    monkeypatch.setattr(TASKS, "_added", {"mine": mine})
     row = {"query": "word2", "choices": ["word3 word4", "word5"], "gold": 1}
     options = {"tokenizer": word_tokenizer, "progress": False}
     found = evaluate(tiny_llama(), "mine", data={"mine": [row]}, **options)["mine"]

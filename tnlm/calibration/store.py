@@ -35,6 +35,7 @@ class Statistics:
         tokens: how many tokens were seen.
 
     Example:
+        >>> import torch
         >>> found = Statistics(tokens=4)
         >>> found.put("q_proj", ["q_proj", "k_proj"], {"moment": torch.eye(2).double()})
         >>> found.tensor("k_proj", "moment").shape

@@ -32,7 +32,7 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
     Example:
         >>> locate(Path("no-such-model"), {})
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: there is no such directory
+        tnlm.errors.CheckpointError: no such file or directory
     """
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
     subfolder = kwargs.pop("subfolder", None) or ""
@@ -44,7 +44,7 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
             raise CheckpointError(f"subfolder={subfolder!r} is no directory in it")
         return folder
     if place.exists() or looks_like_path(source):
-        raise CheckpointError("there is no such directory")
+        raise CheckpointError("no such file or directory")
     return _fetch(str(source), subfolder, hub, kwargs.get("variant"), code)
 
 

@@ -25,7 +25,8 @@ def mounting(model: nn.Module, targets: Sequence[Member]) -> Iterator[Mounted]:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> with mounting(model, [Member("0", "0", "linear", (2, 2))]) as mounted:
+        >>> from tnlm.targets.matrix import MatrixTarget
+        >>> with mounting(model, [MatrixTarget("0", "0", (2, 2))]) as mounted:
         ...     mounted.put({"0": nn.Linear(2, 2, bias=False)})
         ...     model[0].bias is None
         True

@@ -35,7 +35,7 @@ def test_smaller_factors_are_slices_and_as_good_as_a_fit_of_their_own(
         best = metric.relative(weight, own["left"] @ own["right"])
         assert fitted.layer.error == pytest.approx(best, rel=1e-6, abs=1e-9)
         errors.append(fitted.layer.error)
-        built = sum(p.numel() for p in fitted.fit[1].parameters())
+        built = sum(p.numel() for p in fitted.fit.pieces[0][2].parameters())
         assert built == fitted.layer.after.params == rows * columns - matrix.saved(rank)
     assert errors == sorted(errors, reverse=True)
 

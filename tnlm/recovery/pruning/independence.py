@@ -62,7 +62,8 @@ def _calls(
 
         return keep
 
-    few = {name: batch[name][:1, :TOKENS] for name in ("input_ids", "attention_mask")}
+    names = ("input_ids", "attention_mask")
+    few = {name: batch[name][:1, :TOKENS] for name in names if name in batch}
     with ExitStack() as stack, eval_mode(model), torch.no_grad():
         for block in blocks:
             parent = model.get_submodule(block.parent)

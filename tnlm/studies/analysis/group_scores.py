@@ -47,6 +47,7 @@ def make_score(
         EvaluationError: if the model has no head.
 
     Example:
+        >>> from torch import nn
         >>> make_score(nn.Linear(1, 1), "some text", None, 8, 1, higher_is_better=True)
         Traceback (most recent call last):
         tnlm.errors.OptionError: higher_is_better=True needs a function; ...

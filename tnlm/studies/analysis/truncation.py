@@ -155,15 +155,11 @@ def truncate_groups(
     if weighting not in WEIGHTINGS:
         raise OptionError(f"weighting={weighting!r}{did_you_mean(str(weighting), WEIGHTINGS)}")
     measure = make_score(model, score, tokenizer, window, windows, higher_is_better)
-    data = Calibration(
-        calibration,
-        tokenizer,
-        num_samples,
-        max_length,
-        gradient_samples=gradient_samples,
-        seed=seed,
-    )
     request = make_request(weighting)
+    data = Calibration(calibration)
+    if request.looks_at_data:
+        cut = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
+        data = Calibration(calibration, tokenizer, gradient_samples=gradient_samples, **cut)
     check_model(model)
     check_groups(select(model, targets or ALL_LINEAR, ignore).targets, groups)  # before long work
     job = prepare(model, request, targets, ignore, data, progress)
