@@ -471,7 +471,7 @@ def test_copies_and_pickles_are_the_same_model(kind, scheme, duplicate, compress
     ],
 )
 def test_lora_trains_on_every_factor_and_merges(scheme, options, compressed):
-    model = compressed("llama", scheme, **options)
+    model = compressed("llama", scheme, **options).double()  # merging is exact but for rounding
     factors = {name for m in model.modules() if hasattr(m, "chain") for name in m.chain.order}
     torch.manual_seed(0)
     lora = LoraConfig(r=2, target_modules=sorted(factors), init_lora_weights=False)
@@ -483,7 +483,7 @@ def test_lora_trains_on_every_factor_and_merges(scheme, options, compressed):
         assert not parameter.requires_grad or parameter.grad.any(), name
     expected = logits(adapted)
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-9, atol=1e-10)
     assert count(merged) == tnlm.report(merged).parameters_after
 
 

@@ -315,7 +315,7 @@ def test_spec_round_trips_through_json(case):
 @few_cases
 def test_ill_typed_and_missing_fields_are_rejected(case):
     kind, written = case.structure.spec, to_dict(case.spec)
-    for field in dataclasses.fields(kind):
+    for field in (item for item in dataclasses.fields(kind) if item.name in written):
         # A truth value is no whole number, nor the other way round.
         other = 1 if isinstance(written[field.name], bool) else True
         for wrong in ("two", 0, -1, 1.5, [0], [True], [], {}, None, other):

@@ -35,8 +35,8 @@ class LowRankSpec:
 
     rank: int
     gauge: bool = True
-    ridge: float = field(default=0.0, metadata=FITTING)
-    sweeps: int = field(default=SWEEPS, metadata=FITTING)
+    ridge: float = field(default=0.0, metadata=FITTING, repr=False)
+    sweeps: int = field(default=SWEEPS, metadata=FITTING, repr=False)
 
 
 class LowRank(Format[LowRankSpec]):
