@@ -94,7 +94,7 @@ def prepare(
         evidence,
         data,
         _in_words(targets=targets, ignore=ignore),
-        dict(evidence.seconds),
+        {**evidence.seconds} or {"calibrate": 0.0},
     )
 
 
