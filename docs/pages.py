@@ -92,6 +92,8 @@ def api_page(package: str, title: str) -> str:
         lines.append("   :members: " + ", ".join(defined_here))
     lines.append("```")
     for info in pkgutil.iter_modules(root.__path__, package + "."):
+        if info.name in PACKAGES:  # it has a page of its own
+            continue
         names = [name for name in public_names(info.name) if name not in tnlm.__all__]
         if names:
             lines += [f"## `{info.name}`", "```{eval-rst}", f".. automodule:: {info.name}"]
