@@ -27,7 +27,7 @@ lint: install  ## Check style, format, types and layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict tnlm
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 test: lint  ## Lint, then run every test and doctest, slow ones too
 	$(BIN)/python -m pytest -n auto
