@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.errors import TargetError, did_you_mean
@@ -64,6 +65,7 @@ def select(
         >>> [target.name for target in chosen.targets]
         ['model.layers.0.self_attn.q_proj', 'model.layers.0.mlp.down_proj']
     """
+    check_selectors(targets=targets, ignore=[] if ignore is None else ignore)
     selection = Selection()
     uses = _uses(model)
     ends = _Ends.of(model)
@@ -93,6 +95,22 @@ def select(
     if ignore:
         _check_ignored(model, ignore, ends)
     return selection
+
+
+def check_selectors(**given: Any) -> None:
+    """Raise `TargetError` unless each is a word, a class, or a collection of these.
+
+    Example:
+        >>> check_selectors(targets=["q_proj"], ignore="lm_head")
+    """
+    for argument, value in given.items():
+        words = [value] if isinstance(value, str | type) else value
+        plain = isinstance(words, Collection) and not isinstance(words, bytes | Mapping | Tensor)
+        if not plain or not all(isinstance(word, str | type) for word in words):
+            raise TargetError(
+                f"{argument}={value!r}; allowed: a word such as 'all-linear', a regular "
+                "expression, a module class, or a list of names, words and classes"
+            )
 
 
 def _check_ignored(model: nn.Module, ignore: Selector, ends: _Ends) -> None:
