@@ -71,6 +71,16 @@ def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
     return config
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Tell whether a module is PEFT's, or one of those above.
+
+    Example:
+        >>> is_adapter(nn.Linear(2, 2))
+        False
+    """
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
 class _Unmerged:
     """Refuses to merge: PEFT would change a weight that is rebuilt and then forgotten."""
 

@@ -81,11 +81,11 @@ def select(
             if all_linear and ends.is_around(name, module):
                 selection.skipped[name] = AROUND
             continue
-        found = _describe(name, module, uses[id(module.weight)], model)
+        found = _describe(name, module, uses[_weight_id(module)], model)
         if isinstance(found, str):
             selection.skipped[name] = found
-        elif id(module.weight) not in claimed:
-            claimed.add(id(module.weight))
+        elif _weight_id(module) not in claimed:
+            claimed.add(_weight_id(module))
             share = shares.get(name, 1.0)
             selection.targets.extend(replace(target, share=share) for target in found)
     if all_linear:
@@ -128,10 +128,15 @@ def _uses(model: nn.Module) -> dict[int, list[str]]:
     """Return, for every weight, the modules that hold it."""
     uses: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None) if isinstance(module, Matrix) else None
-        if weight is not None:
-            uses.setdefault(id(weight), []).append(name)
+        if isinstance(module, Matrix):
+            uses.setdefault(_weight_id(module), []).append(name)
     return uses
+
+
+def _weight_id(module: nn.Module) -> int:
+    """Name a weight; one that is computed anew whenever it is read is its module's own."""
+    weight = module._parameters.get("weight")
+    return id(module if weight is None else weight)
 
 
 @dataclass(frozen=True)
