@@ -715,3 +715,49 @@ def test_progress_goes_to_the_error_stream(make_model, capsys):
     shown = capsys.readouterr()
     assert all(word in shown.err for word in ("calibrating", "planning", "fitting"))
     assert shown.out == ""
+
+
+def _with_lora(model):
+    return get_peft_model(model, tnlm.adaptable(LoraConfig(target_modules=["q_proj"], r=2)))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("part", [lambda whole: whole, lambda whole: whole.base_model.model])
+def test_a_compressed_model_within_adapters_is_not_saved_without_them(part, tiny_llama, tmp_path):
+    model = part(_with_lora(tnlm.compress(tiny_llama(), "svd", rank=4, progress=False)))
+    with pytest.raises(ModelError, match="adapters of PEFT"):
+        tnlm.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match="adapter of PEFT"):
+        tnlm.to_dense(model)
+
+
+def test_a_weight_that_is_computed_is_passed_over(tiny_llama):
+    model = tiny_llama()
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    tnlm.compress(model, "svd", rank=4, progress=False)
+    assert "computes its weight" in tnlm.report(model).plan.skipped["model.layers.0.mlp.up_proj"]
+
+
+def test_weights_of_eight_bits_are_refused(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.to(torch.float8_e4m3fn)
+    with pytest.raises(ModelError, match="float8_e4m3fn; load the model unquantized"):
+        tnlm.compress(model, "svd", rank=4, progress=False)
+
+
+def test_a_table_resized_in_inference_mode_can_be_trained(tiny_llama):
+    model = tnlm.compress(tiny_llama(), "tensorgpt", keep_targets=0.9, progress=False)
+    with torch.inference_mode():
+        model.resize_token_embeddings(70)
+    ids = torch.tensor([[3, 4, 69]])
+    model(ids, labels=ids).loss.backward()
+
+
+def test_a_table_is_not_cut_to_fewer_rows_than_a_checkpoint_can_hold(tiny_llama):
+    model = tnlm.compress(
+        tiny_llama(), "svd", targets="embeddings", keep_targets=0.6, progress=False
+    )
+    with pytest.raises(TnlmError, match="cannot have 12 rows"):
+        model.resize_token_embeddings(12)
+    assert model.get_input_embeddings().num_embeddings == 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ import tnlm
 from tnlm.allocation import allocations
 from tnlm.compression.choices import choices_of
 from tnlm.compression.rules import CASCADES, NO_RECOVERY, UNITS
-from tnlm.errors import OptionError
+from tnlm.errors import OptionError, TnlmError
 from tnlm.metrics.named import measures
 from tnlm.recovery.kinds import recoveries
 
@@ -81,3 +82,38 @@ def test_a_rank_search_without_data_refuses_what_would_not_act(tiny_llama):
 def test_what_is_said_of_a_choice_lists_all_of_them(keyword):
     (text,) = (each.text for each in choices_of() if each.keyword == keyword)
     assert set(CHOICES[keyword]) <= set(re.findall(r"[\w-]+", text))
+
+
+WRONG = {
+    "targets": [3, True, [1], b"x", torch.tensor(2), (name for name in ["q_proj"])],
+    "ignore": [3, True, False, [1], np.array([1, 2]), (name for name in ["q_proj"])],
+    "seed": ["x", 0.5, True, 10**30, [], torch.tensor(2)],
+    "bos": [1, 0, "x", [], np.array([1, 2])],
+    "cache_dir": [3, True, "", "a\0b", object()],
+    "cascade": [np.array([1, 2]), torch.ones(2)],
+    "unit": [np.array([1, 2])],
+    "recover": [np.array([1, 2])],
+}
+
+
+@pytest.mark.parametrize("keyword", WRONG)
+def test_values_of_another_type_are_refused(keyword, tiny_llama):
+    model = tiny_llama()
+    for value in WRONG[keyword]:
+        with pytest.raises(TnlmError, match=keyword):
+            tnlm.compress(
+                model,
+                "svd-llm",
+                calibration=torch.arange(64) % 61 + 3,
+                max_length=16,
+                progress=False,
+                **{keyword: value},
+            )
+
+
+def test_data_given_twice_is_refused(tiny_llama):
+    ids = torch.arange(64) % 61 + 3
+    with pytest.raises(OptionError, match="training= and recovery= with training="):
+        tnlm.compress(
+            tiny_llama(), "svd", recovery=tnlm.Recovery("lora", training=ids), training=ids
+        )

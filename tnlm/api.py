@@ -18,6 +18,7 @@ from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report
 from tnlm.schemes.base import Scheme
 from tnlm.targets.base import Selector
+from tnlm.targets.checks import check_bare
 from tnlm.utils.undo import leaves_model
 
 
@@ -157,10 +158,11 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     The result computes the same function and loads anywhere without tnlm.
 
     Raises:
-        ModelError: if the model is not compressed.
+        ModelError: if the model is not compressed, or adapters are around its layers.
     """
     if config_of(model) is None:
         raise ModelError("the model is not compressed by tnlm")
+    check_bare(model)
     with torch.inference_mode(False):
         dense: PreTrainedModel = model.dequantize()
     vars(dense).pop("tnlm_report", None)

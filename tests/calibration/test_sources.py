@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -244,3 +246,29 @@ def test_training_reads_no_more_of_a_long_file_than_it_trains_on(
         )
         assert sum(len(item["input_ids"]) for item in found.items) == 40
         assert sum(read) <= 6 * 256
+
+
+@pytest.mark.parametrize("ids", [torch.arange(9, device="meta"), torch.eye(3).long().to_sparse()])
+def test_ids_without_plain_data_are_refused(ids):
+    with pytest.raises(CalibrationError, match="dense tensor"):
+        token_batches(ids, max_length=2)
+
+
+def test_ids_of_any_integer_type_are_read():
+    [batch] = token_batches(np.arange(4, dtype=np.uint64), max_length=4)
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3]]
+
+
+def test_what_is_no_file_is_called_by_its_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/null", tmp_path / "pipe"):
+        with pytest.raises(CalibrationError, match="a pipe or a device"):
+            token_batches(path)
+
+
+def test_a_long_line_is_looked_through_a_few_times_only(tmp_path, small, word_tokenizer):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": "word1 word2 " * 4000}))
+    source = File(path)
+    assert len(drawn_windows(source, word_tokenizer, 16, 4, 0)) == 4
+    assert len(source._long) < 15  # of 188 chunks

@@ -9,7 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from tnlm.calibration import walk
 from tnlm.calibration.data import token_batches
-from tnlm.calibration.walk import stream
+from tnlm.calibration.walk import call_block, stream
 from tnlm.targets.selection import select
 
 BATCHES = token_batches(torch.arange(96) % 61 + 3, max_length=16, batch_size=2)
@@ -198,3 +198,13 @@ def test_giving_up_halfway_leaves_the_model_as_it_was(make_model):
     passes.close()
     assert states(model) == before
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_block_may_return_a_list():
+    """As those of the first GPT do."""
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return [x + 1]
+
+    assert torch.equal(call_block(Block(), torch.zeros(2), ((), {})), torch.ones(2))

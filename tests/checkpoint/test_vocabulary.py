@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 import tnlm
 from tnlm.checkpoint.vocabulary import set_rows
@@ -164,3 +165,13 @@ def test_one_token_is_changed_alone(kind, scheme, arguments, compressed):
     for ids, rows in [([64], 1), ([-1], 1), ([1, 1], 2), ([1], 2)]:
         with pytest.raises(TargetError, match="allowed: ids from 0 to 63"):
             set_rows(model, torch.tensor(ids), torch.zeros(rows, 32))
+
+
+def test_an_untied_bert_can_be_saved_after_it_was_resized(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = BertConfig(vocab_size=64, num_attention_heads=2, tie_word_embeddings=False, **sizes)
+    model = tnlm.compress(BertForMaskedLM(config), "tensorgpt", keep_targets=0.9, progress=False)
+    model.eval().resize_token_embeddings(70)
+    tnlm.save(model, tmp_path / "out")
+    ids = torch.tensor([[3, 69]])
+    assert torch.equal(tnlm.load(tmp_path / "out").eval()(ids).logits, model(ids).logits)

@@ -160,6 +160,8 @@ def check_cache(directory: str | Path) -> None:
     Example:
         >>> check_cache("a-new-directory")
     """
+    if not isinstance(directory, str | Path) or "\0" in str(directory) or directory == "":
+        raise CheckpointError(f"cache_dir={directory!r}; allowed: the path of a directory")
     path = Path(directory)
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"cache_dir={str(directory)!r} is a link that leads nowhere")

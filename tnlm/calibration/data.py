@@ -20,9 +20,9 @@ from tnlm.calibration.sources import (
     drawn_windows,
     open_source,
 )
-from tnlm.calibration.text import AUTO, read_text, start_token, tokenize
+from tnlm.calibration.text import AUTO, check_bos, read_text, start_token, tokenize
 from tnlm.errors import CalibrationError, OptionError
-from tnlm.utils.checks import is_whole
+from tnlm.utils.checks import check_whole, is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,6 +78,8 @@ def token_batches(
         [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     """
     _check_positive(num_samples=num_samples, max_length=max_length, batch_size=batch_size)
+    check_whole("seed", seed, -(2**63), 2**63 - 1)
+    check_bos(bos)
     source = text_of(calibration)
     if source is not None:
         rows = _text_windows(source, tokenizer, max_length, num_samples, seed, bos)

@@ -51,7 +51,7 @@ def file_meant(source: str | os.PathLike[str]) -> Path | None:
         path = Path(source)
         if path.is_file():
             return path
-        what = "it is a directory" if name and path.exists() else "no such file"
+        what = _other_than_file(path) if name and path.exists() else "no such file"
     except (OSError, ValueError):  # longer than the system lets a name be, or with a null
         what = "no such file"
     if isinstance(source, str) and what == "no such file" and not _is_name(name):
@@ -60,6 +60,13 @@ def file_meant(source: str | os.PathLike[str]) -> Path | None:
     raise CalibrationError(
         f"{shown!r} is not an existing file: {what}; to give a text, put it in a list: [text]"
     )
+
+
+def _other_than_file(path: Path) -> str:
+    """Return what stands where a file is wanted."""
+    if path.is_dir():
+        return "it is a directory"
+    return "it is a pipe or a device, which cannot be read twice; write it to a file first"
 
 
 def _is_name(text: str) -> bool:

@@ -81,10 +81,13 @@ def token_ids(value: Any) -> Tensor:
             f"calibration holds a {type(value).__name__} that is no token ids ({err}); "
             f"give {ALLOWED}"
         ) from err
+    if ids.is_meta or ids.is_nested or ids.layout != torch.strided:
+        raise CalibrationError("token ids must be a dense tensor with data; this one is not")
     if ids.numel() == 0:
         return ids.to("cpu", torch.int64)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise CalibrationError(f"token ids must be integers, got {ids.dtype}")
+    ids = ids.to("cpu", torch.int64)
     if int(ids.min()) < 0:
         raise CalibrationError(f"token ids must not be negative, got {int(ids.min())}")
-    return ids.to("cpu", torch.int64)
+    return ids

@@ -75,6 +75,7 @@ class File:
     def __init__(self, path: Path) -> None:
         self._path, self._lines = path, is_lines(path)
         self.size = path.stat().st_size
+        self._long: list[tuple[int, int]] = []
 
     def part(self, start: int, stop: int) -> str:
         """See `Source`; of a ``.jsonl`` file the texts of the lines that begin there."""
@@ -115,8 +116,18 @@ class File:
             return max(0, min(at, self.size))
         file.seek(at - 1)
         if self._lines:
-            return at - 1 + len(file.readline())
+            return self._line_end(file, at - 1)
         return at - 1 + _after(file.read(CHUNK + 1), _ENDS, at + CHUNK >= self.size)
+
+    def _line_end(self, file: BinaryIO, at: int) -> int:
+        """Return where the line ends that a place is in; of long lines it is looked for once."""
+        for start, end in self._long:
+            if start <= at < end:
+                return end
+        end = at + len(file.readline())
+        if end - at > CHUNK:
+            self._long.append((at, end))
+        return end
 
 
 def _after(near: Any, kinds: Sequence[Any], last: bool) -> int:
@@ -204,12 +215,18 @@ def drawn_windows(
     starts = range(0, source.size, step)
     generator = torch.Generator().manual_seed(seed)
     found: list[tuple[int, int, Tensor]] = []
-    for done, chunk in enumerate(torch.randperm(len(starts), generator=generator).tolist()):
-        if len(found) >= count:
-            break
-        ids = tokenize(source.part(starts[chunk], starts[chunk] + step), tokenizer)
-        windows = ids[: len(ids) // length * length].reshape(-1, length)
-        wanted = -(-(count - len(found)) // (len(starts) - done))
-        drawn = torch.randperm(len(windows), generator=generator)[:wanted].tolist()
-        found += [(chunk, number, windows[number].clone()) for number in drawn]
+    order = torch.randperm(len(starts), generator=generator).tolist()
+    left: dict[int, list[int]] = {}
+    while order and len(found) < count:  # again where long lines left most chunks empty
+        for done, chunk in enumerate(order):
+            if len(found) >= count:
+                break
+            ids = tokenize(source.part(starts[chunk], starts[chunk] + step), tokenizer)
+            windows = ids[: len(ids) // length * length].reshape(-1, length)
+            if chunk not in left:
+                left[chunk] = torch.randperm(len(windows), generator=generator).tolist()
+            wanted = -(-(count - len(found)) // (len(order) - done))
+            drawn, left[chunk] = left[chunk][:wanted], left[chunk][wanted:]
+            found += [(chunk, number, windows[number].clone()) for number in drawn]
+        order = [chunk for chunk in order if left.get(chunk)]
     return [window for _, _, window in sorted(found, key=lambda each: each[:2])]

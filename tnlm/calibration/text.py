@@ -58,6 +58,13 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
+def check_bos(bos: object) -> None:
+    """Raise `OptionError` unless it says whether windows begin with BOS; 1 and 0 do not."""
+    if not isinstance(bos, bool) and not (isinstance(bos, str) and bos == AUTO):
+        hint = did_you_mean(str(bos), [AUTO])
+        raise OptionError(f"bos={bos!r}{hint}, True or False")
+
+
 def start_token(tokenizer: PreTrainedTokenizerBase, bos: bool | str = AUTO) -> int | None:
     """Return the token that stands before every window of text, or None for none.
 
@@ -69,9 +76,7 @@ def start_token(tokenizer: PreTrainedTokenizerBase, bos: bool | str = AUTO) -> i
     Raises:
         OptionError: for another ``bos``, or if the tokenizer has no BOS token to put.
     """
-    if bos not in (AUTO, True, False):
-        hint = did_you_mean(str(bos), [AUTO])
-        raise OptionError(f"bos={bos!r}{hint}, True or False")
+    check_bos(bos)
     if bos is False:
         return None
     token = getattr(tokenizer, "bos_token_id", None)

@@ -217,7 +217,7 @@ def take_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | 
 def call_block(block: nn.Module, state: Tensor, call: Call) -> Tensor:
     """Run a block on a hidden state and return the next one."""
     output = block(state, *call[0], **call[1])
-    result: Tensor = output[0] if isinstance(output, tuple) else output
+    result: Tensor = output[0] if isinstance(output, tuple | list) else output
     return result
 
 

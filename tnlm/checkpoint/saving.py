@@ -11,6 +11,7 @@ from tnlm.checkpoint.exchange import replace_directory
 from tnlm.checkpoint.sums import REPORT_FILE, record_sums
 from tnlm.checkpoint.transformers_plugin import description
 from tnlm.errors import ModelError
+from tnlm.layers.peft_names import is_adapter
 from tnlm.plans.report import Report
 
 
@@ -63,7 +64,12 @@ def save(
 
 
 def _check_plain(model: PreTrainedModel) -> None:
-    """Raise `ModelError` if a parameter is more than its numbers, as torchao's quantized ones."""
+    """Raise `ModelError` for adapters, or parameters that are more than numbers, as torchao's."""
+    if any(map(is_adapter, model.modules())):
+        raise ModelError(
+            "the model has adapters of PEFT, and this would not save what they stand on; save the "
+            "adapters by the PeftModel's save_pretrained, and the compressed model before them"
+        )
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "__tensor_flatten__"):
             raise ModelError(

@@ -44,8 +44,10 @@ def resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> nn.Module:
     own: Any = vars(model)
     own["_get_resized_embeddings"], own["_get_resized_lm_head"] = work.embeddings, work.head
     try:
-        found: nn.Module = type(model).resize_token_embeddings(model, *args, **kwargs)
-        work.finish()
+        with torch.inference_mode(False):  # the new rows can be trained, wherever they were made
+            found: nn.Module = type(model).resize_token_embeddings(model, *args, **kwargs)
+            work.finish()
+            before.untie(model)
     except BaseException:
         before.restore()
         raise
@@ -170,7 +172,8 @@ class _Resizing:
             holders(old.network)
             if "out_split" in entry["options"]:  # of one mode, as the rows stand by themselves
                 entry["options"]["out_split"] = [len(dense)]
-            network_of(entry)
+            if network_of(entry).params > dense.numel():  # no checkpoint may say so
+                raise TargetError("the factors would be larger than the dense matrix")
             made = self._made(old, entry, dense, bias)
         except TnlmError as error:
             raise TargetError(f"{name} cannot have {len(dense)} rows: {error}") from error
@@ -205,11 +208,20 @@ class _Resizing:
         config.modules = modules
 
 
+def _holders(model: nn.Module) -> list[list[str]]:
+    """Return the names of every parameter."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return list(found.values())
+
+
 class _Snapshot:
     """A model's modules, parameters, attributes and configs, to go back to; no data is copied."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._data = [(p, p.data, p.requires_grad) for p in model.parameters()]
+        self._names = _holders(model)
         owners: dict[int, Any] = {}
         for module in model.modules():
             held = (module, module._modules, module._parameters, module._buffers)
@@ -220,6 +232,15 @@ class _Snapshot:
             if found is not None:
                 owners[id(found)] = vars(found)
         self._owners = [(owner, dict(owner)) for owner in owners.values()]
+
+    def untie(self, model: nn.Module) -> None:
+        """Take apart biases that were two and are one: BERT's, which then could not be saved."""
+        were = {name: names for names in self._names for name in names}
+        for first, *others in _holders(model):
+            for name in (each for each in others if each not in were.get(first, [each])):
+                owner, _, last = name.rpartition(".")
+                twin = copy.deepcopy(model.get_parameter(name))
+                setattr(model.get_submodule(owner), last, twin)
 
     def restore(self) -> None:
         """Undo what was changed since."""

@@ -23,7 +23,7 @@ from tnlm.cli.options import (
     Width,
 )
 from tnlm.cli.output import numbers
-from tnlm.compression.choices import Choice, choices_of
+from tnlm.compression.choices import GROUPS, Choice, choices_of
 from tnlm.errors import OptionError
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -56,6 +56,8 @@ FORMAT_OPTIONS: Mapping[str, Any] = {
     "ridge": Ridge,
     "sweeps": Sweeps,
 }
+OWN = {"model", "targets", "ignore", "progress", *GROUPS, *(each.keyword for each in choices_of())}
+"""Keywords that ``--set`` may not give: they have options, or are no matter of the shell."""
 LISTS = ("ranks", "out_split", "in_split")
 Set = Annotated[
     list[str] | None,
@@ -109,6 +111,8 @@ def asked(given: Mapping[str, Any]) -> dict[str, Any]:
         name, separator, value = item.partition("=")
         if not separator or not name:
             raise OptionError(f"--set {item!r}; allowed: NAME=VALUE, as in sweeps=40")
+        if name in OWN or name in typed:
+            raise OptionError(f"--set {item}; {name!r} is given elsewhere; allowed: other options")
         typed[name] = _value(name, value)
     for name in LISTS:
         if isinstance(typed.get(name), str):

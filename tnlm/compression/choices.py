@@ -185,7 +185,8 @@ def gather_choices(scheme: str | Scheme, given: Mapping[str, Any]) -> Asked:
             continue
         value = left.pop(each.keyword)
         held = getattr(base[each.group], each.field)
-        if each.group != "scheme" and held != each.default and held is not None:
+        is_default = held is None or (each.default is not None and held == each.default)
+        if each.group != "scheme" and not is_default:
             raise OptionError(
                 f"{each.keyword}= and {each.group}= with {each.field}={held!r} given; give one"
             )

@@ -94,7 +94,7 @@ def check_damping(measure: Measure, damping: float | None) -> None:
 
 def check_cascade(measure: Measure, cascade: str) -> None:
     """Raise `OptionError` unless the cascade is known, and the metric looks at inputs."""
-    if cascade not in CASCADES:
+    if not is_word(cascade, CASCADES):
         raise OptionError(f"unknown cascade {cascade!r}{did_you_mean(str(cascade), CASCADES)}")
     if cascade != "none" and INPUTS not in measure.needs:
         raise OptionError(
@@ -144,7 +144,7 @@ def check_shared_formats(allocation: Allocation, structures: Sequence[Format[Any
 def check_shared(allocation: Allocation, budget: Budget) -> None:
     """Raise an error unless the allocation can work with the budget."""
     unit, blocks = budget.unit, budget.blocks
-    if unit not in UNITS:
+    if not is_word(unit, UNITS):
         raise BudgetError(f"unknown unit {unit!r}{did_you_mean(str(unit), UNITS)}")
     if unit not in allocation.units:
         raise BudgetError(
@@ -179,6 +179,11 @@ def check_budgets(budget: Budget, sizes: Sequence[str]) -> None:
         raise BudgetError(f"max_macs={budget.max_macs!r}; allowed: a number > 0, or inf")
 
 
+def is_word(value: Any, allowed: Sequence[str]) -> bool:
+    """Tell whether a value is one of the words; an array is not, and cannot be compared."""
+    return isinstance(value, str) and value in allowed
+
+
 def is_number(value: Any) -> bool:
     """Tell whether a value is a real number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -193,7 +198,7 @@ def check_refine(refine: int) -> None:
 def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
     """Raise `OptionError` unless the recovery is known, and its tokens are a whole number."""
     known = (NO_RECOVERY, *recoveries())
-    if recover not in known:
+    if not is_word(recover, known):
         raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), known)}")
     if tokens is None:
         return

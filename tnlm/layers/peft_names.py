@@ -43,13 +43,13 @@ def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
         64
     """
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, PeftType
         from peft.tuners import lora
     except ImportError as error:
         raise OptionError(
             "LoRA needs the package peft, which is not installed: pip install 'tnlm[train]'"
         ) from error
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise OptionError(
             f"a peft.LoraConfig is wanted, not {type(config).__name__}; other adapters go on "
             "factors, each of which is an nn.Linear: target_modules=['q_proj.left', ...]"
@@ -69,6 +69,16 @@ def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
         }
     )
     return config
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Tell whether a module is PEFT's, or one of those above.
+
+    Example:
+        >>> is_adapter(nn.Linear(2, 2))
+        False
+    """
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 class _Unmerged:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError
+from tnlm.layers.peft_names import is_adapter
 from tnlm.targets.base import Target
 
 
@@ -26,7 +27,7 @@ def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
         weight = target.weight(model)
         if weight.is_meta:
             raise ModelError(f"{target.name} has no data (meta device); load the weights first")
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or weight.element_size() == 1:  # of 8 bits
             raise ModelError(f"{target.name} is {weight.dtype}; load the model unquantized")
         if not bool(torch.isfinite(weight).all()):
             count = int((~torch.isfinite(weight)).sum())
@@ -41,7 +42,7 @@ def check_model(model: Any) -> None:
         raise ModelError(
             f"a transformers PreTrainedModel is wanted, not {type(model).__name__}{_inside(model)}"
         )
-    _check_bare(model)
+    check_bare(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError(
             "the model's weights were made inside torch.inference_mode(), so that nothing made of "
@@ -80,14 +81,14 @@ def _inside(given: Any) -> str:
     return ""
 
 
-def _check_bare(model: PreTrainedModel) -> None:
+def check_bare(model: PreTrainedModel) -> None:
     """Raise `ModelError` if modules of a model are wrapped by adapters or by a compiler."""
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
             raise ModelError(
                 f"{name} is compiled; put its _orig_mod back, and compile after compressing"
             )
-        if type(module).__module__.startswith("peft."):
+        if is_adapter(module):
             raise ModelError(
                 f"{name} has an adapter of PEFT: load the adapter by PeftModel.from_pretrained and "
                 "call merge_and_unload(), or remove it by model.delete_adapter(...)"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.errors import TargetError, did_you_mean
@@ -64,6 +65,7 @@ def select(
         >>> [target.name for target in chosen.targets]
         ['model.layers.0.self_attn.q_proj', 'model.layers.0.mlp.down_proj']
     """
+    check_selectors(targets=targets, ignore=[] if ignore is None else ignore)
     selection = Selection()
     uses = _uses(model)
     ends = _Ends.of(model)
@@ -79,11 +81,11 @@ def select(
             if all_linear and ends.is_around(name, module):
                 selection.skipped[name] = AROUND
             continue
-        found = _describe(name, module, uses[id(module.weight)], model)
+        found = _describe(name, module, uses[_weight_id(module)], model)
         if isinstance(found, str):
             selection.skipped[name] = found
-        elif id(module.weight) not in claimed:
-            claimed.add(id(module.weight))
+        elif _weight_id(module) not in claimed:
+            claimed.add(_weight_id(module))
             share = shares.get(name, 1.0)
             selection.targets.extend(replace(target, share=share) for target in found)
     if all_linear:
@@ -93,6 +95,22 @@ def select(
     if ignore:
         _check_ignored(model, ignore, ends)
     return selection
+
+
+def check_selectors(**given: Any) -> None:
+    """Raise `TargetError` unless each is a word, a class, or a collection of these.
+
+    Example:
+        >>> check_selectors(targets=["q_proj"], ignore="lm_head")
+    """
+    for argument, value in given.items():
+        words = [value] if isinstance(value, str | type) else value
+        plain = isinstance(words, Collection) and not isinstance(words, bytes | Mapping | Tensor)
+        if not plain or not all(isinstance(word, str | type) for word in words):
+            raise TargetError(
+                f"{argument}={value!r}; allowed: a word such as 'all-linear', a regular "
+                "expression, a module class, or a list of names, words and classes"
+            )
 
 
 def _check_ignored(model: nn.Module, ignore: Selector, ends: _Ends) -> None:
@@ -110,10 +128,15 @@ def _uses(model: nn.Module) -> dict[int, list[str]]:
     """Return, for every weight, the modules that hold it."""
     uses: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None) if isinstance(module, Matrix) else None
-        if weight is not None:
-            uses.setdefault(id(weight), []).append(name)
+        if isinstance(module, Matrix):
+            uses.setdefault(_weight_id(module), []).append(name)
     return uses
+
+
+def _weight_id(module: nn.Module) -> int:
+    """Name a weight; one that is computed anew whenever it is read is its module's own."""
+    weight = module._parameters.get("weight")
+    return id(module if weight is None else weight)
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,14 @@ def truncate_groups(
     request = make_request(weighting)
     data = Calibration(calibration)
     if request.looks_at_data:
-        cut = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
-        data = Calibration(calibration, tokenizer, gradient_samples=gradient_samples, **cut)
+        data = Calibration(
+            calibration,
+            tokenizer,
+            num_samples=num_samples,
+            max_length=max_length,
+            gradient_samples=gradient_samples,
+            seed=seed,
+        )
     check_model(model)
     check_groups(select(model, targets or ALL_LINEAR, ignore).targets, groups)  # before long work
     job = prepare(model, request, targets, ignore, data, progress)
