@@ -69,7 +69,7 @@ def start_token(tokenizer: PreTrainedTokenizerBase, bos: bool | str = AUTO) -> i
     Raises:
         OptionError: for another ``bos``, or if the tokenizer has no BOS token to put.
     """
-    if bos not in (AUTO, True, False):
+    if bos != AUTO and not isinstance(bos, bool):  # 1 is no True: it would be taken for "auto"
         hint = did_you_mean(str(bos), [AUTO])
         raise OptionError(f"bos={bos!r}{hint}, True or False")
     if bos is False:
