@@ -41,7 +41,7 @@ def test_what_only_ends_a_text_is_no_start(word_tokenizer):
     assert start_token(ends) is None
 
 
-@pytest.mark.parametrize("bos", ["always", None, 2, "True"])
+@pytest.mark.parametrize("bos", ["always", None, 0, 1, 2, "True"])
 def test_other_words_are_refused(bos, word_tokenizer):
     with pytest.raises(OptionError, match=r"bos=.*True or False"):
         start_token(word_tokenizer, bos)

@@ -26,11 +26,14 @@ from transformers import (
     OPTForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    SqueezeBertConfig,
+    SqueezeBertForSequenceClassification,
     T5Config,
     T5ForSequenceClassification,
 )
 
 import tnlm
+from tnlm.errors import TargetError
 from tnlm.targets.blocks import in_blocks
 from tnlm.targets.selection import AROUND, select
 
@@ -107,6 +110,13 @@ def test_what_stands_around_the_blocks_is_no_default_target(make, around):
     found = select(model)
     assert {name for name, why in found.skipped.items() if why == AROUND} == around
     assert {target.module for target in found.targets} == linear - around
+
+
+def test_blocks_of_convolutions_do_not_make_the_head_a_target():
+    model = SqueezeBertForSequenceClassification(SqueezeBertConfig(**HEADS, embedding_size=32))
+    with pytest.raises(TargetError, match=r"pooler\.dense: outside the model's blocks"):
+        select(model)
+    assert [target.name for target in select(model, ["classifier"]).targets] == ["classifier"]
 
 
 def test_they_are_reached_by_name():

@@ -82,6 +82,14 @@ def strongest(x):
     return torch.where(x >= x.topk(4, -1).values[..., -1:], x, 0.0)
 
 
+def scaled_by_smallest(x):
+    return x / x.abs().amin(-1, keepdim=True)
+
+
+def weakest(x):
+    return torch.where(x.abs() == x.abs().amin(-1, keepdim=True), x, 0.0)
+
+
 class Called(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -91,8 +99,9 @@ class Called(nn.Module):
         return self.function(x)
 
 
-MIXING = [mean_free, neighbours, scaled_by_largest, by_position, strongest, nn.Softmax(-1),
-          nn.LayerNorm(24), nn.RMSNorm(24), nn.GroupNorm(1, 24, affine=False)]  # fmt: skip
+MIXING = [mean_free, neighbours, scaled_by_largest, scaled_by_smallest, by_position, strongest,
+          weakest, nn.Softmax(-1), nn.LayerNorm(24), nn.RMSNorm(24),
+          nn.GroupNorm(1, 24, affine=False)]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -149,10 +149,7 @@ class _Ends:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Ends:
-        inside = in_blocks(model)
-        linear = {name for name, module in model.named_modules() if _is_linear(module)}
-        blocks = inside if inside & linear else frozenset()
-        return cls(input_table(model), output_head(model), blocks)
+        return cls(input_table(model), output_head(model), in_blocks(model))
 
     def is_around(self, name: str, module: nn.Module) -> bool:
         """Tell whether a linear weight stands beside the blocks, and is not the output head."""

@@ -24,7 +24,8 @@ TOKENS = 16
 
 LOUD = 8.0
 """Groups that are cut have values this many times as large, and as far from 0: if anything is taken
-over all groups, such as a mean or a maximum, it is another without them."""
+over all groups, such as a mean or a maximum, it is another without them. At every second token they
+are this often squared as small: so is a minimum of their sizes."""
 
 CLOSE = 16
 """Values are the same that differ by this many units in the last place of the largest."""
@@ -152,7 +153,7 @@ class _Stub(nn.Module):
         self.given: list[Tensor] = []
 
     def produce(self, loud: Tensor, cut: Tensor | None) -> None:
-        """Give a producer's values: some are loud, and those that are not in ``cut`` left out."""
+        """Give values: some loud or faint, and those that are not in ``cut`` left out."""
         self._loud, self._cut = loud, cut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,8 +161,10 @@ class _Stub(nn.Module):
         like: Any = self.weight
         values = _random(x.shape[:-1].numel(), self._columns, self._seed, like)
         if self._loud is not None:
-            loud = self._loud.to(values.device)
-            values = torch.where(loud, values * LOUD + LOUD, values)
+            chosen = values[:, self._loud.to(values.device)]
+            chosen[::2] = chosen[::2] * LOUD + LOUD
+            chosen[1::2] /= LOUD**2
+            values[:, self._loud.to(values.device)] = chosen
         if self._cut is not None:
             values = values[:, self._cut.to(values.device)]
         return values.reshape(*x.shape[:-1], -1)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.errors import ModelError, TrainingError
@@ -57,6 +58,15 @@ def test_config_that_cannot_say_what_slicing_leaves(tiny_llama):
     kept, _ = parts(model, "channels", [0])
     with pytest.raises(ModelError, match=r"builds .*gate_proj.weight as \[2, 32\] .* \[1, 32\]"):
         smaller(model, list(kept), {"channels": 1}, {"intermediate_size": 2})
+
+
+def test_the_smaller_model_draws_no_random_numbers():
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(**sizes, num_attention_heads=2))
+    kept, _ = parts(model, "channels", [0])
+    before = torch.get_rng_state()
+    smaller(model, list(kept), {"channels": 1}, {"intermediate_size": 1})
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_weight_that_overflows_changes_nothing(tiny_llama):

@@ -39,7 +39,7 @@ def smaller(
         ModelError: if its parameters are not those that slicing leaves: such a model could be
             saved, but not loaded.
     """
-    with torch.device("meta"):
+    with torch.random.fork_rng([]), torch.device("meta"):  # some draw even where nothing is held
         made = type(model)(resized(model.config, values))
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for block in groups:
