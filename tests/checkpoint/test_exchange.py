@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import tnlm
 from tnlm.checkpoint import exchange
 from tnlm.checkpoint.exchange import WORK, check_writable, recover, replace_directory
 from tnlm.errors import CheckpointError
@@ -306,3 +307,13 @@ def test_a_folder_that_may_not_change_is_refused_at_the_start(old):
     finally:
         subprocess.run(["chattr", "-i", str(old)], check=True)
     assert not (old / WORK).exists()
+
+
+def test_a_load_names_who_is_exchanging_the_files(tmp_path):
+    work = tmp_path / "model" / ".tnlm-save"
+    work.mkdir(parents=True)
+    writer = Lock(work / "lock")
+    assert writer.take()
+    with pytest.raises(CheckpointError, match=r"process \d+ on .* is writing it; wait"):
+        tnlm.load(tmp_path / "model")
+    writer.close()

@@ -9,7 +9,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertForMaskedLM,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 
 import tnlm
 from tnlm.checkpoint.tensors import check_finite, check_order
@@ -232,3 +240,14 @@ def test_every_module_may_be_imported_first(module):
     command = [sys.executable, "-c", f"import tnlm.checkpoint.{module}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_class_that_finds_none_of_its_tensors_is_refused(tmp_path):
+    """Dense files of this family are renamed as they are read; this class would be random."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = CLIPTextConfig(vocab_size=64, num_hidden_layers=1, projection_dim=16, **sizes)
+    model = tnlm.compress(CLIPTextModelWithProjection(config), "svd", keep_targets=0.7)
+    directory = tnlm.save(model, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="load the CLIPTextModelWithProjection that was"):
+        CLIPTextModel.from_pretrained(directory)
+    tnlm.load(directory)

@@ -30,6 +30,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tnlm.errors import CheckpointError, TnlmError
+from tnlm.utils.files import check_names
 from tnlm.utils.lock import Lock
 from tnlm.utils.undo import attempt, signals_held
 
@@ -83,6 +84,7 @@ def check_writable(directory: Path, *, overwrite: bool = False) -> None:
     Example:
         >>> check_writable(Path("a-new-directory"))
     """
+    check_names(directory, _beside(directory))
     if directory.is_symlink() and not directory.exists():
         raise CheckpointError(
             f"{directory} is a link to {directory.readlink()}, which does not exist"

@@ -37,11 +37,13 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
     subfolder = kwargs.pop("subfolder", None) or ""
     place = Path(source)
-    recover(place)
+    writer = recover(place)
     if place.is_dir():
         folder = place / subfolder
         if not folder.is_dir() or not folder.resolve().is_relative_to(place.resolve()):
             raise CheckpointError(f"subfolder={subfolder!r} is no directory in it")
+        if writer is not None and not (folder / "config.json").exists():
+            raise CheckpointError(f"{writer} is writing it; wait until it is done")
         return folder
     if place.exists() or looks_like_path(source):
         raise CheckpointError("no such file or directory")

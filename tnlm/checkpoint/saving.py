@@ -8,11 +8,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.exchange import replace_directory
+from tnlm.checkpoint.savable import check_savable
 from tnlm.checkpoint.sums import REPORT_FILE, record_sums
 from tnlm.checkpoint.transformers_plugin import description
 from tnlm.errors import ModelError
-from tnlm.layers.peft_names import is_adapter
 from tnlm.plans.report import Report
+from tnlm.utils.claim import temporary_folder
 
 
 def save(
@@ -35,20 +36,27 @@ def save(
         directory: new or empty, unless ``overwrite``.
         tokenizer: saved along, if given.
         overwrite: replace what the directory holds.
-        **kwargs: passed to ``save_pretrained``, e.g. ``max_shard_size``.
+        **kwargs: passed to ``save_pretrained``, e.g. ``max_shard_size``; a process with
+            ``is_main_process=False`` leaves the directory alone.
 
     Returns:
         The directory.
 
     Raises:
-        ModelError: if the model is not compressed, or was quantized by another library since.
+        ModelError: if the model is not compressed, or could not be loaded again: values that are
+            not finite, modules that were changed, an adapter, another library's quantization.
         CheckpointError: if the directory is not empty, cannot be written, or is being written by
             another process.
     """
-    if description(model) is None:
+    said = description(model)
+    if said is None:
         raise ModelError("the model is not compressed by tnlm; use model.save_pretrained")
-    _check_plain(model)
+    check_savable(model, said)
     target = Path(directory)
+    if not kwargs.get("is_main_process", True):  # another process writes it
+        with temporary_folder() as nowhere:
+            model.save_pretrained(nowhere, **kwargs)
+        return target
 
     def write(new: Path) -> None:
         model.save_pretrained(new, **kwargs)
@@ -61,18 +69,3 @@ def save(
 
     replace_directory(target, write, overwrite=overwrite)
     return target
-
-
-def _check_plain(model: PreTrainedModel) -> None:
-    """Raise `ModelError` for adapters, or parameters that are more than numbers, as torchao's."""
-    if any(map(is_adapter, model.modules())):
-        raise ModelError(
-            "the model has adapters of PEFT, and this would not save what they stand on; save the "
-            "adapters by the PeftModel's save_pretrained, and the compressed model before them"
-        )
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "__tensor_flatten__"):
-            raise ModelError(
-                f"{name} is held as {type(parameter).__name__}, of which config.json says nothing; "
-                "save the model first, and quantize it after loading"
-            )

@@ -50,13 +50,17 @@ def verify(directory: str | Path) -> dict[str, str]:
         tnlm.errors.CheckpointError: no-such-model is not a directory
     """
     folder = Path(directory)
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError:  # a name that no directory can have
+        there = False
+    if not there:
         raise CheckpointError(f"{directory} is not a directory")
     expected = read_sums(folder)
-    there = {file.name for file in _summed(folder)}
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - there)]
-    problems += [f"{name} is extra" for name in sorted(there - expected.keys())]
-    for name in sorted(expected.keys() & there):
+    found = {file.name for file in _summed(folder)}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
+    problems += [f"{name} is extra" for name in sorted(found - expected.keys())]
+    for name in sorted(expected.keys() & found):
         if _sum(file_of(folder, name)) != expected[name]:
             problems.append(f"{name} differs")
     if problems:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlm.checkpoint.folder import Stored, read_headers
+from tnlm.checkpoint.naming import owner_of
 from tnlm.errors import CheckpointError
 from tnlm.tensors.gauge import ORDER
 
@@ -88,22 +89,20 @@ class Arrivals:
         Raises:
             CheckpointError: names the first tensor that is wrong.
         """
+        if self._parents and not self._noted and self._renamed:
+            raise CheckpointError(
+                f"no tensor in the files belongs to a {type(model).__name__}; load the "
+                f"{' or '.join(model.config.architectures or ['model'])} that was saved"
+            )
         if self._renamed:
             self._check_missing(model)
         self._check_dtypes()
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        for name, tensor in _tensors(model):
-            if name.endswith(ORDER) and self._owner(name):
-                check_order(name, tensor)
-            elif tensor.is_floating_point() and (name in parameters or self._owner(name)):
-                check_finite(name, tensor)  # a foreign buffer may be a mask of infinities
+        check_values(model, self._made)
         self._expected.clear()
 
     def _owner(self, name: str) -> str | None:
         """Return the module, among those that tnlm made, that holds a tensor."""
-        parts = name.split(".")
-        parents = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-        return next((parent for parent in parents if parent in self._made), None)
+        return owner_of(self._made, name)
 
     def _check_missing(self, model: PreTrainedModel) -> None:
         """Raise for a tensor that the files should hold; draw those of a head that they lack."""
@@ -143,6 +142,22 @@ class Arrivals:
                     f"{name} is stored as {kind} and {first} as {before}; allowed: one dtype for "
                     "all factors of a module"
                 )
+
+
+def check_values(model: nn.Module, made: Collection[str]) -> None:
+    """Raise `CheckpointError` unless every parameter is finite, and every order in order.
+
+    Args:
+        model: of any kind.
+        made: names of the modules in it that tnlm made.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in _tensors(model):
+        ours = owner_of(made, name) is not None
+        if name.endswith(ORDER) and ours:
+            check_order(name, tensor)
+        elif tensor.is_floating_point() and (name in parameters or ours):
+            check_finite(name, tensor)  # a foreign buffer may be a mask of infinities
 
 
 def draw(model: nn.Module, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tnlm.errors import CheckpointError
 from tnlm.utils.claim import Claim
 from tnlm.utils.undo import attempt
 
@@ -37,3 +38,22 @@ def write_file(path: Path, text: str) -> None:
         claim.drop()
 
     attempt(work, claim.drop)
+
+
+def check_names(*paths: Path) -> None:
+    """Raise `CheckpointError` for a path that the system cannot even look for.
+
+    Example:
+        >>> check_names(Path("no-such-file"))
+        >>> check_names(Path("a" * 5000))
+        Traceback (most recent call last):
+        tnlm.errors.CheckpointError: 'aaa...' cannot be written: ...
+    """
+    for path in paths:
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except (OSError, ValueError) as error:
+            cause = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{str(path)[:200]!r} cannot be written: {cause}") from error
