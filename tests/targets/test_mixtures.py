@@ -9,6 +9,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     NllbMoeConfig,
@@ -60,7 +62,15 @@ def deepseek():
     return DeepseekV3ForCausalLM(config), attention + HEAD + 3 * D * 40 + (2 + 1) * 3 * D * F
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen, oss, deepseek])
+def granite_shared():
+    config = GraniteMoeSharedConfig(
+        **SIZES, intermediate_size=F, num_local_experts=4, num_experts_per_tok=1,
+        shared_intermediate_size=10,
+    )  # fmt: skip
+    return GraniteMoeSharedForCausalLM(config), ATTENTION + HEAD + 2 * 3 * D * (F + 10)
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen, oss, deepseek, granite_shared])
 def test_stacked_experts(make):
     model, expected = make()
     assert model_cost(model).macs == expected

@@ -75,7 +75,7 @@ def _stacked(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[i
     kind = type(module).__name__.lower()
     if "expert" not in name.rpartition(".")[2].lower() + kind and ".experts." not in f"{name}.":
         return
-    routed = "shared" not in name + kind
+    routed = "shared" not in name  # the class may be called after the model, GraniteMoeShared
     for parameter in module.parameters(recurse=False):
         experts = _experts(model, parameter.shape)
         if experts:
