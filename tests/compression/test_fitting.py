@@ -26,19 +26,19 @@ DATA = Calibration(IDS, num_samples=8, max_length=32)
 @pytest.fixture
 def start(make_model):
     """Prepare a scheme on a model; the plan may be changed before anything is fitted."""
-    with Shelf() as shelf:
+    shelf = Shelf()
 
-        def begin(kind, scheme, change=lambda layer: layer, targets=None, **options):
-            model = make_model(kind)
-            request = make_request(scheme, **options)
-            data = DATA if request.looks_at_data else NO_DATA
-            job = prepare(model, request, targets, None, data, progress=False)
-            plan = settle(model, job, predict=False, progress=False)
-            layers = tuple(change(layer) for layer in plan.layers)
-            plan = dataclasses.replace(plan, layers=layers)
-            return model, job, plan, shelf, Fitting(model, job, plan, shelf)
+    def begin(kind, scheme, change=lambda layer: layer, targets=None, **options):
+        model = make_model(kind)
+        request = make_request(scheme, **options)
+        data = DATA if request.looks_at_data else NO_DATA
+        job = prepare(model, request, targets, None, data, progress=False)
+        plan = settle(model, job, predict=False, progress=False)
+        layers = tuple(change(layer) for layer in plan.layers)
+        plan = dataclasses.replace(plan, layers=layers)
+        return model, job, plan, shelf, Fitting(model, job, plan, shelf)
 
-        yield begin
+    return begin
 
 
 def left_dense(*endings):
@@ -191,11 +191,11 @@ def test_blocks_with_like_names_are_told_apart(start, tiny_llama, monkeypatch):
     model = tiny_llama(num_hidden_layers=11)
     job = prepare(model, make_request("svd"), ["up_proj"], None, NO_DATA, False)
     plan = settle(model, job, predict=False, progress=False)
-    with Shelf() as shelf:
-        fitting = Fitting(model, job, plan, shelf)
-        for unit in fitting.units:
-            fitting.fit(unit)
-        assert list(fitting.take("model.layers.1")) == ["model.layers.1.mlp.up_proj"]
+    shelf = Shelf()
+    fitting = Fitting(model, job, plan, shelf)
+    for unit in fitting.units:
+        fitting.fit(unit)
+    assert list(fitting.take("model.layers.1")) == ["model.layers.1.mlp.up_proj"]
 
 
 def test_targets_of_one_module_go_together(make_model):
