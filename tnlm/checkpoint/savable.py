@@ -10,6 +10,7 @@ from tnlm.checkpoint.entries import build
 from tnlm.checkpoint.naming import names_in
 from tnlm.checkpoint.tensors import check_values
 from tnlm.errors import CheckpointError, ModelError
+from tnlm.layers.peft_names import is_adapter
 
 if TYPE_CHECKING:  # whose import imports the plug-in
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def _check_bare(model: nn.Module) -> None:
                 "save the model first, and quantize it after loading"
             )
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
+        if is_adapter(module):
             raise ModelError(
                 f"{name or 'the model'} has an adapter of PEFT, which a directory of the whole "
                 "model cannot hold; save what merge_and_unload() returns, or the adapter alone "
