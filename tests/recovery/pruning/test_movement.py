@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_accumulated_gradients_count_once(kind, parts, model_of, data_of):
 
 def test_movement_leaves_lower_effective_ranks_than_magnitude(tiny_llama):
     """Of a model tuned to another task, pruned to the same share of entries."""
-    lower = []
+    ratios = []
     for seed in range(4):
         model = tiny_llama(seed=seed)
         targets = select(model, ["up_proj", "down_proj", "o_proj"]).targets
@@ -190,8 +191,10 @@ def test_movement_leaves_lower_effective_ranks_than_magnitude(tiny_llama):
         for target in targets:
             weight = target.weight(tuned)
             smallest = weight * highest(weight.abs(), 0.15)
-            lower.append(effective_rank(target.weight(moved)) < effective_rank(smallest))
-    assert sum(lower) > 0.8 * len(lower)
+            ratio = effective_rank(target.weight(moved)) / effective_rank(smallest)
+            ratios.append(math.log(ratio))
+    # By 2.5 % on the mean of 24 matrices; single ones differ with a kernel's rounding.
+    assert sum(ratios) / len(ratios) < -0.015
 
 
 def test_a_matrix_without_gradients_stays_whole(tiny_bert, word_tokenizer):
