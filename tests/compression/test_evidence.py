@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tnlm.calibration.store import Statistics
-from tnlm.compression.choices import Calibration
 from tnlm.compression.evidence import Evidence
 from tnlm.compression.gatherers.base import Found, by_module
 from tnlm.compression.request import make_request
@@ -15,15 +14,8 @@ from tnlm.targets.matrix import MatrixTarget
 
 MEASURES = measures()
 
-IDS = torch.arange(256) % 61 + 3
-DATA = Calibration(IDS, num_samples=4, max_length=32, gradient_samples=2)
 OUT, IN = 4, 3
-INPUTS_OF = ("moment", "mean", "magnitude")
 TARGET = MatrixTarget("a.q", "a.q", (OUT, IN))
-
-
-def request(scheme="svd", **arguments):
-    return make_request(scheme, **arguments)
 
 
 def evidence_of(metric, gaussian, *, silent=(), allocation="loss", **changes):
@@ -45,7 +37,7 @@ def evidence_of(metric, gaussian, *, silent=(), allocation="loss", **changes):
     store.put("a.q", ["a.q"], {name: value for name, value in found.items() if name != "movement"})
     sources = dict.fromkeys(found, by_module(store))
     sources["movement"] = Found(lambda target, name: {TARGET.name: found[name]}[target.name])
-    asked = request(metric=metric, allocation=allocation)
+    asked = make_request("svd", metric=metric, allocation=allocation)
     return Evidence(asked.measure, asked.damping, sources), found
 
 

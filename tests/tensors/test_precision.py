@@ -1,4 +1,4 @@
-"""What is stored in half precision is what the report tells of, and it is finite."""
+"""The report measures the factors as they are stored in half precision, and they are finite."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ Importance = dict[str, dict[str, Tensor]]
 def lora_gradient(
     A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, step: float = 0.0
 ) -> Tensor:
-    """Return what a LoRA tells of its matrix's gradient, ``g_B A + B g_A - step g_B g_A``.
+    """Return the gradient of the matrix that a LoRA adapts, ``g_B A + B g_A - step g_B g_A``.
 
     At ``step=1`` it is the change of the product in one step of descent,
     ``B A - (B - g_B)(A - g_A)``; at 0, its first order.

@@ -59,8 +59,8 @@ def load(
     except (TnlmError, OutOfMemoryError):
         raise
     except Exception as error:  # a config may hold anything, and lead anywhere in transformers
-        told = f"{type(error).__name__}: {shortened(error)}"
-        raise CheckpointError(f"cannot load {directory}: {told}") from error
+        cause = f"{type(error).__name__}: {shortened(error)}"
+        raise CheckpointError(f"cannot load {directory}: {cause}") from error
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:

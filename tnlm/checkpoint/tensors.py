@@ -163,7 +163,7 @@ def check_values(model: nn.Module, made: Collection[str]) -> None:
 def draw(model: nn.Module, name: str) -> None:
     """Start a tensor of a head that no file holds, as transformers starts new ones.
 
-    transformers itself draws what it knows, and leaves the rest as the memory was.
+    transformers initialises the modules it knows, and leaves the others as uninitialised memory.
 
     Raises:
         CheckpointError: if it is not in memory.

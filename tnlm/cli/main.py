@@ -231,8 +231,8 @@ def main() -> None:
     try:
         app()
     except TnlmError as error:
-        told = in_options(str(error), _options(sys.argv[1:]), sys.argv[1:])
-        failed = f"{type(error).__name__}: {told}\n"
+        message = in_options(str(error), _options(sys.argv[1:]), sys.argv[1:])
+        failed = f"{type(error).__name__}: {message}\n"
     if failed:  # what the error held is gone here, so that an open progress bar has ended its line
         sys.stderr.write(failed)
         sys.exit(1)

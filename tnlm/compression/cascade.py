@@ -77,7 +77,7 @@ def cascade(
         mode: ``"sequential"`` or ``"anchored"``.
         fit: called once a target, in the order in which they run.
         centered: anchor about the means, which a bias takes care of.
-        wanted: tells which of the targets are fitted; the others stay dense.
+        wanted: returns whether a target is fitted; the others stay dense.
         progress: show a progress bar.
 
     Raises:

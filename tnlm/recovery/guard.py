@@ -81,7 +81,7 @@ class GuardedTrainer(Trainer):
         return loss
 
     def _model_divides(self) -> bool | None:
-        """Tell whether the model's loss is a sum over the number of labels that it is told.
+        """Return whether the model divides its loss by the number of labels that it is given.
 
         Many models take any argument and then give the mean all the same: the Trainer would add up
         the means of the batches that it accumulates. None, the Trainer's own choice, if unknown.
@@ -95,10 +95,10 @@ class GuardedTrainer(Trainer):
         with torch.random.fork_rng(devices), eval_mode(model), torch.no_grad():
             batch = self._prepare_inputs(self.data_collator(rows))
             mean = model(**batch).loss
-            told = model(**batch, num_items_in_batch=2 * batch["labels"].numel()).loss
+            given = model(**batch, num_items_in_batch=2 * batch["labels"].numel()).loss
         if not bool(mean.isfinite()):
             return None
-        return not torch.equal(mean, told)
+        return not torch.equal(mean, given)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         model: Any = self.model  # typed as if it could be None

@@ -54,7 +54,7 @@ class Target(ABC):
         shape: ``(out, in)`` of the matrix.
         share: of the tokens that meet it: k of E for one of E experts.
         kind: what a format must be able to replace, e.g. ``"linear"``.
-        unmeasured: why data tells nothing of targets of this kind; empty if it does.
+        unmeasured: why calibration data cannot measure targets of this kind; empty if it can.
         whole: whether factors are stored whole, without an identity block.
     """
 

@@ -258,7 +258,7 @@ def _difference(
         if not _same(before[..., columns.to(before.device)], after):
             return f"what {hidden.reader} reads of one group depends on the others"
     if not _same(whole, output):
-        return f"not all that its output tells of the groups goes through {hidden.reader}"
+        return f"its output depends on the groups otherwise than through {hidden.reader}"
     return None
 
 

@@ -153,7 +153,7 @@ def bisect(enough: Callable[[int], bool], least: int, most: int) -> tuple[int, i
     """Double d until it is enough, then bisect on a logarithmic scale until the gap is small.
 
     Args:
-        enough: tells whether a d is enough; if it is, all larger ones are assumed to be.
+        enough: returns whether a d is enough; if it is, all larger ones are assumed to be.
         least: the smallest d that is possible.
         most: the largest d that is possible.
 
