@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.splits import balanced_split
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.tensors.gauge import ORDER
@@ -32,7 +32,7 @@ def spec_within(name: str, shape: Shape, keep: float) -> Any:
         rows, columns = (balanced_split(size, MODES[name]) for size in shape)
         options = {"out_split": rows, "in_split": columns}
     most = keep * shape[0] * shape[1]
-    found = get_format(name).candidates(shape, options, Budget(most, most))
+    found = get_format(name).candidates(shape, options, Ceiling(most, most))
     return found[0] if found else None
 
 

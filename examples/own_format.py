@@ -22,7 +22,7 @@ from torch import Tensor
 
 import tnlm
 from tnlm.decompositions.als import als
-from tnlm.decompositions.base import Budget, Format, Shape, matrix_shape
+from tnlm.decompositions.base import Ceiling, Format, Shape, matrix_shape
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.schemes.base import Scheme
@@ -73,7 +73,7 @@ class Heads(Format[HeadsSpec]):
         return als(self.network(matrix_shape(weight), spec), weight, metric, start).factors
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[HeadsSpec]:
         """Return the largest rank within the budget, for each number of groups allowed."""
         wanted = [options["heads"]] if options.get("heads") else [2, 4]
@@ -81,7 +81,7 @@ class Heads(Format[HeadsSpec]):
         for heads in (h for h in wanted if shape[0] % h == 0):
             ranks = range(min(shape[0] // heads, shape[1]), 0, -1)
             specs = (HeadsSpec(heads, rank) for rank in ranks)
-            found += [s for s in specs if budget.allows(self.network(shape, s))][:1]
+            found += [s for s in specs if ceiling.allows(self.network(shape, s))][:1]
         return found
 
     def within(
@@ -89,8 +89,8 @@ class Heads(Format[HeadsSpec]):
     ) -> Sequence[HeadsSpec]:
         """Return the smallest sizes, a twentieth apart, whose error is within the tolerance."""
         for step in range(1, 21):
-            budget = Budget(params=step / 20 * weight.numel())
-            specs = self.candidates(matrix_shape(weight), options, budget)
+            ceiling = Ceiling(params=step / 20 * weight.numel())
+            specs = self.candidates(matrix_shape(weight), options, ceiling)
             errors = self.errors(weight, metric, specs)
             good = [s for s, e in zip(specs, errors, strict=True) if e <= tolerance]
             if good:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tnlm.checkpoint.entries import build, dense_module
 from tnlm.decompositions import formats, get_format
-from tnlm.decompositions.base import Budget, from_dict, to_dict
+from tnlm.decompositions.base import Ceiling, from_dict, to_dict
 from tnlm.errors import OptionError, RankError
 from tnlm.layers import embedding
 from tnlm.layers.linear import FactorizedLinear
@@ -107,7 +107,7 @@ def cases(keep: float, shapes=SHAPES, count: int = 2) -> list[Case]:
     for name, structure in DROP_INS.items():
         for shape in shapes:
             for options in gauges(structure):
-                budget = Budget(keep * math.prod(shape))
+                budget = Ceiling(keep * math.prod(shape))
                 specs = list(structure.candidates(shape, options, budget))
                 found += [Case(name, shape, spec) for spec in spread(specs, count)]
     return found
@@ -234,7 +234,7 @@ def test_error_falls_as_ranks_grow(name, shape):
         specs = {
             spec
             for keep in (0.2, 0.4, 0.6, 0.8, 1.0, math.inf)
-            for spec in structure.candidates(shape, fixed, Budget(keep * math.prod(shape)))
+            for spec in structure.candidates(shape, fixed, Ceiling(keep * math.prod(shape)))
         }
         errors = {spec: structure.errors(weight, Metric(), [spec])[0] for spec in specs}
         for small in specs:
@@ -262,7 +262,7 @@ def test_candidates_are_within_their_budget(shape, keep, speed):
     for structure in DROP_INS.values():
         # Only what is stored is limited of a table: a lookup costs little.
         most = speed * total if "linear" in structure.kinds else math.inf
-        budget = Budget(keep * total, most)
+        budget = Ceiling(keep * total, most)
         for options in gauges(structure):
             for spec in structure.candidates(shape, options, budget):
                 network = structure.network(shape, spec)
@@ -352,7 +352,7 @@ def test_ranks_beyond_the_matrix_are_refused(case):
 def test_splits_that_the_matrix_cannot_have_are_refused(name, side, split):
     structure, weight = get_format(name), weight_of((12, 8))
     with pytest.raises(RankError, match=side):
-        structure.candidates((12, 8), {side: split}, Budget())
+        structure.candidates((12, 8), {side: split}, Ceiling())
     with pytest.raises(RankError, match=side):
         structure.within(weight, Metric(), {side: split}, 0.1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tnlm.decompositions import formats, get_format
-from tnlm.decompositions.base import Budget, from_dict
+from tnlm.decompositions.base import Ceiling, from_dict
 from tnlm.metrics.named import measures
 from tnlm.schemes import schemes
 from tnlm.tensors.contraction import chain
@@ -116,7 +116,7 @@ def test_tensor_ring(out, inp, ranks):
 
 def test_how_far_a_ring_is_from_the_size_asked_for():
     form, dense = get_format("tensor-ring"), 576 * 576
-    found = form.candidates((576, 576), {}, Budget(0.8 * dense, dense))
+    found = form.candidates((576, 576), {}, Ceiling(0.8 * dense, dense))
     kept = {spec.ranks[0]: form.network((576, 576), spec).params / dense for spec in found}
     page = (DOCS / "schemes" / "tr.md").read_text()
     assert f"{kept[1]:.4f}" in page

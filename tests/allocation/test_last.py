@@ -8,7 +8,7 @@ from torch import nn
 from tnlm.allocation.base import Limits, Problem
 from tnlm.allocation.last import ALLOCATION, schedule
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.errors import BudgetError
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import total
@@ -61,7 +61,7 @@ def test_the_published_ranks_of_a_7b_llama(share, attention, feed_forward):
         (11008, 4096): feed_forward,
         (4096, 11008): feed_forward,
     }.items():
-        budget = Budget(share * shape[0] * shape[1])
+        budget = Ceiling(share * shape[0] * shape[1])
         (spec,) = structure.candidates(shape, {"gauge": False}, budget)
         assert spec.rank == rank
 
@@ -97,7 +97,7 @@ def test_only_the_last_blocks_are_cut_evenly(blocks):
     cut = [layer.format is not None for layer in found]
     assert cut == [False] * (5 - last) + [True] * last
     ranks = {layer.spec["rank"] for layer in found[5 - last :]}
-    (largest,) = get_format("low-rank").candidates((12, 12), {}, Budget(share * 144))
+    (largest,) = get_format("low-rank").candidates((12, 12), {}, Ceiling(share * 144))
     assert ranks == {largest.rank}
     assert total(layer.after for layer in found).params <= 0.8 * 5 * 144
     assert found[0].note or blocks == 5

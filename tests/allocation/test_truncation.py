@@ -11,7 +11,7 @@ from torch import nn
 from tnlm.allocation.base import Limits, Problem
 from tnlm.allocation.truncation import ALLOCATION, MOST, shares
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 from tnlm.plans.plan import total
@@ -100,7 +100,7 @@ def test_the_loss_is_the_sum_of_the_singular_values_left_out(gaussian):
     found = [layer for layer in ALLOCATION.allocate(problem) if layer.shape == (24, 20)]
 
     def largest(keep):
-        budget = Budget(math.floor(keep * 480 + 1e-9))
+        budget = Ceiling(math.floor(keep * 480 + 1e-9))
         return get_format("low-rank").candidates((24, 20), {}, budget)[0].rank
 
     left = [

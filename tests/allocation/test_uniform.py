@@ -14,7 +14,7 @@ from tnlm.allocation.base import Limits
 from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import decide
 from tnlm.decompositions import formats, get_format
-from tnlm.decompositions.base import Budget, from_dict, to_dict
+from tnlm.decompositions.base import Ceiling, from_dict, to_dict
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.targets.matrix import MatrixTarget
@@ -61,7 +61,7 @@ def test_no_matrix_costs_more_than_asked_nor_as_much_as_dense(shape, keep, speed
 def test_the_spec_of_least_error_is_chosen(name, gaussian):
     weight = gaussian(12, 10)
     layer, structure = plan(weight, name, keep=0.7, predict=True), get_format(name)
-    specs = structure.candidates((12, 10), {}, Budget(params=84, macs=120))
+    specs = structure.candidates((12, 10), {}, Ceiling(params=84, macs=120))
     errors = [structure.errors(weight, Metric(), [spec])[0] for spec in specs]
     assert layer.error == pytest.approx(min(errors), abs=1e-9)
     assert errors[[to_dict(spec) for spec in specs].index(dict(layer.spec))] == layer.error

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tnlm.allocation.unseen import NEAR, roomiest
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.kronecker import KroneckerSpec
 from tnlm.errors import OptionError
 from tnlm.tensors.costs import macs, max_rank
@@ -24,7 +24,7 @@ FORMATS = ("low-rank", "kronecker", "tucker", "tensor-train", "block-train", "kr
 @given(st.sampled_from([(12, 8), (8, 18), (16, 16)]), st.floats(0.2, 0.95), st.integers(0, 99))
 def test_the_smallest_cut_is_the_rank_of_random_factors(name, shape, share, seed):
     structure = get_format(name)
-    specs = structure.candidates(shape, {"gauge": False}, Budget(share * math.prod(shape)))
+    specs = structure.candidates(shape, {"gauge": False}, Ceiling(share * math.prod(shape)))
     for spec in specs[:8]:
         network = structure.network(shape, spec)
         factors = gaussian(network, 1.0, torch.Generator().manual_seed(seed))
@@ -35,7 +35,7 @@ def test_the_smallest_cut_is_the_rank_of_random_factors(name, shape, share, seed
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_choice_is_large_and_of_the_highest_rank_among_the_large(name):
     shape, structure = (48, 64), get_format(name)
-    specs = structure.candidates(shape, {"gauge": False}, Budget(0.3 * math.prod(shape)))
+    specs = structure.candidates(shape, {"gauge": False}, Ceiling(0.3 * math.prod(shape)))
     networks = [structure.network(shape, spec) for spec in specs]
     best = structure.network(shape, roomiest(shape, structure, specs))
     large = [n for n in networks if n.params >= NEAR * max(n.params for n in networks)]
@@ -47,7 +47,7 @@ def test_the_choice_is_large_and_of_the_highest_rank_among_the_large(name):
 
 def test_a_sum_of_kronecker_products_is_no_low_rank_in_disguise():
     shape, structure = (64, 64), get_format("kronecker")
-    specs = structure.candidates(shape, {"gauge": False}, Budget(0.25 * 64**2, 64**2))
+    specs = structure.candidates(shape, {"gauge": False}, Ceiling(0.25 * 64**2, 64**2))
     assert any((s.out_split, s.in_split) == ((64, 1), (1, 64)) for s in specs)
     assert max_rank(structure.network(shape, roomiest(shape, structure, specs))) == 64
 

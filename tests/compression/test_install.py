@@ -19,11 +19,15 @@ IDS = torch.arange(12)[None] + 3
 
 def fail(model, error, *names, meanwhile=lambda: None):
     """Replace modules by others that do nothing, and fail."""
-    with Swap(model) as swap:
+    swap = Swap(model)
+
+    def work():
         for name in names:
             swap.replace(name, nn.Linear(1, 1))
         meanwhile()
         raise error
+
+    attempt(work, swap.undo)
 
 
 @pytest.fixture
@@ -36,8 +40,7 @@ def scratch(tmp_path, monkeypatch):
 def test_a_swap_that_succeeds_keeps_the_new_modules(scratch):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     old = model[1].weight.clone()
-    with Swap(model) as swap:
-        swap.replace("0", nn.Identity())
+    Swap(model).replace("0", nn.Identity())
     assert isinstance(model[0], nn.Identity)
     assert torch.equal(model[1].weight, old)
     assert not list(scratch.iterdir())
@@ -46,11 +49,11 @@ def test_a_swap_that_succeeds_keeps_the_new_modules(scratch):
 def test_replaced_weights_wait_in_a_file(scratch):
     model = nn.Sequential(nn.Linear(30, 30))
     weight = model[0].weight
-    with Swap(model) as swap:
-        swap.replace("0", nn.Identity())
-        assert weight.numel() == 0
-        assert os.fstat(swap._spill._file.fileno()).st_size == 4 * 900
-        assert not list(scratch.iterdir())  # it has no name, and ends with the process
+    swap = Swap(model)
+    swap.replace("0", nn.Identity())
+    assert weight.numel() == 0
+    assert os.fstat(swap._spill._file.fileno()).st_size == 4 * 900
+    assert not list(scratch.iterdir())  # it has no name, and ends with the process
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 import tnlm
 from tnlm.decompositions import block_train, get_format
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.block_train import FORMAT, BlockTrainSpec
 from tnlm.errors import RankError
 from tnlm.layers.linear import FactorizedLinear
@@ -148,7 +148,7 @@ def test_only_the_most_promising_are_measured(gaussian, monkeypatch):
 )
 def test_one_more_rank_would_break_the_budget(shape, keep, speed):
     total = math.prod(shape)
-    budget = Budget(keep * total, speed * total)
+    budget = Ceiling(keep * total, speed * total)
     found = FORMAT.candidates(shape, {}, budget)
     assert len(set(found)) == len(found) <= block_train.SPLITS
     assert bool(found) == (min(keep, speed) * total >= sum(shape))
@@ -161,7 +161,7 @@ def test_one_more_rank_would_break_the_budget(shape, keep, speed):
 
 
 def test_square_blocks_come_first():
-    found = FORMAT.candidates((96, 64), {}, Budget(0.5 * 96 * 64))
+    found = FORMAT.candidates((96, 64), {}, Ceiling(0.5 * 96 * 64))
     aspects = [spec.out_split[0] / spec.in_split[1] for spec in found]
     assert aspects[:2] == [1.0, 1.0]
     assert [max(x, 1 / x) for x in aspects] == sorted(max(x, 1 / x) for x in aspects)
@@ -169,13 +169,13 @@ def test_square_blocks_come_first():
 
 def test_options_fix_fields_of_the_spec(gaussian):
     options = {"rank": 2, "out_split": [4, 3], "in_split": (2, 4)}
-    assert FORMAT.candidates((12, 8), options, Budget()) == [BlockTrainSpec(2, (4, 3), (2, 4))]
-    assert FORMAT.candidates((12, 8), options, Budget(params=10)) == []
+    assert FORMAT.candidates((12, 8), options, Ceiling()) == [BlockTrainSpec(2, (4, 3), (2, 4))]
+    assert FORMAT.candidates((12, 8), options, Ceiling(params=10)) == []
     # Small blocks are left out unless they are asked for.
     small = BlockTrainSpec(2, (2, 24), (24, 2))
     asked = {"out_split": small.out_split, "in_split": small.in_split}
-    assert FORMAT.candidates((48, 48), asked, Budget()) == [small]
-    assert small not in FORMAT.candidates((48, 48), {}, Budget())
+    assert FORMAT.candidates((48, 48), asked, Ceiling()) == [small]
+    assert small not in FORMAT.candidates((48, 48), {}, Ceiling())
     splits = [(s.out_split, s.in_split) for s in FORMAT.within(gaussian(48, 48), Metric(), {}, 0.5)]
     assert len(splits) == block_train.SPLITS
     assert ((2, 24), (24, 2)) not in splits
@@ -192,7 +192,7 @@ def test_options_fix_fields_of_the_spec(gaussian):
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(RankError, match=message):
-        FORMAT.candidates((6, 4), options, Budget())
+        FORMAT.candidates((6, 4), options, Ceiling())
 
 
 @pytest.mark.parametrize(

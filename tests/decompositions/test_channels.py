@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.channels import FORMAT, ChannelsSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
@@ -150,12 +150,12 @@ def test_a_tolerance_is_met_with_no_channel_to_spare(tolerance, hidden, weight):
 
 
 def test_candidates_are_the_largest_width_or_the_one_asked_for():
-    assert FORMAT.candidates((12, 5), {}, Budget(34)) == [ChannelsSpec(6)]
-    assert FORMAT.candidates((12, 5), {}, Budget(34, macs=20)) == [ChannelsSpec(4)]
-    assert FORMAT.candidates((12, 5), {}, Budget()) == [ChannelsSpec(12)]
-    assert FORMAT.candidates((12, 5), {"width": 3}, Budget(34)) == [ChannelsSpec(3)]
-    assert FORMAT.candidates((12, 5), {"width": 7}, Budget(34)) == []
-    assert FORMAT.candidates((12, 5), {}, Budget(4)) == []
+    assert FORMAT.candidates((12, 5), {}, Ceiling(34)) == [ChannelsSpec(6)]
+    assert FORMAT.candidates((12, 5), {}, Ceiling(34, macs=20)) == [ChannelsSpec(4)]
+    assert FORMAT.candidates((12, 5), {}, Ceiling()) == [ChannelsSpec(12)]
+    assert FORMAT.candidates((12, 5), {"width": 3}, Ceiling(34)) == [ChannelsSpec(3)]
+    assert FORMAT.candidates((12, 5), {"width": 7}, Ceiling(34)) == []
+    assert FORMAT.candidates((12, 5), {}, Ceiling(4)) == []
     assert FORMAT.curve(torch.ones(12, 5), Metric(), {"width": 3}, 1e9)[0][0] == ChannelsSpec(3)
 
 

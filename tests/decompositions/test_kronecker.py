@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tnlm.decompositions import kronecker
 from tnlm.decompositions.als import als
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.kronecker import FORMAT, KroneckerSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Elementwise, InputMoment, Metric
@@ -38,7 +38,7 @@ def test_a_planted_sum_is_found_among_all_splits_and_recovered(split, terms, see
     out, inp = split
     weight = planted(gaussian, terms, out, inp, seed)
     # At half the parameters no split is exact for every matrix.
-    specs = FORMAT.candidates(tuple(weight.shape), {"terms": terms}, Budget(weight.numel() / 2))
+    specs = FORMAT.candidates(tuple(weight.shape), {"terms": terms}, Ceiling(weight.numel() / 2))
     assert len(specs) > 5
     error, found = best(weight, specs)
     assert (found.out_split, found.in_split, found.terms) == (out, inp, terms)
@@ -51,7 +51,7 @@ def test_a_planted_sum_is_found_on_a_sample(gaussian, monkeypatch):
     # As for a large matrix: 2304 entries, of which each split is screened on some 300.
     monkeypatch.setattr(kronecker, "SCREEN_ENTRIES", 300)
     weight = planted(gaussian, 2, (6, 8), (4, 12), seed=0) + 0.1 * gaussian(48, 48, seed=2)
-    specs = FORMAT.candidates((48, 48), {"terms": 2}, Budget(weight.numel() / 2))
+    specs = FORMAT.candidates((48, 48), {"terms": 2}, Ceiling(weight.numel() / 2))
     assert best(weight, specs)[1].out_split == (6, 8)
 
 
@@ -63,7 +63,7 @@ def test_a_planted_sum_is_found_on_a_sample(gaussian, monkeypatch):
 )
 def test_screening_misses_nothing_on_small_matrices(rows, columns, keep, seed, gaussian):
     weight = gaussian(rows, columns, seed=seed)
-    specs = FORMAT.candidates((rows, columns), {}, Budget(keep * rows * columns))
+    specs = FORMAT.candidates((rows, columns), {}, Ceiling(keep * rows * columns))
     exhaustive = [FORMAT.errors(weight, Metric(), [spec])[0] for spec in specs]
     screened = FORMAT.errors(weight, Metric(), specs)
     finite = [error for error in screened if error < math.inf]
@@ -118,7 +118,7 @@ def test_the_error_is_the_tail_of_the_rearranged_matrix(out, inp, part, seed, ga
 )
 def test_one_more_term_would_break_the_budget(rows, columns, keep, speed, gauge):
     shape, total = (rows, columns), rows * columns
-    budget = Budget(keep * total, speed * total)
+    budget = Ceiling(keep * total, speed * total)
     specs = FORMAT.candidates(shape, {"gauge": gauge}, budget)
     found = {(spec.out_split, spec.in_split): spec for spec in specs}
     for out in divisor_pairs(rows):
@@ -131,13 +131,13 @@ def test_one_more_term_would_break_the_budget(rows, columns, keep, speed, gauge)
 
 def test_options_fix_fields_of_the_spec():
     options = {"terms": 3, "out_split": [4, 3], "in_split": (2, 4), "gauge": False}
-    specs = FORMAT.candidates((12, 8), options, Budget())
+    specs = FORMAT.candidates((12, 8), options, Ceiling())
     assert specs == [KroneckerSpec(3, (4, 3), (2, 4), gauge=False)]
-    assert FORMAT.candidates((12, 8), options, Budget(params=10)) == []
+    assert FORMAT.candidates((12, 8), options, Ceiling(params=10)) == []
 
 
 def test_the_default_is_never_slower_than_dense():
-    for spec in FORMAT.candidates((64, 48), {"terms": 4}, Budget(0.8 * 64 * 48, 64 * 48)):
+    for spec in FORMAT.candidates((64, 48), {"terms": 4}, Ceiling(0.8 * 64 * 48, 64 * 48)):
         assert macs(FORMAT.network((64, 48), spec)) <= 64 * 48
 
 
@@ -152,7 +152,7 @@ def test_the_default_is_never_slower_than_dense():
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(RankError, match=message):
-        FORMAT.candidates((6, 4), options, Budget())
+        FORMAT.candidates((6, 4), options, Ceiling())
 
 
 def test_more_terms_than_a_split_has_are_refused():
@@ -204,7 +204,7 @@ def test_terms_stay_orthogonal_and_balanced_under_data(gaussian):
 def test_under_data_screening_finds_the_best_split(gaussian):
     metric = Metric(Side(moment(gaussian, 16)), Side(moment(gaussian, 24, seed=3)))
     weight = gaussian(16, 24, seed=5)
-    specs = FORMAT.candidates((16, 24), {}, Budget(0.5 * weight.numel()))
+    specs = FORMAT.candidates((16, 24), {}, Ceiling(0.5 * weight.numel()))
     exhaustive = [FORMAT.errors(weight, metric, [spec])[0] for spec in specs]
     screened = FORMAT.errors(weight, metric, specs)
     assert len(specs) > kronecker.FINALISTS

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import tnlm
 from tnlm.decompositions import low_rank
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.kronecker_rows import FORMAT, KroneckerRowsSpec
 from tnlm.errors import OptionError, RankError
 from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
@@ -66,7 +66,7 @@ def test_pieces_of_one_number_are_exact_and_never_proposed(gaussian):
     spec = KroneckerRowsSpec(1, (6, 1))  # KnGPT2's rule with f = 1
     torch.testing.assert_close(fitted(table, spec), table)
     assert FORMAT.network((9, 6), spec).params == 9 * 6 + 1
-    splits = [spec.in_split for spec in FORMAT.candidates((9, 6), {}, Budget())]
+    splits = [spec.in_split for spec in FORMAT.candidates((9, 6), {}, Ceiling())]
     assert splits == [(1, 6), (2, 3), (3, 2)]
     assert [s.in_split for s in FORMAT.within(table, Metric(), {}, 0.1)] == splits
 
@@ -86,7 +86,7 @@ def test_lookups_and_logits_are_those_of_the_table(rows, outer, inner, part, see
 
 @given(rows=sizes, width=st.integers(1, 12), keep=st.floats(0, 1.5))
 def test_no_more_terms_would_fit(rows, width, keep):
-    budget = Budget(keep * rows * width)
+    budget = Ceiling(keep * rows * width)
     found = FORMAT.candidates((rows, width), {}, budget)
     for spec in found:
         numbers = rows * spec.in_split[0] + spec.in_split[1]
@@ -102,7 +102,7 @@ def test_no_more_terms_would_fit(rows, width, keep):
 
 def test_options_fix_the_spec():
     def specs(budget=2000, **options):
-        return FORMAT.candidates((100, 24), options, Budget(budget))
+        return FORMAT.candidates((100, 24), options, Ceiling(budget))
 
     assert specs(terms=1, in_split=[12, 2]) == [KroneckerRowsSpec(1, (12, 2))]
     assert specs(in_split=[6, 4]) == [KroneckerRowsSpec(3, (6, 4))]
@@ -121,7 +121,7 @@ def test_options_fix_the_spec():
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(RankError, match=message):
-        FORMAT.candidates((100, 24), options, Budget())
+        FORMAT.candidates((100, 24), options, Ceiling())
 
 
 def test_a_spec_of_other_than_two_sizes_is_refused():

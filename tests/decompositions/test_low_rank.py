@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.low_rank import FORMAT, LowRankSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Elementwise, InputMoment, Metric
@@ -120,7 +120,7 @@ def test_gauge_fixed_equals_ungauged(m, n, part, count, seed, gaussian):
 
 @given(m=st.integers(1, 30), n=st.integers(1, 30), keep=st.floats(0.05, 1), gauge=st.booleans())
 def test_one_rank_more_would_break_the_budget(m, n, keep, gauge):
-    budget = Budget(keep * m * n, m * n)
+    budget = Ceiling(keep * m * n, m * n)
     specs = FORMAT.candidates((m, n), {"gauge": gauge}, budget)
     rank = specs[0].rank if specs else 0
     if rank < min(m, n):
@@ -140,10 +140,10 @@ def test_a_tolerance_takes_the_smallest_rank(m, n, tolerance, count, seed, gauss
 
 
 def test_a_rank_that_is_asked_for_is_taken_or_refused():
-    assert FORMAT.candidates((6, 4), {"rank": 3}, Budget()) == [LowRankSpec(3)]
-    assert FORMAT.candidates((6, 4), {"rank": 3}, Budget(params=20)) == []
+    assert FORMAT.candidates((6, 4), {"rank": 3}, Ceiling()) == [LowRankSpec(3)]
+    assert FORMAT.candidates((6, 4), {"rank": 3}, Ceiling(params=20)) == []
     with pytest.raises(RankError, match="rank=5; a 6x4 matrix allows 1 to 4"):
-        FORMAT.candidates((6, 4), {"rank": 5}, Budget())
+        FORMAT.candidates((6, 4), {"rank": 5}, Ceiling())
 
 
 @given(m=sizes, n=sizes, part=parts, seed=seeds)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tnlm.decompositions import tensor_ring, tensor_train
 from tnlm.decompositions.als import als
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.tensor_ring import FORMAT, TensorRingSpec
 from tnlm.decompositions.whitening import closed_form
 from tnlm.errors import RankError
@@ -167,7 +167,7 @@ def test_bonds_too_wide_for_least_squares_keep_their_tr_svd(gaussian, monkeypatc
 
 def test_options_fix_the_spec():
     def specs(**options):
-        return FORMAT.candidates((12, 8), options, Budget())
+        return FORMAT.candidates((12, 8), options, Ceiling())
 
     assert {spec.ranks[0] for spec in specs()} == {1, 2, 4}
     assert {spec.ranks for spec in specs(ranks=[2])} == {(1, 2, 2), (2, 2, 2)}
@@ -190,4 +190,4 @@ def test_options_fix_the_spec():
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(RankError):
-        FORMAT.candidates((12, 8), options, Budget())
+        FORMAT.candidates((12, 8), options, Ceiling())

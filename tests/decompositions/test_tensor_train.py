@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tnlm.decompositions import kronecker
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.tensor_train import FORMAT, TensorTrainSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Elementwise, InputMoment, Metric
@@ -118,7 +118,7 @@ def test_within_takes_two_cores_at_the_tail_itself(gaussian):
 
 def test_options_fix_the_spec():
     def specs(**options):
-        return FORMAT.candidates((12, 8), options, Budget())
+        return FORMAT.candidates((12, 8), options, Ceiling())
 
     assert {len(spec.out_split) for spec in specs()} == {2, 3}
     assert {spec.ranks for spec in specs(ranks=[2])} == {(2,), (2, 2)}
@@ -139,7 +139,7 @@ def test_options_fix_the_spec():
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(RankError):
-        FORMAT.candidates((12, 8), options, Budget())
+        FORMAT.candidates((12, 8), options, Ceiling())
 
 
 def uneven(gaussian, size, seed=0):

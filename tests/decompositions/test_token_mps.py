@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train
 
 from tnlm.decompositions import token_mps
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.token_mps import FORMAT, TokenMPSSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
@@ -105,7 +105,7 @@ def test_rows_of_low_rank_and_zero_rows_are_kept(gaussian):
 
 def test_options_fix_the_spec():
     def specs(**options):
-        return FORMAT.candidates((100, 24), options, Budget(2000))
+        return FORMAT.candidates((100, 24), options, Ceiling(2000))
 
     assert {spec.in_split for spec in specs()} == {(2, 2, 2, 3), (2, 3, 4), (4, 6)}
     assert {spec.ranks for spec in specs(ranks=[1])} == {(1,), (1, 1), (1, 1, 1)}
@@ -119,4 +119,4 @@ def test_options_fix_the_spec():
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(RankError):
-        FORMAT.candidates((100, 24), options, Budget())
+        FORMAT.candidates((100, 24), options, Ceiling())

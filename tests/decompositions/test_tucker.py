@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensorly.decomposition import tucker as tensorly_tucker
 
 from tnlm.decompositions import hooi
-from tnlm.decompositions.base import Budget, as_tensor
+from tnlm.decompositions.base import Ceiling, as_tensor
 from tnlm.decompositions.tucker import FORMAT, TuckerSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Elementwise, InputMoment, Metric
@@ -142,7 +142,7 @@ def test_a_tolerance_gives_ranks_that_the_other_modes_support():
 
 def test_options_fix_the_spec():
     def specs(**options):
-        return FORMAT.candidates((12, 8), options, Budget(200))
+        return FORMAT.candidates((12, 8), options, Ceiling(200))
 
     assert {len(spec.ranks) for spec in specs()} == {3, 4}
     assert specs(out_split=(12,), in_split=(8,))[0].ranks == (8, 8)
@@ -163,7 +163,7 @@ def test_options_fix_the_spec():
 )
 def test_impossible_ranks_are_refused(options):
     with pytest.raises(RankError, match="ranks="):
-        FORMAT.candidates((12, 8), options, Budget())
+        FORMAT.candidates((12, 8), options, Ceiling())
 
 
 def uneven(gaussian, size, seed=0):

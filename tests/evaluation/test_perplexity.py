@@ -7,8 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from tnlm.calibration.data import token_batches
+from tnlm.calibration.loss import make_tasks
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation import perplexity
+from tnlm.evaluation.perplexity import batch_perplexity
 
 
 def reference(model, ids):
@@ -25,6 +28,18 @@ def test_protocol_equals_the_formula(tiny_llama, word_tokenizer, word_text):
     assert result.loss == pytest.approx(reference(model, ids), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert (result.window, result.windows, result.tokens) == (16, 3, 45)
+
+
+def test_rows_of_ids_have_the_perplexity_of_the_text_they_make(
+    tiny_llama, word_tokenizer, word_text
+):
+    model, text = tiny_llama(), word_text(48)
+    ids = torch.tensor(word_tokenizer(text)["input_ids"]).reshape(3, 16)
+    tasks = make_tasks(model, token_batches(ids, max_length=16, num_samples=3), "data")
+    expected = perplexity(model, text, word_tokenizer, window=16).perplexity
+    assert batch_perplexity(model, tasks) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(EvaluationError, match="nothing to predict"):
+        batch_perplexity(model, [])
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tiny_gpt2, word_tokenizer, word_text):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import tnlm
 from tnlm.decompositions import formats
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.linear import FactorizedLinear
@@ -47,7 +47,7 @@ def networks(kind: str) -> dict[str, Network]:
         gauged = any(field.name == "gauge" for field in dataclasses.fields(structure.spec))
         for gauge in [True, False] if gauged and kind == "linear" else [False]:
             chosen = {"gauge": gauge} if gauged else {}
-            specs = structure.candidates(SHAPE, chosen, Budget(0.8 * math.prod(SHAPE)))
+            specs = structure.candidates(SHAPE, chosen, Ceiling(0.8 * math.prod(SHAPE)))
             made = structure.network(SHAPE, specs[len(specs) // 2])
             found[name + "-gauge" * gauge] = made
     return found

@@ -111,7 +111,7 @@ def test_a_negative_bound_is_refused():
 @given(st.sampled_from(["kronecker", "tensor-train", "tucker", "block-train", "low-rank"]))
 def test_a_crossing_is_where_the_rebuilt_weight_gets_cheaper(name):
     structure, shape = get_format(name), (96, 64)
-    for spec in structure.candidates(shape, {}, tnlm.decompositions.base.Budget(3000))[:3]:
+    for spec in structure.candidates(shape, {}, tnlm.decompositions.base.Ceiling(3000))[:3]:
         network = structure.network(shape, spec)
         plan = chain(network)
         tokens = crossing(network, plan, FAST, 4)

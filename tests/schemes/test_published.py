@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config
 
 from tnlm.allocation.last import schedule
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.kronecker import KroneckerSpec
 from tnlm.decompositions.low_rank import LowRankSpec
 from tnlm.decompositions.token_mps import TokenMPSSpec
@@ -40,7 +40,7 @@ def compressed_count(total, targets, network_of):
 def kept(scheme, shape, share):
     """Return the specs that a scheme tries for a matrix that keeps a share of its numbers."""
     structure, options = get_format(scheme.formats[0]), dict(scheme.defaults)
-    return structure.candidates(shape, options, Budget(math.floor(share * math.prod(shape))))
+    return structure.candidates(shape, options, Ceiling(math.floor(share * math.prod(shape))))
 
 
 # ALBERT, table 3 and the text
@@ -115,7 +115,7 @@ def test_kngpt2_halves_the_odd_blocks_of_gpt2():
 def kept_rows(shape, scheme):
     """Return the largest specs of a scheme's table: those that keep about half of it."""
     structure, most = get_format("kronecker-rows"), scheme.keep_targets * math.prod(shape)
-    specs = structure.candidates(shape, dict(scheme.defaults), Budget(most))
+    specs = structure.candidates(shape, dict(scheme.defaults), Ceiling(most))
     return [s for s in specs if structure.network(shape, s).params > 0.4 * math.prod(shape)]
 
 

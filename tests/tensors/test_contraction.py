@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.decompositions import formats
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.errors import RankError
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.tensors.contraction import chain, pairwise
@@ -122,7 +122,7 @@ def test_no_chain_that_opt_einsum_finds_is_cheaper(shape, keep):
     for structure in formats().values():
         if "linear" in structure.kinds:
             options = {"gauge": False}  # opt_einsum knows no gauge
-            for spec in structure.candidates(shape, options, Budget(keep * math.prod(shape))):
+            for spec in structure.candidates(shape, options, Ceiling(keep * math.prod(shape))):
                 network = structure.network(shape, spec)
                 price, is_chain = best_path(network)
                 assert not is_chain or chain(network).macs <= price

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.kronecker import KroneckerSpec
 from tnlm.tensors.gauge import expand, fix
 from tnlm.tensors.gaussian import gaussian
@@ -39,7 +39,7 @@ def test_variances_of_factors_times_paths_are_that_of_the_product(rows, rank, co
 def test_the_product_has_the_standard_deviation_asked_for(name, share):
     shape = (192, 160)
     structure = get_format(name)
-    for spec in structure.candidates(shape, {"gauge": False}, Budget(share * math.prod(shape))):
+    for spec in structure.candidates(shape, {"gauge": False}, Ceiling(share * math.prod(shape))):
         factors = gaussian(structure.network(shape, spec), 0.02, seeded())
         rebuilt = structure.reconstruct(shape, spec, factors)
         assert float(rebuilt.std()) == pytest.approx(0.02, rel=0.05), spec

@@ -13,7 +13,7 @@ from torch import Tensor
 from tnlm.allocation.base import Allocation, Limits, Problem
 from tnlm.allocation.unseen import roomiest
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget, Format, from_dict, to_dict
+from tnlm.decompositions.base import Ceiling, Format, from_dict, to_dict
 from tnlm.errors import OptionError
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
@@ -138,7 +138,7 @@ def _specs(
     return [spec for spec in found if budget.allows(structure.network(target.shape, spec))]
 
 
-def _budget(target: Target, limits: Limits, extra: int) -> Budget:
+def _budget(target: Target, limits: Limits, extra: int) -> Ceiling:
     keep = 1.0 if limits.tolerance is not None else limits.keep
     return target.budget(keep, limits.max_macs, unit=limits.unit, extra=extra)
 

@@ -30,7 +30,7 @@ the network: they are left out of files at their defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Budget:
+class Ceiling:
     """The most that one matrix may cost: numbers stored, and multiply-adds per token."""
 
     params: float = math.inf
@@ -78,13 +78,13 @@ class Format(ABC, Generic[S]):
         """Return every factor in full, float64, as near to ``weight`` as the format knows how."""
 
     @abstractmethod
-    def candidates(self, shape: Shape, options: Mapping[str, Any], budget: Budget) -> Sequence[S]:
+    def candidates(self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling) -> Sequence[S]:
         """Return the largest specs within a budget that agree with the options given.
 
         Args:
             shape: ``(out, in)``.
             options: values of some fields of the spec.
-            budget: what the matrix may cost.
+            ceiling: the most that the matrix may cost.
         """
 
     @abstractmethod
@@ -114,8 +114,8 @@ class Format(ABC, Generic[S]):
         """
         found = []
         for keep in KEEPS:
-            budget = Budget(keep * weight.numel(), macs)
-            specs = self.candidates(matrix_shape(weight), options, budget)
+            ceiling = Ceiling(keep * weight.numel(), macs)
+            specs = self.candidates(matrix_shape(weight), options, ceiling)
             if specs:
                 errors = self.errors(weight, metric, specs)
                 best = least(errors, EXACT)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tnlm.decompositions.als import SWEEPS, als
 from tnlm.decompositions.base import (
-    Budget,
+    Ceiling,
     Format,
     Shape,
     as_tensor,
@@ -107,13 +107,13 @@ class BlockTrain(Format[BlockTrainSpec]):
         return als(network, weight, metric, factors, sweeps=sweeps).factors
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[BlockTrainSpec]:
         """Return, for the squarest blocks, the rank asked for or the most the budget allows."""
         found = [
             spec
             for splits in _splits(shape, options)
-            if (spec := self._largest(shape, splits, options, budget)) is not None
+            if (spec := self._largest(shape, splits, options, ceiling)) is not None
         ]
         if not found and options.get("rank") is not None:
             most = max(min(a, d) for (a, _), (_, d) in _splits(shape, options))
@@ -125,11 +125,15 @@ class BlockTrain(Format[BlockTrainSpec]):
         return found[:SPLITS]
 
     def _largest(
-        self, shape: Shape, splits: tuple[Split, Split], options: Mapping[str, Any], budget: Budget
+        self,
+        shape: Shape,
+        splits: tuple[Split, Split],
+        options: Mapping[str, Any],
+        ceiling: Ceiling,
     ) -> BlockTrainSpec | None:
         (a, b), (c, d) = splits
         numbers = b * c * (a + d)  # stored, and multiplied by, for each unit of the rank
-        most = int(min(a, d, budget.params // numbers, budget.macs // numbers))
+        most = int(min(a, d, ceiling.params // numbers, ceiling.macs // numbers))
         rank = options.get("rank") or most
         narrow = rank * b * c <= _most_between(shape, options)
         return BlockTrainSpec(rank, *splits) if 1 <= rank <= most and narrow else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.decompositions.base import Budget, Format, Shape, matrix_shape
+from tnlm.decompositions.base import Ceiling, Format, Shape, matrix_shape
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.network import Factors, Network
@@ -74,10 +74,10 @@ class Channels(Format[ChannelsSpec]):
         return {"kept": kept, "rows": rows}
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[ChannelsSpec]:
         """Return the width asked for, or the largest within the budget for the rows."""
-        most = int(min(budget.params, budget.macs, math.prod(shape)) // shape[1])
+        most = int(min(ceiling.params, ceiling.macs, math.prod(shape)) // shape[1])
         width = options.get("width") or most
         return [ChannelsSpec(width)] if 1 <= width <= most else []
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
-    Budget,
+    Ceiling,
     Format,
     Shape,
     as_tensor,
@@ -104,27 +104,31 @@ class Kronecker(Format[KroneckerSpec]):
         return factors if is_plain(metric) else _balanced(factors)
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[KroneckerSpec]:
         """Return, for every split, the terms asked for or the most that the budget allows."""
         found = [
             spec
             for splits in _splits(shape, options)
-            if (spec := self._largest(shape, splits, options, budget)) is not None
+            if (spec := self._largest(shape, splits, options, ceiling)) is not None
         ]
         if not found and options.get("terms") is not None:
             self._check_terms(shape, options)
         return found
 
     def _largest(
-        self, shape: Shape, splits: tuple[Split, Split], options: Mapping[str, Any], budget: Budget
+        self,
+        shape: Shape,
+        splits: tuple[Split, Split],
+        options: Mapping[str, Any],
+        ceiling: Ceiling,
     ) -> KroneckerSpec | None:
         (a, b), (c, d) = splits
         most = min(a * c, b * d)
         gauge = options.get("gauge", True)
         one = self.network(shape, KroneckerSpec(1, *splits, gauge=gauge))
         most = int(
-            min(most, _most_terms(a * c + b * d, budget.params, gauge), budget.macs // macs(one))
+            min(most, _most_terms(a * c + b * d, ceiling.params, gauge), ceiling.macs // macs(one))
         )
         terms = options.get("terms") or most
         return KroneckerSpec(terms, *splits, gauge=gauge) if 1 <= terms <= most else None

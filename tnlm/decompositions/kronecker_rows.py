@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tnlm.decompositions.base import Budget, Format, Shape, check_split, given_split, matrix_shape
+from tnlm.decompositions.base import Ceiling, Format, Shape, check_split, given_split, matrix_shape
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.linalg import energies, rank_for, tails, truncated_svd
@@ -71,7 +71,7 @@ class KroneckerRows(Format[KroneckerRowsSpec]):
         return {"left": left, "right": root[:, None] * svd.vh}
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[KroneckerRowsSpec]:
         """Return, for every split, the terms asked for or the most that the budget allows.
 
@@ -87,7 +87,7 @@ class KroneckerRows(Format[KroneckerRowsSpec]):
             )
         found = []
         for (outer, inner), limit in limits.items():
-            fitting = int(min(limit, budget.params // (shape[0] * outer + inner)))
+            fitting = int(min(limit, ceiling.params // (shape[0] * outer + inner)))
             terms = fitting if asked is None else asked
             if 1 <= terms <= fitting:
                 found.append(KroneckerRowsSpec(terms, (outer, inner)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tnlm.decompositions.accelerated import SWEEPS, accelerated
-from tnlm.decompositions.base import FITTING, Budget, Format, Shape, matrix_shape
+from tnlm.decompositions.base import FITTING, Ceiling, Format, Shape, matrix_shape
 from tnlm.decompositions.whitening import grown
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
@@ -85,17 +85,17 @@ class LowRank(Format[LowRankSpec]):
         return accelerated(network, weight, metric, start, **asked).factors
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[LowRankSpec]:
         """Return the rank asked for, or the largest within the budget."""
         like = _like(options)
         if options.get("rank") is not None:
             spec = replace(like, rank=options["rank"])
-            return [spec] if budget.allows(self.network(shape, spec)) else []
+            return [spec] if ceiling.allows(self.network(shape, spec)) else []
         low, high = 0, min(shape)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = budget.allows(self.network(shape, replace(like, rank=middle)))
+            fits = ceiling.allows(self.network(shape, replace(like, rank=middle)))
             low, high = (middle, high) if fits else (low, middle - 1)
         return [replace(like, rank=low)] if low else []
 
@@ -132,7 +132,7 @@ class LowRank(Format[LowRankSpec]):
         if options.get("rank") is not None:
             ranks = [options["rank"]]
         specs = [replace(like, rank=rank) for rank in ranks]
-        allowed = [spec for spec in specs if Budget(macs=macs).allows(self.network(shape, spec))]
+        allowed = [spec for spec in specs if Ceiling(macs=macs).allows(self.network(shape, spec))]
         return list(zip(allowed, self.errors(weight, metric, allowed), strict=True))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tnlm.decompositions.als import als
 from tnlm.decompositions.base import (
-    Budget,
+    Ceiling,
     Format,
     Shape,
     as_tensor,
@@ -110,7 +110,7 @@ class TensorRing(Format[TensorRingSpec]):
         return orthogonal(als(network, weight, metric, start, sweeps=sweeps, stall=STALL).factors)
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TensorRingSpec]:
         """Return the ranks asked for, or for each closing rank the largest common cap that fits."""
         found = []
@@ -118,7 +118,7 @@ class TensorRing(Format[TensorRingSpec]):
         for ranks_at in _growths(_pairs(out, inp), options):
 
             def fits(ranks: tuple[int, ...]) -> bool:
-                return budget.allows(self.network(shape, TensorRingSpec(out, inp, ranks)))
+                return ceiling.allows(self.network(shape, TensorRingSpec(out, inp, ranks)))
 
             ranks = largest_within(ranks_at, fits)
             if ranks is not None:

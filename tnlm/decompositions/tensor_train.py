@@ -15,7 +15,7 @@ from torch import Tensor
 from tnlm.decompositions import _tensorly
 from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
-    Budget,
+    Ceiling,
     Format,
     Shape,
     as_tensor,
@@ -103,14 +103,14 @@ class TensorTrain(Format[TensorTrainSpec]):
         return factors if is_plain(metric) else orthogonal(factors)
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TensorTrainSpec]:
         """Return, for each split, the ranks asked for or the largest common cap that fits."""
         found = []
         for out, inp in _splits(shape, options):
 
             def fits(ranks: tuple[int, ...], out: Split = out, inp: Split = inp) -> bool:
-                return budget.allows(self.network(shape, TensorTrainSpec(out, inp, ranks)))
+                return ceiling.allows(self.network(shape, TensorTrainSpec(out, inp, ranks)))
 
             ranks = largest_within(ranks_at(_limits(out, inp), options), fits)
             if ranks is not None:

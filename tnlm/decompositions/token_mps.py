@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.decompositions.base import Budget, Format, Shape, check_split, given_split, matrix_shape
+from tnlm.decompositions.base import Ceiling, Format, Shape, check_split, given_split, matrix_shape
 from tnlm.decompositions.splits import balanced_split, largest_within, orders, ranks_at
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
@@ -82,13 +82,13 @@ class TokenMPS(Format[TokenMPSSpec]):
         }
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TokenMPSSpec]:
         """Return, for each split, the ranks asked for or the largest common cap that fits.
 
         Only the numbers stored are limited: looking a row up costs little in any format.
         """
-        storage = Budget(params=budget.params)
+        storage = Ceiling(params=ceiling.params)
         found = []
         for split in _splits(shape, options):
 

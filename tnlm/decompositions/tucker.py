@@ -14,7 +14,7 @@ from torch import Tensor
 from tnlm.decompositions import _tensorly
 from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
-    Budget,
+    Ceiling,
     Format,
     Shape,
     as_tensor,
@@ -97,14 +97,14 @@ class Tucker(Format[TuckerSpec]):
         return factors if is_plain(metric) else _orthogonal(factors)
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TuckerSpec]:
         """Return, for each split, ranks asked for, or scaled: of all modes, or of the longest."""
         found = []
         for out, inp in _splits(shape, options):
 
             def fits(ranks: tuple[int, ...], out: Split = out, inp: Split = inp) -> bool:
-                return budget.allows(self.network(shape, TuckerSpec(out, inp, ranks)))
+                return ceiling.allows(self.network(shape, TuckerSpec(out, inp, ranks)))
 
             for ranks_at in _scales(out + inp, options):
                 ranks = largest_within(ranks_at, fits)

@@ -9,6 +9,24 @@ from torch import Tensor
 
 from tnlm.errors import EvaluationError
 
+LARGEST = math.log(1e300)
+"""The largest mean loss whose exponential is sure to be a float."""
+
+
+def exponential(loss: float) -> float:
+    """Return the perplexity of a mean loss, in nats.
+
+    Raises:
+        EvaluationError: if it is too large for a float.
+
+    Example:
+        >>> exponential(0.0)
+        1.0
+    """
+    if loss > LARGEST:
+        raise EvaluationError(f"the mean loss is {loss:.0f}: its perplexity is not a float")
+    return math.exp(loss)
+
 
 def finite(value: Any, what: str) -> float:
     """Return a value as a float.

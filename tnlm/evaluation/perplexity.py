@@ -13,10 +13,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from tnlm.calibration.data import text_of
+from tnlm.calibration.loss import IGNORED, Task
 from tnlm.calibration.sources import first_ids
 from tnlm.calibration.text import AUTO, start_token
+from tnlm.calibration.walk import run
 from tnlm.errors import CalibrationError, EvaluationError, OptionError
 from tnlm.evaluation.mode import check_causal, check_positions, evaluating
+from tnlm.evaluation.number import exponential
 from tnlm.targets.ends import vocabulary_of
 
 if TYPE_CHECKING:
@@ -96,9 +99,7 @@ def perplexity(
     tokens = len(ids) * (window - 1)
     started = tokenizer is not None and start_token(tokenizer, bos) is not None
     mean = math.fsum(losses) / tokens
-    if mean > math.log(1e300):
-        raise EvaluationError(f"the mean loss is {mean:.0f}: its perplexity is not a float")
-    return Perplexity(math.exp(mean), mean, window, len(ids), tokens, started)
+    return Perplexity(exponential(mean), mean, window, len(ids), tokens, started)
 
 
 def window_losses(
@@ -125,6 +126,24 @@ def window_losses(
     rows = tqdm(ids, desc="windows", disable=not progress)
     with evaluating(model):
         return ids, [_window_loss(model, row, index) for index, row in enumerate(rows)]
+
+
+def batch_perplexity(model: PreTrainedModel, tasks: Sequence[Task]) -> float:
+    """Return the perplexity of all that a model is to predict, however long its sequences are.
+
+    Args:
+        model: causal or masked, left as it was.
+        tasks: batches with their labels, from `tnlm.calibration.loss.make_tasks`.
+
+    Raises:
+        EvaluationError: if there is nothing to predict, or the perplexity is no float.
+    """
+    count = sum(int((task.labels != IGNORED).sum()) for task in tasks)
+    if count == 0:
+        raise EvaluationError("there is nothing to predict: every row has only one token")
+    with evaluating(model):
+        losses = [float(task.loss(model, run(model, task.batch))) for task in tasks]
+    return exponential(math.fsum(losses) / count)
 
 
 def _first_windows(

@@ -8,22 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from tnlm.utils.spill import Slot, Spill
-from tnlm.utils.undo import Snapshot, signals_held
+from tnlm.utils.undo import Snapshot
 
 
 class Swap:
-    """Replaces modules; undoes it all if the block it guards fails, attributes and config too.
+    """Replaces modules, and undoes it all if asked, attributes and config too.
 
     The weights of replaced modules wait in a temporary file, so that memory holds the model once.
 
     Example:
+        >>> from tnlm.utils.undo import attempt
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> try:
-        ...     with Swap(model) as swap:
-        ...         swap.replace("0", nn.Identity())
-        ...         raise KeyboardInterrupt
-        ... except KeyboardInterrupt:
-        ...     print(model[0])
+        >>> swap = Swap(model)
+        >>> attempt(lambda: swap.replace("0", nn.Identity()), swap.undo)
+        >>> model[0]
+        Identity()
+        >>> attempt(lambda: swap.replace("1", nn.Identity()), swap.undo)
+        Traceback (most recent call last):
+        AttributeError: Sequential has no attribute `1`
+        >>> model[0]
         Linear(in_features=2, out_features=2, bias=True)
     """
 
@@ -60,22 +63,12 @@ class Swap:
         self._model.set_submodule(name, module)
 
     def undo(self) -> None:
-        """Restore every module and weight; again if it was interrupted."""
+        """Restore every module and weight; again if it was interrupted, as `attempt` does."""
         for weight, held in self._weights.items():
             weight.data = held if isinstance(held, Tensor) else self._spill.take(held)
         for bias, values in self._biases.items():
             bias.data.copy_(values)
         self._before.restore()
-
-    def __enter__(self) -> Swap:
-        """Start."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Restore everything if there was an error."""
-        if kind is not None:
-            with signals_held():
-                self.undo()
 
 
 class Shelf:

@@ -25,6 +25,7 @@ from tnlm.recovery.compensate import concatenate, retruncate
 from tnlm.tensors.contraction import chain
 from tnlm.tensors.gauge import fix
 from tnlm.tensors.network import Cost, Factors
+from tnlm.utils.undo import attempt
 
 
 def check_merge(model: nn.Module, ranks: Mapping[str, int], merge: str) -> None:
@@ -75,11 +76,15 @@ def merge_layers(
         grown, made[name] = _merged(layer, entry, lora, merge, metrics.get(name, Metric()))
         entry.update(grown)
         plans[name] = grown
-    with Swap(model) as swap:
+    swap = Swap(model)
+
+    def put() -> None:
         for name, layer in made.items():
             swap.replace(name, layer)
         attach(model, config)
         _replan(model, plans)
+
+    attempt(put, swap.undo)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.checkpoint.entries import Entry
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.layers.swap import Swap
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
@@ -126,7 +126,7 @@ class Target(ABC):
     @abstractmethod
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
-    ) -> Budget:
+    ) -> Ceiling:
         """Return the most that a network in its place may have.
 
         Args:

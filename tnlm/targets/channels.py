@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tnlm.checkpoint.entries import Entry
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Budget, from_dict
+from tnlm.decompositions.base import Ceiling, from_dict
 from tnlm.layers.arranged import filled
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
@@ -98,10 +98,10 @@ class FeedForward(Target):
 
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
-    ) -> Budget:
+    ) -> Ceiling:
         """Return the most channels, counted in rows of the matrix that reads them."""
         share = 1.0 if unit == "macs" else keep
-        return Budget(min(share, max_macs) * math.prod(self.shape) + 1e-9)
+        return Ceiling(min(share, max_macs) * math.prod(self.shape) + 1e-9)
 
     def fit(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.checkpoint.entries import Entry, network_of
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.swap import Swap
 from tnlm.metrics.metric import Metric
@@ -90,7 +90,7 @@ class MatrixTarget(Member):
 
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
-    ) -> Budget:
+    ) -> Ceiling:
         """Return the most that a network may have: strictly fewer parameters than the matrix."""
         return share_of(self, keep, max_macs, unit, extra)
 
@@ -169,7 +169,7 @@ class MatrixTarget(Member):
 
 def share_of(
     target: Member | Any, keep: float, max_macs: float, unit: str, extra: int, once: float = 1.0
-) -> Budget:
+) -> Ceiling:
     """Return a share of a matrix's parameters and multiply-adds.
 
     Args:
@@ -184,7 +184,7 @@ def share_of(
     if unit != "macs":
         params = min(math.floor(keep * target.params + 1e-9), params)
     speed = min(max_macs, keep) if unit == "macs" else max_macs
-    return Budget(params - extra, speed * target.params * once)
+    return Ceiling(params - extra, speed * target.params * once)
 
 
 def matrices_of(name: str, module: nn.Linear | Conv1D) -> Iterator[MatrixTarget]:

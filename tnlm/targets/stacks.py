@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlm.checkpoint.entries import Entry, build
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Fitted, Read, Target
@@ -77,7 +77,7 @@ class Stack(Target):
 
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
-    ) -> Budget:
+    ) -> Ceiling:
         """Return the most that a network may have, which holds the shared factor once."""
         rows, columns = self.shape
         once = (rows + columns) / (rows + len(self.members) * columns)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnlm.checkpoint.entries import Entry, network_of
-from tnlm.decompositions.base import Budget
+from tnlm.decompositions.base import Ceiling
 from tnlm.layers.embedding import FactorizedHead
 from tnlm.layers.swap import Swap
 from tnlm.metrics.metric import Metric
@@ -58,10 +58,10 @@ class TableTarget(Member):
 
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
-    ) -> Budget:
+    ) -> Ceiling:
         """Return the most parameters; a lookup costs little, and rows are priced by the report."""
         share = 1.0 if unit == "macs" else keep
-        return Budget(min(math.floor(share * self.params + 1e-9), self.most) - extra)
+        return Ceiling(min(math.floor(share * self.params + 1e-9), self.most) - extra)
 
     def most_macs(self, max_macs: float) -> float:
         """Return infinity: a lookup costs little."""

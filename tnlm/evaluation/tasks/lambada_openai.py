@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tnlm.errors import EvaluationError
+from tnlm.evaluation.number import exponential
 from tnlm.evaluation.tasks.base import ACC, Row, Scores, Task, TaskMetric
 from tnlm.evaluation.tasks.columns import text_of
 
@@ -30,10 +31,7 @@ def perplexity(scores: Sequence[Scores]) -> float:
         >>> round(perplexity([{"loglikelihood": -2.0}, {"loglikelihood": -4.0}]), 3)
         20.086
     """
-    mean = -math.fsum(each["loglikelihood"] for each in scores) / len(scores)
-    if mean > math.log(1e300):
-        raise EvaluationError(f"the mean loss is {mean:.0f}: its perplexity is not a float")
-    return math.exp(mean)
+    return exponential(-math.fsum(each["loglikelihood"] for each in scores) / len(scores))
 
 
 TASK = Task(

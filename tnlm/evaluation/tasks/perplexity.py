@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tnlm.errors import EvaluationError
+from tnlm.evaluation.number import exponential
 from tnlm.evaluation.tasks.base import Scores, Task, TaskMetric
 
 
@@ -16,10 +16,7 @@ def perplexity(scores: Sequence[Scores]) -> float:
         >>> perplexity([{"loss": 0.0}, {"loss": 0.0}])
         1.0
     """
-    mean = math.fsum(each["loss"] for each in scores) / len(scores)
-    if mean > math.log(1e300):
-        raise EvaluationError(f"the mean loss is {mean:.0f}: its perplexity is not a float")
-    return math.exp(mean)
+    return exponential(math.fsum(each["loss"] for each in scores) / len(scores))
 
 
 TASK = Task(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import token_batches
-from tnlm.calibration.loss import IGNORED, make_tasks
-from tnlm.calibration.walk import run
+from tnlm.calibration.loss import make_tasks
 from tnlm.errors import EvaluationError, OptionError
-from tnlm.evaluation.mode import check_positions, evaluating
-from tnlm.evaluation.perplexity import perplexity
+from tnlm.evaluation.mode import check_positions
+from tnlm.evaluation.perplexity import batch_perplexity, perplexity
 from tnlm.targets.ends import output_head
 from tnlm.utils.checks import check_whole
 
@@ -83,13 +81,4 @@ def _on_ids(model: PreTrainedModel, ids: Any, window: int, windows: int) -> Grou
     check_positions(model, window, f"window={window}")
     batches = token_batches(ids, max_length=window, num_samples=2**62)[:windows]
     tasks = make_tasks(model, batches, "data")
-    count = sum(int((task.labels != IGNORED).sum()) for task in tasks)
-    if count == 0:
-        raise EvaluationError("there is nothing to predict: every row has only one token")
-
-    def value(measured: PreTrainedModel) -> float:
-        with evaluating(measured):
-            losses = [float(task.loss(measured, run(measured, task.batch))) for task in tasks]
-        return math.exp(min(math.fsum(losses) / count, 700.0))
-
-    return value
+    return lambda measured: batch_perplexity(measured, tasks)

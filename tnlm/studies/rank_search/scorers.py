@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tnlm.errors import EvaluationError, OptionError
 from tnlm.evaluation.mode import evaluating
-from tnlm.evaluation.number import finite
+from tnlm.evaluation.number import exponential, finite
 from tnlm.recovery.examples import Example, batches
 from tnlm.studies.scores import measure
 from tnlm.utils.checks import is_real
@@ -81,11 +81,7 @@ class PerplexityScorer(Scorer):
         """Return the perplexity, and its logarithm as the loss."""
         held = batches(items, 1, self._pad)  # type: ignore[arg-type]
         loss = measure(model, "loss", held)
-        if loss > 700:
-            raise EvaluationError(
-                f"the mean loss is {loss:.0f}, so large that the perplexity overflows"
-            )
-        return Measured(math.exp(loss), loss)
+        return Measured(exponential(loss), loss)
 
 
 class CallableScorer(Scorer):
