@@ -110,7 +110,7 @@ def plan(
         print_json(json.loads(decided.to_json()))
         return
     console.print(layers_table(decided.layers))
-    console.print("\n".join(decided.summary()), highlight=False, soft_wrap=True)
+    console.print("\n".join([*decided.left(), *decided.summary()]), highlight=False, soft_wrap=True)
 
 
 def _with(tokenizer: Any, choices: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +159,8 @@ def compress(
         print_json(report.to_dict())
         return
     console.print(layers_table(report.plan.layers))
-    console.print("\n".join(report.summary()), highlight=False, soft_wrap=True)
+    lines = [*report.plan.left(), *report.summary()]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
     console.print(f"saved to {out}; load it with: import tnlm, then {_loader(loaded)}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -87,7 +87,7 @@ def prepare(
     names = {group.name for group in groups}
     return Job(
         request,
-        Selection(reached, {**selection.skipped, **evidence.skipped}),
+        replace(selection, targets=reached, skipped={**selection.skipped, **evidence.skipped}),
         stack(reached, request.share),
         groups,
         [each for each in usable if each.name in names],

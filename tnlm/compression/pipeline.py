@@ -20,6 +20,7 @@ from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.compression.cascade import cascade
 from tnlm.compression.choices import gather_choices
+from tnlm.compression.covered import with_coverage
 from tnlm.compression.fitting import Fitting, by_module
 from tnlm.compression.install import install, replace_norm
 from tnlm.compression.job import Job, prepare
@@ -71,7 +72,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     )
     _check_worth(decided, limits)
     job.seconds["plan"] = time.perf_counter() - start
-    return decided
+    return with_coverage(model, job.selection, decided)
 
 
 def _check_worth(decided: Plan, limits: Limits) -> None:
@@ -145,7 +146,8 @@ def resume(
     layers = {layer.name: layer for layer in decided.layers}
     read = job.evidence.weights_of(model)
     priced = tuple(reprice(t, t.weight(read), layers[t.name]) for t in chosen)
-    return replace(decided, layers=priced, model=model_cost(model)), job
+    again = replace(decided, layers=priced, model=model_cost(model))
+    return with_coverage(model, job.selection, again), job
 
 
 def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tnlm.errors import CheckpointError, OptionError
+from tnlm.plans.coverage import Coverage
 from tnlm.tensors.network import Cost
 
 FORMAT_VERSION = 2
@@ -59,6 +60,8 @@ class Plan:
         layers: one entry a target, in the model's order.
         model: cost of the whole model before.
         skipped: modules that matched but are left alone, with the reason.
+        coverage: every parameter of two or more dimensions that is left as it is; None of a plan
+            that was written before plans said so.
     """
 
     scheme: str
@@ -67,6 +70,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     model: Cost
     skipped: Mapping[str, str] = field(default_factory=dict)
+    coverage: Coverage | None = None
 
     @property
     def targets_before(self) -> Cost:
@@ -106,7 +110,8 @@ class Plan:
                     f"this plan is not of format_version {FORMAT_VERSION}; make it with this tnlm"
                 )
             layers = tuple(_layer(**layer) for layer in data.pop("layers"))
-            return cls(layers=layers, model=Cost(**data.pop("model")), **data)
+            covered = Coverage.read(data.pop("coverage", None))
+            return cls(layers=layers, model=Cost(**data.pop("model")), coverage=covered, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, OptionError):
                 raise
@@ -131,7 +136,11 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the plan as a table."""
-        return "\n".join([*table(self.layers), *self.summary()])
+        return "\n".join([*table(self.layers), *self.left(), *self.summary()])
+
+    def left(self) -> list[str]:
+        """Return the table of what is left as it is; no lines where that is not known."""
+        return self.coverage.table() if self.coverage else []
 
     def summary(self) -> list[str]:
         """Return the totals, a line each."""
@@ -139,6 +148,7 @@ class Plan:
             f"targets: {change(self.targets_before, self.targets_after)}",
             f"model:   {change(self.model, self.model_after)}",
             *(f"skipped: {name}: {reason}" for name, reason in self.skipped.items()),
+            *([self.coverage.summary()] if self.coverage else []),
         ]
 
 

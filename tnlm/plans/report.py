@@ -89,6 +89,7 @@ class Report:
             "versions": dict(self.versions),
             "layers": [asdict(layer) for layer in plan.layers],
             "skipped": dict(plan.skipped),
+            "coverage": None if plan.coverage is None else asdict(plan.coverage),
         }
 
     def to_json(self) -> str:
@@ -105,7 +106,7 @@ class Report:
         try:
             data = json.loads(text)
             plan = {name: data[name] for name in ("scheme", "metric", "request", "skipped")}
-            plan["layers"] = data["layers"]
+            plan |= {"layers": data["layers"], "coverage": data.get("coverage")}
             plan["model"] = {name: data[f"{long}_before"] for name, long in COUNTED.items()}
             read = Plan.from_json(json.dumps({"format_version": FORMAT_VERSION, **plan}))
             return cls(
@@ -128,7 +129,7 @@ class Report:
 
     def __str__(self) -> str:
         """Return the report as a table."""
-        return "\n".join([*table(self.plan.layers), *self.summary()])
+        return "\n".join([*table(self.plan.layers), *self.plan.left(), *self.summary()])
 
 
 def with_errors(plan: Plan, errors: Mapping[str, float]) -> Plan:

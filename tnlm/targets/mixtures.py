@@ -70,10 +70,20 @@ def matrix_macs(model: nn.Module) -> int:
     return int(total)
 
 
+def holds_experts(name: str, module: nn.Module) -> bool:
+    """Tell whether a module has "expert" in its name or class, or stands in one called experts.
+
+    Example:
+        >>> holds_experts("layers.0.mlp.experts", nn.Module()), holds_experts("mlp", nn.Module())
+        (True, False)
+    """
+    kind = type(module).__name__.lower()
+    return "expert" in name.rpartition(".")[2].lower() + kind or ".experts." in f"{name}."
+
+
 def _stacked(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[int, float]]:
     """Yield the sizes of stacked expert matrices, and which share of them is active."""
-    kind = type(module).__name__.lower()
-    if "expert" not in name.rpartition(".")[2].lower() + kind and ".experts." not in f"{name}.":
+    if not holds_experts(name, module):
         return
     routed = "shared" not in name  # the class may be called after the model, GraniteMoeShared
     for parameter in module.parameters(recurse=False):

@@ -26,14 +26,22 @@ ODD_BLOCKS = "odd-blocks"
 WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS)
 
 AROUND = "outside the model's blocks, as heads are; name it in targets= to compress it"
+UNNAMED, IGNORED = "targets= does not choose it", "ignore= names it"
 
 
 @dataclass
 class Selection:
-    """The targets chosen, and what was passed over with the reason why."""
+    """The targets chosen, and what was passed over with the reason why.
+
+    Attributes:
+        targets: in the model's order.
+        skipped: what was asked for, and cannot be served.
+        unwanted: modules of matrices that were not asked for.
+    """
 
     targets: list[Member] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unwanted: dict[str, str] = field(default_factory=dict)
 
 
 def select(
@@ -76,10 +84,12 @@ def select(
         if not isinstance(module, Matrix):
             continue
         if ignore and _matches(name, module, ignore, ends):
+            selection.unwanted[name] = IGNORED
             continue
         if not _matches(name, module, targets, ends):
             if all_linear and ends.is_around(name, module):
                 selection.skipped[name] = AROUND
+            selection.unwanted[name] = UNNAMED
             continue
         found = _describe(name, module, uses[_weight_id(module)], model)
         if isinstance(found, str):

@@ -12,6 +12,7 @@ from typing import Any
 from tnlm.checkpoint.describing import describe
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.errors import CheckpointError
+from tnlm.plans.coverage import Coverage
 from tnlm.plans.plan import LayerPlan
 from tnlm.plans.report import Report, versions
 from tnlm.studies.page.parts import facts, picture, table
@@ -93,6 +94,8 @@ def _body(name: str, about: dict[str, Any], report: Report, measured: Any) -> It
     )
     if plan.skipped:
         yield "<h2>Left alone</h2>" + table(("matrix", "reason"), plan.skipped.items())
+    if plan.coverage is not None:
+        yield "<h2>Coverage</h2>" + _coverage(plan.coverage)
     yield "<h2>Recipe</h2>"
     yield f"<pre>{escape(_recipe(report))}</pre>"
     yield "<h2>Model card</h2>"
@@ -129,6 +132,15 @@ def _row(layer: LayerPlan) -> tuple[Any, ...]:
     macs = layer.after.macs / layer.before.macs if layer.before.macs else None
     structure = layer.format or "dense"
     return layer.name, *layer.shape, structure, options, layer.keep, macs, layer.error
+
+
+def _coverage(covered: Coverage) -> str:
+    rows = (
+        (each.name, each.kind, each.reason, each.count, each.params, covered.part(each))
+        for each in covered.left
+    )
+    head = ("parameters", "kind", "reason", "tensors", "how many", "of the body")
+    return f"<p>{covered.share:.1%} of the body's parameters are targets.</p>" + table(head, rows)
 
 
 def _recipe(report: Report) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tnlm.allocation.pricing import model_cost
 from tnlm.allocation.uniform import stay_dense
 from tnlm.compression.choices import Calibration
+from tnlm.compression.covered import with_coverage
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import carry_out
 from tnlm.errors import BudgetError, EvaluationError
@@ -253,6 +254,7 @@ def _plan(model: PreTrainedModel, job: Job, tried: RankSearch, keep: float | Non
     if keep is not None:
         record["keep"] = keep
     skipped = job.selection.skipped
-    return Plan(
+    decided = Plan(
         request.scheme.name, request.measure.name, record, layers, model_cost(model), skipped
     )
+    return with_coverage(model, job.selection, decided)
