@@ -145,7 +145,7 @@ def place(model: PreTrainedModel, config: TnlmConfig) -> None:
     for name, entry in found.items():
         check_entry(name, entry, model.get_submodule(names[name] or ""))
     for name, entry in found.items():
-        old: Any = model.get_submodule(names[name] or "").weight
+        old = next(model.get_submodule(names[name] or "").parameters())
         made = build(entry, device=old.device, dtype=old.dtype)
         model.set_submodule(names[name] or "", made)
     tied = {

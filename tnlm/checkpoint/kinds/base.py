@@ -1,0 +1,145 @@
+"""The contract of a kind of entry, and what entries of matrices have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tnlm.decompositions import get_format
+from tnlm.decompositions.base import from_dict
+from tnlm.errors import CheckpointError
+from tnlm.layers.shapes import shape_of
+from tnlm.tensors.network import Network
+
+Entry = dict[str, Any]
+"""What a checkpoint says about one module, in plain values."""
+Device = torch.device | str | None
+
+
+class EntryKind(ABC):
+    """One kind of entry: how it is checked, built and made dense again.
+
+    Attributes:
+        name: the entry's ``"kind"``.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def check(self, entry: Entry, module: nn.Module) -> None:
+        """Raise `CheckpointError` unless an entry fits the module it replaces.
+
+        Shapes must be the model's own, so that no entry can ask for more memory than the dense
+        model. Lookup, type and value errors count as a broken entry.
+        """
+
+    @abstractmethod
+    def build(
+        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """Return the (uninitialised) module that an entry describes."""
+
+    @abstractmethod
+    def dense(self, entry: Entry, module: Any) -> nn.Module:
+        """Return the ordinary module, with the same weights, that a built module stands for."""
+
+
+class MatrixKind(EntryKind):
+    """An entry of a module whose weight is a matrix.
+
+    Attributes:
+        table: whether it replaces an embedding.
+        partial: whether it may be one of several parts of a module.
+    """
+
+    table: ClassVar[bool] = False
+    partial: ClassVar[bool] = False
+
+    def check(self, entry: Entry, module: nn.Module) -> None:
+        """Compare the type, the shape and the bias with those of the module."""
+        if isinstance(module, nn.Embedding) != self.table:
+            raise CheckpointError(f"kind={self.name!r}, but the model has {type(module).__name__}")
+        if bool(entry.get("conv1d")) != isinstance(module, Conv1D):
+            raise CheckpointError(
+                f"conv1d={entry.get('conv1d')!r}; {type(module).__name__} is there"
+            )
+        shape = self.shape(entry)
+        if shape != shape_of(module):
+            raise CheckpointError(f"it is {by(shape)}, but the model has {by(shape_of(module))}")
+        self.check_part(entry, getattr(module, "bias", None) is not None)
+
+    def shape(self, entry: Entry) -> tuple[int, int]:
+        """Return the ``(out, in)`` shape of the matrix that is replaced."""
+        return sizes(entry["shape"])
+
+    def check_part(self, entry: Entry, biased: bool) -> None:
+        """Raise `CheckpointError` for what does not depend on where in a module the matrix is."""
+        added = entry.get("bias_added") is True and not biased
+        if entry["bias"] is not (biased or added):
+            has = "a" if biased else "no"
+            raise CheckpointError(f"bias={entry['bias']!r}, but the model has {has} bias there")
+
+    def dense(self, entry: Entry, module: Any) -> nn.Module:
+        """Return a linear layer with the weight that the module stands for."""
+        return plain(entry, module.to_dense().detach(), module.bias, trained(module))
+
+
+def network_of(entry: Mapping[str, Any]) -> Network:
+    """Return the network that an entry describes.
+
+    Raises:
+        TnlmError: for an unknown format or option, or a spec that the shape cannot have.
+    """
+    structure = get_format(entry["format"])
+    rows, columns = entry["shape"]
+    return structure.network((rows, columns), from_dict(structure.spec, entry["options"]))
+
+
+def check_network(entry: Entry, wanted: str) -> None:
+    """Raise `CheckpointError` unless a format can replace what is wanted, by something smaller."""
+    if wanted not in get_format(entry["format"]).kinds:
+        raise CheckpointError(f"a {entry['format']} cannot replace a {wanted}")
+    network = network_of(entry)
+    if entry.get("shared") is True:  # its input factor is counted once, in one of several blocks
+        return
+    if network.params > network.shape[0] * network.shape[1]:
+        raise CheckpointError(f"{entry['options']} is larger than the dense matrix")
+
+
+def plain(entry: Entry, weight: torch.Tensor, bias: nn.Parameter | None, learns: bool) -> nn.Module:
+    """Return an ordinary linear layer, a Conv1D where the model had one."""
+    rows, columns = weight.shape
+    if entry.get("conv1d"):
+        dense: nn.Module = Conv1D(rows, columns)
+        weight = weight.T
+    else:
+        dense = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight.contiguous(), requires_grad=learns)
+    if bias is not None:
+        dense.bias = bias
+    return dense
+
+
+def trained(module: nn.Module) -> bool:
+    """Return whether any parameter of a module but a bias is trainable."""
+    return any(
+        p.requires_grad for name, p in module.named_parameters() if not name.endswith("bias")
+    )
+
+
+def sizes(given: Sequence[Any]) -> tuple[int, int]:
+    """Return two sizes that a file holds, checked."""
+    if len(given) != 2 or not all(type(size) is int and size >= 1 for size in given):
+        raise CheckpointError(f"shape={given!r}; allowed: two whole numbers >= 1")
+    rows, columns = given
+    return rows, columns
+
+
+def by(shape: tuple[int, int]) -> str:
+    """Return a shape in words."""
+    return f"{shape[0]}x{shape[1]}"

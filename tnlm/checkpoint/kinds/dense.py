@@ -1,0 +1,32 @@
+"""A linear layer that stayed as it was, beside parts that did not or with a bias of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, plain, trained
+from tnlm.layers.arranged import linear
+
+
+class Dense(MatrixKind):
+    """A matrix as it is."""
+
+    name = "dense"
+    partial = True
+
+    def build(
+        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """Return a linear layer."""
+        rows, columns = entry["shape"]
+        return linear(rows, columns, bias=entry["bias"], device=device, dtype=dtype)
+
+    def dense(self, entry: Entry, module: Any) -> nn.Module:
+        """Return an ordinary layer with the same weight."""
+        return plain(entry, module.weight.detach(), module.bias, trained(module))
+
+
+KIND = Dense()

@@ -1,0 +1,48 @@
+"""An embedding whose table is a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnlm.checkpoint.kinds.base import (
+    Device,
+    Entry,
+    MatrixKind,
+    check_network,
+    network_of,
+    trained,
+)
+from tnlm.layers.embedding import FactorizedEmbedding
+
+
+class Embedding(MatrixKind):
+    """A table as a network, and the row that is padding."""
+
+    name = "embedding"
+    table = True
+
+    def check_part(self, entry: Entry, biased: bool) -> None:
+        """Check the bias and the network."""
+        super().check_part(entry, biased)
+        check_network(entry, "embedding")
+
+    def build(
+        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """Return a `FactorizedEmbedding`."""
+        table = FactorizedEmbedding(network_of(entry), device=device, dtype=dtype)
+        table.padding_idx = entry["padding_idx"]
+        return table
+
+    def dense(self, entry: Entry, module: Any) -> nn.Module:
+        """Return an embedding of the whole table."""
+        weight = module.to_dense().detach()
+        rows, columns = weight.shape
+        padding, frozen = entry["padding_idx"], not trained(module)
+        return nn.Embedding(rows, columns, padding_idx=padding, _weight=weight, _freeze=frozen)
+
+
+KIND = Embedding()

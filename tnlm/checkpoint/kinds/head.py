@@ -1,0 +1,30 @@
+"""An output head that shares the factors of an embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, check_network, network_of
+from tnlm.layers.embedding import FactorizedHead
+
+
+class Head(MatrixKind):
+    """A tied head: what is said of its table, and its own bias."""
+
+    name = "head"
+
+    def check_part(self, entry: Entry, biased: bool) -> None:
+        """Check the bias and the network."""
+        super().check_part(entry, biased)
+        check_network(entry, "embedding")
+
+    def build(
+        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """Return a `FactorizedHead`."""
+        bias = entry["bias"]
+        return FactorizedHead(network_of(entry), bias=bias, device=device, dtype=dtype)
+
+
+KIND = Head()

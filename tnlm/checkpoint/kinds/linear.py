@@ -1,0 +1,33 @@
+"""A linear layer of a network's factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, check_network, network_of
+from tnlm.layers.linear import FactorizedLinear
+
+
+class Linear(MatrixKind):
+    """A matrix as a network: its format and options, and the order of its factors."""
+
+    name = "linear"
+    partial = True
+
+    def check_part(self, entry: Entry, biased: bool) -> None:
+        """Check the bias and the network."""
+        super().check_part(entry, biased)
+        check_network(entry, "linear")
+
+    def build(
+        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """Return a `FactorizedLinear`."""
+        network, order = network_of(entry), entry["order"]
+        return FactorizedLinear(
+            network, bias=entry["bias"], order=order, device=device, dtype=dtype
+        )
+
+
+KIND = Linear()

@@ -1,0 +1,53 @@
+"""A linear layer that lost rows or columns: the channels of a feed-forward layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, by, plain, sizes
+from tnlm.errors import CheckpointError
+from tnlm.layers.arranged import linear
+
+
+class Sliced(MatrixKind):
+    """A smaller matrix: its ``shape``, the ``full`` one, and which side is ``cut``."""
+
+    name = "sliced"
+    partial = True
+
+    def shape(self, entry: Entry) -> tuple[int, int]:
+        """Return the shape that the matrix had."""
+        shape, full = sizes(entry["shape"]), sizes(entry["full"])
+        axis = {"rows": 0, "columns": 1}[entry["cut"]]
+        if shape[axis] > full[axis] or shape[1 - axis] != full[1 - axis]:
+            raise CheckpointError(f"{by(shape)} is no cut of {entry['cut']} of {by(full)}")
+        return full
+
+    def build(
+        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """Return a linear layer of the smaller shape."""
+        rows, columns = entry["shape"]
+        return linear(rows, columns, bias=entry["bias"], device=device, dtype=dtype)
+
+    def dense(self, entry: Entry, module: Any) -> nn.Module:
+        """Return a layer of the full size; channels that were dropped are zero."""
+        rows, columns = entry["full"]
+        weight = _padded(module.weight, rows, columns)
+        bias = None
+        if module.bias is not None:
+            padded = _padded(module.bias.unsqueeze(1), rows, 1).squeeze(1)
+            bias = nn.Parameter(padded, requires_grad=module.bias.requires_grad)
+        return plain(entry, weight, bias, module.weight.requires_grad)
+
+
+def _padded(small: Tensor, rows: int, columns: int) -> Tensor:
+    full = small.new_zeros(rows, columns)
+    full[: small.shape[0], : small.shape[1]] = small.detach()
+    return full
+
+
+KIND = Sliced()
