@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tnlm.decompositions import _tensorly
@@ -29,6 +31,52 @@ def hosvd(tensor: Tensor, ranks: Sequence[int], modes: Sequence[int]) -> list[Te
         [2, 3]
     """
     return [_leading(tensor, mode, rank) for mode, rank in zip(modes, ranks, strict=True)]
+
+
+@dataclass(frozen=True)
+class Hosvd:
+    """The HOSVD of a tensor at full ranks, which holds that at all smaller ones.
+
+    Attributes:
+        bases: orthogonal, one for every mode, leading vectors first.
+        core: the tensor in these bases.
+        captured: energy of every leading block of the core.
+    """
+
+    bases: Sequence[Tensor]
+    core: Tensor
+    captured: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Hosvd:
+        """Decompose a tensor, float64.
+
+        Example:
+            >>> tensor = torch.arange(24.0).double().reshape(2, 3, 4)
+            >>> whole = Hosvd.of(tensor)
+            >>> whole.error((2, 3, 4)) < 1e-7 < whole.error((1, 1, 1))
+            True
+        """
+        modes = range(tensor.dim())
+        bases = hosvd(tensor, tensor.shape, modes)
+        core = _contracted(tensor, bases, modes, modes)
+        captured = core.square()
+        for mode in modes:
+            captured = captured.cumsum(mode)
+        return cls(bases, core, captured)
+
+    def error(self, ranks: Sequence[int]) -> float:
+        """Return the relative error at some ranks: at most sqrt(modes) times the least."""
+        total = float(self.captured.flatten()[-1])
+        kept = float(self.captured[tuple(rank - 1 for rank in ranks)])
+        return max(1.0 - kept / total, 0.0) ** 0.5 if total else 0.0
+
+    def truncated(self, ranks: Sequence[int]) -> Tensor:
+        """Return the tensor of the HOSVD at some ranks."""
+        found = self.core[tuple(slice(rank) for rank in ranks)]
+        for mode, (basis, rank) in enumerate(zip(self.bases, ranks, strict=True)):
+            found = torch.tensordot(basis[:, :rank], found, ([1], [mode])).movedim(0, mode)
+        return found
 
 
 def hooi(

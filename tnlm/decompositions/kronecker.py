@@ -26,7 +26,6 @@ from tnlm.decompositions.whitening import (
     closed_form,
     grown,
     is_plain,
-    mode_sides,
     whiten,
 )
 from tnlm.errors import RankError
@@ -233,7 +232,7 @@ def _whitened(
     weight: Tensor, metric: Metric, out_split: Sequence[int], in_split: Sequence[int]
 ) -> Tensor:
     """Return W, ``(out, in)``, whitened over its modes."""
-    sides = mode_sides(metric, out_split, in_split)
+    sides = metric.modes(out_split, in_split)
     return whiten(as_tensor(weight, out_split, in_split), sides).reshape(weight.shape)
 
 

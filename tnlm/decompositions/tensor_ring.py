@@ -22,7 +22,7 @@ from tnlm.decompositions.base import (
 )
 from tnlm.decompositions.splits import balanced_split, largest_within
 from tnlm.decompositions.tensor_train import BOND, OUT, chain_of_cores, orthogonal
-from tnlm.decompositions.whitening import Decompose, closed_form, grown, mode_sides, whiten
+from tnlm.decompositions.whitening import Decompose, closed_form, grown, whiten
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.linalg import rank_for, spectrum, truncated_svd
@@ -134,7 +134,7 @@ class TensorRing(Format[TensorRingSpec]):
         """
         shape = matrix_shape(weight)
         out, inp = _split(shape, options)
-        tensor = whiten(as_tensor(weight, out, inp), mode_sides(metric, out, inp))
+        tensor = whiten(as_tensor(weight, out, inp), metric.modes(out, inp))
         found = []
         for closing in _closings(_pairs(out, inp), options):
 

@@ -29,7 +29,6 @@ from tnlm.decompositions.whitening import (
     closed_form,
     grown,
     is_plain,
-    mode_sides,
     whiten,
 )
 from tnlm.errors import RankError
@@ -127,7 +126,7 @@ class TensorTrain(Format[TensorTrainSpec]):
         """
         found = []
         for out, inp in _splits(matrix_shape(weight), options):
-            whitened = whiten(as_tensor(weight, out, inp), mode_sides(metric, out, inp))
+            whitened = whiten(as_tensor(weight, out, inp), metric.modes(out, inp))
             spectra = [spectrum(rows) for rows in _unfoldings(whitened)]
 
             def spec_at(

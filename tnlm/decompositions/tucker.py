@@ -24,7 +24,7 @@ from tnlm.decompositions.base import (
 )
 from tnlm.decompositions.hooi import hooi, hosvd, unfold
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
-from tnlm.decompositions.whitening import closed_form, grown, is_plain, mode_sides, whiten
+from tnlm.decompositions.whitening import closed_form, grown, is_plain, whiten
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.linalg import rank_for, spectrum, truncated_svd
@@ -122,7 +122,7 @@ class Tucker(Format[TuckerSpec]):
         """
         found = []
         for out, inp in _splits(matrix_shape(weight), options):
-            tensor = whiten(as_tensor(weight, out, inp), mode_sides(metric, out, inp))
+            tensor = whiten(as_tensor(weight, out, inp), metric.modes(out, inp))
             spectra = [spectrum(unfold(tensor, mode)) for mode in range(tensor.dim())]
 
             def spec_at(
@@ -208,11 +208,11 @@ def _scales(
     if options.get("ranks"):
         yield lambda _: _given(options["ranks"], dims)
     else:
-        yield lambda scale: _realisable(dims, scaled(dims, scale))
-        yield lambda scale: _realisable(dims, _longest(dims, scale))
+        yield lambda scale: realisable(dims, scaled(dims, scale))
+        yield lambda scale: realisable(dims, _longest(dims, scale))
 
 
-def _realisable(dims: Split, ranks: tuple[int, ...]) -> tuple[int, ...]:
+def realisable(dims: Split, ranks: tuple[int, ...]) -> tuple[int, ...]:
     """Lower ranks to what the other modes can support."""
     while (lower := _lowered(dims, ranks)) != ranks:
         ranks = lower

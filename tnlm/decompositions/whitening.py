@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -13,9 +12,6 @@ from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 from tnlm.tensors.contraction import pairwise
 from tnlm.tensors.network import Factors, Network
-
-DAMPING = 1e-9
-"""Keeps what a singular metric gives no weight, so that whitening can be undone."""
 
 EXACT = 1e-12
 """A relative error this small is rounding."""
@@ -29,35 +25,10 @@ def is_plain(metric: Metric) -> bool:
     return metric.separable and metric.outputs is None and metric.inputs is None
 
 
-def mode_sides(
-    metric: Metric, out_split: Sequence[int], in_split: Sequence[int]
-) -> list[Side | None]:
-    """Return the side of every mode, outputs first, of the separable metric nearest to one.
-
-    Example:
-        >>> import torch
-        >>> metric = Metric(inputs=Side(torch.tensor([1.0, 1.0, 3.0, 3.0])))
-        >>> nothing, outer, inner = mode_sides(metric, (5,), (2, 2))
-        >>> nothing, outer.values.round(decimals=6).tolist()
-        (None, [1.0, 3.0])
-    """
-    near = metric.start()
-    return _modes(near.outputs, out_split) + _modes(near.inputs, in_split)
-
-
 def network_sides(network: Network, metric: Metric) -> list[Side | None]:
     """Return the side of every open mode of a network, outputs first."""
     out, inp = ([network.sizes[mode] for mode in modes] for modes in (network.out, network.inp))
-    return mode_sides(metric, out, inp)
-
-
-def _modes(side: Side | None, split: Sequence[int]) -> list[Side | None]:
-    if side is None:
-        return [None] * len(split)
-    if max(split) == math.prod(split):  # one mode is the whole side, whose root is kept
-        whole = list(split).index(max(split))
-        return [side if mode == whole else None for mode in range(len(split))]
-    return [Side(mode.values, DAMPING) for mode in side.modes(split)]
+    return metric.modes(out, inp)
 
 
 def whiten(tensor: Tensor, sides: Sequence[Side | None]) -> Tensor:

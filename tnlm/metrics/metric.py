@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tnlm.errors import CalibrationError
-from tnlm.metrics.sides import Side
+from tnlm.metrics.sides import Side, modes_of
 from tnlm.tensors.eigen import leading_eigenpairs, leading_eigenvectors, leading_left
 from tnlm.tensors.linalg import energies
 
@@ -142,6 +143,18 @@ class Metric:
     def start(self) -> Metric:
         """Return a separable metric near to this one, to start a fit from: itself."""
         return self
+
+    def modes(self, out_split: Sequence[int], in_split: Sequence[int]) -> list[Side | None]:
+        """Return the side of every mode, outputs first, of the separable metric nearest to this.
+
+        Example:
+            >>> metric = Metric(inputs=Side(torch.tensor([1.0, 1.0, 3.0, 3.0])))
+            >>> nothing, outer, inner = metric.modes((5,), (2, 2))
+            >>> nothing, outer.values.round(decimals=6).tolist()
+            (None, [1.0, 3.0])
+        """
+        near = self.start()
+        return modes_of(near.outputs, out_split) + modes_of(near.inputs, in_split)
 
 
 def _plain_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

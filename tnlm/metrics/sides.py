@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from tnlm.errors import CalibrationError
+
+DAMPING = 1e-9
+"""Keeps what a singular side gives no weight, so that whitening by its modes can be undone."""
 
 
 class Side:
@@ -108,6 +112,19 @@ class Side:
             part = part * (size / self.values.shape[0])
             found.append(Side(part if mode == 0 else part / self.mean))
         return found
+
+
+def modes_of(side: Side | None, split: Sequence[int]) -> list[Side | None]:
+    """Return one invertible side for every mode of a split, or none for each where there is none.
+
+    A mode that is the whole side gets the side itself, whose root may be known already.
+    """
+    if side is None:
+        return [None] * len(split)
+    if max(split) == math.prod(split):
+        whole = list(split).index(max(split))
+        return [side if mode == whole else None for mode in range(len(split))]
+    return [Side(mode.values, DAMPING) for mode in side.modes(split)]
 
 
 def _inverse(values: Tensor) -> Tensor:
