@@ -345,7 +345,7 @@ def test_embeddings_and_linears_go_together(tiny_llama):
 def test_what_the_format_cannot_replace_is_skipped_with_the_reason(tiny_llama):
     model = tnlm.compress(tiny_llama(), "tt", targets=["embeddings", "up_proj"])
     plan = tnlm.report(model).plan
-    assert plan.skipped == {"model.embed_tokens": "tensor-train replaces linear only"}
+    assert plan.skipped == {"model.embed_tokens": "tensor-train replaces only linear"}
     assert "skipped: model.embed_tokens: tensor-train" in str(plan)
     with pytest.raises(TargetError, match="embedding only"):
         tnlm.compress(tiny_llama(), "tensorgpt", targets="all-linear")
@@ -661,8 +661,8 @@ def test_a_quantized_model_is_refused(make_model):
         ("svd", DATA, OptionError, "calibration= has no effect on scheme 'svd'"),
         ("svd-llm", {**DATA, "metric": "identity"}, OptionError, "has no effect"),
         ("svd", {"cache_dir": "cache"}, OptionError, "cache_dir= has no effect on scheme 'svd'"),
-        ("svd-llm", {}, CalibrationError, "looks at data; pass calibration="),
-        ("svd", {"metric": "input"}, CalibrationError, "looks at data; pass calibration="),
+        ("svd-llm", {}, CalibrationError, "needs data; pass calibration="),
+        ("svd", {"metric": "input"}, CalibrationError, "needs data; pass calibration="),
         ("svd", {"recover": "lora"}, CalibrationError, "trains on data; pass training="),
         ("svd-llm", {"calibration": []}, CalibrationError, "no tokens"),
         ("svd-llm", {"calibration": [3, 4, 5]}, CalibrationError, "fewer than one window"),

@@ -222,11 +222,15 @@ def test_a_loss_that_is_not_finite_leaves_the_model(make_model):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"calibration": None}, CalibrationError, "looks at data; pass calibration="),
-        ({"calibration": None, "training": IDS, "allocation": "loss"}, CalibrationError, "looks"),
+        ({"calibration": None}, CalibrationError, "needs data; pass calibration="),
+        (
+            {"calibration": None, "training": IDS, "allocation": "loss"},
+            CalibrationError,
+            "needs data",
+        ),
         ({"recover_tokens": 0}, OptionError, "recover_tokens=0; allowed"),
         ({"recover": "none", "recover_tokens": -1}, OptionError, "recover_tokens=-1; allowed"),
-        ({"cache_dir": "cache"}, OptionError, "metric='movement' trains, and keeps none"),
+        ({"cache_dir": "cache"}, OptionError, "metric='movement' trains and has none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong, error, message, make_model):

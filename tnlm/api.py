@@ -41,40 +41,40 @@ def compress(
 ) -> PreTrainedModel:
     """Compress a model in place, and return it.
 
-    If anything fails, the model is left as it was. The report is at ``tnlm.report(model)``. What is
-    about data, from ``calibration`` to ``seed``, is refused for a scheme that looks at none.
+    If anything fails, the model is left unchanged. ``tnlm.report(model)`` returns the report.
+    Arguments about data are rejected for schemes that use none.
 
     Args:
         model: any Hugging Face model, not quantized.
-        scheme: a name from ``tnlm.list_schemes()``, a changed copy of a scheme made by
-            :func:`scheme`, or a plan made by :func:`plan`.
-        targets: the matrices chosen; see :func:`tnlm.targets.selection.select`. The scheme has a
-            default.
-        ignore: matrices left alone, in the same words.
-        keep: fraction of the whole model's parameters that remains, tied ones counted once.
-        keep_targets: fraction of the targets' parameters that remains (0.8 if nothing is asked).
+        scheme: a name from ``tnlm.list_schemes()``, a modified copy of a scheme from
+            :func:`scheme`, or a plan from :func:`plan`.
+        targets: the matrices to compress; see :func:`tnlm.targets.selection.select`. The scheme
+            has a default.
+        ignore: matrices to leave alone, in the same form.
+        keep: fraction of the whole model's parameters to keep, tied ones counted once.
+        keep_targets: fraction of the targets' parameters to keep (0.8 if no size is given).
         calibration: a list of strings, a text or JSONL file, token ids, a DataLoader or a
-            ``datasets.Dataset``; or a :class:`Calibration`, which also says how it is cut.
-        tokenizer: turns texts into ids.
+            ``datasets.Dataset``; or a :class:`Calibration`, which also sets how it is cut.
+        tokenizer: turns texts into token ids.
         budget: further limits, see :class:`Budget`.
         recovery: training after the fit, see :class:`Recovery`.
-        seed: draws the windows, the labels that gradients are taken of, the starts of LoRAs, and
-            the order in which anything is trained (0 if not given).
+        seed: seeds the choice of windows, sampled labels, LoRA initialisation and training order
+            (0 if not given).
         progress: show progress bars.
         **choices: any field of :class:`Calibration`, :class:`Budget`, :class:`Recovery` or
-            :class:`~tnlm.schemes.base.Scheme` by itself, such as ``metric``, ``allocation``,
+            :class:`~tnlm.schemes.base.Scheme` on its own, such as ``metric``, ``allocation``,
             ``cascade``, ``refine``, ``recover``, ``tolerance``, ``max_macs``, ``unit``,
             ``num_samples``, ``max_length`` or ``cache_dir`` (``tnlm compress --help`` lists all);
             and the options of the scheme's formats: ``rank``, ``terms``, ``ranks``, ``out_split``,
-            ``in_split``, ``gauge``, integers or lists of integers; under ``"fisher-elements"``
-            also ``sweeps``, the most passes of its least squares, and ``ridge``, which shrinks the
-            factors.
+            ``in_split``, ``gauge``, integers or lists of integers; with ``"fisher-elements"``
+            also ``sweeps``, the maximum number of least-squares passes, and ``ridge``, which
+            shrinks the factors.
 
     Returns:
-        The same model, whose chosen modules are factorized.
+        The same model, with the chosen modules factorized.
 
     Raises:
-        TnlmError: one of its children, before the model is changed.
+        TnlmError: one of its subclasses; the model is unchanged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,7 +94,7 @@ def compress(
         "seed": seed,
         **choices,
     }
-    with torch.inference_mode(False):  # the model can be trained, wherever it was compressed
+    with torch.inference_mode(False):  # keeps the model trainable, wherever it is compressed
         if isinstance(scheme, Plan):
             _only_data(given, targets, ignore)
             decided, job = resume(model, scheme, given, progress)
@@ -115,13 +115,13 @@ def plan(
     progress: bool = True,
     **choices: Any,
 ) -> Plan:
-    """Decide what :func:`compress` would do, with predicted errors; no weight changes.
+    """Plan what :func:`compress` would do, with predicted errors, without changing the model.
 
     The arguments are those of :func:`compress`.
 
     Returns:
-        A plan that prints as a table, round-trips through JSON, and can be given to
-        :func:`compress` in place of the scheme.
+        A plan that prints as a table, round-trips through JSON, and can be passed to
+        :func:`compress` in place of a scheme.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -138,15 +138,16 @@ def plan(
 
 
 def report(model: PreTrainedModel) -> Report:
-    """Return the report of the compression that made a model in this process.
+    """Return the report of a model compressed in this process.
 
     Raises:
-        ModelError: if the model was not compressed here; a saved one has ``tnlm_report.json``.
+        ModelError: if it was not; a saved model has its report in ``tnlm_report.json``.
     """
     found = getattr(model, "tnlm_report", None)
     if not isinstance(found, Report):
         raise ModelError(
-            "this model was not compressed in this process; tnlm.save writes the report"
+            "this model was not compressed in this process; a saved model has its report in "
+            "tnlm_report.json"
         )
     return found
 
@@ -158,7 +159,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     The result computes the same function and loads anywhere without tnlm.
 
     Raises:
-        ModelError: if the model is not compressed, or adapters are around its layers.
+        ModelError: if the model is not compressed, or adapters wrap its layers.
     """
     if config_of(model) is None:
         raise ModelError("the model is not compressed by tnlm")
@@ -170,9 +171,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _only_data(given: Mapping[str, Any], *chosen: Selector | None) -> None:
-    """Raise `OptionError` if more than data is given beside a plan, which holds the rest."""
+    """Raise `OptionError` if anything but data is given with a plan, which holds the rest."""
     about_data = {each.keyword for each in choices_of("calibration")} | {"training"}
     others = [name for name, value in given.items() if value is not None and name not in about_data]
     if others or any(each is not None for each in chosen):
         hint = f": {others[0]}={did_you_mean(others[0], about_data)}" if others else ""
-        raise OptionError(f"a plan holds targets, budget and options already; give it alone{hint}")
+        raise OptionError(f"a plan already holds targets, budget and options; give it alone{hint}")

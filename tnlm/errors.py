@@ -1,4 +1,4 @@
-"""Every error that tnlm raises on purpose, all children of :class:`TnlmError`."""
+"""Every error that tnlm raises on purpose, all subclasses of :class:`TnlmError`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class TnlmError(Exception):
-    """Base of all errors raised by tnlm: says what was asked, what is allowed and where."""
+    """Base of all tnlm errors; messages state the request, what is allowed, and where it failed."""
 
 
 class OptionError(TnlmError, ValueError):
@@ -50,9 +50,9 @@ def did_you_mean(word: str, allowed: Iterable[str], others: Iterable[str] = ()) 
     """Return ``"; did you mean 'kron'? Allowed: ..."`` for an unknown ``word``.
 
     Args:
-        word: what was given.
-        allowed: what is listed.
-        others: what may be meant besides, and is too much to list.
+        word: the unknown word.
+        allowed: names to list.
+        others: more names to suggest, too many to list.
 
     Example:
         >>> did_you_mean("kro", ["kron", "svd"])

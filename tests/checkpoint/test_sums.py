@@ -102,7 +102,7 @@ def test_sums_name_no_files_elsewhere(saved, tmp_path):
 def test_the_command_verifies(saved):
     done = CliRunner().invoke(app, ["verify", str(saved)])
     assert done.exit_code == 0
-    assert "files are as they were saved" in done.stdout
+    assert "files match their checksums" in done.stdout
     done = CliRunner().invoke(app, ["verify", str(saved), "--json"])
     assert json.loads(done.stdout) == tnlm.verify(saved)
     exchange(saved)

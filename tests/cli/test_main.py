@@ -188,7 +188,7 @@ def shell(monkeypatch, capsys, source, text, tmp_path):
     [
         (
             "plan model -s svd-llm",
-            "'svd-llm' with --metric input looks at data; pass --calibration",
+            "'svd-llm' with --metric input needs data; pass --calibration",
         ),
         ("plan model -s svd --calibration text.txt", "Error: --calibration has no effect on"),
         ("plan model -s svd --keep 0.8 --keep-targets 0.8", "--keep and --keep-targets given"),
@@ -198,7 +198,7 @@ def shell(monkeypatch, capsys, source, text, tmp_path):
         ("plan model -s svd --terms 4", "Allowed: --gauge, --rank"),
         ("plan model -s kro", "did you mean 'kron'"),
         ("plan model -s tt --ranks 3 --out-split 5,7", "--out-split 5,7 multiplies to 35, not to"),
-        ("plan model -s svd --blocks 1", "--blocks 1 has no effect on --allocation uniform"),
+        ("plan model -s svd --blocks 1", "--blocks 1 has no effect with --allocation uniform"),
         ("plan model -s svd --dtype float3", "--dtype float3; did you mean 'float32'"),
         ("plan model -s svd --ignore nothing", "Error: --ignore nothing matches no matrix"),
         ("plan model -s lpaf --calibration text.txt --max-length 601", "of at most 600 or give"),
@@ -292,7 +292,7 @@ def test_evaluate_scores_local_rows_and_a_text_beside_a_baseline(source, text, t
     assert task["figures"][0]["difference"] == 0
     assert json.loads((tmp_path / "found.json").read_text()) == found
     assert "did you mean 'arc_easy'" in fails("evaluate", "./no/model", "--tasks", "arc_eazy")
-    assert "no such directory" in fails(*arguments, "--out", tmp_path / "no" / "found.json")
+    assert "there is no directory" in fails(*arguments, "--out", tmp_path / "no" / "found.json")
     words = ("--text", text, "--window", 16, "--windows", 4)
     both = run(*arguments, *options, *words, "--out", tmp_path / "both.json")
     alone = run("evaluate", source, *words)

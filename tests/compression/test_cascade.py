@@ -454,7 +454,7 @@ def test_an_expert_that_gets_no_token_later_is_named(tiny_llama):
     small, large = torch.full((1, 8), 4), torch.full((1, 8), 60)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in (small, large)]
     targets = select(model, ["expert"]).targets
-    with pytest.raises(CalibrationError, match=r"layers\.0\.mlp\.expert sees other tokens"):
+    with pytest.raises(CalibrationError, match=r"layers\.0\.mlp\.expert gets different tokens"):
         cascade(model, targets, batches, "anchored", crude(model), progress=False)
 
 

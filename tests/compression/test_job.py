@@ -120,7 +120,7 @@ def test_a_cascade_or_tuning_keeps_the_batches(tiny_llama):
 def test_data_is_asked_for_where_it_is_needed_and_refused_where_not(tiny_llama):
     model, nothing = tiny_llama(), Calibration()
     for arguments in ({"metric": "input"}, {"allocation": "loss"}, {"refine": 8}):
-        with pytest.raises(CalibrationError, match="looks at data; pass calibration="):
+        with pytest.raises(CalibrationError, match="needs data; pass calibration="):
             prepared(model, data=nothing, **arguments)
     with pytest.raises(OptionError, match="calibration= has no effect on scheme 'svd'"):
         prepared(model)

@@ -132,7 +132,7 @@ def test_an_unknown_metric_gets_a_hint(metric):
 
 
 def test_a_metric_that_the_format_cannot_serve_is_refused():
-    with pytest.raises(OptionError, match="a token-mps can be fitted under identity only"):
+    with pytest.raises(OptionError, match="token-mps can be fitted only under identity"):
         request("tensorgpt", metric="input")
     assert request("svd", metric="input").measure.name == "input"
 
@@ -176,7 +176,7 @@ def test_targets_without_multiply_adds_have_no_fraction_of_them():
     # Looking embeddings up takes none.
     asked = request(allocation="loss", unit="macs", keep=0.9)
     with pytest.raises(
-        BudgetError, match=r"keep=0\.9 counts multiply-adds, and the targets have none"
+        BudgetError, match=r"keep=0\.9 counts multiply-adds, but the targets have none"
     ):
         asked.limits(Cost(100, 400, 80), Cost(50, 200, 0))
 

@@ -33,8 +33,8 @@ def test_a_format_is_fitted_only_under_what_it_says(measure, structure):
         rules.check_measure("scheme", [structure], measure)
         return
     text = refused(rules.check_measure, "scheme", [structure], measure)
-    assert f"metric={measure.name!r} with scheme 'scheme': a {structure.name}" in text
-    allowed = text.partition("fitted under ")[2].removesuffix(" only").split(", ")
+    assert f"metric={measure.name!r} with scheme 'scheme': {structure.name}" in text
+    allowed = text.partition("fitted only under ")[2].split(", ")
     assert "identity" in allowed
     for name in allowed:  # what it allows is allowed
         rules.check_measure("scheme", [structure], get_measure(name))
@@ -43,7 +43,7 @@ def test_a_format_is_fitted_only_under_what_it_says(measure, structure):
 def test_every_format_has_to_serve_the_measure():
     both = [get_format("low-rank"), get_format("channels")]
     rules.check_measure("auto", both, get_measure("two-sided"))
-    assert "a channels" in refused(
+    assert ": channels" in refused(
         rules.check_measure, "auto", both, get_measure("fisher-elements")
     )
 
@@ -66,7 +66,7 @@ def test_damping_is_a_fraction(value):
 
 
 def test_damping_needs_something_to_damp():
-    assert "no effect on metric='identity'" in refused(
+    assert "no effect with metric='identity'" in refused(
         rules.check_damping, get_measure("identity"), 0.1
     )
     rules.check_damping(get_measure("identity"), None)
@@ -101,7 +101,7 @@ def test_channels_are_chosen_together(measure, cascade):
         rules.check_channels(channels, measure, cascade)
     else:
         text = refused(rules.check_channels, channels, measure, cascade)
-        assert f"metric={measure.name!r} and cascade={cascade!r} with channels" in text
+        assert f"metric={measure.name!r} and cascade={cascade!r} cannot select channels" in text
         assert "allowed: metric='input' or 'two-sided', and cascade='none'" in text
 
 
@@ -118,7 +118,7 @@ def test_only_low_rank_shares_a_factor(structure):
         rules.check_share([structure], get_measure("input"), "none", 3)
     else:
         text = refused(rules.check_share, [structure], get_measure("input"), "none", 3)
-        assert f"share=3 with a {structure.name}; allowed: low rank" in text
+        assert f"share=3 with {structure.name}; allowed: low rank" in text
 
 
 def test_sharing_excludes_cascades_and_biases():
@@ -164,7 +164,7 @@ def test_blocks_are_counted_only_where_they_act(allocation):
             assert f"blocks={value!r}; allowed: a whole number >= 1" in text
     else:
         text = refused(rules.check_shared, allocation, Budget(blocks=3))
-        assert f"blocks=3 has no effect on allocation={allocation.name!r}" in text
+        assert f"blocks=3 has no effect with allocation={allocation.name!r}" in text
 
 
 @pytest.mark.parametrize("structure", formats().values(), ids=lambda s: s.name)
@@ -172,7 +172,7 @@ def test_truncation_shares_out_ranks(structure):
     for allocation in allocations().values():
         if allocation.name == "truncation" and structure.name != "low-rank":
             text = refused(rules.check_shared_formats, allocation, [*LOW_RANK, structure])
-            assert f"allocation='truncation' with a {structure.name}; allowed: low-rank" in text
+            assert f"allocation='truncation' with {structure.name}; allowed: low-rank" in text
         else:
             rules.check_shared_formats(allocation, [structure])
 
@@ -220,7 +220,7 @@ def test_what_is_accepted_is_recorded(name):
         ({"share": 0}, "share=0"),
         ({"refine": -1}, "refine=-1"),
         ({"unit": "bytes"}, "unit='bytes' with allocation='uniform'"),
-        ({"blocks": 2}, "blocks=2 has no effect on allocation='uniform'"),
+        ({"blocks": 2}, "blocks=2 has no effect with allocation='uniform'"),
         ({"allocation": "last", "blocks": 0}, "blocks=0"),
         ({"allocation": "lost"}, "did you mean 'loss'"),
         ({"allocation": 3}, "unknown allocation 3"),
@@ -237,10 +237,10 @@ def test_a_request_asks_every_rule(arguments, words):
 @pytest.mark.parametrize(
     ("scheme", "arguments", "words"),
     [
-        ("auto", {"metric": "covariance"}, "with channels"),
-        ("auto", {"cascade": "sequential"}, "with channels"),
-        ("kron", {"share": 2}, "share=2 with a kronecker"),
-        ("kron", {"allocation": "truncation"}, "truncation' with a kronecker"),
+        ("auto", {"metric": "covariance"}, "cannot select channels"),
+        ("auto", {"cascade": "sequential"}, "cannot select channels"),
+        ("kron", {"share": 2}, "share=2 with kronecker"),
+        ("kron", {"allocation": "truncation"}, "truncation' with kronecker"),
         ("modegpt", {"tolerance": 0.1, "width": 4}, "tolerance and width given"),
         ("basis-sharing", {"cascade": "anchored"}, "share=2 with cascade='anchored'"),
     ],

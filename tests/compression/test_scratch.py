@@ -331,12 +331,16 @@ def test_what_cannot_be_made_is_an_error(scheme, arguments, error, message):
 
 
 def test_a_config_of_no_causal_model_is_an_error():
-    with pytest.raises(ModelError, match=r"T5Config makes no AutoModelForCausalLM.*model_class="):
+    with pytest.raises(
+        ModelError, match=r"T5Config cannot build AutoModelForCausalLM.*model_class="
+    ):
         tnlm.from_config(T5Config(), "svd")
 
 
 def test_something_else_than_a_config_is_an_error():
-    with pytest.raises(ModelError, match="PreTrainedConfig is wanted, not GPT2LMHeadModel"):
+    with pytest.raises(
+        ModelError, match="expected a transformers PreTrainedConfig, got GPT2LMHeadModel"
+    ):
         tnlm.from_config(GPT2LMHeadModel(GPT2), "svd")
 
 
@@ -349,5 +353,5 @@ def test_the_config_of_a_compressed_model_is_an_error():
 def test_a_matrix_that_starts_as_zeros_is_an_error():
     config = copy.deepcopy(GPT2)
     config.initializer_range = 0.0
-    with pytest.raises(ModelError, match=r"h\.0\.\S+ starts as zeros.*ignore="):
+    with pytest.raises(ModelError, match=r"h\.0\.\S+ is initialised to zeros.*ignore="):
         tnlm.from_config(config, "svd")

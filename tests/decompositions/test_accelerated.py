@@ -123,5 +123,5 @@ def test_options_out_of_range_are_refused(options, message, make_model):
 @pytest.mark.parametrize("scheme", ["svd", "fwsvd", "modegpt"])
 def test_options_that_cannot_act_are_refused(scheme, options, make_model):
     data = {} if scheme == "svd" else DATA
-    with pytest.raises(OptionError, match="has no effect on metric="):
+    with pytest.raises(OptionError, match="has no effect with metric="):
         tnlm.compress(make_model("llama"), scheme, **options, **data)

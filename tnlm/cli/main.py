@@ -1,4 +1,4 @@
-"""The command line: every command is one public function, and takes ``--json``."""
+"""The command line: every command calls one public function, and takes ``--json``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ app.add_typer(studies)
 
 
 def _read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> Any:
-    """Return the plan of a file, or the scheme; what is asked is checked before a model loads."""
+    """Return the plan in a file, or the scheme; check the request before a model is loaded."""
     from tnlm.calibration.cache import check_cache
     from tnlm.compression.request import make_request
     from tnlm.plans.plan import Plan
@@ -42,12 +42,12 @@ def _read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> 
     if given.get("cache_dir") is not None:
         check_cache(given["cache_dir"])
     if path is None and scheme is None:
-        raise OptionError("nothing says how to compress; give --scheme, or --plan")
+        raise OptionError("no scheme and no plan given; give --scheme or --plan")
     if path is None:
         make_request(str(scheme), **given)
         return scheme
     if scheme is not None:
-        raise OptionError("--scheme and --plan given; a plan holds its scheme")
+        raise OptionError("--scheme and --plan are both given; a plan already holds its scheme")
     return Plan.load(path)
 
 
@@ -84,13 +84,13 @@ def plan(
     targets: Targets = None,
     ignore: Ignore = None,
     out: Annotated[
-        Path | None, typer.Option(help="Keep the plan as JSON, for `tnlm compress --plan`.")
+        Path | None, typer.Option(help="Save the plan as JSON, for `tnlm compress --plan`.")
     ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Print what compress would do to every matrix, and what it would cost."""
+    """Show what compress would do to every matrix, and the resulting cost."""
     choices = asked(given)
     _read_plan(None, scheme, choices)
     from tnlm.checkpoint.dense_models import load_model
@@ -114,7 +114,7 @@ def plan(
 
 
 def _with(tokenizer: Any, choices: dict[str, Any]) -> dict[str, Any]:
-    """Return choices with a tokenizer, if there is data for it to read."""
+    """Add the tokenizer to the choices if there is data to tokenize."""
     reads = {"calibration", "training"} & choices.keys()
     return {**choices, "tokenizer": tokenizer} if reads else choices
 
@@ -123,12 +123,12 @@ def _with(tokenizer: Any, choices: dict[str, Any]) -> dict[str, Any]:
 @with_choices
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
+    out: Annotated[Path, typer.Argument(help="Output directory, new or empty.")],
     scheme: Annotated[
         str | None, typer.Option("--scheme", "-s", help="A name from `tnlm schemes`.")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan from `tnlm plan --out`, instead.", **FILE)
+        Path | None, typer.Option(help="Instead: a plan from `tnlm plan --out`.", **FILE)
     ] = None,
     targets: Targets = None,
     ignore: Ignore = None,
@@ -188,20 +188,20 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="A directory written by tnlm.")],
     as_json: Json = False,
 ) -> None:
-    """Compare every file of a compressed model with the sum taken when it was saved."""
+    """Check every file of a compressed model against the checksum from when it was saved."""
     sums = tnlm.verify(directory)
     if as_json:
         print_json(sums)
         return
-    console.print(f"{len(sums)} files are as they were saved: {', '.join(sums)}", soft_wrap=True)
+    console.print(f"{len(sums)} files match their checksums: {', '.join(sums)}", soft_wrap=True)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="The directory to write.")] = Path("demo"),
+    out: Annotated[Path, typer.Argument(help="Output directory.")] = Path("demo"),
     as_json: Json = False,
 ) -> None:
-    """Compress the real SmolLM2-135M-Instruct and measure what it cost and bought."""
+    """Compress SmolLM2-135M-Instruct in two ways, and measure quality, size and speed."""
     from tnlm.cli.demo import run
 
     say: Callable[[Any], None] = (lambda _: None) if as_json else console.print
@@ -211,13 +211,13 @@ def demo(
 
 
 def _loader(model: Any) -> str:
-    """Return the class that reads a model like this one."""
+    """Return the class that loads a model like this one."""
     name = type(model).__name__
     return "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
-    """Return the options of the command that is called, by the keywords for which they stand."""
+    """Return the options of the called command, by keyword."""
     command = getattr(get_command(app), "commands", {}).get(words[0] if words else "")
     found = [] if command is None else command.params
     return {each.name: each.opts[0] for each in found if each.param_type_name == "option"}
@@ -226,7 +226,7 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 def main() -> None:
     """Run the command line; an error of tnlm is one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # Terminated, it ends as after Ctrl-C, and leaves nothing behind.
+    # SIGTERM ends the process like Ctrl-C, so that it leaves nothing behind.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     failed = ""
     try:
@@ -234,6 +234,6 @@ def main() -> None:
     except TnlmError as error:
         message = in_options(str(error), _options(sys.argv[1:]), sys.argv[1:])
         failed = f"{type(error).__name__}: {message}\n"
-    if failed:  # what the error held is gone here, so that an open progress bar has ended its line
+    if failed:  # after `except` the error is freed, so an open progress bar has ended its line
         sys.stderr.write(failed)
         sys.exit(1)

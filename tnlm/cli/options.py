@@ -1,4 +1,4 @@
-"""Options that several commands share, each with its help."""
+"""Options that several commands share, with their help texts."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import typer
 
 FILE: Any = {"exists": True, "dir_okay": False}
 FOLDER: Any = {"exists": True, "file_okay": False}
-"""Of options that name what is to be read: it is looked for before any work."""
+"""For options that name an input: check that it exists before any work."""
 
 Model = Annotated[str, typer.Argument(help="A model directory, a .gguf file, or a hub id.")]
 SchemeName = Annotated[str, typer.Option("--scheme", "-s", help="A name from `tnlm schemes`.")]
 Terms = Annotated[int | None, typer.Option(help="Kronecker products to sum.")]
 Rank = Annotated[int | None, typer.Option(help="Rank of every matrix.")]
-Ranks = Annotated[str | None, typer.Option(help="Ranks of bonds or modes: 8, or 8,8,16.")]
-OutSplit = Annotated[str | None, typer.Option(help="How outputs split into modes: 48,32.")]
-InSplit = Annotated[str | None, typer.Option(help="How inputs split into modes: 24,24.")]
-Width = Annotated[int | None, typer.Option(help="Feed-forward channels of a block that stay.")]
+Ranks = Annotated[str | None, typer.Option(help="Ranks of the bonds or modes: 8, or 8,8,16.")]
+OutSplit = Annotated[str | None, typer.Option(help="Sizes of the output modes: 48,32.")]
+InSplit = Annotated[str | None, typer.Option(help="Sizes of the input modes: 24,24.")]
+Width = Annotated[int | None, typer.Option(help="Feed-forward channels to keep per block.")]
 Gauge = Annotated[
     bool | None, typer.Option("--gauge/--no-gauge", help="Store an identity block implicitly.")
 ]
-Ridge = Annotated[float | None, typer.Option(help="Shrinks the factors of tfwsvd.")]
-Sweeps = Annotated[int | None, typer.Option(help="Most passes of tfwsvd over its factors.")]
+Ridge = Annotated[float | None, typer.Option(help="Penalty that shrinks the factors (tfwsvd).")]
+Sweeps = Annotated[int | None, typer.Option(help="Most passes over the factors (tfwsvd).")]
 Keep = Annotated[
     float | None, typer.Option(help="Fraction of the whole model's parameters to keep.")
 ]
 KeepTargets = Annotated[
     float | None, typer.Option(help="Fraction of the targets' parameters to keep.")
 ]
-Tolerance = Annotated[float | None, typer.Option(help="Relative error allowed to a matrix.")]
+Tolerance = Annotated[float | None, typer.Option(help="Relative error allowed per matrix.")]
 MaxMacs = Annotated[
-    float, typer.Option(help="Multiply-adds of a matrix, at most this multiple of dense.")
+    float, typer.Option(help="Most multiply-adds per matrix, as a multiple of dense.")
 ]
 MetricName = Annotated[
     str | None,
@@ -44,50 +44,51 @@ AllocationName = Annotated[
 ]
 Cascade = Annotated[str | None, typer.Option(help="none, sequential or anchored.")]
 Damping = Annotated[
-    float | None, typer.Option(help="Share of a moment replaced by its mean diagonal.")
+    float | None, typer.Option(help="Fraction of a moment replaced by its mean diagonal.")
 ]
-Refine = Annotated[int, typer.Option(help="Tokens on which every block is tuned after fitting.")]
-Share = Annotated[int | None, typer.Option(help="Blocks that share an input factor, low rank.")]
-Unit = Annotated[str, typer.Option(help="What keep counts: params, bytes or macs.")]
-Blocks = Annotated[int | None, typer.Option(help="Last blocks cut, for --allocation last.")]
+Refine = Annotated[int, typer.Option(help="Tokens to tune each block on after fitting.")]
+Share = Annotated[int | None, typer.Option(help="Blocks that share an input factor (low rank).")]
+Unit = Annotated[str, typer.Option(help="Unit of the budget: params, bytes or macs.")]
+Blocks = Annotated[
+    int | None, typer.Option(help="How many last blocks to compress, for --allocation last.")
+]
 GradientSamples = Annotated[
-    int | None, typer.Option(help="Windows used for gradients; 16 if not given.")
+    int | None, typer.Option(help="Windows used for gradients; 16 by default.")
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="Text or JSONL file, for schemes that look at data.", **FILE),
+    typer.Option(help="Calibration data: a text or JSONL file.", **FILE),
 ]
-NumSamples = Annotated[
-    int | None, typer.Option(help="Windows of calibration text; 64 if not given.")
-]
-MaxLength = Annotated[int, typer.Option(help="Tokens in a window.")]
-MaxLengthAsked = Annotated[int | None, typer.Option(help="Tokens in a window; 512 if not given.")]
+NumSamples = Annotated[int | None, typer.Option(help="Calibration windows; 64 by default.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens per window.")]
+MaxLengthAsked = Annotated[int | None, typer.Option(help="Tokens per window; 512 by default.")]
 Bos = Annotated[
     bool | None,
     typer.Option(
-        "--bos/--no-bos", help="Begin windows with BOS; as the tokenizer does, if not given."
+        "--bos/--no-bos", help="Start each window with BOS; by default, as the tokenizer does."
     ),
 ]
 CacheDir = Annotated[Path | None, typer.Option(help="Keeps calibration statistics between runs.")]
 Targets = Annotated[
-    str | None, typer.Option(help="all-linear, embeddings, or a regular expression of names.")
+    str | None,
+    typer.Option(help="Matrices to compress: all-linear, embeddings, or a regular expression."),
 ]
-Ignore = Annotated[str | None, typer.Option(help="Left alone: a regular expression of names.")]
-Seed = Annotated[int, typer.Option(help="Draws the calibration windows.")]
+Ignore = Annotated[str | None, typer.Option(help="Matrices to leave alone: a regular expression.")]
+Seed = Annotated[int, typer.Option(help="Seed for the calibration windows.")]
 SeedAsked = Annotated[
-    int | None, typer.Option(help="Draws windows and all else that is random; 0 if not given.")
+    int | None, typer.Option(help="Seed for the windows and other random choices; 0 by default.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace what OUT holds.")]
+Dtype = Annotated[str, typer.Option(help="Data type: auto, float32, bfloat16, float16 or float64.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace the contents of OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Recover = Annotated[
     str | None,
     typer.Option(
-        help="Training in the end: lora, distill, finetune, mixed-rank, mixed-rank-frozen, none."
+        help="Training after fitting: lora, distill, finetune, mixed-rank, mixed-rank-frozen, none."
     ),
 ]
-RecoverTokens = Annotated[int | None, typer.Option(help="Tokens that it sees.")]
+RecoverTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
 Training = Annotated[
     Path | None,
-    typer.Option(help="Text or JSONL to train on; the calibration data if not given.", **FILE),
+    typer.Option(help="Training data; the calibration data by default.", **FILE),
 ]

@@ -1,4 +1,4 @@
-"""What the commands share: where they print, the table of a plan, and lists of numbers."""
+"""Helpers that the commands share: the console, JSON, plan tables, and lists of numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def print_json(value: Any) -> None:
 
 
 def printable(value: object) -> str:
-    r"""Return a value as text that every terminal can print.
+    r"""Return a value as text that any terminal can print.
 
     Example:
         >>> printable("a\x1b[2J\ud800")
@@ -35,15 +35,15 @@ def printable(value: object) -> str:
 
 
 def numbers(name: str, text: str | None, kind: type[T] = int) -> list[T] | None:
-    """Return the numbers of an option such as ``48,32``.
+    """Parse an option that lists numbers, such as ``48,32``.
 
     Args:
         name: the option.
-        text: what the user wrote; None if nothing.
-        kind: whether whole numbers are wanted, or any.
+        text: the option's value, or None.
+        kind: type of the numbers, int or float.
 
     Raises:
-        OptionError: if they are no such numbers.
+        OptionError: if the text is no list of such numbers.
 
     Example:
         >>> numbers("ranks", "8,16")
@@ -54,12 +54,12 @@ def numbers(name: str, text: str | None, kind: type[T] = int) -> list[T] | None:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        allowed = "whole numbers, as in 48,32" if kind is int else "numbers, as in 0.25,0.5"
+        allowed = "whole numbers, such as 48,32" if kind is int else "numbers, such as 0.25,0.5"
         raise OptionError(f"--{name} {text!r}; allowed: {allowed}") from error
 
 
 def layers_table(layers: Sequence[LayerPlan]) -> Table:
-    """Return the table of a plan; what all names begin with stands above it."""
+    """Return a plan as a table, with the common prefix of all names in its title."""
     long = ("target", "spec")
     columns = [Column(name, no_wrap=name not in long, overflow="fold") for name in HEADINGS]
     found = [layer.name for layer in layers]

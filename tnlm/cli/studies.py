@@ -1,4 +1,4 @@
-"""Commands that study a model: its structure, quality, speed, and compression."""
+"""Commands that study a model: its structure, quality, speed and compression."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from tnlm.errors import OptionError
 
 studies = typer.Typer()
 
-Out = Annotated[Path, typer.Argument(help="Directory to write; new or empty.")]
+Out = Annotated[Path, typer.Argument(help="Output directory, new or empty.")]
 Baseline = Annotated[str | None, typer.Option(help="Model to compare with.")]
-Limit = Annotated[int | None, typer.Option(help="Items per task, at most.")]
+Limit = Annotated[int | None, typer.Option(help="Most items per task.")]
 
 OWN = ("model", "out", "baseline", "dtype", "overwrite", "as_json")
-"""Parameters that a command handles itself; the others are arguments of the public function."""
+"""Parameters that a command handles itself; it passes the others to the public function."""
 
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def analyze(
     ] = None,
     targets: Targets = None,
     ignore: Ignore = None,
-    num_samples: Annotated[int, typer.Option(help="Windows of calibration data.")] = 16,
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
     max_length: MaxLength = 512,
     bos: Bos = None,
     seed: Seed = 0,
@@ -95,29 +95,29 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="Text or JSONL file, for perplexity.", **FILE)
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Names of benchmarks: piqa,arc_easy.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmarks: piqa,arc_easy.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Directory of JSONL files; if absent, lm-eval downloads.", **FOLDER),
+        typer.Option(help="Directory of JSONL files; without it, lm-eval downloads.", **FOLDER),
     ] = None,
     baseline: Baseline = None,
     window: Annotated[int, typer.Option(help="Tokens per window of the text.")] = 512,
-    windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 16,
+    windows: Annotated[int, typer.Option(help="Windows from the start of the text.")] = 16,
     bos: Bos = None,
     limit: Limit = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples per prompt.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Few-shot examples per prompt.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 8,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens per prompt, at most; by default the model's positions."),
+        typer.Option(help="Most tokens per prompt; by default, the model's context length."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer, at most.")] = 256,
-    seed: Annotated[int, typer.Option(help="Draws the examples and the bootstrap samples.")] = 1234,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed for few-shot examples and the bootstrap.")] = 1234,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity on a text, or benchmarks, or both; beside a baseline if there is one."""
+    """Measure perplexity on a text, benchmarks, or both, optionally beside a baseline."""
     asked = _arguments(locals())
     from tnlm.evaluation.tasks import get_task
 
@@ -128,7 +128,7 @@ def evaluate(
         get_task(name)
     asked["bos"] = "auto" if bos is None else bos
     if out is not None and not out.parent.is_dir():
-        raise OptionError(f"--out {out}: no such directory as {out.parent}")
+        raise OptionError(f"--out {out}: there is no directory {out.parent}")
     loaded, tokenizer, beside = _load(model, baseline, dtype)
     if tokenizer is None:
         raise OptionError(f"{model} has no tokenizer, which an evaluation needs")
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def _show_evaluation(found: tnlm.Evaluation, model: Any, text: Path | None, as_json: bool) -> None:
-    """Print an evaluation; a perplexity alone is one line, or the keys that say its protocol."""
+    """Print an evaluation; a perplexity alone takes one line, or the JSON keys of its protocol."""
     if text is None:
         _show(found, as_json)
         return
@@ -180,7 +180,7 @@ def efficiency(
 def rank_search(
     model: Model,
     out: Out,
-    search: Annotated[Path, typer.Option(help="Text on which ranks are chosen.", **FILE)],
+    search: Annotated[Path, typer.Option(help="Text to choose the ranks on.", **FILE)],
     report: Annotated[Path, typer.Option(help="Other text, for the final perplexity.", **FILE)],
     calibration: Calibration = None,
     scheme: Annotated[str, typer.Option("--scheme", "-s", help="A low-rank scheme.")] = "sfsd",
@@ -188,16 +188,19 @@ def rank_search(
         float | None, typer.Option(help="Factor by which the perplexity may grow per matrix.")
     ] = None,
     keep: Annotated[
-        float | None, typer.Option(help="Fraction of the model's parameters, instead of --growth.")
+        float | None,
+        typer.Option(help="Instead of --growth: fraction of the model's parameters to keep."),
     ] = None,
     chunks: Annotated[
-        int, typer.Option(help="Parts of SEARCH; a rank must be good enough on each of them.")
+        int, typer.Option(help="Parts of the search text; a rank must be good enough on each.")
     ] = 1,
     candidates: Annotated[
         str | None,
-        typer.Option(help="Ranks, as fractions of the one at which nothing is saved: 0.2,0.5."),
+        typer.Option(help="Ranks to try, as fractions of the break-even rank: 0.2,0.5."),
     ] = None,
-    order: Annotated[str, typer.Option(help="reverse or forward.")] = "reverse",
+    order: Annotated[str, typer.Option(help="Order of the matrices: reverse or forward.")] = (
+        "reverse"
+    ),
     num_samples: NumSamples = None,
     max_length: MaxLength = 512,
     cache_dir: CacheDir = None,
@@ -233,7 +236,7 @@ def report(
         Path | None, typer.Option(help="File to write; by default DIRECTORY/report.html.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="JSON of `tnlm evaluate --out` to include.", **FILE)
+        Path | None, typer.Option(help="JSON from `tnlm evaluate --out` to include.", **FILE)
     ] = None,
     as_json: Json = False,
 ) -> None:

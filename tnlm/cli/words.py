@@ -1,4 +1,4 @@
-"""Words an error for the shell: where the library says ``keep_targets=``, a command has options."""
+"""Rewrites errors for the shell: options take the place of keywords such as ``keep_targets=``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ VALUE = r"""'[^']*'|"[^"]*"|\([^()]*\)|\[[^\[\]]*\]|-?\w[^\s,;:)]*"""
 """A value as Python writes it: text, a tuple, a list, or a word."""
 BOUNDS = {"<=": "of at most", ">=": "of at least"}
 GIVEN = {"tokenizer=": "a tokenizer in MODEL"}
-"""What the library asks for, and a command finds by itself."""
+"""Arguments that the library asks for, but a command finds by itself."""
 BEFORE = r"(?<![\w./'\\?&-])"
-"""A keyword begins here, and not the part of a path, of an address or of quoted text."""
+"""Start of a keyword, but not of a part of a path, an address or quoted text."""
 
 
 def in_options(message: str, options: Mapping[str, str], typed: Sequence[str] = ()) -> str:
-    """Return an error's message with options in place of keywords.
+    """Replace keywords in an error message by command-line options.
 
-    What has ``=`` is a keyword, and so is what follows "pass", or stands in a list of keywords.
-    Names that are no option of the command stay as they are.
+    A word is a keyword if "=" follows it, if it follows "pass", or if it is in a list of keywords.
+    Names that are not options of the command stay as they are.
 
     Args:
-        message: what the library says.
-        options: the command's options by the keyword for which each stands.
-        typed: words of the command line, such as names of files, which are not read as keywords.
+        message: the library's message.
+        options: the command's options, by keyword.
+        typed: words of the command line, such as file names, which are not read as keywords.
 
     Example:
         >>> options = {"keep": "--keep", "keep_targets": "--keep-targets", "metric": "--metric"}
@@ -65,4 +65,4 @@ def _plain(value: str) -> str:
         return value[1:-1]
     if re.fullmatch(r"[(\[]-?[\d.]+(, -?[\d.]+)*,?[)\]]", value):
         return value[1:-1].rstrip(",").replace(" ", "")
-    return value.replace("\\\\", "\\")  # as Python writes a backslash
+    return value.replace("\\\\", "\\")  # repr doubles backslashes

@@ -1,12 +1,12 @@
-"""The cascade: every matrix is fitted to the inputs that it will really get.
+"""The cascade: fit every matrix to the inputs it gets in the compressed model.
 
-Two streams of hidden states run through the blocks, one dense, which only *anchored* needs, and one
-compressed. Inside a block the matrices are fitted in the order in which they run; before each group
-that shares an input, the moments of that input are gathered again, with everything before it
-compressed already.
+Two streams of hidden states run through the blocks: a compressed one, and a dense one, which only
+*anchored* needs. Within a block, matrices are fitted in execution order. Before each group that
+shares an input, the moments of that input are gathered again, with everything before it already
+compressed.
 
 With x the dense input and x~ the compressed one, *sequential* fits W to x~, and *anchored* fits the
-output that the dense model had: ``min ||W x - W' x~||``. Its optimum under any format is the fit of
+output of the dense model: ``min ||W x - W' x~||``. For any format, its optimum is the fit of
 ``W* = W K C~^-1`` under the metric C~, where C~ = E[x~ x~.T] and K = E[x x~.T].
 
 Source: anchored, AA-SVD (arXiv 2604.02119) and, the same, QEP; sequential, LLM-ROM (2312.07046).
@@ -43,18 +43,18 @@ from tnlm.targets.base import Member
 
 @dataclass(frozen=True)
 class Output:
-    """What a fit gave: the dense ``(out, in)`` weight that its factors stand for, and the bias."""
+    """The result of a fit: the ``(out, in)`` product of its factors, and the bias."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 Fit = Callable[[Member, Moved | None], Output | None]
-"""Fits a target, to its dense statistics if it is not moved; None leaves it as it is."""
+"""Fits a target, to the dense statistics if `Moved` is None; returns None to leave it dense."""
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 States = list[Tensor]
-"""Hidden states between two blocks, one a batch."""
+"""Hidden states between two blocks, one tensor per batch."""
 
 
 def cascade(
@@ -68,20 +68,20 @@ def cascade(
     wanted: Callable[[Member], bool] = lambda _: True,
     progress: bool = True,
 ) -> None:
-    """Fit all targets that stand in blocks, block by block; the model itself is not changed.
+    """Fit all targets inside blocks, block by block, without changing the model.
 
     Args:
         model: its blocks must form one stack that can be walked.
         targets: matrices, in the model's order.
         batches: calibration data of one length, without padding.
         mode: ``"sequential"`` or ``"anchored"``.
-        fit: called once a target, in the order in which they run.
-        centered: anchor about the means, which a bias takes care of.
+        fit: called once per target, in execution order.
+        centered: anchor centered inputs, because a bias corrects the means.
         wanted: returns whether a target is fitted; the others stay dense.
         progress: show a progress bar.
 
     Raises:
-        CalibrationError: if the blocks cannot be walked, or a block's two inputs do not pair.
+        CalibrationError: if the blocks cannot be walked, or the two inputs of a matrix do not pair.
     """
     modules = list(dict.fromkeys(target.module for target in targets))
     tokens = count_tokens(batches)
@@ -107,7 +107,7 @@ def cascade(
 def open_walk(
     model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch]
 ) -> tuple[Blocks, list[Call]]:
-    """Return the blocks of a model, and each one's further arguments.
+    """Return the blocks of a model, and the other arguments of each.
 
     Raises:
         CalibrationError: if the blocks cannot be walked.
@@ -116,9 +116,8 @@ def open_walk(
     calls = check_walk(model, blocks, batches) if blocks else None
     if calls is None:
         raise CalibrationError(
-            f"{type(model).__name__} cannot be walked block by block on this data, which a cascade "
-            "needs: one stack of blocks, and sequences of one length without padding; use "
-            "cascade='none'"
+            f"{type(model).__name__} cannot be walked block by block on this data; a cascade needs "
+            "one stack of blocks, and sequences of one length without padding; use cascade='none'"
         )
     return blocks, calls
 
@@ -149,9 +148,9 @@ class _Pair:
             module.bias[target.rows].copy_(fitted.bias)
 
     def groups(self, targets: Sequence[Member], state: Tensor) -> Iterator[list[Member]]:
-        """Yield the targets that share an input, in the order in which they run.
+        """Yield the targets that share an input, in execution order.
 
-        Experts, which see some tokens only, would not pair and are left out.
+        Experts are left out: each gets only some tokens, so its two inputs would not pair.
         """
         seen: dict[str, Tensor] = {}
 
@@ -170,7 +169,7 @@ class _Pair:
     def moments(
         self, module: str, compressed: States, dense: States | None, tokens: int
     ) -> Moments:
-        """Gather the moments of a module's input; without the dense stream, of one input alone."""
+        """Gather the moments of a module's input, with cross moments if there is a dense stream."""
         local, sums = self._local(module), Sums()
         for index, state in enumerate(compressed):
             seen = [_input_of(self._clone, local, state, self._call)]
@@ -179,8 +178,8 @@ class _Pair:
             inputs = [x for x in seen if x is not None]
             if len(inputs) < len(seen) or inputs[0].shape != inputs[-1].shape:
                 raise CalibrationError(
-                    f"{module} sees other tokens in the compressed model than in the dense one, "
-                    "so that its inputs do not pair; ignore it, or use cascade='none'"
+                    f"{module} gets different tokens in the compressed model and in the dense one, "
+                    "so its inputs do not pair; ignore it, or use cascade='none'"
                 )
             sums.add(*inputs)
         return sums.means(tokens)
@@ -197,7 +196,7 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
 
 
 def _input_of(block: nn.Module, module: str, state: Tensor, call: Call) -> Tensor | None:
-    """Return a module's input; None if it is not reached, as an expert that gets no token."""
+    """Return a module's input, or None if it is not called, like an expert without tokens."""
     found: list[Tensor] = []
 
     def stop(_: str) -> Hook:

@@ -1,6 +1,6 @@
-"""Every keyword of `tnlm.compress`, written once: its group, its default and what it does.
+"""Every keyword of `tnlm.compress`, defined once: its group, its default and its help text.
 
-The call, the command line, the checks and the record in the report follow from these fields.
+The call, the command line, the checks and the record in the report are derived from these fields.
 """
 
 from __future__ import annotations
@@ -20,29 +20,27 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The data that statistics are gathered from, and how it is cut; None stands for a default.
+    """The data for statistics, and how it is cut into windows; None stands for the default.
 
     Example:
         >>> Calibration([1, 2], seed=7).cut.seed, Calibration([1, 2]).cut.max_length
         (7, 512)
     """
 
-    data: Any = choice(
-        None, "Text or JSONL file, for schemes that look at data.", keyword="calibration"
-    )
-    tokenizer: Any = choice(None, "Turns texts into ids.", shell=False)
-    num_samples: int | None = choice(None, "Windows of calibration data; 64 if not given.")
-    max_length: int | None = choice(None, "Tokens in a window; 512 if not given.")
+    data: Any = choice(None, "Calibration data: a text or JSONL file.", keyword="calibration")
+    tokenizer: Any = choice(None, "Turns texts into token ids.", shell=False)
+    num_samples: int | None = choice(None, "Calibration windows; 64 by default.")
+    max_length: int | None = choice(None, "Tokens per window; 512 by default.")
     bos: bool | str | None = choice(
-        None, "Begin windows of text with BOS; as the tokenizer does, if not given."
+        None, "Start each window of text with BOS; by default, as the tokenizer does."
     )
-    gradient_samples: int | None = choice(None, "Windows used for gradients; 16 if not given.")
+    gradient_samples: int | None = choice(None, "Windows used for gradients; 16 by default.")
     cache_dir: str | Path | None = choice(None, "Keeps calibration statistics between runs.")
-    seed: int | None = choice(None, "Draws windows and all else that is random; 0 if not given.")
+    seed: int | None = choice(None, "Seed for the windows and other random choices; 0 by default.")
 
     @property
     def cut(self) -> Cut:
-        """How the data is cut and drawn, with defaults for what is not given."""
+        """How the data is cut and drawn, with defaults filled in."""
         names = [item.name for item in dataclasses.fields(Cut)]
         given = {name: getattr(self, name) for name in names}
         return Cut(**{name: value for name, value in given.items() if value is not None})
@@ -65,30 +63,30 @@ class Budget:
 
     keep: float | None = choice(None, "Fraction of the whole model's parameters to keep.")
     keep_targets: float | None = choice(None, "Fraction of the targets' parameters to keep.")
-    tolerance: float | None = choice(None, "Relative error allowed to a matrix.")
-    max_macs: float = choice(1.0, "Multiply-adds of a matrix, at most this multiple of dense.")
-    unit: str = choice("params", "What keep counts: params, bytes or macs.")
-    blocks: int | None = choice(None, "Last blocks that are cut, for allocation last.")
+    tolerance: float | None = choice(None, "Relative error allowed per matrix.")
+    max_macs: float = choice(1.0, "Most multiply-adds per matrix, as a multiple of dense.")
+    unit: str = choice("params", "Unit of the budget: params, bytes or macs.")
+    blocks: int | None = choice(None, "How many last blocks to compress, for allocation last.")
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """How quality is won back after fitting."""
+    """Training that recovers quality after fitting."""
 
     kind: str | None = choice(
         None,
-        "Training after the fit: lora, distill, finetune, mixed-rank, mixed-rank-frozen or none.",
+        "Training after fitting: lora, distill, finetune, mixed-rank, mixed-rank-frozen or none.",
         keyword="recover",
     )
     tokens: int | None = choice(
         None,
-        "Tokens to train on, and to prune with; 200,000 if not given.",
+        "Tokens to train on, also for metrics that prune; 200,000 by default.",
         keyword="recover_tokens",
     )
     training: Any = choice(
-        None, "Text or JSONL file to train on; the calibration data if not given."
+        None, "Training data: a text or JSONL file; the calibration data by default."
     )
-    refine: int = choice(0, "Tokens on which every block is tuned after fitting; 0 for none.")
+    refine: int = choice(0, "Tokens to tune each block on after fitting; 0 for no tuning.")
 
 
 GROUPS: Mapping[str, type] = {
@@ -97,7 +95,7 @@ GROUPS: Mapping[str, type] = {
     "budget": Budget,
     "recovery": Recovery,
 }
-"""What holds the choices, by the keyword that takes such an object."""
+"""The classes that hold the choices, by the keyword that takes an instance."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +103,12 @@ class Choice:
     """One keyword of `tnlm.compress`.
 
     Attributes:
-        keyword: as it is written in the call.
-        group: what holds it, a key of `GROUPS`.
-        field: its name there.
-        type: of its values, as it is annotated.
-        default: what stands there if it is not given.
-        text: what it does, in one sentence.
+        keyword: its name in the call.
+        group: the class that holds it, a key of `GROUPS`.
+        field: its name in that class.
+        type: the annotation of its values.
+        default: its value if not given.
+        text: its help text, one sentence.
         shell: whether the command line has an option for it.
     """
 
@@ -124,7 +122,7 @@ class Choice:
 
 
 def choices_of(*groups: str) -> Iterator[Choice]:
-    """Yield the keywords of groups; of all if none is named.
+    """Yield the keywords of the named groups, or of all groups.
 
     Example:
         >>> [each.keyword for each in choices_of("budget")][:3]
@@ -140,7 +138,7 @@ def choices_of(*groups: str) -> Iterator[Choice]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A call's arguments in their groups, and the options of the scheme's formats."""
+    """A call's arguments by group, and the options of the scheme's formats."""
 
     scheme: Scheme
     calibration: Calibration
@@ -150,16 +148,14 @@ class Asked:
 
 
 def gather_choices(scheme: str | Scheme, given: Mapping[str, Any]) -> Asked:
-    """Return the arguments of a call in their groups.
+    """Sort the arguments of a call into their groups.
 
     Args:
         scheme: a name, or a scheme.
-        given: keywords with their values, groups as whole objects among them; None counts as not
-            given.
+        given: keywords and values, possibly whole groups; None counts as not given.
 
     Raises:
-        OptionError: if a keyword is given beside the group that holds it, or a group is of another
-            class.
+        OptionError: if a keyword and its group give two values, or a group has the wrong class.
 
     Example:
         >>> asked = gather_choices("kron", {"terms": 4, "keep": 0.5, "metric": "input"})
@@ -188,7 +184,8 @@ def gather_choices(scheme: str | Scheme, given: Mapping[str, Any]) -> Asked:
         is_default = held is None or (each.default is not None and held == each.default)
         if each.group != "scheme" and not is_default:
             raise OptionError(
-                f"{each.keyword}= and {each.group}= with {each.field}={held!r} given; give one"
+                f"{each.keyword}= and {each.group}= with {each.field}={held!r} are both given; "
+                "give one"
             )
         fields[each.group][each.field] = value
     made = {group: dataclasses.replace(base[group], **fields[group]) for group in GROUPS}
@@ -196,15 +193,15 @@ def gather_choices(scheme: str | Scheme, given: Mapping[str, Any]) -> Asked:
 
 
 def scheme(name: str, **changes: Any) -> Scheme:
-    """Return a changed copy of a named scheme, to be given to `tnlm.compress` in its place.
+    """Return a copy of a named scheme with some choices changed, for `tnlm.compress`.
 
     Args:
         name: a name from ``tnlm.list_schemes()``.
-        **changes: fields of `tnlm.schemes.base.Scheme`, e.g. ``metric`` or ``allocation``; what is
-            no such field is an option of its formats.
+        **changes: fields of `tnlm.schemes.base.Scheme`, e.g. ``metric`` or ``allocation``, or
+            options of the scheme's formats.
 
     Raises:
-        OptionError: for an unknown name; for others :func:`tnlm.compress` raises it.
+        OptionError: if the name is unknown; :func:`tnlm.compress` checks the changes.
 
     Example:
         >>> scheme("kron", metric="input", terms=4).defaults

@@ -1,4 +1,4 @@
-"""The data that a request is given, and whether it fits."""
+"""The data of a request, and checks that it fits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tnlm.utils.checks import is_whole
 
 
 def windows(calibration: Calibration, model: PreTrainedModel) -> list[Batch]:
-    """Return the sequences that statistics are taken of."""
+    """Return the sequences for statistics."""
     if calibration.data is None:
         return []
     return _cut(calibration, calibration.data, calibration.cut.num_samples, model)
 
 
 def lessons(calibration: Calibration, model: PreTrainedModel, request: Request) -> list[Batch]:
-    """Return the sequences that anything is trained on."""
+    """Return the sequences for training."""
     source = calibration.data if request.training is None else request.training
     count = max(1, -(-request.recover_tokens // calibration.cut.max_length))
     return _cut(calibration, source, count, model)
@@ -43,7 +43,7 @@ def _cut(calibration: Calibration, source: Any, count: int, model: PreTrainedMod
 
 
 def drawn(calibration: Calibration, training: Any) -> dict[str, int]:
-    """Return the arguments that say which of the data is used."""
+    """Return the arguments that determine which data is used."""
     cut = calibration.cut
     names = ("num_samples", "max_length", "gradient_samples", "seed")
     found: dict[str, int] = {name: getattr(cut, name) for name in names}
@@ -54,7 +54,7 @@ def drawn(calibration: Calibration, training: Any) -> dict[str, int]:
 
 
 def check_data(request: Request, data: Calibration) -> None:
-    """Raise a `TnlmError` unless data is given where it is needed, and only there."""
+    """Raise a `TnlmError` unless data is given exactly where it is needed."""
     scheme, metric, training = request.scheme.name, request.measure.name, request.training
     given = data.data is not None or (training is not None and not request.measures)
     if not (given or request.measures or MOVEMENT in request.needs) and request.trains:
@@ -64,17 +64,17 @@ def check_data(request: Request, data: Calibration) -> None:
         )
     if request.looks_at_data and not given:
         raise CalibrationError(
-            f"scheme {scheme!r} with metric={metric!r} looks at data; pass "
+            f"scheme {scheme!r} with metric={metric!r} needs data; pass "
             "calibration= (texts, a file, token ids) and tokenizer="
         )
     if not request.looks_at_data and data.data is not None:
         raise OptionError(
             f"calibration= has no effect on scheme {scheme!r} with metric='identity'; "
-            "leave it out, or choose a scheme or metric that looks at data: svd-llm, metric='input'"
+            "leave it out, or choose a scheme or metric that needs data: svd-llm, metric='input'"
         )
     if request.needs == {MOVEMENT} and data.cache_dir is not None:
         raise OptionError(
-            f"cache_dir= keeps calibration statistics; metric={metric!r} trains, and keeps none"
+            f"cache_dir= keeps calibration statistics, but metric={metric!r} trains and has none"
         )
     if data.cache_dir is not None:
         check_cache(data.cache_dir)
@@ -83,16 +83,16 @@ def check_data(request: Request, data: Calibration) -> None:
     check_unused(request, data)
     samples = data.cut.gradient_samples
     if not is_whole(samples) or samples < 1:
-        raise OptionError(f"gradient_samples={samples!r}; allowed: a number >= 1")
+        raise OptionError(f"gradient_samples={samples!r}; allowed: a whole number >= 1")
 
 
 def check_unused(request: Request, data: Calibration) -> None:
-    """Raise `OptionError` for an argument about data that is given, and none is looked at."""
+    """Raise `OptionError` if an argument about data is given but no data is used."""
     if request.looks_at_data:
         return
     for each in choices_of("calibration"):
         if getattr(data, each.field) is not None:
             raise OptionError(
                 f"{each.keyword}= has no effect on scheme {request.scheme.name!r} with "
-                f"metric={request.measure.name!r}, which looks at no data; leave it out"
+                f"metric={request.measure.name!r}, which uses no data; leave it out"
             )

@@ -1,4 +1,4 @@
-"""What data says of the matrices of a model: how errors are measured, and what they do."""
+"""Evidence from data: how to measure the errors of a model's matrices, and how they affect it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tnlm.targets.base import Member, Target
 
 @dataclass
 class Evidence:
-    """What is known from data.
+    """Statistics gathered from data, and the data that later steps need.
 
     Attributes:
         measure: how errors are measured.
-        damping: share of a second moment that is replaced by its mean diagonal.
-        sources: what was gathered, by the name of each statistic.
-        source: the pruned copy, whose weights are fitted in place of the model's own.
-        batches: calibration data for later steps, empty if none needs it.
-        lessons: training data, empty if none is needed.
-        drawn: the arguments by which data was drawn; empty if none was looked at.
-        fingerprint: of the tokens drawn.
-        skipped: matrices that the data says nothing of, with the reason.
+        damping: fraction of a second moment replaced by its mean diagonal.
+        sources: the gathered statistics, by name.
+        source: the pruned copy whose weights are fitted instead of the model's own, if any.
+        batches: calibration data for later steps; empty if none needs it.
+        lessons: training data; empty if none is needed.
+        drawn: the arguments by which data was drawn; empty if no data was used.
+        fingerprint: hash of the tokens drawn.
+        skipped: matrices that no data reaches, with the reason.
         seconds: wall time by stage.
     """
 
@@ -49,7 +49,7 @@ class Evidence:
 
     @property
     def tokens(self) -> int:
-        """Tokens whose inputs were measured."""
+        """The number of tokens in the input statistics."""
         return self.inputs.tokens if self.inputs else 0
 
     @property
@@ -59,11 +59,11 @@ class Evidence:
 
     @property
     def weighs_loss(self) -> bool:
-        """Whether gradients were looked at."""
+        """Whether gradients were gathered."""
         return bool(self.sources.keys() & {"gradient", "fisher"})
 
     def add(self, gatherer: Gatherer, found: Found) -> None:
-        """Take in what was gathered."""
+        """Add what a gatherer found."""
         self.sources.update(dict.fromkeys(gatherer.statistics, found))
         self.source = found.model or self.source
 
@@ -72,11 +72,11 @@ class Evidence:
         return model if self.source is None else self.source
 
     def metric(self, target: Target, newer: Mapping[str, Tensor] | None = None) -> Metric:
-        """Return how the error of a target is measured.
+        """Return the metric for the error of a target.
 
         Args:
             target: the matrix.
-            newer: statistics that take the place of those gathered from the dense model.
+            newer: statistics that replace those of the dense model.
         """
         return target.metric(self._measured(target.measured, newer))
 
@@ -93,10 +93,10 @@ class Evidence:
         return self._latest[1]
 
     def importance(self, target: Target) -> float:
-        """Return the effect on the loss of a unit of a target's squared error in its metric.
+        """Return how much a unit of a target's squared error, in its metric, affects the loss.
 
-        Where the data shows no effect at all the metric is even, as nothing is known of directions;
-        the importance is then 0.
+        If the data shows no effect, the importance is 0, and the metric weights all directions
+        equally.
         """
         if not self.weighs_loss:
             return 1.0

@@ -1,4 +1,4 @@
-"""Fits what a plan decided, and keeps the results apart from the model until all are there."""
+"""Fits the targets of a plan, and holds the results apart from the model until all are done."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tnlm.targets.base import Fitted, Member, Target
 
 
 class Fitting:
-    """Fits targets one by one, and keeps what is done until it goes into the model.
+    """Fits targets one by one, and holds the results until they are installed.
 
     Attributes:
-        units: what is fitted, in order.
-        errors: measured relative errors, by the names in the plan.
-        entries: what a checkpoint will say of every fitted matrix, by its name.
-        norms: other modules that were tuned, by name.
-        ties: parameters that become one, name to the name shared.
+        units: the targets to fit, in order.
+        errors: measured relative errors, by name in the plan.
+        entries: the checkpoint entry of each fitted matrix, by name.
+        norms: tuned norms, by name.
+        ties: parameters to tie: each name with the name it shares.
     """
 
     def __init__(self, model: PreTrainedModel, job: Job, decided: Plan, shelf: Shelf) -> None:
@@ -55,7 +55,7 @@ class Fitting:
         }
 
     def shrinks(self, target: Target) -> bool:
-        """Return whether a target is given a format, and so is fitted."""
+        """Return whether the plan gives a target a format."""
         return target.name in self._shrinks
 
     def fit(self, unit: Target, moved: Moved | None = None) -> Output | None:
@@ -64,7 +64,7 @@ class Fitting:
         members = [member for member in unit.members if member.name in self._replaced]
         if not members:
             return None
-        if layer.format is None:  # parts of a fused module of which others are fitted
+        if layer.format is None:  # dense parts of a fused module whose other parts are fitted
             for member in members:
                 self._put(member, layer, self._fit(member, layer, None))
             return None
@@ -87,7 +87,7 @@ class Fitting:
             self._shelf.put(target.name, module)
 
     def take(self, block: str) -> dict[str, nn.Module]:
-        """Return the fitted modules of a block, off the shelf, by module name."""
+        """Take the fitted modules of a block off the shelf, by module name."""
         self._taken = {}
         found = {}
         for group in by_module(self._job.selection.targets):
@@ -95,14 +95,14 @@ class Fitting:
             if module.startswith(block + ".") and group[0].name in self.entries:
                 parts = {target.name: self._shelf.take(target.name) for target in group}
                 for target in group:
-                    if self.entries[target.name].get("shared"):  # by blocks tuned one by one
+                    if self.entries[target.name].get("shared"):  # with blocks not tuned now
                         parts[target.name].get_submodule("right").requires_grad_(False)
                 self._taken.update(parts)
                 found[module] = group[0].assemble(group, parts)
         return found
 
     def keep(self, block: str, tuned: Mapping[str, nn.Module]) -> None:
-        """Put tuned modules back on the shelf; what else was tuned waits in memory."""
+        """Put tuned modules back on the shelf, and hold tuned norms in memory."""
         modules = {target.module for target in self._job.selection.targets}
         for name, module in self._taken.items():
             self._shelf.put(name, module)
@@ -110,7 +110,7 @@ class Fitting:
 
 
 def by_module(targets: Sequence[Member]) -> Iterator[list[Member]]:
-    """Yield the targets of one module together, in order."""
+    """Yield the targets grouped by module, in order."""
     for _, group in groupby(targets, key=lambda target: target.module):
         yield list(group)
 

@@ -1,4 +1,4 @@
-"""Gathers what a request needs to know from data."""
+"""Gathers the statistics that a request needs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tnlm.utils.memory import release
 logger = logging.getLogger("tnlm")
 
 UNREACHED = "the data never reaches it: it is not called, or no token is sent there"
-"""Why a matrix stays dense: its weight may be read by another module, it may be an expert that no
-token chose, or stand in a tower for images where the data is text."""
+"""Why a matrix stays dense: another module may read its weight, no token may be routed to its
+expert, or it may belong to an image tower while the data is text."""
 
 
 def gather(
@@ -34,7 +34,7 @@ def gather(
     data: Calibration,
     progress: bool,
 ) -> Evidence:
-    """Return the statistics that a request needs, and the data that its later steps do."""
+    """Gather the statistics that a request needs, and the data for its later steps."""
     start = time.perf_counter()
     batches = windows(data, model)
     check_batches(model, batches)
@@ -65,7 +65,7 @@ def gather(
 
 
 def _reached(task: Task, found: Found, known: Evidence) -> Sequence[Member]:
-    """Return the targets that data reaches, and note the others."""
+    """Return the targets that data reaches, and record the others as skipped."""
     if found.store is None:
         return task.targets
     leaders = found.store.leaders

@@ -1,4 +1,4 @@
-"""Initial weights of a model whose chosen matrices are factorized before they ever existed."""
+"""Random initial weights for a model built with factorized matrices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tnlm.tensors.gaussian import gaussian
 from tnlm.tensors.network import Factors, Network
 
 SAMPLE = 2**20
-"""About how many numbers of an embedding are drawn to learn how it is initialised."""
+"""Approximate number of embedding entries drawn to estimate their initial deviation."""
 
 
 def initialize(
@@ -29,20 +29,22 @@ def initialize(
     device: torch.device,
     seed: int,
 ) -> dict[str, float]:
-    """Let the architecture initialise all that stays, and one module of each kind that goes.
+    """Initialise every module that stays dense, and sample the initial weights of the others.
+
+    The architecture initialises one module of each kind to be replaced, as the sample.
 
     Args:
         model: dense, on the meta device.
-        replaced: targets of the modules that go.
-        described: says which modules those are.
-        device: where the tensors are made.
+        replaced: targets in the modules to be replaced.
+        described: names the modules to be replaced.
+        device: where the tensors are allocated.
         seed: draws the weights.
 
     Returns:
-        The standard deviation that it gives each module that goes, by name.
+        The initial standard deviation of each module to be replaced, by name.
     """
     for name, module in model.named_modules():
-        vars(module).pop("_is_hf_initialized", None)  # set while there was no data
+        vars(module).pop("_is_hf_initialized", None)  # set on the meta device
         if name not in described.modules:
             module.to_empty(device=device, recurse=False)
     kinds = {target.module: re.sub(r"\d+", "#", target.module) for target in replaced}
@@ -62,7 +64,7 @@ def initialize(
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """Return a module of the same kind without data; of an embedding, some rows do."""
+    """Return a module of the same kind without data; for an embedding, only some rows."""
     if not isinstance(module, nn.Embedding):
         return copy.deepcopy(module)
     rows = min(module.num_embeddings, -(-SAMPLE // module.embedding_dim))
@@ -70,10 +72,10 @@ def _stand_in(module: nn.Module) -> nn.Module:
 
 
 def allocate(model: PreTrainedModel, described: TnlmConfig, device: torch.device) -> None:
-    """Make the tensors of the factorized modules, and share those that are tied."""
+    """Allocate the tensors of the factorized modules, and tie those that are shared."""
     for name in described.modules:
         model.get_submodule(name).to_empty(device=device)
-    # Not model.tie_weights(), which asks a head with a bias for its weight: it would be rebuilt.
+    # model.tie_weights() would read the weight of a head with a bias, and so rebuild it.
     for name, source in model.all_tied_weights_keys.items():
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, model.get_parameter_or_buffer(source))
@@ -90,14 +92,14 @@ def draw(
     """Draw the factors, and set biases to 0.
 
     Args:
-        model: with the factorized modules in their places.
+        model: with the factorized modules in place.
         replaced: targets of the modules that were replaced.
-        described: says which modules those are, tied heads included.
+        described: names the replaced modules, including tied heads.
         stds: the standard deviation of each target's matrix, by module.
         seed: draws the weights.
 
     Raises:
-        ModelError: for a matrix that the architecture starts as zeros.
+        ModelError: if the architecture initialises a matrix to zeros.
     """
     generator = torch.Generator().manual_seed(seed)
     for target in replaced:
@@ -105,8 +107,8 @@ def draw(
         std = stds[target.module]
         if std == 0.0:
             raise ModelError(
-                f"{target.name} starts as zeros in this architecture, from which factors cannot "
-                "learn; name it in ignore="
+                f"{target.name} is initialised to zeros in this architecture, but factors cannot "
+                "learn from zeros; name it in ignore="
             )
         factors = gaussian(module.network, std, generator)
         if getattr(module, "padding_idx", None) is not None:
@@ -119,7 +121,7 @@ def draw(
 
 
 def _clear(network: Network, factors: Factors, row: int) -> None:
-    """Set a row of a table to 0, as that of the padding is in a dense one."""
+    """Set a row of a table to 0, like the padding row of a dense one."""
     for name, modes in network.factors.items():
         if modes.startswith(network.out):
             factors[name][row] = 0.0

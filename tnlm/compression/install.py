@@ -1,4 +1,4 @@
-"""Puts what was fitted into the model."""
+"""Puts fitted modules into the model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def install(
 
     Args:
         model: edited in place.
-        swap: guards the model.
+        swap: replaces modules, and can undo it.
         targets: all targets of one module.
         fitted: entry of each target, by name.
         shelf: holds the module of each target, by name.
 
     Returns:
-        Entries by module name, and tied parameters (name to the name it shares).
+        Entries by module name, and tied parameters: each name with the name it shares.
     """
     first = targets[0]
     module = first.assemble(targets, {target.name: shelf.take(target.name) for target in targets})
@@ -39,7 +39,7 @@ def install(
 
 
 def replace_norm(model: nn.Module, swap: Swap, name: str, norm: nn.Module) -> None:
-    """Put a tuned norm into the model, trainable as the old one was."""
+    """Put a tuned norm into the model, trainable if the old one was."""
     old = model.get_submodule(name)
     for parameter, before in zip(norm.parameters(), old.parameters(), strict=True):
         parameter.requires_grad_(before.requires_grad)

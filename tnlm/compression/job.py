@@ -1,4 +1,4 @@
-"""A checked request on a model, with what is known from data."""
+"""A checked request for a model, with the evidence from data."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from tnlm.targets.stacks import stack
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request on a model.
+    """A checked request for a model.
 
     Attributes:
-        request: what is asked.
-        selection: the matrices.
-        units: what is decided and fitted as one: the matrices, or stacks of them.
-        groups: what could take the place of several matrices, such as a feed-forward layer.
-        joint: those that may do so, in one of the request's formats.
-        evidence: what is known from data.
-        data: where that is from.
-        chosen: ``targets`` and ``ignore``, if they were given in words.
+        request: the request.
+        selection: the chosen matrices.
+        units: the targets planned and fitted one by one: matrices, or stacks of them.
+        groups: targets that could replace several matrices, such as feed-forward layers.
+        joint: the groups that the request's formats can replace.
+        evidence: statistics from data.
+        data: the calibration data.
+        chosen: ``targets`` and ``ignore``, if given as strings.
         seconds: wall time by stage.
-        ready: what was fitted already, by the target's name.
+        ready: fits done already, by target name.
     """
 
     request: Request
@@ -51,9 +51,9 @@ class Job:
     ready: Mapping[str, Fitted] = field(default_factory=dict)
 
     def effect_root(self, block: str) -> Tensor | None:
-        """Return the root of the form that measures how a block's output acts on the loss.
+        """Return the root of the metric for errors of a block's output, or None if unknown.
 
-        What a block adds last to the residual stream has the gradient of the stream itself.
+        A block's last addition to the residual stream has the same gradient as the stream.
         """
         for group in self.groups:
             if group.module.startswith(block + ".") and self.evidence.weighs_loss:
@@ -99,7 +99,7 @@ def prepare(
 
 
 def _in_words(**given: Selector | None) -> dict[str, Any]:
-    """Return the selectors that are words; classes cannot be written down."""
+    """Return the selectors given as strings; classes cannot be saved."""
     return {
         name: selector if isinstance(selector, str) else list(selector)
         for name, selector in given.items()
@@ -108,12 +108,12 @@ def _in_words(**given: Selector | None) -> dict[str, Any]:
 
 
 def _check_kinds(request: Request, selection: Selection) -> None:
-    """Pass over targets that the formats or the metric cannot serve."""
+    """Skip targets that the formats or the metric do not support."""
     allowed = request.kinds
     for target in list(selection.targets):
         if target.kind not in allowed:
             names = " or ".join(structure.name for structure in request.structures)
-            reason = f"{names} replaces {' and '.join(sorted(allowed))} only"
+            reason = f"{names} replaces only {' and '.join(sorted(allowed))}"
         elif target.unmeasured and request.looks_at_data:
             reason = target.unmeasured
         else:

@@ -1,4 +1,4 @@
-"""Moments of the inputs that a compressed model gives a matrix, and what it is fitted to then."""
+"""Moments of a matrix's inputs in the compressed model, and the goal of its fit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from tnlm.calibration.statistics import ROWS
 
 ANCHOR_DAMPING = 1e-2
-"""Share of mean(diag(C~)) added to C~ and K: where the data says little, W* stays W."""
+"""Fraction of mean(diag(C~)) added to C~ and K: where inputs are small, W* stays close to W."""
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What a matrix is to be fitted to.
+    """The goal of a fit.
 
     Attributes:
         weight: ``(out, in)`` matrix to approximate: the dense one, or the anchored W*.
@@ -40,7 +40,7 @@ class Moments:
     dense_mean: Tensor | None = None
 
     def move(self, weight: Tensor, centered: bool) -> Moved:
-        """Return what a matrix with this input is to be fitted to."""
+        """Return the goal of the fit of a matrix with this input."""
         full = weight.detach().double()
         statistics = {"moment": self.moment, "mean": self.mean, "magnitude": self.magnitude}
         if self.cross is None or self.dense_mean is None:
@@ -59,7 +59,7 @@ def anchored(weight: Tensor, moment: Tensor, cross: Tensor, damping: float | Non
         weight: W, ``(out, in)``, float64.
         moment: C~ = E[x~ x~.T], ``(in, in)``.
         cross: K = E[x x~.T], ``(in, in)``.
-        damping: share of the mean diagonal of C~ that is added to both.
+        damping: fraction of the mean diagonal of C~ added to both.
 
     Example:
         >>> weight, moment = torch.ones(1, 2).double(), torch.eye(2).double()
@@ -68,7 +68,7 @@ def anchored(weight: Tensor, moment: Tensor, cross: Tensor, damping: float | Non
     """
     share = ANCHOR_DAMPING if damping is None else damping
     ridge = share * float(moment.diagonal().mean())
-    if ridge <= 0:  # the compressed input is silent: nothing to correct
+    if ridge <= 0:  # the compressed input is zero: nothing to correct
         return weight
     damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     change: Tensor = torch.linalg.solve(damped, (cross - moment).T).T
@@ -76,10 +76,10 @@ def anchored(weight: Tensor, moment: Tensor, cross: Tensor, damping: float | Non
 
 
 class Sums:
-    """Products in the model's precision, sums in float64."""
+    """Sums of moments over batches: products in float32, sums in float64."""
 
     def __init__(self) -> None:
-        """Begin at nothing."""
+        """Start empty."""
         self._sums: list[Tensor] = []
 
     def add(self, compressed: Tensor, dense: Tensor | None = None) -> None:
@@ -98,5 +98,5 @@ class Sums:
                 total += part
 
     def means(self, tokens: int) -> Moments:
-        """Return the sums by the token."""
+        """Return the sums divided by the number of tokens."""
         return Moments(*(total.cpu() / tokens for total in self._sums))

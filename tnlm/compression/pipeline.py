@@ -40,11 +40,11 @@ from tnlm.utils.undo import attempt
 
 logger = logging.getLogger("tnlm")
 RESUMED = ("cascade", "damping", "refine", "recover_tokens")
-"""What a plan says of the steps that follow it."""
+"""Keywords of later steps that a plan records."""
 
 
 def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -> Plan:
-    """Choose the spec of every target."""
+    """Choose the spec of every target, and return the plan."""
     start = time.perf_counter()
     request, chosen = job.request, job.units
     cost = model_cost(model)
@@ -107,15 +107,15 @@ def _check_worth(decided: Plan, limits: Limits) -> None:
 def resume(
     model: PreTrainedModel, decided: Plan, data: Mapping[str, Any], progress: bool
 ) -> tuple[Plan, Job]:
-    """Match a plan made earlier, and maybe changed by hand, with a model, and price it again.
+    """Match an earlier plan, possibly edited by hand, to a model, and update its costs.
 
     Raises:
         TargetError: if the model lacks a matrix of the plan, or has it in another shape.
-        OptionError: if a matrix cannot have the format or spec that the plan gives it.
+        OptionError: if a matrix cannot have its format or spec from the plan.
     """
     choices = {
         "metric": decided.metric,
-        "allocation": "uniform",  # decided already: no gradients are needed for it
+        "allocation": "uniform",  # already decided, so no gradients are needed
         "share": decided.request.get("share", 1),
         "recover": decided.request.get("recover", "none"),
         **{name: decided.request.get(name) for name in RESUMED},
@@ -182,7 +182,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
 def _swap_in(
     model: PreTrainedModel, job: Job, fitting: Fitting, swap: Swap, shelf: Shelf, config: TnlmConfig
 ) -> None:
-    """Put all that was fitted into the model."""
+    """Put all fitted modules into the model."""
     entries = fitting.entries
     for target in job.selection.targets:
         if target.name in entries:
@@ -209,7 +209,7 @@ def _report(job: Job, done: Plan) -> Report:
 
 
 def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[str, Tensor]:
-    """Return the weights that factorized layers stand for."""
+    """Return the dense weights of the factorized layers."""
     weights = {
         target.name: target.weight(read)
         for target in job.selection.targets
@@ -217,7 +217,7 @@ def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[st
     }
     if job.evidence.source is not None:
         return weights
-    return {name: weight.clone() for name, weight in weights.items()}  # the model's own go
+    return {name: weight.clone() for name, weight in weights.items()}  # the model's are freed
 
 
 def _recover(

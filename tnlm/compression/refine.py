@@ -1,8 +1,8 @@
-"""Block refinement: a block's factors are tuned until it does what the dense block did.
+"""Block refinement: tune a block's factors to reproduce the output of the dense block.
 
 After fitting, the compressed stream runs through a block's fitted layers, the dense stream through
 the dense block, and a few steps of Adam on the factors, biases and norms bring the outputs
-together. It knows no format: it trains whatever parameters the fitted layers have.
+together. This works for any format: it trains whatever parameters the fitted layers have.
 
 Source: AA-SVD's block-wise refinement.
 """
@@ -27,10 +27,10 @@ from tnlm.errors import CalibrationError
 
 LEARNING_RATE = 1e-4
 WARM_UP = 0.1
-"""Share of the steps over which the learning rate rises; it then falls along a cosine to 0."""
+"""Fraction of the steps in which the learning rate rises; it then falls along a cosine to 0."""
 
 Take = Callable[[str], Mapping[str, nn.Module]]
-"""Returns the fitted modules of a block, by dotted name; they are trained in place, but for
+"""Returns the fitted modules of a block, by dotted name; they are trained in place, except
 parameters that require no gradient."""
 
 
@@ -47,18 +47,18 @@ def refine(
     seed: int = 0,
     progress: bool = True,
 ) -> None:
-    """Tune fitted modules block by block; the model itself is not changed.
+    """Tune fitted modules block by block, without changing the model.
 
     Args:
         model: the dense model; its blocks must form one stack that can be walked.
         modules: dotted names of the fitted modules.
         batches: calibration data of one length, without padding.
-        tokens: how many tokens each block is tuned on; the data is used again where it is short.
-        take: gives the fitted modules of a block.
-        keep: takes what was tuned in a block, by dotted name: the same modules, and norms.
-        weigh: gives the square root of the form that measures the error of a block's output, or
-            None to count all its directions the same.
-        learning_rate: of Adam, at its highest.
+        tokens: how many tokens to tune each block on; data that is too short is repeated.
+        take: returns the fitted modules of a block.
+        keep: receives the tuned modules of a block, by dotted name: the fitted ones, and norms.
+        weigh: returns the square root of the metric for a block's output error, or None to weight
+            all directions equally.
+        learning_rate: peak learning rate of Adam.
         seed: draws the order of the data.
         progress: show a progress bar.
 
@@ -95,7 +95,7 @@ def _dtype(model: nn.Module, name: str) -> torch.dtype:
 
 
 def _norms(block: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules without children that have vectors only: norms, by local name."""
+    """Return the norms by local name: leaf modules whose parameters are all vectors."""
     found = {}
     for name, module in block.named_modules():
         own = list(module.parameters())
@@ -106,7 +106,7 @@ def _norms(block: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class _Lesson:
-    """A block, the inputs it gets, and the outputs it should give."""
+    """A block, its inputs, and the outputs it should produce."""
 
     student: nn.Module
     call: Call
@@ -115,7 +115,7 @@ class _Lesson:
     root: Tensor | None
 
     def loss(self, index: int) -> Tensor:
-        """Return the squared error of one batch, relative to the size of what is wanted."""
+        """Return the squared error of one batch, relative to the wanted output."""
         wanted = self.wanted[index].float()
         error = call_block(self.student, self.inputs[index].float(), self.call) - wanted
         if self.root is not None:
@@ -123,7 +123,7 @@ class _Lesson:
         return error.square().mean() / wanted.square().mean().clamp_min(1e-30)
 
     def sample(self) -> float:
-        """Return the mean loss of a few batches, to tell whether tuning helped."""
+        """Return the mean loss of a few batches, to check whether tuning helped."""
         with torch.no_grad():
             some = range(0, len(self.inputs), max(1, len(self.inputs) // 8))
             return sum(float(self.loss(index)) for index in some) / len(some)
@@ -137,7 +137,7 @@ def _tune(
     seed: int,
     name: str,
 ) -> None:
-    """Run Adam on the squared error of outputs; keep the start if it does not help."""
+    """Minimise the squared output error with Adam; restore the start if that does not help."""
     lesson.student.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -172,7 +172,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _in_float(value: Any) -> Any:
-    """Return a block's further arguments with all real tensors in float32."""
+    """Return a block's other arguments with floating-point tensors in float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):

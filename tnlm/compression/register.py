@@ -36,17 +36,17 @@ KINDS: tuple[tuple[type, Registry[Any]], ...] = (
 
 
 def register(item: Any) -> Any:
-    """Add a choice from outside of the library, and return it.
+    """Register a choice from outside the library, and return it.
 
-    It is found by its name like those of the library, until the process ends. A checkpoint that
-    uses a registered format loads only where the format was registered before.
+    Until the process ends, it can be used by name like the library's own choices. A checkpoint
+    that uses a registered format can only be loaded after the format is registered.
 
     Args:
-        item: the object that a file of the library would keep: a format, scheme, metric,
-            allocation, gatherer, kind of target, recovery or benchmark.
+        item: a format, scheme, metric, allocation, gatherer, target finder, recovery or benchmark:
+            an object such as each file of the library's own choices defines.
 
     Raises:
-        OptionError: if its name is taken, or it is nothing of the kind.
+        OptionError: if its name is taken, or its class cannot be registered.
 
     Example:
         >>> from tnlm.schemes.base import Scheme
@@ -60,7 +60,7 @@ def register(item: Any) -> Any:
 
 
 def unregister(item: Any) -> None:
-    """Take out what :func:`register` added."""
+    """Remove a choice that :func:`register` added."""
     _registry_of(item).remove(item.name)
 
 

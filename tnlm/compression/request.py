@@ -1,4 +1,4 @@
-"""What the user asks for, checked before any work is done."""
+"""A user's request, checked before any work starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tnlm.tensors.network import Cost
 
 SIZES = ("rank", "ranks", "terms", "width")
 RECOVER_TOKENS = 200_000
-"""Tokens that a recovery trains on, unless asked."""
+"""Tokens that recovery trains on by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +45,21 @@ class Request:
         scheme: the named scheme.
         structures: its formats.
         measure: how errors are measured.
-        allocation: how the budget is shared out.
-        cascade: what a fit knows of earlier ones.
-        damping: share of a second moment that is replaced by its mean diagonal.
-        refine: tokens on which every block is tuned after fitting; 0 for none.
+        allocation: how the budget is split across matrices.
+        cascade: how fits account for earlier ones.
+        damping: fraction of a second moment replaced by its mean diagonal.
+        refine: tokens to tune each block on after fitting; 0 for no tuning.
         share: consecutive blocks whose matrices share their input factor; 1 for none.
-        recover: how the whole model is trained afterwards; ``"none"`` for not at all.
-        recover_tokens: tokens that it is trained on, and that a metric is which prunes.
-        options: the format's options, defaults of the scheme included.
-        keep: fraction of the whole model's parameters, or None.
-        keep_targets: fraction of the targets' parameters, or None.
-        tolerance: relative error allowed, or None.
-        max_macs: multiply-adds per token, as a multiple of dense.
-        unit: what the budget counts.
-        blocks: how many of the last blocks are cut, for an allocation that asks.
-        training: data that anything is trained on; the calibration data if None.
+        recover: how the whole model is trained after fitting; ``"none"`` for no training.
+        recover_tokens: tokens for this training, and for metrics that prune.
+        options: the formats' options, with the scheme's defaults.
+        keep: fraction of the whole model's parameters to keep, or None.
+        keep_targets: fraction of the targets' parameters to keep, or None.
+        tolerance: relative error allowed per matrix, or None.
+        max_macs: most multiply-adds per matrix, as a multiple of dense.
+        unit: the unit of the budget.
+        blocks: how many last blocks to compress, for allocations that take it.
+        training: training data; the calibration data if None.
     """
 
     scheme: Scheme
@@ -111,14 +111,14 @@ class Request:
         return bool(self.needs - {MOVEMENT}) or self.cascade != "none" or self.refine > 0
 
     def limits(self, model: Cost, targets: Cost) -> Limits:
-        """Return what the matrices may cost.
+        """Return the limits on the cost of the matrices.
 
         Args:
             model: cost of the whole model.
             targets: cost of the targets.
 
         Raises:
-            BudgetError: if ``keep`` is less than what lies outside the targets.
+            BudgetError: if ``keep`` is less than the fraction outside the targets.
         """
         keep = 1.0 if self.tolerance is not None else self.keep_targets
         if self.keep is not None:
@@ -126,7 +126,7 @@ class Request:
             rest = whole - part
             if part == 0:
                 raise BudgetError(
-                    f"keep={self.keep:g} counts {_words(self.unit)}, and the targets have none; "
+                    f"keep={self.keep:g} counts {_words(self.unit)}, but the targets have none; "
                     "add targets, or use another unit"
                 )
             keep = (self.keep * whole - rest) / part
@@ -142,11 +142,11 @@ class Request:
         return Limits(keep, self.tolerance, self.max_macs, self.options, self.unit, self.blocks)
 
     def _size_is_given(self) -> bool:
-        """Whether the options alone fix how large the factors are."""
+        """Whether the options alone determine the size of the factors."""
         return all(_is_sized(structure, self.options) for structure in self.structures)
 
     def record(self) -> dict[str, Any]:
-        """Return what was asked, as plain values."""
+        """Return the request as plain values."""
         values = {
             "keep": self.keep,
             "keep_targets": self.keep_targets,
@@ -171,12 +171,11 @@ def make_request(scheme: str | Scheme, **given: Any) -> Request:
 
     Args:
         scheme: a name, or a scheme.
-        **given: keywords of `tnlm.compress`; what is none of them is an option of the formats.
+        **given: keywords of `tnlm.compress`, and options of the scheme's formats.
 
     Raises:
-        OptionError: for an unknown scheme, metric, allocation, cascade or option, or an ill-typed
-            value, or choices that do not go together.
-        BudgetError: for a budget out of range, or more than one.
+        OptionError: if a name, an option or a value is invalid, or choices are incompatible.
+        BudgetError: if a budget is out of range, or several are given.
 
     Example:
         >>> make_request("kron", terms=4).structures[0].name
@@ -186,7 +185,7 @@ def make_request(scheme: str | Scheme, **given: Any) -> Request:
 
 
 def request_of(asked: Asked) -> Request:
-    """Check what is asked, and return it as a request; see :func:`make_request`."""
+    """Check the arguments and return them as a request; see :func:`make_request`."""
     named, budget, recovery = asked.scheme, asked.budget, asked.recovery
     structures = tuple(get_format(name) for name in named.formats)
     measure, shared = get_measure(named.metric), get_allocation(named.allocation)

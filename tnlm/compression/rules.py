@@ -1,4 +1,4 @@
-"""Which choices exist, and which go together; every rule names what is allowed."""
+"""Rules for choices and their combinations; every error lists what is allowed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ NO_RECOVERY = "none"
 def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
     """Raise `OptionError` unless every format can be fitted under the metric.
 
-    A format for tables only is left out beside others: data passes embeddings over.
+    Beside other formats, those for embeddings only are not checked: data gives them no metric.
     """
     kind = "elementwise" if measure.elementwise else "separable"
     fitted = [structure for structure in structures if structure.kinds != {"embedding"}]
     for structure in fitted or structures:
         if measure.needs and kind not in structure.metrics:
             raise OptionError(
-                f"metric={measure.name!r} with scheme {scheme!r}: a {structure.name} can be fitted "
-                f"under {_allowed(structure)} only"
+                f"metric={measure.name!r} with scheme {scheme!r}: {structure.name} can be fitted "
+                f"only under {_allowed(structure)}"
             )
 
 
@@ -46,7 +46,7 @@ def _allowed(structure: Format[Any]) -> str:
 
 
 def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping[str, Any]) -> None:
-    """Raise `OptionError` unless every option belongs to a format, with a legal value."""
+    """Raise `OptionError` unless every option belongs to a format and has a valid value."""
     known: set[str] = set()
     for structure in structures:
         fields = {item.name: _placeholder(item) for item in dataclasses.fields(structure.spec)}
@@ -64,53 +64,53 @@ def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping
 def check_fitting(
     structures: Sequence[Format[Any]], measure: Measure, given: Mapping[str, Any]
 ) -> None:
-    """Raise `OptionError` if options are given that only weights of single entries ask for."""
+    """Raise `OptionError` if options of elementwise metrics are given with another metric."""
     fields = [item for structure in structures for item in dataclasses.fields(structure.spec)]
     for name in (item.name for item in fields if "fitting" in item.metadata):
         if name in given and not measure.elementwise:
             allowed = ", ".join(m.name for m in measures().values() if m.elementwise)
             raise OptionError(
-                f"{name}={given[name]!r} has no effect on metric={measure.name!r}, which has a "
-                f"closed form; allowed with metric={allowed!r}"
+                f"{name}={given[name]!r} has no effect with metric={measure.name!r}, whose fit is "
+                f"in closed form; allowed with metric={allowed!r}"
             )
 
 
 def _placeholder(item: dataclasses.Field[Any]) -> Any:
-    """A legal value for a field that the user left open, so that the given ones are checked."""
+    """Return a valid value for a field not given, so that the given ones can be checked."""
     if item.default is not dataclasses.MISSING:
         return item.default
     return (1,) if "tuple" in str(item.type) else 1
 
 
 def check_damping(measure: Measure, damping: float | None) -> None:
-    """Raise `OptionError` unless damping is a fraction, and there is a moment to damp."""
+    """Raise `OptionError` unless damping is a fraction, and the metric has a moment to damp."""
     if damping is None:
         return
     if not measure.needs:
-        raise OptionError("damping= has no effect on metric='identity'; leave it out")
+        raise OptionError("damping= has no effect with metric='identity'; leave it out")
     if not is_number(damping) or not 0 <= damping < 1:
         raise OptionError(f"damping={damping!r}; allowed: a fraction in [0, 1)")
 
 
 def check_cascade(measure: Measure, cascade: str) -> None:
-    """Raise `OptionError` unless the cascade is known, and the metric looks at inputs."""
+    """Raise `OptionError` unless the cascade is known, and the metric uses inputs."""
     if not is_word(cascade, CASCADES):
         raise OptionError(f"unknown cascade {cascade!r}{did_you_mean(str(cascade), CASCADES)}")
     if cascade != "none" and INPUTS not in measure.needs:
         raise OptionError(
-            f"cascade={cascade!r} with metric={measure.name!r}, which does not look at inputs; "
+            f"cascade={cascade!r} with metric={measure.name!r}, which does not use inputs; "
             "allowed: a metric that does, such as 'input' or 'two-sided'"
         )
 
 
 def check_channels(structures: Sequence[Format[Any]], measure: Measure, cascade: str) -> None:
-    """Raise `OptionError` if channels are asked for with what cannot choose them."""
+    """Raise `OptionError` unless the metric and the cascade can select channels."""
     if not any("channels" in structure.kinds for structure in structures):
         return
     if measure.name not in ("input", "two-sided") or cascade != "none":
         raise OptionError(
-            f"metric={measure.name!r} and cascade={cascade!r} with channels, which are chosen "
-            "together; allowed: metric='input' or 'two-sided', and cascade='none'"
+            f"metric={measure.name!r} and cascade={cascade!r} cannot select channels; "
+            "allowed: metric='input' or 'two-sided', and cascade='none'"
         )
 
 
@@ -124,7 +124,7 @@ def check_share(
         return
     wrong = [structure.name for structure in structures if not structure.stacks]
     if wrong or cascade != "none" or measure.adds_bias:
-        what = f"a {wrong[0]}" if wrong else f"cascade={cascade!r} or metric={measure.name!r}"
+        what = wrong[0] if wrong else f"cascade={cascade!r} or metric={measure.name!r}"
         raise OptionError(
             f"share={share} with {what}; allowed: low rank, cascade='none', and a metric that "
             "adds no bias"
@@ -132,17 +132,17 @@ def check_share(
 
 
 def check_shared_formats(allocation: Allocation, structures: Sequence[Format[Any]]) -> None:
-    """Raise `OptionError` unless the allocation can share a budget between the formats."""
+    """Raise `OptionError` unless the allocation supports the formats."""
     for structure in structures:
         if allocation.formats is not None and structure.name not in allocation.formats:
             raise OptionError(
-                f"allocation={allocation.name!r} with a {structure.name}; allowed: "
+                f"allocation={allocation.name!r} with {structure.name}; allowed: "
                 + ", ".join(sorted(allocation.formats))
             )
 
 
 def check_shared(allocation: Allocation, budget: Budget) -> None:
-    """Raise an error unless the allocation can work with the budget."""
+    """Raise an `OptionError` unless the allocation supports the budget."""
     unit, blocks = budget.unit, budget.blocks
     if not is_word(unit, UNITS):
         raise BudgetError(f"unknown unit {unit!r}{did_you_mean(str(unit), UNITS)}")
@@ -153,19 +153,19 @@ def check_shared(allocation: Allocation, budget: Budget) -> None:
         )
     if budget.tolerance is not None and not allocation.tolerates:
         raise BudgetError(
-            f"tolerance with allocation={allocation.name!r}, which shares out a budget; pass keep "
-            "or keep_targets, or allocation='uniform'"
+            f"tolerance with allocation={allocation.name!r}, which needs a budget to split; pass "
+            "keep or keep_targets, or allocation='uniform'"
         )
     if blocks is None:
         return
     if not allocation.counts_blocks:
-        raise OptionError(f"blocks={blocks!r} has no effect on allocation={allocation.name!r}")
+        raise OptionError(f"blocks={blocks!r} has no effect with allocation={allocation.name!r}")
     if not is_whole(blocks) or blocks < 1:
         raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1")
 
 
 def check_budgets(budget: Budget, sizes: Sequence[str]) -> None:
-    """Raise `BudgetError` unless there is at most one budget, a fraction."""
+    """Raise `BudgetError` unless at most one budget is given, and it is a fraction."""
     values = {name: getattr(budget, name) for name in BUDGETS}
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) > 1:
@@ -174,29 +174,29 @@ def check_budgets(budget: Budget, sizes: Sequence[str]) -> None:
         if not is_number(value) or not 0 < value <= 1:
             raise BudgetError(f"{name}={value!r}; allowed: a fraction in (0, 1]")
     if budget.tolerance is not None and sizes:
-        raise BudgetError(f"tolerance and {sizes[0]} given; a tolerance chooses {sizes[0]} itself")
+        raise BudgetError(f"tolerance and {sizes[0]} given; a tolerance determines {sizes[0]}")
     if not is_number(budget.max_macs) or not budget.max_macs > 0:
         raise BudgetError(f"max_macs={budget.max_macs!r}; allowed: a number > 0, or inf")
 
 
 def is_word(value: Any, allowed: Sequence[str]) -> bool:
-    """Tell whether a value is one of the words; an array is not, and cannot be compared."""
+    """Return whether a value is one of the allowed strings; arrays cannot be compared to them."""
     return isinstance(value, str) and value in allowed
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a real number."""
+    """Return whether a value is a real number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_refine(refine: int) -> None:
-    """Raise `OptionError` unless a number of tokens is a whole number, or 0."""
+    """Raise `OptionError` unless ``refine`` is a whole number of tokens, or 0."""
     if not is_whole(refine) or refine < 0:
         raise OptionError(f"refine={refine!r}; allowed: a number of tokens, 0 for none")
 
 
 def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
-    """Raise `OptionError` unless the recovery is known, and its tokens are a whole number."""
+    """Raise `OptionError` unless the recovery is known, with a whole number of tokens."""
     known = (NO_RECOVERY, *recoveries())
     if not is_word(recover, known):
         raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), known)}")

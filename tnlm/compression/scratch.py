@@ -43,43 +43,43 @@ def from_config(
     dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Make a model whose chosen matrices are factorized, with random weights.
+    """Build a model with factorized matrices and random weights, to train from scratch.
 
-    Nothing is fitted, and the matrices that are replaced are not made, but for one linear layer of
-    each kind and some rows of an embedding, for a moment: they show how the architecture itself
-    initialises, and a product of factors has the same standard deviation, see
-    :func:`tnlm.tensors.gaussian.gaussian`. Biases are 0; everything else is initialised as
-    the architecture does. The result is like any compressed model: :func:`tnlm.save`,
-    :func:`tnlm.to_dense` and :func:`tnlm.report` take it.
+    Nothing is fitted, and the dense matrices are not allocated, except briefly one linear layer of
+    each kind and some rows of each embedding, to see how the architecture initialises them. The
+    product of the factors gets the same standard deviation, see
+    :func:`tnlm.tensors.gaussian.gaussian`. Biases are 0; the architecture initialises everything
+    else. :func:`tnlm.save`, :func:`tnlm.to_dense` and :func:`tnlm.report` accept the result like
+    any compressed model.
 
-    Where a format offers several specs, there is no error to choose by: see
-    :func:`tnlm.allocation.unseen.roomiest`. Factors are stored whole, as papers count them, unless
-    ``gauge=True`` asks for an identity block.
+    Without weights there is no error by which to choose among several specs; instead, see
+    :func:`tnlm.allocation.unseen.roomiest`. Factors are stored whole, as papers count them;
+    ``gauge=True`` stores an identity block implicitly.
 
-    The model is made on torch's default device; under ``torch.device("meta")`` nothing is
-    allocated at all, which is enough to count.
+    The model is built on torch's default device. Under ``torch.device("meta")`` nothing is
+    allocated, which is enough to count parameters.
 
     Args:
-        config: of any Hugging Face model; not changed.
-        scheme: a name from ``tnlm.schemes()`` that looks at no data.
-        model_class: what to make; by default what ``config.architectures`` names, or a causal
-            language model.
-        targets: the matrices chosen; as in :func:`tnlm.compress`, like all that follow.
-        ignore: matrices left alone.
-        keep: fraction of the dense model's parameters.
-        keep_targets: fraction of the targets' parameters.
-        max_macs: multiply-adds per token of a matrix, as a multiple of the dense ones.
+        config: the config of any Hugging Face model; left unchanged.
+        scheme: a name from ``tnlm.list_schemes()``, of a scheme that needs no data.
+        model_class: the class to build; by default the one in ``config.architectures``, or a
+            causal language model.
+        targets: the matrices to factorize, as in :func:`tnlm.compress`.
+        ignore: matrices to leave dense.
+        keep: fraction of the dense model's parameters to keep.
+        keep_targets: fraction of the targets' parameters to keep.
+        max_macs: most multiply-adds per matrix, as a multiple of dense.
         seed: draws the weights.
-        dtype: of the weights; the config's if None.
-        **options: the format's own.
+        dtype: dtype of the weights; the config's if None.
+        **options: options of the scheme's formats.
 
     Returns:
         The model, in training mode.
 
     Raises:
-        OptionError: for a scheme that looks at data, and as :func:`tnlm.compress` does.
-        ModelError: if the config makes no such model, or a chosen matrix starts as zeros.
-        TnlmError: other children of it, as :func:`tnlm.compress` does.
+        OptionError: if the scheme needs data, and as in :func:`tnlm.compress`.
+        ModelError: if the config cannot build the model, or a target is initialised to zeros.
+        TnlmError: other subclasses, as in :func:`tnlm.compress`.
 
     Source: Shapeshifter, Panahi et al. 2021; ALBERT, Lan et al. 2020, arXiv 1909.11942.
 
@@ -92,7 +92,7 @@ def from_config(
         ArrangedLinear(in_features=16, out_features=4, bias=False)
     """
     request = _request(scheme, keep, keep_targets, max_macs, options)
-    with torch.inference_mode(False):  # the model can be trained, wherever it was made
+    with torch.inference_mode(False):  # keeps the model trainable, wherever it is built
         return _make(config, request, model_class, targets, ignore, seed, dtype)
 
 
@@ -132,12 +132,12 @@ def _request(
     max_macs: float,
     options: Mapping[str, Any],
 ) -> Request:
-    """Check what is asked; factors are whole by default."""
+    """Check the request; factors are stored whole by default."""
     named = get_scheme(scheme)
     if named.needs_calibration:
         plain = [name for name, item in schemes().items() if not item.needs_calibration]
         raise OptionError(
-            f"scheme {scheme!r} looks at {named.needs} of a trained model, and there is none yet; "
+            f"scheme {scheme!r} needs {named.needs} from a trained model, and there is none yet; "
             f"allowed: {', '.join(plain)}"
         )
     fields = {f.name for name in named.formats for f in dataclasses.fields(get_format(name).spec)}
@@ -154,9 +154,9 @@ def _request(
 def skeleton(
     config: PreTrainedConfig, model_class: Any, dtype: torch.dtype | str | None
 ) -> PreTrainedModel:
-    """Return the dense model without any data."""
+    """Return the dense model on the meta device."""
     if not isinstance(config, PreTrainedConfig):
-        raise ModelError(f"a transformers PreTrainedConfig is wanted, not {type(config).__name__}")
+        raise ModelError(f"expected a transformers PreTrainedConfig, got {type(config).__name__}")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("the config is that of a compressed or quantized model; give a dense one")
     if model_class is None:
@@ -175,17 +175,18 @@ def skeleton(
     except (ValueError, TypeError, AttributeError) as error:
         cause = str(error).partition("\n")[0]  # a list of all other models follows
         raise ModelError(
-            f"{type(config).__name__} makes no {model_class.__name__}: {cause}; pass model_class="
+            f"{type(config).__name__} cannot build {model_class.__name__}: {cause}; "
+            "pass model_class="
         ) from error
     return model
 
 
 def _describe(model: PreTrainedModel, targets: Sequence[Member], decided: Plan) -> TnlmConfig:
-    """Return what a checkpoint of the model will say."""
+    """Return the description that a checkpoint of the model will hold."""
     layers = {layer.name: layer for layer in decided.layers}
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     for group in by_module(targets):
-        if layers[group[0].name].format is None:  # and so are all parts, being of one shape
+        if layers[group[0].name].format is None:  # then so are all parts: they have one shape
             continue
         entries = {
             target.name: target.entry(layers[target.name], biased=target.bias(model) is not None)

@@ -1,4 +1,4 @@
-"""What a scheme is: a name for one combination of choices, with its source."""
+"""The class of schemes: a scheme names one combination of choices, with its source."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:  # the command line reads choices before it needs torch
 
 
 def choice(default: Any, text: str, keyword: str = "", *, shell: bool = True) -> Any:
-    """Return a field that stands for a keyword of `tnlm.compress`.
+    """Return a dataclass field for a keyword of `tnlm.compress`.
 
     Args:
-        default: what stands there if it is not given.
-        text: what it does, in one sentence.
-        keyword: how it is written in the call; the field's name if empty.
+        default: its value if not given.
+        text: its help text, one sentence.
+        keyword: its name in the call; the field's name if empty.
         shell: whether the command line has an option for it.
     """
     return field(default=default, metadata={"text": text, "keyword": keyword, "shell": shell})
@@ -24,24 +24,24 @@ def choice(default: Any, text: str, keyword: str = "", *, shell: bool = True) ->
 
 @dataclass(frozen=True)
 class Scheme:
-    """One published system as its choices; any of them can be overridden in the call.
+    """One published method as a set of choices; a call can override any of them.
 
     Attributes:
-        name: what users write.
+        name: the name that users write.
         title: one line for tables.
         formats: the structures that may replace a matrix; the allocation chooses among several.
         source: the paper.
-        metric: how the error is measured; a name in `tnlm.metrics.named`.
-        allocation: how the budget is shared out; a name in `tnlm.allocation`.
-        cascade: how far a fit knows what was fitted before it; see `tnlm.compression.cascade`.
-        targets: the matrices chosen when the user names none.
-        damping: share of a second moment that is replaced by its mean diagonal; the metric's own
+        metric: how errors are measured; a name in `tnlm.metrics.named`.
+        allocation: how the budget is split across matrices; a name in `tnlm.allocation`.
+        cascade: how fits account for earlier ones; see `tnlm.compression.cascade`.
+        targets: the default choice of matrices.
+        damping: fraction of a second moment replaced by its mean diagonal; the metric's default
             if None.
         share: consecutive blocks whose matrices share their input factor.
-        recover: how the whole model is trained afterwards; see `tnlm.recovery`.
+        recover: how the whole model is trained after fitting; see `tnlm.recovery`.
         distillation: what ``recover="distill"`` compares; a preset of `tnlm.recovery.lessons`.
-        keep_targets: fraction of the targets kept when nothing says how large the result may be.
-        defaults: values of the formats' options.
+        keep_targets: fraction of the targets' parameters to keep if the call sets no size.
+        defaults: default values of the formats' options.
     """
 
     name: str
@@ -55,12 +55,14 @@ class Scheme:
         "lora-both, movement or pruned; the last two train and prune a copy of the model first.",
     )
     allocation: str = choice(
-        "uniform", "How the budget is shared out: uniform, loss, energy, last or truncation."
+        "uniform", "How the budget is split: uniform, loss, energy, last or truncation."
     )
-    cascade: str = choice("none", "What a fit knows of earlier ones: none, sequential or anchored.")
-    damping: float | None = choice(None, "Share of a moment replaced by its mean diagonal.")
+    cascade: str = choice(
+        "none", "How fits account for earlier ones: none, sequential or anchored."
+    )
+    damping: float | None = choice(None, "Fraction of a moment replaced by its mean diagonal.")
     targets: Selector = "all-linear"
-    share: int = choice(1, "Consecutive blocks that share an input factor, in low rank.")
+    share: int = choice(1, "Consecutive blocks that share an input factor (low rank only).")
     recover: str = "none"
     distillation: str = "logits"
     keep_targets: float = 0.8
@@ -68,7 +70,7 @@ class Scheme:
 
     @property
     def needs(self) -> str:
-        """What the scheme looks at besides the weights: nothing, data, or data and gradients."""
+        """What the scheme needs besides the weights: nothing, data, or data and gradients."""
         from tnlm.allocation import get_allocation
         from tnlm.metrics.measure import FISHER, GRADIENTS, LORA, MOVEMENT
         from tnlm.metrics.named import get_measure
@@ -82,5 +84,5 @@ class Scheme:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the scheme looks at data."""
+        """Whether the scheme needs data."""
         return self.needs != "nothing"

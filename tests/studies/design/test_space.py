@@ -176,7 +176,7 @@ def test_broken_spaces_are_refused(options, error, message):
 
 
 def test_neither_a_model_nor_a_config_is_refused():
-    with pytest.raises(ModelError, match="PreTrainedConfig is wanted, not str"):
+    with pytest.raises(ModelError, match="expected a transformers PreTrainedConfig, got str"):
         DesignSpace("my-model")
 
 

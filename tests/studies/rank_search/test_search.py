@@ -393,7 +393,7 @@ def test_a_metric_that_changes_its_mind_is_an_error(small):
         ({"scheme": "tfwsvd"}, OptionError, "scheme='tfwsvd' in a rank search"),
         ({"scheme": "rom"}, OptionError, "scheme='rom' in a rank search"),
         ({"scheme": "basis-sharing"}, OptionError, "scheme='basis-sharing' in a rank search"),
-        ({"scheme": "sfsd"}, CalibrationError, "looks at data; pass calibration="),
+        ({"scheme": "sfsd"}, CalibrationError, "needs data; pass calibration="),
         ({"targets": "embeddings"}, TargetError, "no target is left; .*linear matrices only"),
     ],
 )

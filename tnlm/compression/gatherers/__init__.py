@@ -1,4 +1,4 @@
-"""Ways to learn from data: one file each, found by looking."""
+"""Gatherers of statistics from data: one file each, discovered automatically."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ GATHERERS: Registry[Gatherer] = Registry(__name__, "GATHERER", "gatherer")
 
 
 def gatherers() -> list[Gatherer]:
-    """Return every gatherer, in the order in which they run."""
+    """Return every gatherer, in execution order."""
     return sorted(GATHERERS.all().values(), key=lambda gatherer: not gatherer.first)

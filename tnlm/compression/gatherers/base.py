@@ -1,4 +1,4 @@
-"""The contract of a gatherer: what is learned from data in one way."""
+"""The interface of gatherers, which collect statistics from data."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tnlm.targets.base import Member
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be gathered.
+    """The input of a gatherer.
 
     Attributes:
         model: the dense model.
         targets: the matrices.
         batches: calibration sequences.
         lessons: training sequences.
-        tokens: how many tokens anything is trained on.
-        data: where the sequences are from.
+        tokens: how many tokens to train on.
+        data: the calibration data, and how it is cut.
         progress: show progress bars.
     """
 
@@ -44,19 +44,18 @@ class Task:
 
     @property
     def few(self) -> Sequence[Batch]:
-        """The sequences that gradients are taken of."""
+        """The sequences for gradients."""
         return self.batches[: self.data.cut.gradient_samples]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was gathered.
+    """The output of a gatherer.
 
     Attributes:
         read: returns a statistic of a target's module, by name.
-        store: holds the statistics, where they are kept by module; of modules that no token
-            reaches it has none.
-        model: the one whose weights are fitted, if it is another now.
+        store: holds the statistics, if kept by module; it lacks modules that no token reaches.
+        model: the model to fit instead of the original, if any.
     """
 
     read: Callable[[Member, str], Tensor]
@@ -65,19 +64,19 @@ class Found:
 
 
 def by_module(store: Statistics) -> Found:
-    """Return statistics that are kept by module."""
+    """Wrap statistics kept by module."""
     return Found(lambda target, name: store.tensor(target.module, name), store)
 
 
 @dataclass(frozen=True)
 class Gatherer:
-    """A way to learn from data.
+    """A way to gather statistics from data.
 
     Attributes:
-        name: the kind of statistics, as metrics name it among their needs.
-        statistics: names of what is gathered.
-        gather: does it; further arguments are the metric's own ``gathering``.
-        first: whether it changes what all others look at, and so runs before them.
+        name: the kind of statistics, as metrics list it in ``needs``.
+        statistics: the names of the statistics.
+        gather: gathers them; its further arguments are the metric's ``gathering``.
+        first: whether it changes the model for the others, and so runs before them.
     """
 
     name: str
@@ -86,5 +85,5 @@ class Gatherer:
     first: bool = False
 
     def __call__(self, task: Task, **options: Any) -> Found:
-        """Gather."""
+        """Gather the statistics."""
         return self.gather(task, **options)

@@ -1,4 +1,4 @@
-"""Squares of weight gradients by example, under the data's own labels (FWSVD and TFWSVD)."""
+"""Per-example squared weight gradients, under the data's own labels (FWSVD and TFWSVD)."""
 
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.compression.gatherers.base import Found, Gatherer, Task, by_module

@@ -1,4 +1,4 @@
-"""Second moments of output gradients, under labels that the model draws (K-FAC)."""
+"""Second moments of output gradients, under labels sampled from the model (K-FAC)."""
 
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.compression.gatherers.base import Found, Gatherer, Task, by_module

@@ -1,4 +1,4 @@
-"""Squares of the gradients of a LoRA."""
+"""Squared gradients of a LoRA."""
 
 from tnlm.calibration.lora import lora_statistics
 from tnlm.compression.gatherers.base import Found, Gatherer, Task, by_module

@@ -1,4 +1,4 @@
-"""Where training moves weights while a copy of the model is pruned, which is then fitted."""
+"""Movement scores from pruning a copy of the model, whose weights are then fitted."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from tnlm.targets.base import Member
 
 
 def _gather(task: Task) -> Found:
-    # The trainer takes longer to import than all the rest.
+    # Imported here because the trainer takes longer to import than all the rest.
     from tnlm.recovery.pruning.movement import movement_prune
 
     lessons = as_lessons(task.lessons, task.tokens)
