@@ -23,7 +23,7 @@ Gauge = Annotated[
     bool | None, typer.Option("--gauge/--no-gauge", help="Store an identity block implicitly.")
 ]
 Ridge = Annotated[float | None, typer.Option(help="Penalty that shrinks the factors (tfwsvd).")]
-Sweeps = Annotated[int | None, typer.Option(help="Most passes over the factors (tfwsvd).")]
+Sweeps = Annotated[int | None, typer.Option(help="Maximum passes over the factors (tfwsvd).")]
 Keep = Annotated[
     float | None, typer.Option(help="Fraction of the whole model's parameters to keep.")
 ]
@@ -32,7 +32,7 @@ KeepTargets = Annotated[
 ]
 Tolerance = Annotated[float | None, typer.Option(help="Relative error allowed per matrix.")]
 MaxMacs = Annotated[
-    float, typer.Option(help="Most multiply-adds per matrix, as a multiple of dense.")
+    float, typer.Option(help="Maximum multiply-adds per matrix, as a multiple of dense.")
 ]
 MetricName = Annotated[
     str | None,
@@ -50,7 +50,7 @@ Refine = Annotated[int, typer.Option(help="Tokens to tune each block on after fi
 Share = Annotated[int | None, typer.Option(help="Blocks that share an input factor (low rank).")]
 Unit = Annotated[str, typer.Option(help="Unit of the budget: params, bytes or macs.")]
 Blocks = Annotated[
-    int | None, typer.Option(help="How many last blocks to compress, for --allocation last.")
+    int | None, typer.Option(help="Number of last blocks to compress, for --allocation last.")
 ]
 GradientSamples = Annotated[
     int | None, typer.Option(help="Windows used for gradients; 16 by default.")
@@ -71,9 +71,9 @@ Bos = Annotated[
 CacheDir = Annotated[Path | None, typer.Option(help="Keeps calibration statistics between runs.")]
 Targets = Annotated[
     str | None,
-    typer.Option(help="Matrices to compress: all-linear, embeddings, or a regular expression."),
+    typer.Option(help="Matrices to compress: all-linear, embeddings, or a regex for names."),
 ]
-Ignore = Annotated[str | None, typer.Option(help="Matrices to leave alone: a regular expression.")]
+Ignore = Annotated[str | None, typer.Option(help="Matrices to leave alone: a regex for names.")]
 Seed = Annotated[int, typer.Option(help="Seed for the calibration windows.")]
 SeedAsked = Annotated[
     int | None, typer.Option(help="Seed for the windows and other random choices; 0 by default.")

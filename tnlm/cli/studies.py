@@ -33,7 +33,7 @@ studies = typer.Typer()
 
 Out = Annotated[Path, typer.Argument(help="Output directory, new or empty.")]
 Baseline = Annotated[str | None, typer.Option(help="Model to compare with.")]
-Limit = Annotated[int | None, typer.Option(help="Most items per task.")]
+Limit = Annotated[int | None, typer.Option(help="Maximum items per task.")]
 
 OWN = ("model", "out", "baseline", "dtype", "overwrite", "as_json")
 """Parameters that a command handles itself; it passes the others to the public function."""
@@ -109,9 +109,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 8,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Most tokens per prompt; by default, the model's context length."),
+        typer.Option(help="Maximum tokens per prompt; by default, the model's context length."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed for few-shot examples and the bootstrap.")] = 1234,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     dtype: Dtype = "auto",

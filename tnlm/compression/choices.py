@@ -64,9 +64,9 @@ class Budget:
     keep: float | None = choice(None, "Fraction of the whole model's parameters to keep.")
     keep_targets: float | None = choice(None, "Fraction of the targets' parameters to keep.")
     tolerance: float | None = choice(None, "Relative error allowed per matrix.")
-    max_macs: float = choice(1.0, "Most multiply-adds per matrix, as a multiple of dense.")
+    max_macs: float = choice(1.0, "Maximum multiply-adds per matrix, as a multiple of dense.")
     unit: str = choice("params", "Unit of the budget: params, bytes or macs.")
-    blocks: int | None = choice(None, "How many last blocks to compress, for allocation last.")
+    blocks: int | None = choice(None, "Number of last blocks to compress, for allocation last.")
 
 
 @dataclass(frozen=True)
