@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.decompositions.als import als
-from tnlm.decompositions.base import Budget, as_tensor
+from tnlm.decompositions.base import Ceiling, as_tensor
 from tnlm.decompositions.hooi import unfold
 from tnlm.decompositions.stack_tucker import StackTucker, StackTuckerSpec
 from tnlm.decompositions.tucker import realisable
@@ -146,9 +146,9 @@ def test_a_curve_falls_as_sizes_grow(make, seed, gaussian):
 
 @given(keep=st.floats(0.02, 1.2), speed=st.floats(0.1, 3))
 def test_candidates_are_within_their_budget(keep, speed):
-    budget = Budget(keep * math.prod(SHAPE), speed * math.prod(SHAPE))
+    ceiling = Ceiling(keep * math.prod(SHAPE), speed * math.prod(SHAPE))
     for spec in FORMAT.candidates(SHAPE, FIXED, budget):
-        assert budget.allows(FORMAT.network(SHAPE, spec))
+        assert ceiling.allows(FORMAT.network(SHAPE, spec))
         assert (spec.slices, spec.stack) == (SLICES, SLICES)
 
 
@@ -163,8 +163,8 @@ def test_a_tolerance_is_met(seed, tolerance, gaussian):
 
 def test_ranks_given_are_taken_as_they_are(gaussian):
     options = {**FIXED, "ranks": (2, 3, 4)}
-    assert FORMAT.candidates(SHAPE, options, Budget()) == [spec_of((2, 3, 4))]
-    assert FORMAT.candidates(SHAPE, options, Budget(params=20)) == []
+    assert FORMAT.candidates(SHAPE, options, Ceiling()) == [spec_of((2, 3, 4))]
+    assert FORMAT.candidates(SHAPE, options, Ceiling(params=20)) == []
     weight = gaussian(*SHAPE)
     [(spec, error)] = FORMAT.curve(weight, Metric(), options, math.inf)
     assert spec == spec_of((2, 3, 4))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tnlm.decompositions.base import Budget, Format, Shape, as_tensor, check_split, matrix_shape
+from tnlm.decompositions.base import Ceiling, Format, Shape, as_tensor, check_split, matrix_shape
 from tnlm.decompositions.hooi import Hosvd
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
 from tnlm.decompositions.tucker import OPEN, Tucker, TuckerSpec, realisable
@@ -80,14 +80,14 @@ class StackTucker(Format[StackTuckerSpec]):
         return Tucker().fit(weight, metric, _whole(matrix_shape(weight), spec))
 
     def candidates(
-        self, shape: Shape, options: Mapping[str, Any], budget: Budget
+        self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[StackTuckerSpec]:
         """Return the ranks given; or, for some numbers of cores, of rows and columns scaled."""
         like = _like(shape, options)
         dims = _dims(shape, like)
 
         def fits(ranks: Ranks) -> bool:
-            return budget.allows(self.network(shape, replace(like, ranks=ranks)))
+            return ceiling.allows(self.network(shape, replace(like, ranks=ranks)))
 
         if options.get("ranks") is not None:
             return [like] if fits(like.ranks) else []
