@@ -147,7 +147,7 @@ def test_a_curve_falls_as_sizes_grow(make, seed, gaussian):
 @given(keep=st.floats(0.02, 1.2), speed=st.floats(0.1, 3))
 def test_candidates_are_within_their_budget(keep, speed):
     ceiling = Ceiling(keep * math.prod(SHAPE), speed * math.prod(SHAPE))
-    for spec in FORMAT.candidates(SHAPE, FIXED, budget):
+    for spec in FORMAT.candidates(SHAPE, FIXED, ceiling):
         assert ceiling.allows(FORMAT.network(SHAPE, spec))
         assert (spec.slices, spec.stack) == (SLICES, SLICES)
 
