@@ -167,3 +167,8 @@ def test_every_block_on_extending_runs(tmp_path, monkeypatch, tiny_llama):
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     assert run_blocks("extend.md") == 9
+
+
+def test_every_block_on_calibration_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("calibration.md") == 2

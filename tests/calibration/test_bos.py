@@ -83,7 +83,7 @@ def test_ids_are_taken_as_they_are(bos_tokenizer):
 
 
 def test_long_texts_begin_alike(bos_tokenizer, word_text, monkeypatch):
-    monkeypatch.setattr("tnlm.calibration.data.WHOLE", 100)
+    monkeypatch.setattr("tnlm.calibration.windows.WHOLE", 100)
     rows = token_batches([word_text(200)], bos_tokenizer, max_length=8, num_samples=3)
     assert [batch["input_ids"][0, 0] for batch in rows] == [BOS] * 3
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from tnlm.calibration import loss
 from tnlm.calibration.data import token_batches
-from tnlm.calibration.loss import IGNORED, make_tasks, sample
+from tnlm.calibration.inputs import IGNORED
+from tnlm.calibration.loss import make_tasks, sample
 
 MASKED = {
     "input_ids": torch.tensor([[9, 3, 4, 5, 0], [6, 7, 8, 9, 10]]),

@@ -35,7 +35,7 @@ TEXTS = [
 def small(monkeypatch):
     """Let texts be long early."""
     monkeypatch.setattr(sources, "WHOLE", 2000)
-    monkeypatch.setattr("tnlm.calibration.data.WHOLE", 2000)
+    monkeypatch.setattr("tnlm.calibration.windows.WHOLE", 2000)
     monkeypatch.setattr(sources, "CHUNK", 256)
 
 

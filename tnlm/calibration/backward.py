@@ -19,29 +19,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import Batch
+from tnlm.calibration.blocks import Blocks
+from tnlm.calibration.inputs import TEXT
 from tnlm.calibration.loss import Task, make_tasks
+from tnlm.calibration.padding import Padding, padding_of
+from tnlm.calibration.passes import run
+from tnlm.calibration.sequences import Batch
 from tnlm.calibration.walk import (
-    Blocks,
     Call,
     call_block,
     check_walk,
     eval_mode,
-    find_blocks,
-    padding_of,
+    plan_walks,
     record,
-    run,
     same,
-    split,
     take_state,
 )
 from tnlm.utils.spill import Spill
 
 logger = logging.getLogger("tnlm")
 
-See = Callable[[str, Tensor, Tensor, Tensor | None], None]
+See = Callable[[str, Tensor, Tensor, Padding | None], None]
 """Called with a watched module's name, its input, its output, whose gradient a hook on it will
-be given, and the padding mask if there is padding."""
+be given, and the padding if there is any."""
 
 SHORT = 32
 """Tokens whose gradient is compared, walked and in a whole pass."""
@@ -57,16 +57,12 @@ def stream(
         seen so far are complete.
     """
     with _frozen(model):
-        blocks = find_blocks(model, modules)
-        inside, outside = split(modules, blocks)
-        calls = _check(model, blocks, tasks) if inside else None
-        if calls is None:
-            yield from _whole(model, modules, tasks, see)
-            return
-        passes = 1 + bool(outside)
-        yield from (f / passes for f in _walk(model, blocks, inside, tasks, calls, see))
-        if outside:
-            yield from (f / passes for f in _whole(model, outside, tasks, see))
+        walks, left = plan_walks(model, modules, lambda blocks: _check(model, blocks, tasks))
+        passes = len(walks) + bool(left)
+        for blocks, inside, calls in walks:
+            yield from (f / passes for f in _walk(model, blocks, inside, tasks, calls, see))
+        if left:
+            yield from (f / passes for f in _whole(model, left, tasks, see))
 
 
 @contextlib.contextmanager
@@ -132,8 +128,8 @@ def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> lis
 
 def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
     """Whether the gradient of a few tokens at the first block is the same walked and whole."""
-    few = {key: value[:1] if key == "labels" else value[:1, :SHORT] for key, value in batch.items()}
-    [task] = make_tasks(model, [few], "data")
+    few = _shortened(batch)
+    [task] = make_tasks(model, [few])
     with torch.no_grad():
         calls = record(model, blocks, few)[0]
     if calls is None:
@@ -142,6 +138,14 @@ def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
     for (_, block), call, state in reversed(list(zip(blocks, calls, states, strict=True))):
         walked = _pull(block, call, state, walked)
     return same(walked, _bottom(model, blocks, task))
+
+
+def _shortened(batch: Batch) -> Batch:
+    """Return one sequence's first tokens, where there are no images or sound beside them."""
+    if not set(batch) <= set(TEXT):
+        return batch
+    labels = {key: batch[key][:1] for key in ("labels",) if key in batch}
+    return {key: value[:1, :SHORT] for key, value in batch.items() if key not in labels} | labels
 
 
 def _top(model: PreTrainedModel, blocks: Blocks, task: Task) -> tuple[list[Tensor], Tensor]:
@@ -211,13 +215,13 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _watched(
-    model: nn.Module, modules: Sequence[str], see: See, mask: Tensor | None
+    model: nn.Module, modules: Sequence[str], see: See, padding: Padding | None
 ) -> Iterator[None]:
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:  # nothing below is watched: the graph starts here
                 output = _leaf(output)
-            see(name, args[0], output, mask)
+            see(name, args[0], output, padding)
             return output.clone()  # work in place would lose a hook on a view
 
         return after

@@ -1,4 +1,4 @@
-"""What a model can be run on: token ids that it knows, and no more of them than it has positions.
+"""What a model can be run on: token ids that it knows and has positions for, and all it needs.
 
 A table of positions is found by looking: two short sequences are run, and the table is the one in
 which the last token's row moves on by one. So are the rows before the first token, which RoBERTa
@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from tnlm.calibration.inputs import MEDIA, takes
-from tnlm.calibration.walk import eval_mode, run
+from tnlm.calibration.loss import media_tokens
+from tnlm.calibration.passes import run
+from tnlm.calibration.walk import eval_mode
 from tnlm.errors import CalibrationError
 from tnlm.targets.ends import input_table, vocabulary_of
 
 SHORT = (2, 3)
 """Lengths of the sequences on which a table of positions is looked for."""
+_IDS = ("input_ids", "decoder_input_ids")
 _REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model's own code raises on a sequence that it does not take."""
 
@@ -42,7 +45,10 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 
 def check_batches(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raise `CalibrationError` unless a model can be run on batches of token ids.
+    """Raise `CalibrationError` unless a model can be run on batches.
+
+    Token ids must be known and have positions; a model of more than text is run on a batch of each
+    kind.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -52,43 +58,47 @@ def check_batches(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]
         Traceback (most recent call last):
         tnlm.errors.CalibrationError: the calibration data has the token id 8, but the model ...
     """
-    if not batches:
-        return
-    inputs, name = takes(model), type(model).__name__
-    if "input_ids" not in inputs and "args" not in inputs:
-        raise CalibrationError(
-            f"a {name} takes no token ids, and nothing else is measured; use a scheme and a metric "
-            "that look at no data, such as svd"
-        )
-    known, largest = vocabulary_of(model), max(int(b["input_ids"].max()) for b in batches)
+    texts = [batch[name] for batch in batches for name in _IDS if name in batch]
+    if texts:
+        _check_ids(model, texts)
+    media = takes(model) & set(MEDIA)
+    if media or any("input_ids" not in batch for batch in batches):
+        kinds = {frozenset(batch): batch for batch in reversed(batches)}
+        for batch in kinds.values():
+            _try(model, batch)
+
+
+def _check_ids(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
+    known, places = vocabulary_of(model), torch.tensor(media_tokens(model), dtype=torch.int64)
+    words = [ids[~torch.isin(ids, places)] for ids in texts]
+    largest = max(int(ids.max()) for ids in words if ids.numel())
     if known is not None and largest >= known:
         raise CalibrationError(
             f"the calibration data has the token id {largest}, but the model knows {known} tokens; "
             "use the tokenizer that belongs to the model"
         )
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    longest = max(ids.shape[1] for ids in texts)
     room = positions_of(model)
     if room is not None and longest > room:
         raise CalibrationError(
             f"the calibration data has sequences of {longest} tokens, but the model has {room} "
             f"positions; use max_length<={room}"
         )
-    if inputs & set(MEDIA):
-        _try(model, batches[0], name)
 
 
-def _try(model: PreTrainedModel, batch: Mapping[str, Tensor], name: str) -> None:
-    """Raise `CalibrationError` if a model that takes more than text cannot do without it."""
-    row = {key: value[:1] for key, value in batch.items()}
+def _try(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Raise `CalibrationError` if a model that takes more than text does not run on a batch."""
     try:
         with eval_mode(model), torch.inference_mode():
-            run(model, row)
-    except torch.OutOfMemoryError:
+            run(model, batch)
+    except (torch.OutOfMemoryError, CalibrationError):
         raise
     except _REFUSALS as err:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
         raise CalibrationError(
-            f"a {name} does not run on token ids alone, and nothing else is measured ({err}); use "
-            "a scheme and a metric that look at no data, such as svd"
+            f"a {type(model).__name__} does not run on {shapes} ({err}); give batches as the "
+            "model's processor makes them, or use a scheme and a metric that look at no data, such "
+            "as svd"
         ) from err
 
 

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tnlm.calibration.sequences import ALLOWED, Row, sequence_rows, token_ids
-from tnlm.calibration.sources import (
-    WHOLE,
-    Memory,
-    Source,
-    drawn_windows,
-    open_source,
-)
-from tnlm.calibration.text import AUTO, check_bos, read_text, start_token, tokenize
+from tnlm.calibration.inputs import IGNORED, TEXT, check_main, main_input, token_ids
+from tnlm.calibration.pairs import is_pairs, pair_samples
+from tnlm.calibration.sequences import ALLOWED, Batch, collated, samples_of
+from tnlm.calibration.sources import Memory, Source, open_source
+from tnlm.calibration.text import AUTO, check_bos, read_text, start_token
+from tnlm.calibration.windows import id_windows, text_windows
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.utils.checks import check_whole, is_whole
 
@@ -28,10 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Batch", "count_tokens", "fingerprint", "read_text", "token_batches"]
-
-Batch = dict[str, Tensor]
-"""``input_ids`` and ``attention_mask``, int64, both ``(sequences, length)``; for a classifier also
-``labels``, the class of every sequence, ``(sequences,)``."""
 
 _T = TypeVar("_T")
 
@@ -47,7 +40,7 @@ def token_batches(
     bos: bool | str = AUTO,
     model: PreTrainedModel | None = None,
 ) -> list[Batch]:
-    """Turn calibration data of any accepted kind into token batches on the CPU.
+    """Turn calibration data of any accepted kind into batches on the CPU.
 
     Texts (strings, files, a ``text`` column) are joined by blank lines and tokenised once without
     special tokens; these ids, and 1-D ids, are cut into full windows without overlap. Of a text of
@@ -56,17 +49,25 @@ def token_batches(
     (2-D ids, lists, DataLoaders, an ``input_ids`` column) stay rows, with their masks and, where
     ``labels`` holds one class for each sequence, with that.
 
+    Batches of a processor's output (images, sound, or these beside text) and pairs for an encoder
+    and a decoder carry all that the model's ``forward`` takes. Each image, clip and pair is a batch
+    of its own, trimmed of padding; a batch with images or sound beside text stays as it is, and
+    counts as one sample.
+
     Args:
-        calibration: texts, the path of a text or ``.jsonl`` file, ids, or a loader or dataset. A
-            string is a text only if it cannot be meant as a file's name; give texts as a list.
+        calibration: texts, pairs of texts, the path of a text or ``.jsonl`` file, ids, or a loader
+            or dataset. A string is a text only if it cannot be meant as a file's name; give texts
+            as a list.
         tokenizer: needed for text only.
         num_samples: sequences drawn at most, in the data's order; a DataLoader gives its first.
-        max_length: tokens of a window, and at most of a row.
-        batch_size: sequences in a batch; shorter rows are padded on the right and masked.
+        max_length: tokens of a window, and at most of a row or of either side of a pair.
+        batch_size: sequences of text in a batch; shorter rows are padded on the right and masked.
         seed: chooses the sequences when there are more than ``num_samples``.
         bos: whether a window of text begins with BOS: ``"auto"``, True or False; see
             :func:`tnlm.calibration.text.start_token`.
-        model: that the data is for: columns that it takes, and that would be lost, are refused.
+        model: that the data is for, whose ``main_input_name`` must be among the columns. Columns
+            that it does not take are passed over, unless they are images, sound or embeddings.
+            Without one, only token ids with their masks and classes are taken.
 
     Raises:
         CalibrationError: for data that is empty, unreadable or of no accepted kind.
@@ -82,33 +83,52 @@ def token_batches(
     check_bos(bos)
     source = text_of(calibration)
     if source is not None:
-        rows = _text_windows(source, tokenizer, max_length, num_samples, seed, bos)
+        samples = text_windows(source, tokenizer, max_length, num_samples, seed, bos)
     elif bos is True:
         raise OptionError("bos=True is for text; token ids are taken as they are")
+    elif is_pairs(calibration):
+        samples = pair_samples(calibration, tokenizer, max_length, model)
     elif isinstance(calibration, DataLoader):
-        rows = _first_rows(calibration, num_samples, max_length, model)
+        samples = _first(calibration, num_samples, max_length, model)
     elif hasattr(calibration, "column_names") and not isinstance(calibration, Mapping):
-        rows = _dataset_rows(calibration, num_samples, max_length, seed, model)
+        samples = _of_dataset(calibration, num_samples, max_length, seed, model)
     else:
-        rows = _rows(calibration, max_length, model)
-    if not rows:
+        samples = _at_hand(calibration, max_length, model)
+    if not samples:
         raise CalibrationError(f"calibration holds no tokens; give {ALLOWED}")
-    rows = _draw(rows, num_samples, seed)
-    return [_collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    check_main(samples[0], model)
+    return collated(_draw(samples, num_samples, seed), batch_size)
 
 
 def count_tokens(batches: Iterable[Batch]) -> int:
-    """Count the tokens that are not masked.
+    """Count the tokens that are not masked, of decoders too; an image or a clip counts as one.
 
     Example:
         >>> count_tokens(token_batches([[5, 6, 7], [8]], batch_size=2))
         4
+        >>> count_tokens([{"pixel_values": torch.zeros(2, 3, 8, 8)}])
+        2
     """
-    return sum(int(batch["attention_mask"].sum()) for batch in batches)
+    return sum(_tokens_of(batch) for batch in batches)
+
+
+def _tokens_of(batch: Batch) -> int:
+    """Count what an encoder reads, or the only stack there is, and what a decoder reads."""
+    first = batch.get("attention_mask", batch.get("input_ids"))
+    count = len(next(iter(batch.values())))
+    if "input_ids" in batch and first is not None:
+        count = int((first != 0).sum()) if "attention_mask" in batch else first.numel()
+    if "decoder_attention_mask" in batch:
+        return count + int(batch["decoder_attention_mask"].sum())
+    if "decoder_input_ids" in batch:
+        return count + batch["decoder_input_ids"].numel()
+    if "labels" in batch and batch["labels"].dim() > 1:
+        return count + int((batch["labels"] != IGNORED).sum())
+    return count
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:
-    """Name the contents of the batches: the same tokens and masks give the same SHA-256.
+    """Name the contents of the batches: the same tensors give the same SHA-256.
 
     Example:
         >>> a, b = (token_batches(torch.arange(n), max_length=4) for n in (8, 9))
@@ -117,11 +137,18 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     """
     digest = hashlib.sha256()
     for batch in batches:
-        for name in (key for key in ("input_ids", "attention_mask", "labels") if key in batch):
-            tensor = batch[name].to("cpu", torch.int64).contiguous()
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.numpy().tobytes())
+        for name in TEXT:
+            if name in batch:
+                _update(digest, batch[name].long())
+        for name in sorted(batch.keys() - set(TEXT)):
+            digest.update(f"{name} {batch[name].dtype} ".encode())
+            _update(digest, batch[name])
     return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    digest.update(repr(tuple(tensor.shape)).encode())
+    digest.update(tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _check_positive(**options: int) -> None:
@@ -169,16 +196,17 @@ def begins(data: Any, tokenizer: PreTrainedTokenizerBase | None, bos: bool | str
     return tokenizer is not None and is_text(data) and start_token(tokenizer, bos) is not None
 
 
-def _rows(data: Any, max_length: int, model: PreTrainedModel | None) -> list[Row]:
-    """Return the sequences of data that is at hand: ids or a list of these."""
+def _at_hand(data: Any, max_length: int, model: PreTrainedModel | None) -> list[Batch]:
+    """Return the sequences of data that is at hand: ids, images, clips, or a list of batches."""
     if isinstance(data, Mapping):
-        return sequence_rows(data, max_length, model)
+        return samples_of(data, max_length, model)
     if isinstance(data, list | tuple) and not all(isinstance(i, int | np.integer) for i in data):
-        return [row for item in data for row in sequence_rows(item, max_length, model)]
-    if isinstance(data, list | tuple | np.ndarray | Tensor):
-        ids = token_ids(data)
-        return _windows(ids, max_length) if ids.ndim == 1 else sequence_rows(ids, max_length)
-    raise CalibrationError(f"calibration is a {type(data).__name__}, but must be {ALLOWED}")
+        return [sample for item in data for sample in samples_of(item, max_length, model)]
+    if not isinstance(data, list | tuple | np.ndarray | Tensor):
+        raise CalibrationError(f"calibration is a {type(data).__name__}, but must be {ALLOWED}")
+    if main_input(model) == "input_ids" and np.ndim(data) == 1:
+        return id_windows(token_ids(data), max_length)
+    return samples_of(data, max_length, model)
 
 
 def _join(texts: Sequence[Any]) -> str:
@@ -191,78 +219,33 @@ def _join(texts: Sequence[Any]) -> str:
     return "\n\n".join(texts)
 
 
-def _text_windows(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-    count: int,
-    seed: int,
-    bos: bool | str,
-) -> list[Row]:
-    """Cut a text into windows: a short one whole, of a long one no more than are wanted."""
-    if tokenizer is None:
-        raise CalibrationError("calibration is text, which needs the model's tokenizer: tokenizer=")
-    start = start_token(tokenizer, bos)
-    if start is not None and max_length < 2:
-        raise OptionError(f"max_length={max_length} leaves no room after BOS; use at least 2")
-    length = max_length - (start is not None)
-    if source.size > WHOLE:
-        found = drawn_windows(source, tokenizer, length, count, seed)
-        if not found:
-            raise CalibrationError(
-                f"no part of the calibration text holds a window of max_length={max_length} "
-                "tokens; use a smaller one"
-            )
-        return [_row(window, start) for window in found]
-    text = source.part(0, source.size)
-    return _windows(tokenize(text, tokenizer), length, start) if text.strip() else []
-
-
-def _windows(ids: Tensor, length: int, start: int | None = None) -> list[Row]:
-    """Cut ids ``(tokens,)`` into full windows without overlap, each after a start token."""
-    more = int(start is not None)
-    if 0 < len(ids) < length:
-        raise CalibrationError(
-            f"calibration has {len(ids)} tokens, fewer than one window of "
-            f"max_length={length + more}; use max_length<={len(ids) + more} or give more text"
-        )
-    windows = ids[: len(ids) // length * length].reshape(-1, length)
-    return [_row(window, start) for window in windows]
-
-
-def _row(window: Tensor, start: int | None) -> Row:
-    if start is not None:
-        window = torch.cat([window.new_tensor([start]), window])
-    return Row(window, torch.ones_like(window))
-
-
-def _first_rows(
+def _first(
     loader: DataLoader[Any], count: int, max_length: int, model: PreTrainedModel | None
-) -> list[Row]:
+) -> list[Batch]:
     """Return the first sequences of a DataLoader, and read no further."""
-    rows: list[Row] = []
+    samples: list[Batch] = []
     for item in loader:
-        rows += sequence_rows(item, max_length, model)
-        if len(rows) >= count:
+        samples += samples_of(item, max_length, model)
+        if len(samples) >= count:
             break
-    return rows[:count]
+    return samples[:count]
 
 
-def _dataset_rows(
+def _of_dataset(
     dataset: Any, count: int, max_length: int, seed: int, model: PreTrainedModel | None
-) -> list[Row]:
-    """Return sequences of a ``datasets.Dataset``; only the ``input_ids`` drawn are read."""
-    columns = dataset.column_names or []
+) -> list[Batch]:
+    """Return sequences of a ``datasets.Dataset``; only the rows drawn are read."""
+    columns, wanted = dataset.column_names or [], main_input(model)
     if not hasattr(dataset, "__len__"):
         raise CalibrationError(
             "calibration is a streamed dataset; give a list, e.g. [row['text'] for row in "
             "dataset.take(1000)]"
         )
-    if "input_ids" in columns:
+    if wanted in columns or (len(dataset) and wanted in dataset[0]):  # a transform makes columns
         drawn = _draw(range(len(dataset)), count, seed)
-        return [row for i in drawn for row in sequence_rows(dataset[i], max_length, model)]
+        return [row for i in drawn for row in samples_of(dataset[i], max_length, model)]
     raise CalibrationError(
-        f"the calibration dataset has the columns {columns}; it needs 'input_ids' or 'text'"
+        f"the calibration dataset has the columns {columns}; it needs {wanted!r} or 'text'"
     )
 
 
@@ -273,14 +256,3 @@ def _draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(items), generator=generator)[:count].sort().values
     return [items[i] for i in chosen.tolist()]
-
-
-def _collate(rows: Sequence[Row]) -> Batch:
-    """Stack rows into one batch, padded on the right to the longest."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    batch = {
-        "input_ids": pad([row.ids for row in rows], batch_first=True),
-        "attention_mask": pad([row.mask for row in rows], batch_first=True),
-    }
-    labels = [row.label for row in rows if row.label is not None]
-    return batch | {"labels": torch.tensor(labels)} if len(labels) == len(rows) else batch

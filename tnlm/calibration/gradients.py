@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from tnlm.calibration.backward import stream
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.loss import make_tasks
+from tnlm.calibration.padding import Padding
 from tnlm.calibration.room import check_room
+from tnlm.calibration.sequences import sequences_of
 from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill, products
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
@@ -42,7 +44,7 @@ class _Gradients:
         self._rows: Counter[str] = Counter()
         self._example: dict[str, Tensor] = {}
 
-    def see(self, name: str, x: Tensor, output: Tensor, mask: Tensor | None) -> None:
+    def see(self, name: str, x: Tensor, output: Tensor, padding: Padding | None) -> None:
         """Wait for the gradient at a module's output."""
         if not x.is_floating_point():
             raise CalibrationError(f"{name} has no vectors as inputs; ignore it")
@@ -56,11 +58,13 @@ class _Gradients:
             if self.examples is not None:
                 self.sums[name]["fisher"] = torch.zeros(rows, columns, device=device)
         self._rows[name] += output.shape[:-1].numel()
-        inputs = None if self.examples is None else counted_rows(name, x, mask)
-        output.register_hook(partial(self._add, name, inputs, mask))
+        inputs = None if self.examples is None else counted_rows(name, x, padding)
+        output.register_hook(partial(self._add, name, inputs, padding))
 
-    def _add(self, name: str, inputs: Tensor | None, mask: Tensor | None, gradient: Tensor) -> None:
-        rows = counted_rows(name, gradient, mask)
+    def _add(
+        self, name: str, inputs: Tensor | None, padding: Padding | None, gradient: Tensor
+    ) -> None:
+        rows = counted_rows(name, gradient, padding)
         for part in rows.split(ROWS) if self.moment != "none" else ():
             if self.moment == "full":
                 self.sums[name]["gradient"] += products(part.float())
@@ -152,8 +156,7 @@ def collect_gradients(
     if moment == "full":
         check_room(model, modules)
     if fisher:
-        rows = [(batch, i) for batch in batches for i in range(len(batch["input_ids"]))]
-        batches = [{k: v[i : i + 1] for k, v in batch.items()} for batch, i in rows]
+        batches = [sequence for batch in batches for sequence in sequences_of(batch)]
     tasks = make_tasks(model, batches, labels, seed)
     kind = ("gradients", moment, fisher, labels, seed if labels == "sampled" else 0)
     store = open_store(cache_dir, count_tokens(batches), model, modules, batches, kind)

@@ -1,20 +1,26 @@
-"""Columns of data beside the token ids: those that a model takes, and that would be lost."""
+"""What a model's forward takes of the data, as tensors, and what it cannot do without."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tnlm.errors import CalibrationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CARRIED = ("input_ids", "attention_mask", "labels")
-"""What a batch carries."""
+IGNORED = -100
+"""The label of what is not predicted."""
+TEXT = ("input_ids", "attention_mask", "labels")
+"""What a batch of text carries, and all that anything is trained on."""
+TARGET = ("labels", "decoder_input_ids", "decoder_attention_mask")
+"""What a decoder reads and writes beside the input of its encoder."""
 MEDIA = (
     "pixel_values",
     "pixel_values_videos",
@@ -23,10 +29,24 @@ MEDIA = (
     "audio_values",
     "bbox",
 )
-"""Inputs of models of more than text, which may not do without them."""
+"""Inputs of models of more than text."""
 NEVER_TEXT = (*MEDIA, "inputs_embeds", "encoder_outputs")
 """What is no text, whichever model it is for."""
+_REMEDY = (
+    "; give batches as the model's processor makes them, or use a scheme and a metric that look at "
+    "no data, such as svd"
+)
 _SWITCHES = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
+_DIMENSIONS = {
+    "input_ids": 2,
+    "attention_mask": 2,
+    "decoder_input_ids": 2,
+    "decoder_attention_mask": 2,
+    "pixel_values": 4,
+    "input_values": 2,
+    "input_features": 3,
+}
+"""Dimensions of an input in a batch; one that has one fewer is a single example."""
 
 
 def takes(model: PreTrainedModel) -> frozenset[str]:
@@ -41,34 +61,164 @@ def takes(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
-def check_columns(item: Mapping[str, Any], model: PreTrainedModel | None) -> None:
-    """Raise `CalibrationError` for an input that the model takes, and that no batch carries.
+def main_input(model: PreTrainedModel | None) -> str:
+    """Return the name of the input that a model cannot do without.
 
-    What says no more than the model assumes without it may be there: types of tokens that are all
-    0, and positions that count from 0.
+    Example:
+        >>> main_input(None)
+        'input_ids'
+    """
+    return str(getattr(model, "main_input_name", None) or "input_ids")
+
+
+def check_main(names: Iterable[str], model: PreTrainedModel | None) -> None:
+    """Raise `CalibrationError` unless the main input is among the names.
+
+    Example:
+        >>> check_main(["tokens"], None)
+        Traceback (most recent call last):
+        tnlm.errors.CalibrationError: a batch has the keys ['tokens']; it needs 'input_ids'
+    """
+    names, wanted = list(names), main_input(model)
+    if wanted in names:
+        return
+    who = "it" if model is None else f"a {type(model).__name__}"
+    remedy = "" if wanted == "input_ids" else _REMEDY
+    raise CalibrationError(f"a batch has the keys {names}; {who} needs {wanted!r}{remedy}")
+
+
+def reads_targets(model: PreTrainedModel | None) -> bool:
+    """Whether a model's labels are sequences of their own: it has a decoder, or aligns sound."""
+    if model is None or type(model).__name__.endswith("Classification"):
+        return False
+    return decodes(model) or type(model).__name__.endswith("ForCTC")
+
+
+def decodes(model: PreTrainedModel) -> bool:
+    """Whether a decoder of token ids follows the model's encoder."""
+    return bool(model.config.is_encoder_decoder) and "decoder_input_ids" in takes(model)
+
+
+def columns_of(item: Mapping[str, Any], model: PreTrainedModel | None) -> dict[str, Tensor]:
+    """Return what a model takes of one sequence or batch, as tensors with a first dimension.
+
+    Columns that its forward does not take are passed over, such as indices, and so is what says no
+    more than the model assumes without it: types of tokens that are all 0, and positions that count
+    from 0. Labels are kept where they are classes, or sequences of their own.
 
     Args:
         item: one sequence or batch, by column.
-        model: that it is for; without one, what is never text is refused.
+        model: that it is for; without one, no more than token ids, their mask and classes is taken.
+
+    Raises:
+        CalibrationError: if the main input is missing, a column is no tensor, or images, sound or
+            embeddings are given that the model does not take.
 
     Example:
-        >>> check_columns({"input_ids": [[1]], "pixel_values": [[0.5]]}, None)
+        >>> columns_of({"input_ids": [1, 2], "idx": 3}, None)
+        {'input_ids': tensor([[1, 2]])}
+        >>> columns_of({"input_ids": [[1]], "pixel_values": [[0.5]]}, None)
         Traceback (most recent call last):
         tnlm.errors.CalibrationError: the data has 'pixel_values', which would be lost: ...
     """
-    known = frozenset(NEVER_TEXT) if model is None else takes(model) - set(_SWITCHES)
-    for name in item:
-        if name in CARRIED or name not in known or item[name] is None:
+    check_main(item, model)
+    known = frozenset(TEXT) if model is None else (takes(model) | {"labels"}) - set(_SWITCHES)
+    found = {}
+    for name, value in item.items():
+        if value is None:
             continue
-        if name == "token_type_ids" and not bool(torch.as_tensor(item[name]).any()):
-            continue
-        if name == "position_ids" and _counts(torch.as_tensor(item[name])):
-            continue
+        if name in known:
+            tensor = token_ids(value) if name.endswith("input_ids") else _tensor(name, value)
+            if not _says_nothing(name, tensor):
+                found[name] = tensor
+        elif name in NEVER_TEXT:
+            who = "text alone is taken here" if model is None else f"not a {type(model).__name__}'s"
+            raise CalibrationError(
+                f"the data has {name!r}, which would be lost: {who}; leave the column out"
+            )
+    return _with_labels(_batched(found, main_input(model)), model)
+
+
+def token_ids(value: Any) -> Tensor:
+    """Return token ids as an int64 tensor on the CPU, or say why they are none.
+
+    Example:
+        >>> token_ids([3, 4])
+        tensor([3, 4])
+    """
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as err:
         raise CalibrationError(
-            f"the data has {name!r}, which would be lost: statistics are taken of token ids alone; "
-            "leave the column out if they are to be those of text alone"
+            f"calibration holds a {type(value).__name__} that is no token ids ({err}); give texts, "
+            "a file of them, ids, or batches of a DataLoader or a datasets.Dataset"
+        ) from err
+    if ids.is_meta or ids.is_nested or ids.layout != torch.strided:
+        raise CalibrationError("token ids must be a dense tensor with data; this one is not")
+    if ids.numel() == 0:
+        return ids.to("cpu", torch.int64)
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise CalibrationError(f"token ids must be integers, got {ids.dtype}")
+    ids = ids.to("cpu", torch.int64)
+    if int(ids.min()) < 0:
+        raise CalibrationError(f"token ids must not be negative, got {int(ids.min())}")
+    return ids
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """Return a column as a tensor on the CPU, without a graph."""
+    listed = isinstance(value, list | tuple)
+    shapes = {tuple(np.shape(each)) for each in value} if listed and _are_arrays(value) else set()
+    if len(shapes) > 1:
+        raise CalibrationError(
+            f"{name!r} has examples of several sizes in one batch: "
+            f"{', '.join(map(str, sorted(shapes)))}; make them of one size, or give each its own "
+            "batch"
         )
+    try:
+        tensor = torch.stack([torch.as_tensor(v) for v in value]) if shapes else None
+        tensor = torch.as_tensor(value) if tensor is None else tensor
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise CalibrationError(f"{name!r} is a {type(value).__name__}, no tensor: {err}") from err
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        raise CalibrationError(f"{name!r} must be a dense tensor with data; this one is not")
+    return tensor.detach().to("cpu", torch.int64 if tensor.dtype == torch.bool else tensor.dtype)
 
 
-def _counts(positions: torch.Tensor) -> bool:
-    return bool((positions == torch.arange(positions.shape[-1])).all())
+def _are_arrays(values: Any) -> bool:
+    return all(isinstance(each, Tensor | np.ndarray) for each in values) and len(values) > 0
+
+
+def _says_nothing(name: str, tensor: Tensor) -> bool:
+    if name == "token_type_ids":
+        return not bool(tensor.any())
+    if name == "position_ids" and tensor.dim() > 0:
+        return bool((tensor == torch.arange(tensor.shape[-1])).all())
+    return False
+
+
+def _batched(columns: Mapping[str, Tensor], main: str) -> dict[str, Tensor]:
+    """Give a single example its first dimension."""
+    first = columns[main]
+    if first.dim() != _DIMENSIONS.get(main, 0) - 1:
+        return dict(columns)
+
+    def alone(name: str, tensor: Tensor) -> bool:
+        if name in _DIMENSIONS:
+            return tensor.dim() == _DIMENSIONS[name] - 1
+        return name == "labels" or main != "input_ids" or tensor.shape[:1] == first.shape
+
+    return {n: t.unsqueeze(0) if alone(n, t) else t for n, t in columns.items()}
+
+
+def _with_labels(columns: dict[str, Tensor], model: PreTrainedModel | None) -> dict[str, Tensor]:
+    """Keep labels that are classes, or sequences of their own."""
+    labels = columns.pop("labels", None)
+    count = len(columns[main_input(model)])
+    if labels is None or labels.is_floating_point():
+        return columns
+    if reads_targets(model):
+        return columns | ({"labels": labels.long()} if labels.dim() == 2 else {})
+    if labels.numel() != count or labels.dim() > 1 + (count == 1):
+        return columns
+    return columns | {"labels": labels.long().flatten()}

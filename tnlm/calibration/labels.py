@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.capacity import check_batches
-from tnlm.calibration.data import Batch
-from tnlm.calibration.loss import IGNORED, make_tasks
+from tnlm.calibration.inputs import IGNORED, decodes
+from tnlm.calibration.loss import labels_of
+from tnlm.calibration.passes import on_device
+from tnlm.calibration.sequences import Batch, sequences_of
 from tnlm.errors import CalibrationError
 from tnlm.targets.ends import output_head
 
@@ -44,8 +46,8 @@ def check_labels(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]
 
 def examples(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Yield the sequences of a batch one by one, on the model's device."""
-    for row in range(len(batch["labels"])):
-        yield {key: value[row : row + 1].to(model.device) for key, value in batch.items()}
+    for sequence in sequences_of(batch):
+        yield on_device(model, sequence)
 
 
 def count_predictions(model: PreTrainedModel, labels: Tensor) -> int:
@@ -82,11 +84,12 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[s
             "gradients"
         )
     found = []
-    for task in make_tasks(model, batches, "data"):
-        batch, labels = dict(task.batch), task.labels
-        if model.config.is_encoder_decoder:
-            batch["decoder_input_ids"] = batch["input_ids"]
+    for batch in batches:
+        labels, extra = labels_of(model, batch)[0], {}
+        if decodes(model):
+            read = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
+            extra = {"decoder_input_ids": read}
         elif model.can_generate():  # its loss shifts labels itself
             labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, :-1]], 1)
-        found.append({**batch, "labels": labels})
+        found.append({**batch, **extra, "labels": labels})
     return found

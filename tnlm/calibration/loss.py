@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,15 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from tnlm.calibration.data import Batch
+from tnlm.calibration.inputs import IGNORED, decodes, main_input
+from tnlm.calibration.sequences import Batch
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
 
 LABELS = ("sampled", "data")
 """Predictions drawn from the model itself (true Fisher), or the tokens of the data (empirical)."""
 
-IGNORED = -100
 POSITIONS = 128
 """Positions sampled at once, as each takes a distribution over the vocabulary in float64."""
+
+
+_MEDIA_TOKENS = ("image_token_id", "video_token_id", "audio_token_id")
+"""Names in a config of tokens that stand for images, clips and sound; some say index for id."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,26 @@ class Task:
     """A batch with what a model is to predict.
 
     Args:
-        batch: the tokens.
+        batch: what the model reads.
         labels: the data's own labels ``(sequences, length)``, ``IGNORED`` where none is predicted;
-            for a classifier the classes ``(sequences,)``.
+            for a classifier the classes ``(sequences,)``. None for all places of the logits, with
+            labels that the model draws.
         draws: for each prediction a uniform number in [0, 1) that chooses a label from the model's
             distribution, in its place; None to take the labels.
+        seed: of the draws where there are no labels.
+        words: classes that there are at least.
     """
 
     batch: Batch
-    labels: Tensor
+    labels: Tensor | None
     draws: Tensor | None = None
+    seed: int = 0
+    words: int = 2
+
+    @property
+    def predictions(self) -> int:
+        """How many labels there are to predict."""
+        return 0 if self.labels is None else int((self.labels != IGNORED).sum())
 
     def loss(self, model: PreTrainedModel, output: Any) -> Tensor:
         """Return the cross-entropy of a model's output, summed over predictions, in float32.
@@ -46,26 +60,31 @@ class Task:
                 or the data has a class that the model has not.
         """
         logits = getattr(output, "logits", None)
-        words = model.config.get_text_config(decoder=True).vocab_size
-        least = 2 if self.labels.dim() == 1 else words
-        if (
-            not isinstance(logits, Tensor)
-            or logits.dim() != self.labels.dim() + 1
-            or logits.shape[-1] < least
-        ):
+        if not isinstance(logits, Tensor) or logits.shape[-1] < self.words:
+            raise _no_head(model)
+        labels, draws = self.labels, self.draws
+        if labels is None:
+            labels = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+            generator = torch.Generator().manual_seed(self.seed)
+            draws = torch.rand(labels.numel(), generator=generator, dtype=torch.float64)
+        if logits.shape[:-1] != labels.shape:
+            raise _no_head(model)
+        if int(labels.max()) >= logits.shape[-1]:
             raise CalibrationError(
-                f"gradients need a model with an output head over its vocabulary, or over classes, "
-                f"but a {type(model).__name__} has none; load it with its head, or use a metric "
-                "without gradients"
+                f"a label is {int(labels.max())}; the model has {logits.shape[-1]} classes"
             )
-        if int(self.labels.max()) >= logits.shape[-1]:
-            raise CalibrationError(
-                f"a label is {int(self.labels.max())}; the model has {logits.shape[-1]} classes"
-            )
-        flat, labels = logits.flatten(0, -2), self.labels.flatten().to(logits.device, copy=True)
-        if self.draws is not None:
-            labels[labels != IGNORED] = sample(flat.detach(), labels != IGNORED, self.draws)
+        flat, labels = logits.flatten(0, -2), labels.flatten().to(logits.device, copy=True)
+        if draws is not None:
+            labels[labels != IGNORED] = sample(flat.detach(), labels != IGNORED, draws)
         return F.cross_entropy(flat.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _no_head(model: PreTrainedModel) -> CalibrationError:
+    return CalibrationError(
+        f"gradients need a model with an output head over its vocabulary, or over classes, "
+        f"but a {type(model).__name__} has none; load it with its head, or use a metric "
+        "without gradients"
+    )
 
 
 def make_tasks(
@@ -73,49 +92,112 @@ def make_tasks(
 ) -> list[Task]:
     """Say what a model is to predict: next tokens, all tokens, or the class of a sequence.
 
-    A masked language model predicts all its tokens, a sequence classifier one class.
+    A masked language model predicts all its tokens, a classifier the class of a text, an image or a
+    clip, one of tokens a class for each, and a model of aligned sound one for every frame. A
+    decoder predicts the labels that it is given, or else what follows each token that it reads.
 
     Args:
-        model: says by its class which of the two.
-        batches: padding is neither predicted nor predicted from.
+        model: says by its class which of these.
+        batches: padding is neither predicted nor predicted from, nor are the tokens that stand for
+            images and sound.
         labels: ``"sampled"`` or ``"data"``.
         seed: chooses the samples; the same for the same sequences, in batches of any size.
 
     Raises:
         OptionError: if ``labels`` is neither.
-        CalibrationError: if a classifier is to predict the data's labels, and there are none.
+        CalibrationError: if a classifier is to predict the data's labels, and there are none, or
+            the model predicts none of these.
     """
     if labels not in LABELS:
         raise OptionError(f"labels={labels!r}{did_you_mean(str(labels), LABELS)}")
-    classifies = type(model).__name__.endswith("ForSequenceClassification")
-    causal = model.config.is_encoder_decoder or model.can_generate()
+    sampled = labels == "sampled"
     generator = torch.Generator().manual_seed(seed)
     tasks = []
-    for batch in batches:
-        wanted = _classes(batch, labels) if classifies else _labels(batch, causal)
-        count, draws = int((wanted != IGNORED).sum()), None
-        if labels == "sampled":
-            draws = torch.rand(count, generator=generator, dtype=torch.float64)
-        tasks.append(Task(batch, wanted, draws))
+    for number, batch in enumerate(batches):
+        wanted, words = _wanted(model, batch, sampled)
+        task = Task(batch, wanted, seed=seed + number, words=words)
+        if sampled and wanted is not None:
+            draws = torch.rand(task.predictions, generator=generator, dtype=torch.float64)
+            task = replace(task, draws=draws)
+        tasks.append(task)
     return tasks
 
 
-def _classes(batch: Batch, labels: str) -> Tensor:
-    if labels == "data" and "labels" not in batch:
+def _wanted(model: PreTrainedModel, batch: Batch, sampled: bool) -> tuple[Tensor | None, int]:
+    """Return what is predicted on a batch, and how many classes there are at least."""
+    if not sampled or not type(model).__name__.endswith(("ForCTC", "TokenClassification")):
+        return labels_of(model, batch, sampled)
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or mask is None:
+        return None, 2
+    return torch.zeros_like(ids).masked_fill(mask == 0, IGNORED), 2
+
+
+def labels_of(model: PreTrainedModel, batch: Batch, sampled: bool = False) -> tuple[Tensor, int]:
+    """Return the data's labels, and how many classes there are at least.
+
+    Args:
+        model: says by its class what it predicts.
+        batch: as for :func:`make_tasks`.
+        sampled: whether others take their place, so that classes need not be there.
+
+    Raises:
+        CalibrationError: if there are none.
+    """
+    kind = type(model).__name__
+    if kind.endswith(("ForCTC", "TokenClassification")):
+        raise CalibrationError(
+            f"the labels of a {kind} are not looked at one by one; use a metric that draws "
+            "labels from the model, such as two-sided"
+        )
+    if kind.endswith("Classification"):
+        return _classes(model, batch, sampled), 2
+    words = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    if words is None:
+        raise _no_head(model)
+    if decodes(model) and "labels" in batch:
+        return batch["labels"], words
+    if decodes(model) and "decoder_input_ids" in batch:
+        ids, mask = batch["decoder_input_ids"], batch.get("decoder_attention_mask")
+    elif "input_ids" in batch:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+    else:
+        raise _no_head(model)
+    causal = decodes(model) or model.can_generate()
+    return _labels(model, ids, torch.ones_like(ids) if mask is None else mask, causal), words
+
+
+def _classes(model: PreTrainedModel, batch: Batch, sampled: bool) -> Tensor:
+    if not sampled and "labels" not in batch:
         raise CalibrationError(
             "a classifier's Fisher information needs the class of every sequence; give calibration "
             "data with 'labels'"
         )
-    return batch.get("labels", torch.zeros(len(batch["input_ids"]), dtype=torch.int64))
+    count = len(batch[main_input(model)])
+    return batch.get("labels", torch.zeros(count, dtype=torch.int64))
 
 
-def _labels(batch: Batch, causal: bool) -> Tensor:
-    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+def _labels(model: PreTrainedModel, ids: Tensor, mask: Tensor, causal: bool) -> Tensor:
+    mask = mask.bool()
+    shown = mask & ~torch.isin(ids, torch.tensor(media_tokens(model), dtype=ids.dtype))
     if not causal:
-        return ids.masked_fill(~mask, IGNORED)
+        return ids.masked_fill(~shown, IGNORED)
     labels = torch.full_like(ids, IGNORED)
-    labels[:, :-1] = ids[:, 1:].masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
+    labels[:, :-1] = ids[:, 1:].masked_fill(~(shown[:, 1:] & mask[:, :-1]), IGNORED)
     return labels
+
+
+def media_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the tokens that only hold the places of images, clips or sound.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> media_tokens(GPT2Model(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)))
+        []
+    """
+    names = [name.replace("_id", end) for name in _MEDIA_TOKENS for end in ("_id", "_index")]
+    found = [getattr(model.config, name, None) for name in names]
+    return [token for token in found if isinstance(token, int)]
 
 
 def sample(logits: Tensor, chosen: Tensor, draws: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
-"""Sequences of token ids, with their masks and classes, of the many kinds that users give."""
+"""Sequences, images and clips of the many kinds that users give, as batches of one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from tnlm.calibration.inputs import check_columns
+from tnlm.calibration.inputs import IGNORED, TARGET, columns_of, main_input
 from tnlm.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -19,75 +20,157 @@ ALLOWED = (
     "a DataLoader, or a datasets.Dataset with a column 'input_ids' or 'text'"
 )
 
-
-class Row(NamedTuple):
-    """One sequence: its token ids and its mask, both ``(length,)``, and its class if it has one."""
-
-    ids: Tensor
-    mask: Tensor
-    label: int | None = None
+Batch = dict[str, Tensor]
+"""What a model's forward takes, by name, each with as many sequences as its first dimension; text
+has ``input_ids`` and ``attention_mask``, int64, both ``(sequences, length)``. Beside it stand
+``labels``: a class for each sequence, ``(sequences,)``, or what a decoder writes,
+``(sequences, length)``."""
 
 
-def sequence_rows(item: Any, max_length: int, model: PreTrainedModel | None = None) -> list[Row]:
-    """Return the sequences of one item: ids ``(length,)`` or ``(rows, length)``, maybe with a mask.
+def samples_of(item: Any, max_length: int, model: PreTrainedModel | None = None) -> list[Batch]:
+    """Return the sequences of one item, each a batch of one.
 
-    Padding at both ends is dropped before a row is cut to ``max_length``, so that a row padded on
-    the left keeps its tokens; a row without tokens is dropped.
+    Padding at both ends is dropped before text is cut to ``max_length``, so that a row padded on
+    the left keeps its tokens; a row without tokens is dropped. A batch that cannot be taken apart,
+    since it has images beside its text or inputs that are not by the sequence, stays whole.
     """
-    mask, classes = None, None
-    if isinstance(item, Mapping):
-        if "input_ids" not in item:
-            raise CalibrationError(f"a batch has the keys {list(item)}; it needs 'input_ids'")
-        check_columns(item, model)
-        classes = item.get("labels")
-        item, mask = item["input_ids"], item.get("attention_mask")
-    elif isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
+    if isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
         item = item[0]  # what a TensorDataset yields
-    ids = token_ids(item)
-    if ids.numel() == 0:
-        return []
-    kept = torch.ones_like(ids) if mask is None else (torch.as_tensor(mask).cpu() != 0).long()
-    if ids.ndim not in (1, 2) or kept.shape != ids.shape:
+    if not isinstance(item, Mapping):
+        item = {main_input(model): item}
+    columns = columns_of(item, model)
+    ids = columns.get("input_ids")
+    if ids is not None:
+        if ids.numel() == 0:
+            return []
+        columns["attention_mask"] = _mask(ids, columns.get("attention_mask"))
+    if not _is_by_sequence(columns, main_input(model)):
+        return [columns]
+    rows = [_trimmed(row, max_length, main_input(model)) for row in _rows(columns)]
+    return [row for row in rows if row is not None]
+
+
+def sequences_of(batch: Mapping[str, Tensor]) -> list[Batch]:
+    """Return the sequences of a batch one by one.
+
+    Raises:
+        CalibrationError: for a batch of several that cannot be taken apart.
+
+    Example:
+        >>> sequences_of({"input_ids": torch.tensor([[3, 4], [5, 6]])})
+        [{'input_ids': tensor([[3, 4]])}, {'input_ids': tensor([[5, 6]])}]
+    """
+    main = "input_ids" if "input_ids" in batch else next(iter(batch))
+    if len(batch[main]) == 1:
+        return [dict(batch)]
+    if not _is_by_sequence(batch, main):
+        raise CalibrationError(
+            "the data has images or sound beside text, several sequences in one batch, which this "
+            "metric cannot look at one by one; give each its own batch, or use metric='two-sided'"
+        )
+    return list(_rows(batch))
+
+
+def collated(samples: Sequence[Batch], batch_size: int) -> list[Batch]:
+    """Put sequences of text together in batches, padded on the right; all else stays alone.
+
+    Example:
+        >>> ids = torch.tensor([[3, 4]])
+        >>> [batch["input_ids"].shape for batch in collated([{"input_ids": ids}] * 3, 2)]
+        [torch.Size([2, 2]), torch.Size([1, 2])]
+    """
+    batches: list[Batch] = []
+    waiting: list[Batch] = []
+    for sample in samples:
+        if not _joins(sample):
+            batches += [*_stacked(waiting), sample]
+            waiting = []
+        elif len(waiting) + 1 < batch_size:
+            waiting.append(sample)
+        else:
+            batches += _stacked([*waiting, sample])
+            waiting = []
+    return batches + _stacked(waiting)
+
+
+def _stacked(samples: Sequence[Batch]) -> list[Batch]:
+    """Return sequences of text as one batch, with the columns that all have; none for none."""
+    if len(samples) < 2:
+        return list(samples)
+
+    def joined(name: str) -> Tensor:
+        parts = [sample[name] for sample in samples]
+        if parts[0].dim() == 1:
+            return torch.cat(parts)
+        return pad_sequence([part[0] for part in parts], batch_first=True)
+
+    shared = (name for name in samples[0] if all(name in sample for sample in samples))
+    return [{name: joined(name) for name in shared}]
+
+
+def _joins(sample: Batch) -> bool:
+    ids = sample.get("input_ids")
+    if ids is None or any(name in sample and sample[name].dim() > 1 for name in TARGET):
+        return False
+    return len(ids) == 1 and all(_aligned(t, ids) or t.dim() == 1 for t in sample.values())
+
+
+def _mask(ids: Tensor, mask: Tensor | None) -> Tensor:
+    kept = torch.ones_like(ids) if mask is None else (mask != 0).long()
+    if ids.ndim != 2 or kept.shape != ids.shape:
         raise CalibrationError(
             f"token ids of shape {tuple(ids.shape)} with a mask of shape {tuple(kept.shape)}; "
             "both must be (length,) or (sequences, length)"
         )
-    rows = ids.reshape(-1, ids.shape[-1]), kept.reshape(-1, ids.shape[-1])
-    found = []
-    for row, keep, label in zip(*rows, _classes(classes, len(rows[0])), strict=True):
-        at = keep.nonzero().flatten().tolist()
-        if at:
-            span = slice(at[0], min(at[-1] + 1, at[0] + max_length))
-            found.append(Row(row[span], keep[span], label))
-    return found
+    return kept
 
 
-def _classes(labels: Any, count: int) -> Sequence[int | None]:
-    """Return the class of every sequence; labels of tokens are not classes."""
-    if labels is None:
-        return [None] * count
-    classes = torch.as_tensor(labels)
-    if classes.dim() > 1 or classes.is_floating_point() or classes.numel() != count:
-        return [None] * count
-    return [int(label) for label in classes.flatten()]
+def _is_by_sequence(columns: Mapping[str, Tensor], main: str) -> bool:
+    """Whether every column belongs to the sequences in their order, one of its rows to each."""
+    ids = columns.get("input_ids")
+    if any(tensor.dim() == 0 or len(tensor) != len(columns[main]) for tensor in columns.values()):
+        return False
+    return ids is None or all(
+        _aligned(tensor, ids) or name in TARGET or tensor.dim() == 1
+        for name, tensor in columns.items()
+    )
 
 
-def token_ids(value: Any) -> Tensor:
-    """Return token ids as an int64 tensor on the CPU, or say why they are none."""
-    try:
-        ids = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as err:
-        raise CalibrationError(
-            f"calibration holds a {type(value).__name__} that is no token ids ({err}); "
-            f"give {ALLOWED}"
-        ) from err
-    if ids.is_meta or ids.is_nested or ids.layout != torch.strided:
-        raise CalibrationError("token ids must be a dense tensor with data; this one is not")
-    if ids.numel() == 0:
-        return ids.to("cpu", torch.int64)
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise CalibrationError(f"token ids must be integers, got {ids.dtype}")
-    ids = ids.to("cpu", torch.int64)
-    if int(ids.min()) < 0:
-        raise CalibrationError(f"token ids must not be negative, got {int(ids.min())}")
-    return ids
+def _aligned(tensor: Tensor, ids: Tensor) -> bool:
+    return tensor.shape[:2] == ids.shape[:2]
+
+
+def _rows(columns: Mapping[str, Tensor]) -> list[Batch]:
+    count = len(next(iter(columns.values())))
+    return [{name: t[row : row + 1] for name, t in columns.items()} for row in range(count)]
+
+
+def _trimmed(row: Batch, max_length: int, main: str) -> Batch | None:
+    """Drop the padding of one sequence and cut its text; None if nothing is left."""
+    first, mask = row[main], row.get("attention_mask")
+    text = "input_ids" in row
+    if mask is not None and mask.dim() == 2 and mask.shape == first.shape[:2]:
+        at = mask[0].nonzero().flatten().tolist()
+        if not at:
+            return None
+        stop = min(at[-1] + 1, at[0] + max_length) if text else at[-1] + 1
+        row = {
+            name: t[:, at[0] : stop] if name not in TARGET and _aligned(t, mask) else t
+            for name, t in row.items()
+        }
+    return _cut_targets(row, max_length)
+
+
+def _cut_targets(row: Batch, max_length: int) -> Batch:
+    """Drop the padding that ends what a decoder reads and writes, and cut that."""
+    sides = {name: row[name] for name in TARGET if name in row and row[name].dim() == 2}
+    if not sides:
+        return row
+    mask = sides.get("decoder_attention_mask")
+    if mask is None and "labels" in sides:
+        mask = sides["labels"] != IGNORED
+    kept = max_length
+    if mask is not None:
+        at = mask[0].nonzero().flatten().tolist()
+        kept = min(max_length, at[-1] + 1 if at else 1)
+    return row | {name: tensor[:, :kept] for name, tensor in sides.items()}

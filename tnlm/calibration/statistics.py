@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, count_tokens
+from tnlm.calibration.padding import Padding
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import stream
 from tnlm.errors import CalibrationError
@@ -43,11 +44,12 @@ class _Inputs:
     def __init__(self) -> None:
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.rows: dict[str, int] = {}
+        self.most = 0
         self.leaders: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
 
-    def see(self, name: str, x: Tensor, mask: Tensor | None) -> None:
-        """Add the input of a module; ``mask`` is (sequences, length), or None when all count."""
+    def see(self, name: str, x: Tensor, padding: Padding | None) -> None:
+        """Add the input of a module; without ``padding`` all of it counts."""
         if self._last is not None and self._last[1] is x:
             self.leaders.setdefault(name, self._last[0])
         self._last = (self.leaders.setdefault(name, name), x)
@@ -58,7 +60,7 @@ class _Inputs:
             square = vector.new_zeros(size, size)
             self.sums[name] = {"moment": square, "mean": vector, "magnitude": vector.clone()}
             self.rows[name] = 0
-        sums, rows = self.sums[name], counted_rows(name, x, mask)
+        sums, rows = self.sums[name], counted_rows(name, x, padding)
         self.rows[name] += len(rows)
         for part in rows.split(ROWS):
             part = part.float()
@@ -84,31 +86,24 @@ class _Inputs:
             with torch.inference_mode(False):  # the store's tensors may enter graphs later
                 means = {name: (total / count).cpu() for name, total in sums.items()}
                 store.put(leader, members, {**means, "count": torch.tensor(self.rows[leader])})
+        self.most = max(self.most, *self.rows.values(), 0)
         self.sums.clear()
         self.rows.clear()
 
 
-def counted_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows of ``x`` that belong to tokens which count, ``(rows, width)``.
+def counted_rows(name: str, x: Tensor, padding: Padding | None) -> Tensor:
+    """Return the rows of ``x`` that belong to places which count, ``(rows, width)``.
 
     Args:
         name: the module that ``x`` is an input or output of.
         x: ``(..., width)``.
-        mask: ``(sequences, length)``, or None when all count; for one row a sequence, as in a
-            pooler, all do.
+        padding: of the batch, or None when all counts.
 
     Raises:
-        CalibrationError: if the mask does not fit.
+        CalibrationError: if the masks do not fit.
     """
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is None or x.shape[:-1] == mask.shape[:1]:
-        return rows
-    if x.shape[:-1].numel() != mask.numel():
-        raise CalibrationError(
-            f"padding cannot be matched with the rows of {name}, of shape {tuple(x.shape)}; use "
-            "sequences of one length without padding"
-        )
-    return rows[mask.reshape(-1).bool().to(x.device)]
+    x = x.detach()
+    return x.reshape(-1, x.shape[-1]) if padding is None else padding.counted(name, x)
 
 
 def products(rows: Tensor) -> Tensor:
@@ -178,11 +173,11 @@ def collect(
     shares = stream(model, modules, batches, inputs.see)
     fill(store, inputs, shares, modules, len(batches), "calibrating" if progress else None)
     widest = max(_width(model.get_submodule(name)) for name in store.leaders)
-    if store.tokens < widest:
+    if inputs.most < widest:
         logger.warning(
             "%d calibration tokens for matrices of up to %d columns: directions never seen are "
-            "damped; use more text for a better fit",
-            store.tokens,
+            "damped; use more data for a better fit",
+            inputs.most,
             widest,
         )
     return store

@@ -1,9 +1,10 @@
 """Runs calibration data through a model, block by block where the model allows it.
 
 Walking keeps the hidden states of all batches and finishes one block after another, so that only
-one block's statistics are in memory. It needs a single stack of blocks and batches of one shape
-without padding; two batches are checked against the whole model first. Anything else takes the
-plain way, whole forward passes with hooks on every module.
+one block's statistics are in memory. Each stack of blocks is walked by itself: a tower for images,
+an encoder, a decoder of text. It needs batches of one shape without padding, and blocks that depend
+on the batch by the hidden state alone; two batches are checked against the whole model first.
+Anything else takes the plain way, whole forward passes with hooks on every module.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tnlm.calibration.blocks import Blocks, find_stacks, split
 from tnlm.calibration.caching import caches_kept
-from tnlm.calibration.data import Batch
+from tnlm.calibration.inputs import TEXT
+from tnlm.calibration.padding import Padding, padding_of
+from tnlm.calibration.passes import run
+from tnlm.calibration.sequences import Batch
 from tnlm.utils.training_flags import modes_kept
 
 logger = logging.getLogger("tnlm")
 
-See = Callable[[str, Tensor, Tensor | None], None]
-"""Called with a watched module's name, its input, and the padding mask if there is padding."""
-
-Blocks = list[tuple[str, nn.Module]]
-"""The blocks of a stack, in order, with their names."""
+See = Callable[[str, Tensor, Padding | None], None]
+"""Called with a watched module's name, its input, and the padding if there is any."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with besides the hidden state."""
+
+Walk = tuple[Blocks, list[str], list[Call]]
+"""A stack, the watched modules in it, and every block's further arguments."""
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, not an error
@@ -47,16 +52,32 @@ def stream(
         seen so far are complete.
     """
     with eval_mode(model), torch.inference_mode():
-        blocks = find_blocks(model, modules)
-        inside, outside = split(modules, blocks)
-        calls = check_walk(model, blocks, batches) if inside else None
-        if calls is None:
-            yield from _whole(model, modules, batches, see)
-            return
-        passes = 1 + bool(outside)
-        yield from (f / passes for f in _walk(model, blocks, inside, batches, calls, see))
-        if outside:
-            yield from (f / passes for f in _whole(model, outside, batches, see))
+        walks, left = plan_walks(model, modules, lambda blocks: check_walk(model, blocks, batches))
+        passes = len(walks) + bool(left)
+        for blocks, inside, calls in walks:
+            yield from (f / passes for f in _walk(model, blocks, inside, batches, calls, see))
+        if left:
+            yield from (f / passes for f in _whole(model, left, batches, see))
+
+
+def plan_walks(
+    model: nn.Module, modules: Sequence[str], check: Callable[[Blocks], list[Call] | None]
+) -> tuple[list[Walk], list[str]]:
+    """Return the stacks that can be walked, and the modules that whole passes are left with.
+
+    Args:
+        model: that holds the modules.
+        modules: dotted names of those watched.
+        check: returns every block's further arguments, or None for a stack that cannot be walked.
+    """
+    walks, left = [], list(modules)
+    for blocks in find_stacks(model, modules):
+        inside, _ = split(modules, blocks)
+        calls = check(blocks)
+        if calls is not None:
+            walks.append((blocks, inside, calls))
+            left = [name for name in left if name not in inside]
+    return walks, left
 
 
 @contextlib.contextmanager
@@ -65,12 +86,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     with modes_kept(model), caches_kept(model, use=False):
         model.eval()
         yield
-
-
-def padding_of(batch: Batch) -> Tensor | None:
-    """Return the mask of a batch, or None if all its tokens count."""
-    mask = batch["attention_mask"]
-    return None if bool(mask.all()) else mask
 
 
 def _whole(
@@ -101,34 +116,12 @@ def _walk(
         yield 0.0
 
 
-def find_blocks(model: nn.Module, modules: Sequence[str]) -> Blocks:
-    """Return the blocks of the one list that holds watched modules, or nothing if not just one."""
-    stacks = {
-        name: stack
-        for name, stack in model.named_modules()
-        if isinstance(stack, nn.ModuleList) and any(m.startswith(name + ".") for m in modules)
-    }
-    outer = [n for n in stacks if not any(n.startswith(other + ".") for other in stacks)]
-    if len(outer) != 1:
-        return []
-    blocks = [(f"{outer[0]}.{index}", block) for index, block in enumerate(stacks[outer[0]])]
-    watched = {model.get_submodule(name) for name in modules}
-    held = [module for _, block in blocks for module in set(block.modules()) & watched]
-    return blocks if len(held) == len(set(held)) else []  # none is shared between blocks
-
-
-def split(modules: Sequence[str], blocks: Blocks) -> tuple[list[str], list[str]]:
-    """Return the modules inside blocks, and the others."""
-    inside = [n for n in modules if any(n.startswith(name + ".") for name, _ in blocks)]
-    return inside, [n for n in modules if n not in inside]
-
-
 def check_walk(
     model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch]
 ) -> list[Call] | None:
     """Return every block's further arguments, or None if walking would not give the same states."""
-    shapes = {tuple(batch["input_ids"].shape) for batch in batches}
-    if len(shapes) > 1 or not all(bool(batch["attention_mask"].all()) for batch in batches):
+    shapes = {tuple(sorted((name, t.shape) for name, t in batch.items())) for batch in batches}
+    if len(shapes) > 1 or any(padding_of(batch) is not None for batch in batches):
         return None
     # Two batches, interleaved as in walking: blocks may leave things aside for later blocks.
     calls, first, after_first = record(model, blocks, batches[0])
@@ -138,10 +131,36 @@ def check_walk(
     states = [first, last]
     for (_, block), call in zip(blocks, calls, strict=True):
         states = [call_block(block, state, call) for state in states]
-    if same(states[0], after_first) and same(states[1], after_last):
+    walked = same(states[0], after_first) and same(states[1], after_last)
+    if walked and _calls_agree(model, blocks, batches, calls[0]):
         return calls
     logger.info("blocks depend on more than the hidden state: calibrating with whole passes")
     return None
+
+
+def _calls_agree(
+    model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch], call: Call
+) -> bool:
+    """Whether all batches give the first block the same arguments besides the hidden state.
+
+    Those of token ids alone do: they are masks and positions.
+    """
+    if set(batches[0]) <= set(TEXT) and not model.config.is_encoder_decoder:
+        return True
+    body = _body(model, [blocks[0][0]])
+    found = (_block_input(model, body, blocks, batch) for batch in batches)
+    return all(each is not None and _equal(each[1], call) for each in found)
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    """Whether two arguments hold the same tensors."""
+    if isinstance(found, Tensor) and isinstance(expected, Tensor):
+        return found.shape == expected.shape and bool((found == expected).all())
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        return found.keys() == expected.keys() and all(_equal(found[k], expected[k]) for k in found)
+    if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(_equal, found, expected))
+    return type(found) is type(expected)
 
 
 def same(state: Tensor, expected: Tensor | None) -> bool:
@@ -184,16 +203,20 @@ def record(
 def first_states(model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch]) -> list[Tensor]:
     """Return the hidden state that every batch brings to the first block."""
     body = _body(model, [blocks[0][0]])
-    return [_block_input(model, body, blocks, batch) for batch in batches]
+    found = (_block_input(model, body, blocks, batch) for batch in batches)
+    return [each[0] for each in found if each is not None]
 
 
-def _block_input(model: PreTrainedModel, body: nn.Module, blocks: Blocks, batch: Batch) -> Tensor:
-    found: list[Tensor] = []
+def _block_input(
+    model: PreTrainedModel, body: nn.Module, blocks: Blocks, batch: Batch
+) -> tuple[Tensor, Call] | None:
+    """Return the hidden state that a batch brings to the first block, and its other arguments."""
+    found: list[tuple[Tensor, Call]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = take_state(args, kwargs)[0]
+        state, call = take_state(args, kwargs)
         if state is not None:
-            found.append(state)
+            found.append((state, call))
         raise _Stop
 
     handle = blocks[0][1].register_forward_pre_hook(stop, with_kwargs=True)
@@ -202,7 +225,7 @@ def _block_input(model: PreTrainedModel, body: nn.Module, blocks: Blocks, batch:
             run(model, batch, body)
     finally:
         handle.remove()
-    return found[0]
+    return found[0] if found else None
 
 
 def take_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
@@ -227,23 +250,13 @@ def _body(model: PreTrainedModel, modules: Sequence[str]) -> nn.Module:
     return model.base_model if all(name.startswith(inner) for name in modules) else model
 
 
-def run(model: PreTrainedModel, batch: Mapping[str, Tensor], body: nn.Module | None = None) -> Any:
-    """Run a batch through a model, or a body within it, and return the output."""
-    inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"]
-    caching = getattr(model.config, "use_cache", None) is not None
-    options = {"use_cache": False} if caching else {}
-    return (model if body is None else body)(**inputs, **options)
-
-
 @contextlib.contextmanager
 def _watched(
-    model: nn.Module, modules: Sequence[str], see: See, mask: Tensor | None
+    model: nn.Module, modules: Sequence[str], see: See, padding: Padding | None
 ) -> Iterator[None]:
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            see(name, args[0], mask)
+            see(name, args[0], padding)
 
         return before
 

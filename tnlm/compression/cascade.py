@@ -26,14 +26,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tnlm.calibration.blocks import Blocks, find_blocks
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.walk import (
-    Blocks,
     Call,
     call_block,
     check_walk,
     eval_mode,
-    find_blocks,
     first_states,
 )
 from tnlm.compression.moments import Moments, Moved, Sums

@@ -7,7 +7,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tnlm.calibration.cache import check_cache
-from tnlm.calibration.data import Batch, begins, token_batches
+from tnlm.calibration.data import begins, token_batches
+from tnlm.calibration.inputs import TEXT
+from tnlm.calibration.sequences import Batch
 from tnlm.compression.choices import Calibration, choices_of
 from tnlm.compression.request import Request
 from tnlm.errors import CalibrationError, OptionError
@@ -26,7 +28,13 @@ def lessons(calibration: Calibration, model: PreTrainedModel, request: Request) 
     """Return the sequences for training."""
     source = calibration.data if request.training is None else request.training
     count = max(1, -(-request.recover_tokens // calibration.cut.max_length))
-    return _cut(calibration, source, count, model)
+    batches = _cut(calibration, source, count, model)
+    for name in (name for batch in batches for name in batch if name not in TEXT):
+        raise CalibrationError(
+            f"the data has {name!r}, which would be lost: training takes text alone; give "
+            "other data: training=, or leave recover= out"
+        )
+    return batches
 
 
 def _cut(calibration: Calibration, source: Any, count: int, model: PreTrainedModel) -> list[Batch]:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from tnlm.calibration.data import text_of
-from tnlm.calibration.loss import IGNORED, Task
+from tnlm.calibration.loss import Task
+from tnlm.calibration.passes import run
 from tnlm.calibration.sources import first_ids
 from tnlm.calibration.text import AUTO, start_token
-from tnlm.calibration.walk import run
 from tnlm.errors import CalibrationError, EvaluationError, OptionError
 from tnlm.evaluation.mode import check_causal, check_positions, evaluating
 from tnlm.evaluation.number import exponential
@@ -138,7 +138,7 @@ def batch_perplexity(model: PreTrainedModel, tasks: Sequence[Task]) -> float:
     Raises:
         EvaluationError: if there is nothing to predict, or the perplexity is no float.
     """
-    count = sum(int((task.labels != IGNORED).sum()) for task in tasks)
+    count = sum(task.predictions for task in tasks)
     if count == 0:
         raise EvaluationError("there is nothing to predict: every row has only one token")
     with evaluating(model):

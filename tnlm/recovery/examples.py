@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from tnlm.calibration.data import Batch, token_batches
 from tnlm.calibration.files import file_meant, is_lines
-from tnlm.calibration.loss import IGNORED
+from tnlm.calibration.inputs import IGNORED
 from tnlm.calibration.rows import Rows, check_rows, class_at, read_rows, text_at
 from tnlm.calibration.sources import is_long
 from tnlm.calibration.text import AUTO

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tnlm.calibration.walk import Blocks, find_blocks
+from tnlm.calibration.blocks import Blocks, find_blocks
 from tnlm.errors import ModelError
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
-from tnlm.calibration.loss import IGNORED
+from tnlm.calibration.inputs import IGNORED
 from tnlm.errors import EvaluationError, OptionError, did_you_mean
 from tnlm.evaluation.mode import evaluating
 from tnlm.evaluation.number import finite

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tnlm.calibration.walk import find_blocks
+from tnlm.calibration.blocks import find_blocks
 from tnlm.errors import ModelError, OptionError
 from tnlm.layers.adapters import matrix
 from tnlm.targets.channels import PAIRS

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tnlm.calibration.walk import eval_mode, run
+from tnlm.calibration.passes import run
+from tnlm.calibration.walk import eval_mode
 from tnlm.errors import ModelError
 from tnlm.recovery.pruning.groups import Groups
 from tnlm.targets.trial import Call, objection

@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tnlm.calibration.blocks import find_blocks, split
 from tnlm.calibration.labels import check_are_batches
-from tnlm.calibration.walk import find_blocks, split
 from tnlm.errors import (
     BudgetError,
     CalibrationError,

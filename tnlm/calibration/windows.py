@@ -1,0 +1,71 @@
+"""Windows of text and of token ids: all of one length, without overlap."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tnlm.calibration.sequences import Batch
+from tnlm.calibration.sources import WHOLE, Source, drawn_windows
+from tnlm.calibration.text import start_token, tokenize
+from tnlm.errors import CalibrationError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def text_windows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    count: int,
+    seed: int,
+    bos: bool | str,
+) -> list[Batch]:
+    """Cut a text into windows: a short one whole, of a long one no more than are wanted.
+
+    Raises:
+        CalibrationError: if there is no tokenizer, or no full window.
+        OptionError: if BOS leaves no room.
+    """
+    if tokenizer is None:
+        raise CalibrationError("calibration is text, which needs the model's tokenizer: tokenizer=")
+    start = start_token(tokenizer, bos)
+    if start is not None and max_length < 2:
+        raise OptionError(f"max_length={max_length} leaves no room after BOS; use at least 2")
+    length = max_length - (start is not None)
+    if source.size > WHOLE:
+        found = drawn_windows(source, tokenizer, length, count, seed)
+        if not found:
+            raise CalibrationError(
+                f"no part of the calibration text holds a window of max_length={max_length} "
+                "tokens; use a smaller one"
+            )
+        return [_sample(window, start) for window in found]
+    text = source.part(0, source.size)
+    return id_windows(tokenize(text, tokenizer), length, start) if text.strip() else []
+
+
+def id_windows(ids: Tensor, length: int, start: int | None = None) -> list[Batch]:
+    """Cut ids ``(tokens,)`` into full windows without overlap, each after a start token.
+
+    Example:
+        >>> [window["input_ids"].tolist() for window in id_windows(torch.arange(5), 2)]
+        [[[0, 1]], [[2, 3]]]
+    """
+    more = int(start is not None)
+    if 0 < len(ids) < length:
+        raise CalibrationError(
+            f"calibration has {len(ids)} tokens, fewer than one window of "
+            f"max_length={length + more}; use max_length<={len(ids) + more} or give more text"
+        )
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    return [_sample(window, start) for window in windows]
+
+
+def _sample(window: Tensor, start: int | None) -> Batch:
+    if start is not None:
+        window = torch.cat([window.new_tensor([start]), window])
+    return {"input_ids": window[None], "attention_mask": torch.ones_like(window)[None]}
