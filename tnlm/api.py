@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from tnlm.checkpoint.describing import saved_report
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.compression.choices import Budget, Recovery, choices_of, gather_choices
 from tnlm.compression.job import prepare
@@ -137,12 +139,25 @@ def plan(
         return settle(model, job, predict=True, progress=progress)
 
 
-def report(model: PreTrainedModel) -> Report:
-    """Return the report of a model compressed in this process.
+def report(model: PreTrainedModel | str | Path) -> Report:
+    """Return the report of the compression that made a model.
+
+    Args:
+        model: compressed in this process; or the directory to which ``tnlm.save`` wrote it.
 
     Raises:
-        ModelError: if it was not; a saved model has its report in ``tnlm_report.json``.
+        ModelError: if the model was not compressed in this process.
+        CheckpointError: if the directory holds no report.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                    num_hidden_layers=1, num_attention_heads=2)
+        >>> report(compress(LlamaForCausalLM(tiny), "svd", progress=False)).plan.scheme
+        'svd'
     """
+    if isinstance(model, str | Path):
+        return saved_report(model)
     found = getattr(model, "tnlm_report", None)
     if not isinstance(found, Report):
         raise ModelError(

@@ -338,9 +338,14 @@ def test_a_searched_model_has_a_page(source, text, tmp_path, word_text):
         for at in thirds["trials"]
     )
     assert (tmp_path / "trials" / "search.jsonl").is_file()
-    page = run("report", out, "--out", tmp_path / "page.html")["page"]
-    assert "<!doctype html>" in (tmp_path / "page.html").read_text()
-    assert page == str(tmp_path / "page.html")
+    for option, name in (("--html", "page.html"), ("--out", "same.html")):
+        page = run("report", out, option, tmp_path / name)["page"]
+        assert "<!doctype html>" in (tmp_path / name).read_text()
+        assert page == str(tmp_path / name)
+    assert run("report", out) == json.loads(tnlm.report(out).to_json())
+    shown = CliRunner().invoke(cli.app, ["report", str(out)]).stdout
+    assert "params" in shown
+    assert not list(out.glob("*.html"))
 
 
 def test_a_terminated_command_ends_as_after_ctrl_c(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""describe: what the files of a compressed model say about it, without loading weights."""
+"""What the files of a compressed model say about it, and its report, without loading weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tnlm.checkpoint.folder import file_of, read_headers
 from tnlm.checkpoint.json_file import read_object, shortened
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.errors import CheckpointError
+from tnlm.plans.report import Report
 
 REPORTED = {
     "parameters_before": int,
@@ -60,6 +61,27 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "bytes_on_disk": sum(file.stat().st_size for file in files),
         **_reported(folder),
     }
+
+
+def saved_report(directory: str | Path) -> Report:
+    """Return the report that ``tnlm.save`` wrote beside a model.
+
+    Raises:
+        CheckpointError: if there is none.
+        OptionError: if the file is not such a report.
+
+    Example:
+        >>> saved_report("no-such-model")
+        Traceback (most recent call last):
+        tnlm.errors.CheckpointError: no-such-model has no tnlm_report.json; ...
+    """
+    try:
+        text = (Path(directory) / REPORT_FILE).read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} has no {REPORT_FILE}; tnlm.save only writes it for models just compressed"
+        ) from error
+    return Report.from_json(text)
 
 
 def _field(owner: dict[str, Any], name: str, kind: Any, where: str = "config.json") -> Any:

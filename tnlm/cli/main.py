@@ -19,7 +19,7 @@ from typer.main import get_command
 import tnlm
 from tnlm.cli.choices import asked, with_choices
 from tnlm.cli.options import FILE, Dtype, Ignore, Json, Model, Overwrite, SchemeName, Targets
-from tnlm.cli.output import console, layers_table, print_json, printable
+from tnlm.cli.output import console, layers_table, print_json, print_report, printable
 from tnlm.cli.studies import studies
 from tnlm.cli.words import in_options
 from tnlm.errors import OptionError, TnlmError
@@ -154,14 +154,9 @@ def compress(
         **_with(tokenizer, choices),
     )
     tnlm.save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
-    report = tnlm.report(loaded)
-    if as_json:
-        print_json(report.to_dict())
-        return
-    console.print(layers_table(report.plan.layers))
-    lines = [*report.plan.left(), *report.summary()]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    console.print(f"saved to {out}; load it with: import tnlm, then {_loader(loaded)}")
+    print_report(tnlm.report(loaded), as_json)
+    if not as_json:
+        console.print(f"saved to {out}; load it with: import tnlm, then {_loader(loaded)}")
 
 
 @app.command()

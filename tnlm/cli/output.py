@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from tnlm.errors import OptionError
 from tnlm.plans.plan import HEADINGS, LayerPlan, row
+from tnlm.plans.report import Report
 from tnlm.utils.names import beginning, unprefixed
 
 T = TypeVar("T", int, float)
@@ -22,6 +23,16 @@ console = Console()
 def print_json(value: Any) -> None:
     """Print a value as JSON and nothing else."""
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def print_report(report: Report, as_json: bool) -> None:
+    """Print what a compression did, as a table with totals or as JSON."""
+    if as_json:
+        print_json(report.to_dict())
+        return
+    console.print(layers_table(report.plan.layers))
+    lines = [*report.plan.left(), *report.summary()]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def printable(value: object) -> str:

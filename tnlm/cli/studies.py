@@ -26,7 +26,7 @@ from tnlm.cli.options import (
     SeedAsked,
     Targets,
 )
-from tnlm.cli.output import console, numbers, print_json
+from tnlm.cli.output import console, numbers, print_json, print_report
 from tnlm.errors import OptionError
 
 studies = typer.Typer()
@@ -232,16 +232,20 @@ def rank_search(
 @studies.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="Directory written by tnlm.")],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write; by default DIRECTORY/report.html.")
+    html: Annotated[
+        Path | None, typer.Option("--html", "--out", help="Write one HTML page to this file.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="JSON from `tnlm evaluate --out` to include.", **FILE)
+        Path | None,
+        typer.Option(help="JSON from `tnlm evaluate --out`, shown on the page.", **FILE),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page about a compressed model."""
-    path = tnlm.write_page(directory, out, evaluation=evaluation)
+    """Print what compression did to every matrix, or write it as an HTML page with pictures."""
+    if html is None and evaluation is None:
+        print_report(tnlm.report(directory), as_json)
+        return
+    path = tnlm.write_page(directory, html, evaluation=evaluation)
     if as_json:
         print_json({"page": str(path)})
     else:

@@ -9,8 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tnlm.checkpoint.describing import describe
-from tnlm.checkpoint.sums import REPORT_FILE
+from tnlm.checkpoint.describing import describe, saved_report
 from tnlm.errors import CheckpointError
 from tnlm.plans.coverage import Coverage
 from tnlm.plans.plan import LayerPlan
@@ -41,12 +40,7 @@ def write_page(
     """
     folder = Path(directory)
     about = describe(folder)
-    try:
-        report = Report.from_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory} has no {REPORT_FILE}; tnlm.save only writes it for models just compressed"
-        ) from error
+    report = saved_report(folder)
     parts = [*_body(folder.resolve().name, about, report, _measured(evaluation))]
     target = folder / FILE if out is None else Path(out)
     _replace(target, _document(folder.resolve().name, "\n".join(parts)))
