@@ -30,7 +30,7 @@ from tnlm.recovery.pruning.groups import find_groups
 from tnlm.recovery.pruning.prune import prune
 from tnlm.targets.channels import narrowable, pairs
 from tnlm.targets.selection import select
-from tnlm.targets.trial import Hidden, objection
+from tnlm.targets.trial import Hidden, Slabs, objection
 
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32, "progress": False}
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -48,7 +48,7 @@ class Layer(nn.Module):
 
 
 def channels(count=24):
-    return Hidden({"gate": 1, "up": 1}, "down", size=1, count=count)
+    return Hidden({"gate": Slabs(), "up": Slabs()}, "down", size=1, count=count)
 
 
 def gemma3n():

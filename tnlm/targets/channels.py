@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +18,12 @@ from tnlm.layers.arranged import filled
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Finder, Fitted, Read, Target
+from tnlm.targets.feed_forward import Layer, feed_forward_layers
 from tnlm.targets.matrix import MatrixTarget
-from tnlm.targets.trial import Hidden, objection
 from tnlm.tensors.network import Cost, Factors, Network
 from tnlm.tensors.precision import is_half, rounded
 
 logger = logging.getLogger("tnlm")
-
-PAIRS = (
-    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, SmolLM
-    (("c_fc",), "c_proj"),  # GPT-2
-    (("fc1",), "fc2"),  # OPT, Phi
-    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom, Falcon
-    (("fc_in",), "fc_out"),  # GPT-J
-    (("wi_0", "wi_1"), "wo"),  # T5 v1.1
-    (("wi",), "wo"),  # T5
-)
-"""Names of the matrices that produce hidden channels, and of the one that reads them."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +34,13 @@ class FeedForward(Target):
         producers: the targets whose rows are the channels.
         consumer: the target whose columns are the channels.
         biases: how many producers have a bias, which loses channels as well.
+        reason: why channels cannot be cut, or None.
     """
 
     producers: tuple[MatrixTarget, ...]
     consumer: MatrixTarget
     biases: int = 0
+    reason: str | None = None
 
     kind = "channels"
 
@@ -124,40 +115,47 @@ class FeedForward(Target):
 
 
 def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
-    """Return the feed-forward pairs all of whose matrices are targets.
+    """Return the feed-forward layers all of whose matrices are targets.
 
     Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(vocab_size=8, n_embd=4, n_inner=8, n_layer=1, n_head=1))
         >>> up = MatrixTarget("h.0.mlp.c_fc", "h.0.mlp.c_fc", (8, 4))
         >>> down = MatrixTarget("h.0.mlp.c_proj", "h.0.mlp.c_proj", (4, 8))
-        >>> layer = nn.ModuleDict({"c_fc": nn.Linear(4, 8), "c_proj": nn.Linear(8, 4)})
-        >>> model = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"mlp": layer})])})
         >>> [(pair.shape, pair.params) for pair in pairs(model, [up, down])]
         [((8, 4), 64)]
     """
-    found = []
-    by_name = {t.name: t for t in targets if isinstance(t, MatrixTarget)}
+    held: dict[str, list[MatrixTarget]] = {}
     for target in targets:
-        parent, _, ending = target.name.rpartition(".")
-        for producers, consumer in PAIRS:
-            names = [f"{parent}.{name}" for name in (*producers, consumer)]
-            if ending != producers[0] or not all(name in by_name for name in names):
-                continue
-            members = [by_name[name] for name in names]
-            fits = all(member.shape[0] == members[-1].shape[1] for member in members[:-1])
-            if fits and not _in_between(model.get_submodule(parent), members):
-                found.append(_pair(model, members))
-    return found
+        if isinstance(target, MatrixTarget):
+            held.setdefault(target.module, []).append(target)
+    return [
+        _pair(model, layer, held)
+        for layer in feed_forward_layers(model)
+        if all(name in held for name in (*layer.producers, layer.reader))
+        and not layer.gates  # both in one matrix
+    ]
 
 
-def _in_between(parent: nn.Module, members: Sequence[MatrixTarget]) -> bool:
-    """Tell whether something else has as many channels, as the norm in BitNet's layer."""
-    own = {member.module.rpartition(".")[2] for member in members}
-    others = (p for name, p in parent.named_parameters() if name.rpartition(".")[0] not in own)
-    return any(members[-1].shape[1] in parameter.shape for parameter in others)
+def _pair(
+    model: nn.Module, layer: Layer, held: Mapping[str, Sequence[MatrixTarget]]
+) -> FeedForward:
+    producers = [target for name in layer.producers for target in held[name]]
+    (consumer,) = held[layer.reader]
+    return FeedForward(
+        "+".join(member.name for member in (*producers, consumer)),
+        consumer.module,
+        (consumer.shape[1], consumer.shape[0]),
+        producers=tuple(producers),
+        consumer=consumer,
+        share=consumer.share,
+        biases=sum(producer.bias(model) is not None for producer in producers),
+        reason=layer.reason,
+    )
 
 
 def narrowable(model: nn.Module, found: Sequence[FeedForward]) -> list[FeedForward]:
-    """Return the pairs that may lose channels, by trial; a warning names the first of the others.
+    """Return the pairs that may lose channels; a warning names the first of the others.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -166,40 +164,17 @@ def narrowable(model: nn.Module, found: Sequence[FeedForward]) -> list[FeedForwa
         >>> len(narrowable(model, pairs(model, select(model).targets)))
         2
     """
-    reasons = {pair.name: _objection(model, pair) for pair in found}
-    against = {name: reason for name, reason in reasons.items() if reason is not None}
+    against = [pair for pair in found if pair.reason is not None]
     if against:
-        name, reason = next(iter(against.items()))
         logger.warning(
             "%d of %d feed-forward layers keep all their channels, and their matrices are taken "
             "one by one; %s: %s",
             len(against),
             len(found),
-            name,
-            reason,
+            against[0].name,
+            against[0].reason,
         )
-    return [pair for pair in found if pair.name not in against]
-
-
-def _objection(model: nn.Module, pair: FeedForward) -> str | None:
-    parent = pair.consumer.module.rpartition(".")[0]
-    cut = len(parent) + 1 if parent else 0
-    producers = {member.module[cut:]: 1 for member in pair.producers}
-    hidden = Hidden(producers, pair.consumer.module[cut:], size=1, count=pair.shape[0])
-    return objection(model.get_submodule(parent), hidden)
-
-
-def _pair(model: nn.Module, members: list[MatrixTarget]) -> FeedForward:
-    *producers, consumer = members
-    return FeedForward(
-        "+".join(member.name for member in members),
-        consumer.module,
-        (consumer.shape[1], consumer.shape[0]),
-        producers=tuple(producers),
-        consumer=consumer,
-        share=consumer.share,
-        biases=sum(producer.bias(model) is not None for producer in producers),
-    )
+    return [pair for pair in found if pair.reason is None]
 
 
 def sliced(

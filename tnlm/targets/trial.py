@@ -6,18 +6,14 @@ channels without a parameter of its own, as Gemma 3n's does, which takes their m
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and named arguments."""
+from tnlm.targets.stubs import Around, Call, Stub, calls, copied, detours, widths
 
 TOKENS = 16
 """Tokens of random values."""
@@ -32,17 +28,49 @@ CLOSE = 16
 
 
 @dataclass(frozen=True)
+class Slabs:
+    """Where the values of one group are in the outputs of a matrix.
+
+    Attributes:
+        size: adjacent outputs of one group; those of interleaved gates and values are 2.
+        parts: how many equal parts stand one after another, each with as many of every group;
+            concatenated gates and values are 2.
+    """
+
+    size: int = 1
+    parts: int = 1
+
+    @property
+    def each(self) -> int:
+        """Outputs of one group, in all parts."""
+        return self.size * self.parts
+
+    def rows(self, groups: Tensor, count: int) -> Tensor:
+        """Return the outputs of some of ``count`` groups, in the order of the matrix.
+
+        Example:
+            >>> Slabs(size=3).rows(torch.tensor([0, 2]), 4).tolist()
+            [0, 1, 2, 6, 7, 8]
+            >>> Slabs(parts=2).rows(torch.tensor([0, 2]), 4).tolist()
+            [0, 2, 4, 6]
+        """
+        inside = (groups.unsqueeze(1) * self.size + torch.arange(self.size).to(groups)).flatten()
+        starts = torch.arange(self.parts).to(groups) * self.size * count
+        return (starts.unsqueeze(1) + inside).flatten()
+
+
+@dataclass(frozen=True)
 class Hidden:
     """The hidden values between some matrices and the one that reads them, in equal groups.
 
     Attributes:
-        producers: sizes of one group in the outputs of the matrices, by their names in the layer.
+        producers: where a group is in the outputs of the matrices, by their names in the layer.
         reader: name of the matrix that reads the hidden values.
         size: adjacent inputs of the reader that belong to one group.
         count: how many groups there are.
     """
 
-    producers: Mapping[str, int]
+    producers: Mapping[str, Slabs]
     reader: str
     size: int
     count: int
@@ -70,7 +98,8 @@ def objection(
         hidden: what is cut: values of some groups.
         keep: how many groups stay in the second run, half of them by default.
         call: what the layer is called with; by default random hidden states, and nothing or the
-            same for other arguments without a default.
+            same for other arguments without a default. Modules beside the matrices, such as
+            attention, that cannot be called so are passed by.
         sizes: a layer of the same kind with ``keep`` groups; whole numbers that modules remember,
             such as numbers of heads, are taken from it for the second run.
 
@@ -81,7 +110,7 @@ def objection(
         ...         self.up, self.down, self.between = nn.Linear(4, 8), nn.Linear(8, 4), between
         ...     def forward(self, x):
         ...         return self.down(self.between(self.up(x)))
-        >>> channels = Hidden({"up": 1}, "down", size=1, count=8)
+        >>> channels = Hidden({"up": Slabs()}, "down", size=1, count=8)
         >>> objection(Layer(nn.GELU()), channels) is None
         True
         >>> objection(Layer(nn.Softmax(-1)), channels)
@@ -89,13 +118,13 @@ def objection(
     """
     kept = _choose(hidden.count, keep)
     reader: Any = layer.get_submodule(hidden.reader)
-    calls = _calls(layer, hidden, reader.weight) if call is None else [call]
     why = "it cannot be called"
     devices = [reader.weight.device] if reader.weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        for args, kwargs in calls:
+        for (args, kwargs), around in _ways(layer, hidden, call):
             try:
-                full = _Run(layer, hidden, kept, False, None)
+                full = _Run(layer, hidden, around)
+                full.give(hidden, kept, cut=False)
                 whole = full(args, kwargs)
             except Exception as error:  # another's code, that may raise anything
                 why = f"it cannot be tried by itself ({type(error).__name__}: {error})"
@@ -103,7 +132,8 @@ def objection(
             if full.unused:
                 return "one of its matrices is used in another way than by calling it"
             try:
-                part = _Run(layer, hidden, kept, True, sizes)
+                part = _Run(layer, hidden, around, sizes)
+                part.give(hidden, kept, cut=True)
                 return _difference(hidden, kept, full, whole, part, part(args, kwargs))
             except Exception as error:
                 return f"it does not run with fewer groups ({type(error).__name__}: {error})"
@@ -117,82 +147,42 @@ def _choose(count: int, keep: int | None) -> Tensor:
     return chosen.sort().values
 
 
-def _calls(layer: nn.Module, hidden: Hidden, like: Tensor) -> Iterator[Call]:
-    """Yield ways to call a layer with random hidden states."""
-    first: Any = layer.get_submodule(next(iter(hidden.producers)))
-    width = getattr(first, "in_features", None) or first.weight.shape[0]  # a Conv1D is (in, out)
-    states = _random(TOKENS, width, 1, like).unsqueeze(0)
-    wanted = [
-        parameter.name
-        for parameter in inspect.signature(layer.forward).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    yield (states,), dict.fromkeys(wanted[1:])
-    if wanted[1:]:  # such as a residual
-        yield (states,), dict.fromkeys(wanted[1:], states)
-
-
-def _random(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
-    """Return the same random numbers for the same seed, ``(rows, columns)``."""
-    made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return made.to(like)
-
-
-class _Stub(nn.Module):
-    """Stands for a matrix: gives random values, and keeps what it was given."""
-
-    def __init__(self, old: Any, columns: int, seed: int) -> None:
-        super().__init__()
-        for name in ("weight", "bias", "in_features", "out_features", "nx", "nf"):
-            if hasattr(old, name):
-                object.__setattr__(self, name, getattr(old, name))
-        self._columns, self._seed = columns, seed
-        self._loud: Tensor | None = None
-        self._cut: Tensor | None = None
-        self.given: list[Tensor] = []
-
-    def produce(self, loud: Tensor, cut: Tensor | None) -> None:
-        """Give values: some loud or faint, and those that are not in ``cut`` left out."""
-        self._loud, self._cut = loud, cut
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.given.append(x)
-        like: Any = self.weight
-        values = _random(x.shape[:-1].numel(), self._columns, self._seed, like)
-        if self._loud is not None:
-            chosen = values[:, self._loud.to(values.device)]
-            chosen[::2] = chosen[::2] * LOUD + LOUD
-            chosen[1::2] /= LOUD**2
-            values[:, self._loud.to(values.device)] = chosen
-        if self._cut is not None:
-            values = values[:, self._cut.to(values.device)]
-        return values.reshape(*x.shape[:-1], -1)
+def _ways(layer: nn.Module, hidden: Hidden, call: Call | None) -> Iterator[tuple[Call, Around]]:
+    """Yield ways to run a layer."""
+    if call is not None:
+        yield call, dict
+        return
+    matrices = [layer.get_submodule(name) for name in (*hidden.producers, hidden.reader)]
+    width = widths(matrices[0])[1]
+    like: Any = matrices[-1].weight
+    for around in detours(layer, matrices):
+        for each in calls(layer, TOKENS, width, like):
+            yield each, around
 
 
 class _Run:
     """A copy of a layer with stubs for its matrices, and what its reader was given."""
 
     def __init__(
-        self,
-        layer: nn.Module,
-        hidden: Hidden,
-        kept: Tensor,
-        cut: bool,
-        sizes: nn.Module | None,
+        self, layer: nn.Module, hidden: Hidden, around: Around, sizes: nn.Module | None = None
     ) -> None:
-        stubs: dict[nn.Module, _Stub] = {}
-        for seed, (name, size) in enumerate(hidden.producers.items(), start=2):
-            old = layer.get_submodule(name)
-            stubs[old] = _Stub(old, hidden.count * size, seed)
-            loud = torch.ones(hidden.count * size, dtype=torch.bool)
-            loud[columns_of(kept, size)] = False
-            stubs[old].produce(loud, columns_of(kept, size) if cut else None)
-        reader: Any = layer.get_submodule(hidden.reader)
-        rows = getattr(reader, "out_features", None) or reader.weight.shape[1]
-        stubs[reader] = _Stub(reader, rows, 0)
-        self._reader, self._stubs = stubs[reader], stubs
-        self._layer = _copied(layer, stubs, sizes if cut else None)
+        self._around = around()
+        self._makers = {
+            name: Stub(layer.get_submodule(name), seed)
+            for seed, name in enumerate(hidden.producers, start=2)
+        }
+        self._reader = Stub(layer.get_submodule(hidden.reader), 0)
+        stubs = self._makers | {hidden.reader: self._reader}
+        others = {layer.get_submodule(name): stub for name, stub in stubs.items()}
+        self._layer = copied(layer, {**self._around, **others}, sizes)
+
+    def give(self, hidden: Hidden, kept: Tensor, *, cut: bool) -> None:
+        """Give values of which the groups that are not kept are loud or faint, or cut out."""
+        for name, slabs in hidden.producers.items():
+            rows = slabs.rows(kept, hidden.count)
+            loud = torch.ones(hidden.count * slabs.each, dtype=torch.bool)
+            loud[rows] = False
+            self._makers[name].change = _cutter(rows) if cut else _shouter(loud)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the layer's output, the first if there are several."""
@@ -206,58 +196,44 @@ class _Run:
         return self._reader.given
 
     @property
+    def passed(self) -> list[Tensor]:
+        """What the modules beside the matrices were given, at every call."""
+        return [given for bypass in self._around.values() for given in bypass.given]
+
+    @property
     def unused(self) -> bool:
         """Whether a matrix was never called, as where its weight is used in another way."""
-        return not all(stub.given for stub in self._stubs.values())
+        return not all(stub.given for stub in (*self._makers.values(), self._reader))
 
 
-def columns_of(groups: Tensor, size: int) -> Tensor:
-    """Return the columns of groups of adjacent columns.
-
-    Example:
-        >>> columns_of(torch.tensor([0, 2]), 3).tolist()
-        [0, 1, 2, 6, 7, 8]
-    """
-    return (groups.unsqueeze(1) * size + torch.arange(size)).flatten()
+def _cutter(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what leaves some values alone."""
+    return lambda values: values[:, rows.to(values.device)]
 
 
-def _copied(
-    module: nn.Module, stubs: Mapping[nn.Module, _Stub], sizes: nn.Module | None
-) -> nn.Module:
-    """Copy modules, not their parameters, in eval mode and without hooks."""
-    if module in stubs:
-        return stubs[module]
-    made = copy.copy(module)
-    remembered = {} if sizes is None else vars(sizes)
-    for name, value in vars(module).items():
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-            object.__setattr__(made, name, OrderedDict())
-        elif type(value) is int and type(remembered.get(name)) is int:
-            object.__setattr__(made, name, remembered[name])
-    made.__dict__["training"] = False
-    made.__dict__["_buffers"] = {
-        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
-    }
-    made.__dict__["_modules"] = {
-        name: None if child is None else _copied(child, stubs, _child(sizes, name))
-        for name, child in module._modules.items()
-    }
-    return made
+def _shouter(loud: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what makes some values loud at every second token, and faint at the others."""
 
+    def change(values: Tensor) -> Tensor:
+        chosen = values[:, loud.to(values.device)]
+        chosen[::2] = chosen[::2] * LOUD + LOUD
+        chosen[1::2] /= LOUD**2
+        values[:, loud.to(values.device)] = chosen
+        return values
 
-def _child(module: nn.Module | None, name: str) -> nn.Module | None:
-    return None if module is None else module._modules.get(name)
+    return change
 
 
 def _difference(
     hidden: Hidden, kept: Tensor, full: _Run, whole: Tensor, part: _Run, output: Tensor
 ) -> str | None:
     """Return what differs between the runs."""
-    columns = columns_of(kept, hidden.size)
+    columns = Slabs(hidden.size).rows(kept, hidden.count)
     for before, after in zip(full.read, part.read, strict=True):
         if not _same(before[..., columns.to(before.device)], after):
             return f"what {hidden.reader} reads of one group depends on the others"
-    if not _same(whole, output):
+    beside = zip(full.passed, part.passed, strict=True)
+    if not all(_same(before, after) for before, after in beside) or not _same(whole, output):
         return f"its output depends on the groups otherwise than through {hidden.reader}"
     return None
 

@@ -19,7 +19,7 @@ def test_a_group_is_one_key_head_with_its_query_heads(kv, tiny_llama):
     for index, groups in enumerate(find_groups(model, linear(model), "heads")):
         assert groups.parent == f"model.layers.{index}.self_attn"
         assert groups.count == kv
-        sizes = {c.module.rpartition(".")[2]: (c.axis, c.size) for c in groups.cuts}
+        sizes = {c.module.rpartition(".")[2]: (c.axis, c.slabs.size) for c in groups.cuts}
         shared = 32 // kv
         assert sizes == {
             "q_proj": (0, shared),
@@ -42,12 +42,12 @@ def test_groups_of_heads_are_independent(kv, tiny_llama):
     model(ids)
     with torch.no_grad():
         for cut in groups.producers:
-            model.get_submodule(cut.module).weight[: cut.size].mul_(-1.5).add_(0.1)
+            model.get_submodule(cut.module).weight[: cut.slabs.size].mul_(-1.5).add_(0.1)
     model(ids)
     hook.remove()
     moved = (seen[0] - seen[1]).abs().amax((0, 1)) > 0
-    assert bool(moved[: groups.consumer.size].all())
-    assert not bool(moved[groups.consumer.size :].any())
+    assert bool(moved[: groups.consumer.slabs.size].all())
+    assert not bool(moved[groups.consumer.slabs.size :].any())
 
 
 @pytest.mark.parametrize(
@@ -82,17 +82,17 @@ def test_a_matrix_of_another_shape(tiny_llama):
     with pytest.raises(ModelError, match=r"layers\.0\.self_attn: .* heads of width 8"):
         find_groups(model, linear(model), "heads")
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 8, bias=False)
-    with pytest.raises(ModelError, match="channels are made, 48 read"):
+    with pytest.raises(ModelError, match=r"layers\.0: each block must have one set of channels"):
         find_groups(model, linear(model), "channels")
 
 
 def test_what_depends_on_the_number_of_groups(tiny_llama):
     model = tiny_llama()
     model.model.layers[0].self_attn.q_norm = nn.LayerNorm(32)  # OLMo 2 has a norm over all heads
-    model.model.layers[0].mlp.norm = nn.LayerNorm(48)
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.LayerNorm(48))
     with pytest.raises(ModelError, match=r"q_norm\.weight may depend on the number of heads"):
         find_groups(model, linear(model), "heads")
-    with pytest.raises(ModelError, match=r"norm\.weight may depend on the number of channels"):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp: channels cannot be cut: .* mixes"):
         find_groups(model, linear(model), "channels")
     model.model.layers[0].self_attn.q_norm = nn.LayerNorm(8)  # Qwen 3: of one head
     assert len(find_groups(model, linear(model), "heads")) == 2

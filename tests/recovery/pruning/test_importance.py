@@ -59,7 +59,7 @@ def expected(groups, model, gradients, power):
         weight = matrix(model.get_submodule(cut.module))
         gradient = gradients[cut.module]
         gradient = gradient if gradient.shape == weight.shape else gradient.T
-        slabs = (weight * gradient).double().abs().pow(power).split(cut.size, dim=cut.axis)
+        slabs = (weight * gradient).double().abs().pow(power).split(cut.slabs.size, dim=cut.axis)
         sums = torch.stack([slab.sum() for slab in slabs])
         total += sums / sums.norm()
     return total

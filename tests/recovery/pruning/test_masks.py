@@ -6,8 +6,9 @@ from torch import nn
 
 from tnlm.recovery.pruning.groups import Cut, Groups
 from tnlm.recovery.pruning.masks import Masks
+from tnlm.targets.trial import Slabs
 
-BLOCKS = [Groups("heads", f"{i}", 3, (), Cut(f"{i}.read", 1, 2)) for i in range(2)]
+BLOCKS = [Groups("heads", f"{i}", 3, (), Cut(f"{i}.read", 1, Slabs(2))) for i in range(2)]
 
 
 def test_average_is_exponential():

@@ -13,6 +13,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
@@ -54,9 +56,10 @@ OTHERS = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHARED, head_dim=8)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHARED)),
     "phi": lambda: PhiForCausalLM(PhiConfig(**SHARED, **PHI)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SHARED, **PHI)),  # gates and values are one matrix
 }
-WITH_HEADS = ["llama", "tied-llama", *OTHERS]
-CHANNELS_ONLY = ["gpt2", "masked-bert"]
+CHANNELS_ONLY = ["gpt2", "masked-bert", "phi3"]
+WITH_HEADS = ["llama", "tied-llama", *(kind for kind in OTHERS if kind not in CHANNELS_ONLY)]
 every_kind = pytest.mark.parametrize("kind", WITH_HEADS + CHANNELS_ONLY)
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from tnlm.calibration.blocks import find_blocks
 from tnlm.errors import ModelError, OptionError
 from tnlm.layers.adapters import matrix
-from tnlm.targets.channels import PAIRS
-from tnlm.targets.trial import Hidden, objection
+from tnlm.targets.feed_forward import feed_forward_layers
+from tnlm.targets.trial import Hidden, Slabs
 
 HEADS, CHANNELS = "heads", "channels"
 
@@ -21,13 +21,12 @@ ATTENTIONS = (
     (("q_proj", "k_proj", "v_proj"), "o_proj"),  # Llama, Mistral, Qwen, Gemma, SmolLM
     (("q_proj", "k_proj", "v_proj"), "dense"),  # Phi
 )
-FEED_FORWARDS = (*PAIRS, (("intermediate.dense",), "output.dense"))  # the last is BERT's
-"""Names of the matrices that make heads or channels, and of the one that reads them."""
+"""Names of the matrices that make heads, and of the one that reads them."""
 
 WANTED = {
     HEADS: "that takes separate q_proj, k_proj and v_proj, and a config in which head_dim stands "
     "apart from hidden_size, as in Llama, Mistral and Qwen but not in GPT-2 and BERT",
-    CHANNELS: "that takes matrices called as in Llama, GPT-2, OPT, GPT-NeoX, GPT-J, T5 or BERT",
+    CHANNELS: "that takes a feed-forward layer whose channels act one by one",
 }
 
 
@@ -38,12 +37,12 @@ class Cut:
     Attributes:
         module: dotted name of the module that holds the matrix.
         axis: 0 if groups are rows of the ``(out, in)`` matrix, 1 if columns.
-        size: adjacent rows or columns of one group.
+        slabs: where the rows or columns of one group are.
     """
 
     module: str
     axis: int
-    size: int
+    slabs: Slabs
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Groups:
     Attributes:
         kind: ``"heads"`` or ``"channels"``.
         parent: dotted name of the module that holds the matrices.
-        count: how many groups there are; group i is the i-th slab of every matrix.
+        count: how many groups there are.
         producers: the cuts by rows.
         consumer: the cut by columns: a group whose inputs there are zero has no effect.
     """
@@ -75,8 +74,8 @@ class Groups:
     def hidden(self) -> Hidden:
         """The values between the producers and the consumer, named within the parent."""
         cut = len(self.parent) + 1
-        producers = {producer.module[cut:]: producer.size for producer in self.producers}
-        return Hidden(producers, self.consumer.module[cut:], self.consumer.size, self.count)
+        producers = {producer.module[cut:]: producer.slabs for producer in self.producers}
+        return Hidden(producers, self.consumer.module[cut:], self.consumer.slabs.size, self.count)
 
     def params(self, model: nn.Module) -> int:
         """Return how many numbers one group has, with its share of the producers' biases."""
@@ -84,7 +83,7 @@ class Groups:
         for cut in self.cuts:
             module: Any = model.get_submodule(cut.module)
             rows_too = cut.axis == 0 and module.bias is not None
-            numbers += module.weight.numel() // self.count + rows_too * cut.size
+            numbers += module.weight.numel() // self.count + rows_too * cut.slabs.each
         return numbers
 
 
@@ -117,15 +116,10 @@ def find_groups(model: PreTrainedModel, names: Sequence[str], kind: str) -> list
         ...     num_attention_heads=4, num_key_value_heads=2))
         >>> names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         >>> [heads] = find_groups(model, names, "heads")
-        >>> heads.count, [(cut.module[-6:], cut.axis, cut.size) for cut in heads.cuts]
+        >>> heads.count, [(cut.module[-6:], cut.axis, cut.slabs.size) for cut in heads.cuts]
         (2, [('q_proj', 0, 4), ('k_proj', 0, 2), ('v_proj', 0, 2), ('o_proj', 1, 4)])
     """
-    patterns, read = (ATTENTIONS, _heads) if kind == HEADS else (FEED_FORWARDS, _channels)
-    found = [
-        read(model, parent, members)
-        for producers, consumer in patterns
-        for parent, members in _match(names, (*producers, consumer))
-    ]
+    found = list((_heads if kind == HEADS else _channels)(model, names))
     if not found:
         raise OptionError(
             f"{kind}=True, but {type(model).__name__} has no {kind} that can be cut: "
@@ -153,7 +147,13 @@ def _match(names: Sequence[str], endings: Sequence[str]) -> Iterator[tuple[str, 
                 yield parent, members
 
 
-def _heads(model: PreTrainedModel, parent: str, members: list[str]) -> Groups:
+def _heads(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Groups]:
+    for producers, consumer in ATTENTIONS:
+        for parent, members in _match(names, (*producers, consumer)):
+            yield _heads_of(model, parent, members)
+
+
+def _heads_of(model: PreTrainedModel, parent: str, members: list[str]) -> Groups:
     shapes = [matrix(model.get_submodule(name)).shape for name in members]
     (queries, _), (keys, _), (values, _), (_, read) = shapes
     width = head_width(model)
@@ -168,26 +168,22 @@ def _heads(model: PreTrainedModel, parent: str, members: list[str]) -> Groups:
     count = keys // width
     sizes = (queries // count, width, width)
     *makers, reader = members
-    cuts = tuple(Cut(name, 0, size) for name, size in zip(makers, sizes, strict=True))
-    return Groups(HEADS, parent, count, cuts, Cut(reader, 1, queries // count))
+    cuts = tuple(Cut(name, 0, Slabs(size)) for name, size in zip(makers, sizes, strict=True))
+    return Groups(HEADS, parent, count, cuts, Cut(reader, 1, Slabs(queries // count)))
 
 
-def _channels(model: PreTrainedModel, parent: str, members: list[str]) -> Groups:
-    *makers, reader = members
-    count = matrix(model.get_submodule(reader)).shape[1]
-    rows = [matrix(model.get_submodule(name)).shape[0] for name in makers]
-    if any(number != count for number in rows):
-        raise ModelError(f"{parent}: {rows} channels are made, {count} read; use channels=False")
-    for name, parameter in _others(model, parent, members):
-        if count in parameter.shape:
+def _channels(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Groups]:
+    for layer in feed_forward_layers(model):
+        if not set(names).issuperset([*layer.producers, layer.reader]):
+            continue
+        if layer.reason is not None:
             raise ModelError(
-                f"{parent}.{name} may depend on the number of channels; use channels=False"
+                f"{layer.parent}: channels cannot be cut: {layer.reason}; use channels=False"
             )
-    found = Groups(CHANNELS, parent, count, tuple(Cut(n, 0, 1) for n in makers), Cut(reader, 1, 1))
-    against = objection(model.get_submodule(parent), found.hidden)
-    if against is not None:
-        raise ModelError(f"{parent}: channels cannot be cut: {against}; use channels=False")
-    return found
+        slabs = zip(layer.producers, layer.hidden.producers.values(), strict=True)
+        cuts = tuple(Cut(name, 0, each) for name, each in slabs)
+        reader = Cut(layer.reader, 1, Slabs())
+        yield Groups(CHANNELS, layer.parent, layer.hidden.count, cuts, reader)
 
 
 def _others(model: nn.Module, parent: str, members: list[str]) -> Iterator[tuple[str, Tensor]]:

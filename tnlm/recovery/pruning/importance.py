@@ -38,7 +38,7 @@ def importances(groups: Groups, adapters: Mapping[str, Adapter], kind: str = "ta
         saliency = _gradient(adapter) * adapter.merged()
         saliency = saliency.abs_() if kind == "taylor" else saliency.square_()
         sums = saliency.sum(1 - cut.axis, dtype=torch.float64)
-        sums = sums.reshape(groups.count, cut.size).sum(1)
+        sums = sums.reshape(cut.slabs.parts, groups.count, cut.slabs.size).sum((0, 2))
         norm = sums.norm()
         if not bool(norm.isfinite()):
             raise TrainingError(f"{cut.module}: the gradients of its adapter are not finite")

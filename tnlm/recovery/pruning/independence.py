@@ -14,7 +14,8 @@ from tnlm.calibration.passes import run
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import ModelError
 from tnlm.recovery.pruning.groups import Groups
-from tnlm.targets.trial import Call, objection
+from tnlm.targets.stubs import Call
+from tnlm.targets.trial import objection
 
 TOKENS = 8
 """Tokens that are run through the model."""

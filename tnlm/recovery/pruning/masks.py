@@ -20,7 +20,8 @@ class Masks:
 
     Example:
         >>> from tnlm.recovery.pruning.groups import Cut
-        >>> block = Groups("channels", "mlp", 3, (), Cut("mlp.down_proj", 1, 1))
+        >>> from tnlm.targets.trial import Slabs
+        >>> block = Groups("channels", "mlp", 3, (), Cut("mlp.down_proj", 1, Slabs()))
         >>> masks = Masks([block], decay=0.9)
         >>> masks.see(lambda _: torch.tensor([2.0, 1.0, 3.0]))
         >>> masks.shrink({"channels": 2.0})
@@ -56,7 +57,7 @@ class Masks:
 
         def hook(groups: Groups) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
             def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-                mask = self._left[groups].repeat_interleave(groups.consumer.size)
+                mask = self._left[groups].repeat_interleave(groups.consumer.slabs.size)
                 return (args[0] * mask.to(args[0]), *args[1:])
 
             return before

@@ -100,7 +100,7 @@ def changes(
     """
     config, found = model.config, {}
     if HEADS in kept:
-        width, shared = head_width(model), groups[HEADS].consumer.size
+        width, shared = head_width(model), groups[HEADS].consumer.slabs.size
         found["num_attention_heads"] = kept[HEADS] * shared // width
         found["head_dim"] = width
         if getattr(config, "num_key_value_heads", None) is not None:

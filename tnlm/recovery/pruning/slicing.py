@@ -45,7 +45,7 @@ def smaller(
     for block in groups:
         for cut in block.cuts:
             module = model.get_submodule(cut.module)
-            size = cut.size * counts[block.kind]
+            size = cut.slabs.each * counts[block.kind]
             shapes[f"{cut.module}.weight"][cut.axis ^ isinstance(module, Conv1D)] = size
             if cut.axis == 0 and f"{cut.module}.bias" in shapes:
                 shapes[f"{cut.module}.bias"] = [size]
@@ -78,7 +78,11 @@ def cut_groups(
     Raises:
         TrainingError: if a weight is not finite in the model's dtype.
     """
-    cuts = {cut.module: (cut, index) for block, index in kept.items() for cut in block.cuts}
+    cuts = {
+        cut.module: (cut, cut.slabs.rows(index, block.count))
+        for block, index in kept.items()
+        for cut in block.cuts
+    }
     swap = Swap(model)
 
     def cut() -> None:
@@ -101,8 +105,7 @@ def _fill(made: Any, old: Any, weight: Tensor, cut: Cut | None, kept: Tensor | N
     """Give an empty module what stays of a weight, and of the old module's bias."""
     bias = old.bias
     if cut is not None and kept is not None:
-        kept = kept.to(weight.device)
-        index = (kept.unsqueeze(1) * cut.size + torch.arange(cut.size).to(kept)).flatten()
+        index = kept.to(weight.device)
         weight = weight.index_select(cut.axis, index)
         if bias is not None and cut.axis == 0:
             bias = nn.Parameter(bias.detach()[index], requires_grad=bias.requires_grad)
