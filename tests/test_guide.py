@@ -35,6 +35,13 @@ def test_every_block_on_deployment_runs(tmp_path, monkeypatch, tiny_llama):
     assert (tmp_path / "my-model-exported").is_dir()
 
 
+def test_every_block_on_serving_runs(tmp_path, monkeypatch, tiny_llama):
+    tiny_llama(intermediate_size=128).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("serve.md") == 3
+    assert (tmp_path / "my-model-gguf" / "model-F16.gguf").is_file()
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_every_block_on_training_runs(tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text):
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tnlm.recovery.heal import heal
     from tnlm.recovery.pruning.prune import prune
     from tnlm.recovery.training import finetune
+    from tnlm.runtimes.export import export
     from tnlm.schemes import list_schemes
     from tnlm.studies.analysis.analyze import analyze
     from tnlm.studies.analysis.intrinsic import intrinsic_dimension
@@ -86,6 +87,7 @@ _HOMES = {
     "load": "tnlm.checkpoint.loading",
     "save": "tnlm.checkpoint.saving",
     "list_schemes": "tnlm.schemes",
+    "export": "tnlm.runtimes.export",
     "Budget": "tnlm.compression.choices",
     "Calibration": "tnlm.compression.choices",
     "Recovery": "tnlm.compression.choices",
@@ -117,6 +119,7 @@ __all__ = [
     "distill",
     "efficiency",
     "evaluate",
+    "export",
     "finetune",
     "from_config",
     "heal",

@@ -32,6 +32,7 @@ VALUES = {
     "max_macs": 2.0,
     "unit": "bytes",
     "blocks": 3,
+    "portable": "llama.cpp",
     "recover": "lora",
     "recover_tokens": 100,
     "training": "text.txt",

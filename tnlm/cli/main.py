@@ -160,6 +160,43 @@ def compress(
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
+    to: Annotated[str, typer.Option(help="gguf for llama.cpp, or transformers.")],
+    type_: Annotated[
+        str | None, typer.Option("--type", help="Of the weights, such as F16, Q8_0 or Q4_0.")
+    ] = None,
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model for a runtime that does not know tnlm."""
+    from tnlm.checkpoint.dense_models import load_model
+    from tnlm.checkpoint.exchange import check_writable
+
+    check_writable(out, overwrite=overwrite)
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    tnlm.export(loaded, out, to=to, type=type_, tokenizer=tokenizer, overwrite=overwrite)
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    if as_json:
+        print_json(files)
+        return
+    for name, size in files.items():
+        console.print(f"{out / name}: {size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(
+    command: Annotated[list[str], typer.Argument(help="A program with its arguments.")],
+) -> None:
+    """Run a Python program, such as lm_eval, that can then load compressed models."""
+    from tnlm.runtimes.run import run as start
+
+    start(command)
+
+
+@app.command()
 def info(
     directory: Annotated[Path, typer.Argument(help="A directory written by tnlm.")],
     as_json: Json = False,

@@ -40,7 +40,7 @@ MetricName = Annotated[
 ]
 AllocationName = Annotated[
     str | None,
-    typer.Option("--allocation", help="uniform, loss, energy, last or truncation."),
+    typer.Option("--allocation", help="uniform, even, loss, energy, last or truncation."),
 ]
 Cascade = Annotated[str | None, typer.Option(help="none, sequential or anchored.")]
 Damping = Annotated[

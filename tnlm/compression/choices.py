@@ -67,6 +67,9 @@ class Budget:
     max_macs: float = choice(1.0, "Maximum multiply-adds per matrix, as a multiple of dense.")
     unit: str = choice("params", "Unit of the budget: params, bytes or macs.")
     blocks: int | None = choice(None, "Number of last blocks to compress, for allocation last.")
+    portable: str | None = choice(
+        None, "Runtime that runs the result without tnlm: llama.cpp or transformers."
+    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from tnlm.allocation import get_allocation
 from tnlm.allocation.base import Allocation, Limits
 from tnlm.compression.choices import Asked, gather_choices
+from tnlm.compression.portable import portable
 from tnlm.compression.rules import (
     check_budgets,
     check_cascade,
@@ -60,6 +61,7 @@ class Request:
         unit: the unit of the budget.
         blocks: how many last blocks to compress, for allocations that take it.
         training: training data; the calibration data if None.
+        portable: runtime that runs the result without tnlm, or None.
     """
 
     scheme: Scheme
@@ -80,6 +82,7 @@ class Request:
     unit: str
     blocks: int | None
     training: Any = None
+    portable: str | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -161,6 +164,7 @@ class Request:
             "recover_tokens": self.recover_tokens if self.trains else None,
             "unit": self.unit,
             "blocks": self.blocks,
+            "portable": self.portable,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
         }
         return {key: value for key, value in values.items() if value is not None}
@@ -186,7 +190,8 @@ def make_request(scheme: str | Scheme, **given: Any) -> Request:
 
 def request_of(asked: Asked) -> Request:
     """Check the arguments and return them as a request; see :func:`make_request`."""
-    named, budget, recovery = asked.scheme, asked.budget, asked.recovery
+    budget, recovery = asked.budget, asked.recovery
+    named = portable(asked.scheme, budget.portable)
     structures = tuple(get_format(name) for name in named.formats)
     measure, shared = get_measure(named.metric), get_allocation(named.allocation)
     check_measure(named.name, structures, measure)
@@ -222,6 +227,7 @@ def request_of(asked: Asked) -> Request:
         unit=budget.unit,
         blocks=budget.blocks,
         training=recovery.training,
+        portable=budget.portable,
     )
 
 

@@ -24,9 +24,11 @@ S = TypeVar("S")
 KEEPS = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Fractions of a matrix's parameters at which a format's error curve is sampled."""
 Shape = tuple[int, int]
-FITTING = types.MappingProxyType({"fitting": True})
-"""Metadata of a spec's fields that say how weights of single entries are fitted, and fix nothing of
-the network: they are left out of files at their defaults."""
+QUIET = types.MappingProxyType({"quiet": True})
+"""Metadata of a spec's fields that fix nothing of the network: they are left out of files at their
+defaults."""
+FITTING = types.MappingProxyType({**QUIET, "fitting": True})
+"""Metadata of those among them that say how weights of single entries are fitted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Format(ABC, Generic[S]):
 
 def to_dict(spec: Any) -> dict[str, Any]:
     """Return a spec as plain JSON values."""
-    usual = {f.name: f.default for f in dataclasses.fields(spec) if "fitting" in f.metadata}
+    usual = {f.name: f.default for f in dataclasses.fields(spec) if "quiet" in f.metadata}
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(spec).items()

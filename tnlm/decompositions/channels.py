@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnlm.decompositions.base import Ceiling, Format, Shape, matrix_shape
+from tnlm.decompositions.base import QUIET, Ceiling, Format, Shape, matrix_shape
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.network import Factors, Network
@@ -22,9 +22,10 @@ STEPS = 128
 
 @dataclass(frozen=True)
 class ChannelsSpec:
-    """How many hidden channels are kept."""
+    """How many hidden channels are kept, a multiple of some number."""
 
     width: int
+    multiple: int = field(default=1, metadata=QUIET)
 
 
 class Channels(Format[ChannelsSpec]):
@@ -62,11 +63,13 @@ class Channels(Format[ChannelsSpec]):
         """Return the one factor of kept rows; the layers that use it are plain."""
         if spec.width > shape[0]:
             raise RankError(f"width={spec.width}; {shape[0]} channels allow 1 to {shape[0]}")
+        if spec.width % spec.multiple:
+            raise RankError(f"width={spec.width}; allowed: multiples of {spec.multiple}")
         return Network({"rows": "ko"}, "k", "o", {"k": spec.width, "o": shape[1]})
 
     def fit(self, weight: Tensor, metric: Metric, spec: ChannelsSpec) -> Factors:
         """Return ``kept``, sorted channel numbers, and ``rows``, the new projection of them."""
-        chosen, _ = _order(weight, metric, spec.width)
+        chosen, _ = _order(weight, metric, spec.multiple, spec.width)
         kept = chosen[: spec.width].sort().values
         moment = _moment(weight, metric)
         cross = moment[kept] @ weight.detach().double()
@@ -77,9 +80,10 @@ class Channels(Format[ChannelsSpec]):
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[ChannelsSpec]:
         """Return the width asked for, or the largest within the budget for the rows."""
+        multiple = options.get("multiple", 1)
         most = int(min(ceiling.params, ceiling.macs, math.prod(shape)) // shape[1])
-        width = options.get("width") or most
-        return [ChannelsSpec(width)] if 1 <= width <= most else []
+        width = options.get("width") or most // multiple * multiple
+        return [ChannelsSpec(width, multiple)] if 1 <= width <= most else []
 
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
@@ -93,12 +97,17 @@ class Channels(Format[ChannelsSpec]):
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
     ) -> list[tuple[ChannelsSpec, float]]:
         """Return the error after every greedy step."""
-        _, path = _order(weight, metric)
-        total = path[0][1] or 1.0
+        multiple = options.get("multiple", 1)
         if options.get("width") is not None:
-            spec = ChannelsSpec(options["width"])
+            spec = ChannelsSpec(options["width"], multiple)
             return [(spec, self.errors(weight, metric, [spec])[0])]
-        return [(ChannelsSpec(w), max(left / total, 0.0) ** 0.5) for w, left in path if w]
+        _, path = _order(weight, metric, multiple)
+        total = path[0][1] or 1.0
+        return [
+            (ChannelsSpec(width, multiple), max(left / total, 0.0) ** 0.5)
+            for width, left in path[1:]
+            if width % multiple == 0
+        ]
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[ChannelsSpec]) -> list[float]:
         """Return the measured relative error of each width."""
@@ -130,9 +139,9 @@ def _safe(block: Tensor) -> Tensor:
 
 
 def _order(
-    weight: Tensor, metric: Metric, width: int | None = None
+    weight: Tensor, metric: Metric, multiple: int = 1, width: int | None = None
 ) -> tuple[Tensor, list[tuple[int, float]]]:
-    """Order channels, best first, all or at least ``width``.
+    """Order channels, best first, all or at least ``width``, in batches of a multiple.
 
     Also returns (channels taken, squared error left) after every step.
     """
@@ -142,7 +151,7 @@ def _order(
     effect = residual @ weighed  # (hidden, out): what each channel explains, given those taken
     left = float((effect * weighed).sum())
     floor = 1e-12 * float(residual.diagonal().max())
-    batch = -(-len(residual) // STEPS)
+    batch = -(-len(residual) // STEPS // multiple) * multiple
     free = torch.ones(len(residual), dtype=torch.bool, device=weight.device)
     taken: list[Tensor] = []
     path = [(0, left)]

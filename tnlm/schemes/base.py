@@ -55,7 +55,7 @@ class Scheme:
         "lora-both, movement or pruned; the last two train and prune a copy of the model first.",
     )
     allocation: str = choice(
-        "uniform", "How the budget is split: uniform, loss, energy, last or truncation."
+        "uniform", "How the budget is split: uniform, even, loss, energy, last or truncation."
     )
     cascade: str = choice(
         "none", "How fits account for earlier ones: none, sequential or anchored."

@@ -1,0 +1,58 @@
+"""The weights of a model as an ordinary class holds them: narrowed layers stay narrow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tnlm.checkpoint.entries import Entry, dense_module
+from tnlm.checkpoint.naming import owner_of
+from tnlm.checkpoint.transformers_plugin import config_of
+from tnlm.errors import ModelError
+
+
+@torch.no_grad()
+def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return every weight of a model by its name in the ordinary class.
+
+    Feed-forward layers that lost channels keep their smaller shapes; factors are multiplied out.
+    Parameters that share memory in the model do so here.
+
+    Args:
+        model: dense, or compressed by tnlm.
+
+    Raises:
+        ModelError: if a bias was added to a layer, for which the class has no place, or weights
+            are offloaded.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=8,
+        ...                                      num_hidden_layers=1, num_attention_heads=1))
+        >>> plain_weights(model)["model.layers.0.mlp.up_proj.weight"].shape
+        torch.Size([8, 4])
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("weights of the model are offloaded; load it without device_map")
+    said = config_of(model)
+    entries: Mapping[str, Entry] = {} if said is None else said.modules
+    added = [name for name, entry in entries.items() if entry.get("bias_added")]
+    if added:
+        raise ModelError(
+            f"{added[0]} and {len(added) - 1} others were given a bias, for which "
+            f"{type(model).__name__} has no place; compress with a metric that adds none, such as "
+            "'input'"
+        )
+    held = model.state_dict()
+    found = {name: tensor for name, tensor in held.items() if owner_of(entries, name) is None}
+    for name, entry in entries.items():
+        module = model.get_submodule(name)
+        kept = entry["kind"] == "sliced"
+        plain = module if kept else dense_module(entry, module)
+        turned = kept and entry.get("conv1d")  # GPT-2's class stores (in, out)
+        for part, tensor in plain.state_dict().items():
+            found[f"{name}.{part}"] = tensor.T if turned and tensor.dim() == 2 else tensor
+    return {name: tensor.contiguous() for name, tensor in found.items()}
