@@ -3,10 +3,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-fast hostile demo docs linkcheck bench clean
+.PHONY: help install lint test test-fast test-serving hostile demo docs linkcheck bench clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.installed  ## Make .venv and install tnlm with its development tools
 
@@ -34,6 +34,10 @@ test: lint  ## Lint, then run every test and doctest, slow ones too
 
 test-fast: install  ## Run the tests and doctests that take no real model
 	$(BIN)/python -m pytest -n auto -m "not slow and not hostile"
+
+test-serving: install  ## Run exported models in real llama.cpp, which it installs
+	$(BIN)/python -m pip install "xllamacpp>=2026.10"
+	$(BIN)/python -m pytest tests/runtimes/test_xllamacpp.py
 
 hostile: install  ## Injected faults, kills and broken checkpoints in full numbers (about 15 minutes)
 	$(BIN)/python -m pytest -n auto -m hostile tests/hostile
