@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import json
@@ -105,7 +106,9 @@ def test_model_measures_a_real_and_a_random_model(run, tmp_path, tiny_llama):
     assert "| tiny | bfloat16 |" in text
 
 
-@pytest.mark.parametrize("name", ["timing", "random_layers", "other_libraries", "layers", "fit"])
+@pytest.mark.parametrize(
+    "name", ["timing", "random_layers", "other_libraries", "layers", "fit", "mixture"]
+)
 def test_examples_in_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
@@ -286,3 +289,52 @@ def test_intrinsic_keeps_the_scores_where_no_size_is_enough(start, tmp_path, mon
     assert found["dimension"] is None
     assert len(found["runs"]) == 6
     assert "| > 2 | 3 to > 2 |" in (tmp_path / "out" / "intrinsic.md").read_text()
+
+
+@pytest.fixture
+def python_pieces(monkeypatch):
+    """Let the mixture learn from a few lines, in small windows."""
+    model, text = importlib.import_module("mixture_model"), importlib.import_module("python_text")
+    lines = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
+    monkeypatch.setattr(model, "python_text", lambda: text.PythonText(lines, lines[:9]))
+    monkeypatch.setattr(model, "WINDOW", 16)
+    monkeypatch.setattr(model, "BATCH", 2)
+    monkeypatch.setattr(model, "SAVED", 2)
+    return model
+
+
+def test_the_mixture_is_trained_once_and_measured(start, python_pieces, monkeypatch, tmp_path):
+    start("mixture", "--steps", 2, "--windows", 4, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "mixture.json").read_text())
+    assert found["parameters"] > found["expert_parameters"] > 0
+    assert found["perplexity"] > 1
+    assert len(found["routing"]) == 4
+    for row in found["routing"]:
+        assert 0 <= row["least"] <= 1 / 8 <= row["largest"] <= 1
+        assert 1 <= row["effective"] <= 8.001
+    assert "held-out perplexity" in (tmp_path / "out" / "mixture.md").read_text()
+    monkeypatch.setattr(python_pieces, "train", None)  # it is not called again
+    start("mixture", "--steps", 2, "--windows", 4, "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "mixture.json").read_text()) == found
+
+
+def test_training_the_mixture_goes_on_where_it_stopped(python_pieces, monkeypatch, tmp_path):
+    losses = {}
+    for name, stops in (("whole", ()), ("stopped", (4,))):
+        monkeypatch.setenv("TNLM_HOME", str(tmp_path / name))
+        real, calls = torch.nn.utils.clip_grad_norm_, []
+
+        def clip(*given, real=real, calls=calls, stops=stops):
+            calls.append(given)
+            if len(calls) in stops:
+                raise KeyboardInterrupt
+            return real(*given)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        with pytest.raises(KeyboardInterrupt) if stops else contextlib.nullcontext():
+            python_pieces.trained_mixture(5)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", real)
+        _, _, folder = python_pieces.trained_mixture(5)
+        losses[name] = json.loads((folder / "training_loss.json").read_text())
+        assert not (folder / "partial.pt").exists()
+    assert losses["stopped"] == losses["whole"]
