@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -31,7 +32,9 @@ from transformers import (
 )
 
 import tnlm
+from tnlm.metrics.named import get_measure
 from tnlm.schemes import schemes
+from tnlm.schemes.base import Scheme
 
 # Tiny matrices gain nothing from threads, and lose much when test runs share a machine.
 torch.set_num_threads(1)
@@ -47,6 +50,44 @@ VOCAB_SIZE = len(WORDS) + 3
 TRAINED = {"recover_tokens": 256}
 """Few tokens, for schemes that train."""
 NEED_DATA = [name for name, scheme in schemes().items() if scheme.needs_calibration]
+
+
+def sort_of(scheme: Scheme) -> str:
+    """Return what of a scheme depends on the model: what it replaces, shares and adds."""
+    tables = {"embeddings", "token-embeddings"} & set(np.atleast_1d(scheme.targets))
+    if tables:
+        return "tables" if len(np.atleast_1d(scheme.targets)) == 1 else "tables and matrices"
+    if "channels" in scheme.formats:
+        return "channels"
+    if scheme.share > 1:
+        return "shared factors"
+    if get_measure(scheme.metric).adds_bias:
+        return "biases"
+    return "low rank" if scheme.formats == ("low-rank",) else "tensors"
+
+
+def cover(*kinds: str) -> list[tuple[str, str]]:
+    """Return kinds of models paired with schemes: a pairwise cover in place of the product.
+
+    Every kind, every scheme, and every kind with every sort of scheme stands in some pair.
+    """
+    sorts: dict[str, list[str]] = {}
+    for name, scheme in schemes().items():
+        sorts.setdefault(sort_of(scheme), []).append(name)
+    counts = {sort: max(len(names), len(kinds)) for sort, names in sorts.items()}
+    return [
+        (kinds[i % len(kinds)], names[i % len(names)])
+        for sort, names in sorts.items()
+        for i in range(counts[sort])
+    ]
+
+
+def one_each(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the first pair of every scheme."""
+    first: dict[str, str] = {}
+    for kind, scheme in pairs:
+        first.setdefault(scheme, kind)
+    return [(kind, scheme) for scheme, kind in first.items()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnlm
-from tests.conftest import TRAINED
+from tests.conftest import TRAINED, cover, one_each
 from tnlm.allocation import get_allocation
 from tnlm.checkpoint import transformers_plugin
 from tnlm.compression import pipeline
@@ -37,20 +37,16 @@ IDS = torch.arange(24).reshape(2, 12) % 61 + 3
 SQUARE = {"targets": ["q_proj", "o_proj"]}
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
 
-# What hangs on the scheme runs on one model, what hangs on the model with a scheme of each sort.
-SORTS = ["svd", "kron", "albert", "tensorgpt", "afm", "basis-sharing", "modegpt"]
+PAIRS = cover("llama", "tied-llama", "gpt2", "masked-bert")
 
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
-
-
-def pairs(*kinds):
-    """Pair kinds of models with schemes: the last kind with all, the others with some."""
-    chosen = {kind: SCHEMES if kind == kinds[-1] else SORTS for kind in kinds}
-    found = [(kind, name) for kind, names in chosen.items() for name in names]
-    return pytest.mark.parametrize(("kind", "scheme"), found)
-
-
-every_pair = pairs("tied-llama", "masked-bert", "gpt2", "llama")
+every_pair = pytest.mark.parametrize(("kind", "scheme"), PAIRS)
+every_scheme = pytest.mark.parametrize(("kind", "scheme"), one_each(PAIRS))
+every_tied_pair = pytest.mark.parametrize(
+    ("kind", "scheme"), [pair for pair in PAIRS if pair[0] in ("tied-llama", "gpt2")]
+)
+every_causal_pair = pytest.mark.parametrize(
+    ("kind", "scheme"), [pair for pair in PAIRS if pair[0] != "masked-bert"]
+)
 
 
 def data_for(scheme):
@@ -153,8 +149,8 @@ def test_reported_multiply_adds_are_those_of_a_forward_pass(kind, scheme, compre
 
 
 @every_scheme
-def test_the_report_is_json_and_a_table(scheme, compressed):
-    report = tnlm.report(compressed("tied-llama", scheme))
+def test_the_report_is_json_and_a_table(kind, scheme, compressed):
+    report = tnlm.report(compressed(kind, scheme))
     record = json.loads(report.to_json())
     assert record["parameters_after"] == report.parameters_after
     assert record["target_parameters_before"] > record["target_parameters_after"]
@@ -369,7 +365,7 @@ def test_dense_again_it_computes_the_same(kind, scheme, compressed, make_model):
     torch.testing.assert_close(logits(dense), expected, rtol=1e-4, atol=1e-5)
 
 
-@pairs("tied-llama", "gpt2")
+@every_tied_pair
 def test_ties_survive(kind, scheme, compressed):
     model = compressed(kind, scheme)
     shared = [
@@ -395,8 +391,8 @@ def test_biases_are_the_parameters_they_were(make_model):
 
 
 @every_scheme
-def test_bfloat16_stays(scheme, make_model):
-    model = make_model("tied-llama").to(torch.bfloat16)
+def test_bfloat16_stays(kind, scheme, make_model):
+    model = make_model(kind).to(torch.bfloat16)
     tnlm.compress(model, scheme, **data_for(scheme))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
@@ -419,7 +415,7 @@ def test_the_training_flag_and_frozen_weights_stay(kind, scheme, training, make_
     assert 0 < sum(not p.requires_grad for p in dense.parameters()) < 20
 
 
-@pairs("llama", "tied-llama", "gpt2")
+@every_causal_pair
 def test_generation_is_that_of_the_dense_form(kind, scheme, compressed):
     model = compressed(kind, scheme)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -498,7 +494,7 @@ def test_a_model_made_dense_can_be_compressed_again(compressed):
 # Plans
 
 
-@pairs("tied-llama", "gpt2")
+@every_scheme
 def test_a_plan_is_what_compress_does(kind, scheme, compressed, make_model):
     model = make_model(kind)
     before = contents(model)
@@ -516,17 +512,14 @@ def test_a_plan_is_what_compress_does(kind, scheme, compressed, make_model):
 
 
 @every_scheme
-def test_a_plan_from_json_gives_the_same_model(scheme, compressed, make_model):
-    plan = tnlm.plan(make_model("gpt2"), scheme, **data_for(scheme))
+def test_a_plan_from_json_gives_the_same_model(kind, scheme, compressed, make_model):
+    plan = tnlm.plan(make_model(kind), scheme, **data_for(scheme))
     again = tnlm.Plan.from_json(plan.to_json())
     assert again == plan
     data = DATA if schemes()[scheme].needs_calibration else {}
-    model = tnlm.compress(make_model("gpt2"), again, **data)
-    assert torch.equal(logits(model), logits(compressed("gpt2", scheme)))
-    assert (
-        tnlm.report(model).to_dict().keys()
-        == tnlm.report(compressed("gpt2", scheme)).to_dict().keys()
-    )
+    model, same = tnlm.compress(make_model(kind), again, **data), compressed(kind, scheme)
+    assert torch.equal(logits(model), logits(same))
+    assert tnlm.report(model).to_dict().keys() == tnlm.report(same).to_dict().keys()
 
 
 # What repeats
@@ -544,22 +537,22 @@ def test_the_seed_draws_the_windows(tiny_llama, word_tokenizer, word_text):
 
 
 @every_scheme
-def test_results_repeat_and_leave_the_random_state_alone(scheme, compressed, make_model):
+def test_results_repeat_and_leave_the_random_state_alone(kind, scheme, compressed, make_model):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    model = make_model("tied-llama")
+    model = make_model(kind)
     torch.set_rng_state(state)
     tnlm.compress(model, scheme, **data_for(scheme))
     assert torch.equal(torch.get_rng_state(), state)
     for (name, old), new in zip(
-        compressed("tied-llama", scheme).state_dict().items(),
+        compressed(kind, scheme).state_dict().items(),
         model.state_dict().values(),
         strict=True,
     ):
         assert torch.equal(old, new), name
 
 
-@every_scheme
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_results_do_not_hang_on_the_number_of_threads(scheme, make_model):
     def run():
         # One matrix of each kind: LAPACK's threads are slow on tiny ones.
