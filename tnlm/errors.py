@@ -7,7 +7,21 @@ from collections.abc import Iterable
 
 
 class TnlmError(Exception):
-    """Base of all tnlm errors; messages state the request, what is allowed, and where it failed."""
+    """Base of all tnlm errors; messages state the request, what is allowed, and where it failed.
+
+    Attributes:
+        arguments: the keywords that the message names, in whose place the command line shows its
+            options.
+
+    Example:
+        >>> OptionError("keep=2; allowed: a fraction in (0, 1]", argument="keep").arguments
+        ('keep',)
+    """
+
+    def __init__(self, message: str = "", *, argument: str | Iterable[str] = ()) -> None:
+        """Say what went wrong, and with which arguments."""
+        super().__init__(message)
+        self.arguments = (argument,) if isinstance(argument, str) else tuple(argument)
 
 
 class OptionError(TnlmError, ValueError):

@@ -184,7 +184,9 @@ def test_what_a_directory_holds_is_kept_unless_it_may_go(compressed, tmp_path):
     tnlm.save(compressed("llama", "svd"), directory)  # an empty one is fine
     (directory / "notes").write_text("mine")
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    with pytest.raises(CheckpointError, match="is not empty; choose another, or pass overwrite"):
+    with pytest.raises(
+        CheckpointError, match="is not empty; choose another, or pass overwrite=True"
+    ):
         tnlm.save(compressed("llama", "kron"), directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     tnlm.save(compressed("llama", "kron"), directory, overwrite=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from tnlm.cli.words import in_options
+from tnlm.errors import CheckpointError, OptionError, TnlmError
 
 NAMES = ("calibration", "keep", "keep_targets", "tolerance", "metric", "rank", "ranks", "out_split")
 NAMES += (
@@ -36,33 +39,42 @@ OPTIONS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"formats": 
             "keep and keep_targets given; allowed: one of keep, keep_targets, tolerance",
             "--keep and --keep-targets given; allowed: one of --keep, --keep-targets, --tolerance",
         ),
-        ("choose another, or pass overwrite", "choose another, or pass --overwrite"),
+        ("choose another, or pass overwrite=True", "choose another, or pass --overwrite"),
         ("leave them out of targets=.", "leave them out of --targets."),
         ("the model's: tokenizer=", "the model's: a tokenizer in MODEL"),
         ("(allow more: tolerance=)", "(allow more: --tolerance)"),
-        ("the rank of a matrix, and tolerance", "the rank of a matrix, and tolerance"),
         ("candidates=0.5, hidden_keep=1", "candidates=0.5, hidden_keep=1"),
         ("in /data/keep=0.8/keep and rank/x", "in /data/keep=0.8/keep and rank/x"),
         (r"in C:\runs\keep=0.8\out and 'keep=0.8/x'", r"in C:\runs\keep=0.8\out and 'keep=0.8/x'"),
         ("of https://host/x?keep=3&rank=4", "of https://host/x?keep=3&rank=4"),
         ("targets='a', ignore=None.", "--targets a, no --ignore."),
-        ('targets="a\'b"; no', '--targets "a\'b"; no'),
+        ('targets="a b"; no', "--targets 'a b'; no"),
         (r"targets='model\\.foo|x'", r"--targets 'model\.foo|x'"),
         ("ranks=[-1, 8], tolerance=(0.2, 0.5)", "--ranks -1,8, --tolerance 0.2,0.5"),
         ("Allowed: gauge, rank", "Allowed: --gauge, --rank"),
         ("'keep', 'rank'", "'keep', 'rank'"),
     ],
 )
-def test_keywords_become_options(said, shown):
-    assert in_options(said, OPTIONS) == shown
+def test_arguments_become_options(said, shown):
+    assert in_options(TnlmError(said, argument=[*OPTIONS, "tokenizer"]), OPTIONS) == shown
 
 
-def test_a_command_without_options_changes_nothing():
-    assert in_options("pass keep= or keep_targets=", {}) == "pass keep= or keep_targets="
+def test_what_is_no_option_or_is_not_named_stays():
+    said = "the rank of a matrix"
+    assert in_options(TnlmError(said, argument="keep"), OPTIONS) == said
+    said = "pass keep= or keep_targets="
+    assert in_options(TnlmError(said, argument="keep"), {}) == said
+    assert in_options(TnlmError(said), OPTIONS) == said
+    assert in_options(TnlmError(said, argument="keep"), OPTIONS) == "pass --keep or keep_targets="
 
 
-def test_what_was_typed_is_no_keyword():
-    told = "keep=0.8 is not empty, nor my runs keep=0.8/x; pass overwrite, or keep=0.7"
-    typed = ["compress", "model", "keep=0.8", "my runs keep=0.8/x", "--keep=0.5"]
-    shown = "keep=0.8 is not empty, nor my runs keep=0.8/x; pass --overwrite, or --keep 0.7"
-    assert in_options(told, OPTIONS, typed) == shown
+def test_a_path_is_no_argument():
+    said = "my runs/keep=0.8/x and keep=0.8 are not empty; pass overwrite=True"
+    shown = "my runs/keep=0.8/x and keep=0.8 are not empty; pass --overwrite"
+    assert in_options(TnlmError(said, argument="overwrite"), OPTIONS) == shown
+
+
+@pytest.mark.parametrize("kind", [TnlmError, OptionError, CheckpointError])
+def test_errors_are_pickled_with_their_arguments(kind):
+    error = pickle.loads(pickle.dumps(kind("keep=2", argument=("keep", "rank"))))
+    assert (type(error), str(error), error.arguments) == (kind, "keep=2", ("keep", "rank"))

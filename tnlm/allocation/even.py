@@ -52,7 +52,8 @@ class Even(Allocation):
         if low == 0.0:
             raise BudgetError(
                 f"keep_targets={limits.keep:.3f}, but the least possible with allocation='even' is "
-                f"{least:.3f}, as some matrices stay dense"
+                f"{least:.3f}, as some matrices stay dense",
+                argument=("keep_targets", "allocation"),
             )
         return UNIFORM.allocate(replace(problem, limits=replace(limits, keep=low)))
 
@@ -64,7 +65,8 @@ def _check_formats(problem: Problem) -> None:
         names = ", ".join(structure.name for structure in problem.formats)
         raise OptionError(
             f"allocation='even' with {names}, of which several replace a {crowded[0]}; allowed: "
-            "one format for each kind, or allocation='loss'"
+            "one format for each kind, or allocation='loss'",
+            argument="allocation",
         )
 
 

@@ -33,7 +33,10 @@ def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, fl
         24 0.333
     """
     if last is not None and last > blocks:
-        raise BudgetError(f"blocks={last}; the targets stand in {blocks}: allowed is 1 to {blocks}")
+        raise BudgetError(
+            f"blocks={last}; the targets stand in {blocks}: allowed is 1 to {blocks}",
+            argument="blocks",
+        )
     if last is None:
         last = min(blocks, max(1, round(blocks * (1.375 - 1.25 * keep))))
     share = 1.0 - (1.0 - keep) * blocks / last
@@ -58,7 +61,10 @@ class LastBlocks(Allocation):
         numbered = [t for t in problem.targets if block_of(t.module) is not None]
         blocks = sorted({block_of(t.module) or 0 for t in numbered})
         if not blocks:
-            raise BudgetError("allocation='last' needs targets in numbered blocks; use 'uniform'")
+            raise BudgetError(
+                "allocation='last' needs targets in numbered blocks; use 'uniform'",
+                argument="allocation",
+            )
         count, share = schedule(_keep(problem, numbered), len(blocks), problem.limits.blocks)
         cut = set(blocks[-count:])
         chosen = [t for t in numbered if block_of(t.module) in cut]
@@ -85,7 +91,8 @@ def _keep(problem: Problem, numbered: Sequence[Target]) -> float:
     if keep <= 0:
         raise BudgetError(
             f"{limits.keep:.4g} of the targets' {limits.unit} cannot be met: those in no block "
-            f"stay dense, and are {1.0 - part / whole:.4g} of them; leave them out of targets="
+            f"stay dense, and are {1.0 - part / whole:.4g} of them; leave them out of targets=",
+            argument="targets",
         )
     return keep
 

@@ -80,7 +80,8 @@ def decide(
 def name_target(target: Target, error: OptionError) -> OptionError:
     """Return an error about options that says which target cannot have them, and what to do."""
     return type(error)(
-        f"{target.name}: {error}; ask for what all targets can have, or name it in ignore="
+        f"{target.name}: {error}; ask for what all targets can have, or name it in ignore=",
+        argument=(*error.arguments, "ignore"),
     )
 
 
@@ -105,7 +106,9 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
             raise OptionError(f"a {structure.name} cannot replace a {target.kind}")
         network = structure.network(target.shape, from_dict(structure.spec, layer.spec))
         if network.gauge is not None and target.whole:
-            raise OptionError("gauge=true; allowed for an embedding or a stack: false")
+            raise OptionError(
+                "gauge=true; allowed for an embedding or a stack: false", argument="gauge"
+            )
         if target.cost(network, 1).params > target.most:
             raise OptionError(f"{dict(layer.spec)} is not smaller than the dense matrix")
     except OptionError as error:

@@ -161,12 +161,18 @@ def check_cache(directory: str | Path) -> None:
         >>> check_cache("a-new-directory")
     """
     if not isinstance(directory, str | Path) or "\0" in str(directory) or directory == "":
-        raise CheckpointError(f"cache_dir={directory!r}; allowed: the path of a directory")
+        raise CheckpointError(
+            f"cache_dir={directory!r}; allowed: the path of a directory", argument="cache_dir"
+        )
     path = Path(directory)
     if path.is_symlink() and not path.exists():
-        raise CheckpointError(f"cache_dir={str(directory)!r} is a link that leads nowhere")
+        raise CheckpointError(
+            f"cache_dir={str(directory)!r} is a link that leads nowhere", argument="cache_dir"
+        )
     if path.exists() and not path.is_dir():
-        raise CheckpointError(f"cache_dir={str(directory)!r} is a file; name a directory")
+        raise CheckpointError(
+            f"cache_dir={str(directory)!r} is a file; name a directory", argument="cache_dir"
+        )
     check_place(path)
 
 

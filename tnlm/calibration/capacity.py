@@ -82,7 +82,8 @@ def _check_ids(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
     if room is not None and longest > room:
         raise CalibrationError(
             f"the calibration data has sequences of {longest} tokens, but the model has {room} "
-            f"positions; use max_length<={room}"
+            f"positions; use max_length<={room}",
+            argument="max_length",
         )
 
 

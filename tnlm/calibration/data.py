@@ -85,7 +85,7 @@ def token_batches(
     if source is not None:
         samples = text_windows(source, tokenizer, max_length, num_samples, seed, bos)
     elif bos is True:
-        raise OptionError("bos=True is for text; token ids are taken as they are")
+        raise OptionError("bos=True is for text; token ids are taken as they are", argument="bos")
     elif is_pairs(calibration):
         samples = pair_samples(calibration, tokenizer, max_length, model)
     elif isinstance(calibration, DataLoader):
@@ -155,7 +155,9 @@ def _check_positive(**options: int) -> None:
     """Refuse counts below 1."""
     for name, value in options.items():
         if not is_whole(value) or value < 1:
-            raise OptionError(f"{name}={value!r}, but it must be an integer of at least 1")
+            raise OptionError(
+                f"{name}={value!r}, but it must be an integer of at least 1", argument=name
+            )
 
 
 def text_of(data: Any) -> Source | None:

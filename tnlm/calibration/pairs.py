@@ -40,7 +40,10 @@ def pair_samples(
         CalibrationError: without a tokenizer, or for a model that does not write a second text.
     """
     if tokenizer is None:
-        raise CalibrationError("calibration is text, which needs the model's tokenizer: tokenizer=")
+        raise CalibrationError(
+            "calibration is text, which needs the model's tokenizer: tokenizer=",
+            argument="tokenizer",
+        )
     if not reads_targets(model):
         raise CalibrationError(
             "calibration is pairs of texts, which an encoder and a decoder share; for a "

@@ -66,7 +66,8 @@ def sequences_of(batch: Mapping[str, Tensor]) -> list[Batch]:
     if not _is_by_sequence(batch, main):
         raise CalibrationError(
             "the data has images or sound beside text, several sequences in one batch, which this "
-            "metric cannot look at one by one; give each its own batch, or use metric='two-sided'"
+            "metric cannot look at one by one; give each its own batch, or use metric='two-sided'",
+            argument="metric",
         )
     return list(_rows(batch))
 

@@ -62,7 +62,7 @@ def check_bos(bos: object) -> None:
     """Raise `OptionError` unless it says whether windows begin with BOS; 1 and 0 do not."""
     if not isinstance(bos, bool) and not (isinstance(bos, str) and bos == AUTO):
         hint = did_you_mean(str(bos), [AUTO])
-        raise OptionError(f"bos={bos!r}{hint}, True or False")
+        raise OptionError(f"bos={bos!r}{hint}, True or False", argument="bos")
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase, bos: bool | str = AUTO) -> int | None:
@@ -81,7 +81,9 @@ def start_token(tokenizer: PreTrainedTokenizerBase, bos: bool | str = AUTO) -> i
         return None
     token = getattr(tokenizer, "bos_token_id", None)
     if bos is True and token is None:
-        raise OptionError("bos=True, but the tokenizer has no BOS token; use bos='auto' or False")
+        raise OptionError(
+            "bos=True, but the tokenizer has no BOS token; use bos='auto' or False", argument="bos"
+        )
     if bos is True or token is None:
         return token
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

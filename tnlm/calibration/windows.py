@@ -31,17 +31,24 @@ def text_windows(
         OptionError: if BOS leaves no room.
     """
     if tokenizer is None:
-        raise CalibrationError("calibration is text, which needs the model's tokenizer: tokenizer=")
+        raise CalibrationError(
+            "calibration is text, which needs the model's tokenizer: tokenizer=",
+            argument="tokenizer",
+        )
     start = start_token(tokenizer, bos)
     if start is not None and max_length < 2:
-        raise OptionError(f"max_length={max_length} leaves no room after BOS; use at least 2")
+        raise OptionError(
+            f"max_length={max_length} leaves no room after BOS; use at least 2",
+            argument="max_length",
+        )
     length = max_length - (start is not None)
     if source.size > WHOLE:
         found = drawn_windows(source, tokenizer, length, count, seed)
         if not found:
             raise CalibrationError(
                 f"no part of the calibration text holds a window of max_length={max_length} "
-                "tokens; use a smaller one"
+                "tokens; use a smaller one",
+                argument="max_length",
             )
         return [_sample(window, start) for window in found]
     text = source.part(0, source.size)
@@ -59,7 +66,8 @@ def id_windows(ids: Tensor, length: int, start: int | None = None) -> list[Batch
     if 0 < len(ids) < length:
         raise CalibrationError(
             f"calibration has {len(ids)} tokens, fewer than one window of "
-            f"max_length={length + more}; use max_length<={len(ids) + more} or give more text"
+            f"max_length={length + more}; use max_length<={len(ids) + more} or give more text",
+            argument="max_length",
         )
     windows = ids[: len(ids) // length * length].reshape(-1, length)
     return [_sample(window, start) for window in windows]

@@ -47,7 +47,7 @@ def load_model(
     from torch import OutOfMemoryError
 
     if isinstance(dtype, str) and dtype not in DTYPES:
-        raise OptionError(f"dtype={dtype!r}{did_you_mean(dtype, DTYPES)}")
+        raise OptionError(f"dtype={dtype!r}{did_you_mean(dtype, DTYPES)}", argument="dtype")
     place, options = _locate(source)
     try:
         tokenizer = _read_tokenizer(place, options)

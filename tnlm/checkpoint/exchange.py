@@ -97,7 +97,10 @@ def check_writable(directory: Path, *, overwrite: bool = False) -> None:
     if directory.is_dir():
         found = list(_entries(directory))
         if found and not overwrite:
-            raise CheckpointError(f"{directory} is not empty; choose another, or pass overwrite")
+            raise CheckpointError(
+                f"{directory} is not empty; choose another, or pass overwrite=True",
+                argument="overwrite",
+            )
         for path in filter(os.path.ismount, found):
             raise CheckpointError(f"{path} is a mount point, which cannot be replaced")
     check_place(directory)

@@ -127,7 +127,8 @@ def _check_dtype(named: object, headers: dict[str, Stored]) -> None:
         if stored.dtype in narrow.get(kind, ("F16",)):
             raise CheckpointError(
                 f"{name} is stored as {stored.dtype}, but config.json has dtype {named!r}; pass "
-                "dtype= to load every tensor in one dtype"
+                "dtype= to load every tensor in one dtype",
+                argument="dtype",
             )
 
 

@@ -264,7 +264,7 @@ def main() -> None:
     try:
         app()
     except TnlmError as error:
-        message = in_options(str(error), _options(sys.argv[1:]), sys.argv[1:])
+        message = in_options(error, _options(sys.argv[1:]))
         failed = f"{type(error).__name__}: {message}\n"
     if failed:  # after `except` the error is freed, so an open progress bar has ended its line
         sys.stderr.write(failed)

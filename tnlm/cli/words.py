@@ -1,68 +1,74 @@
-"""Rewrites errors for the shell: options take the place of keywords such as ``keep_targets=``."""
+"""Words an error for the shell: where the library says ``keep_targets=``, a command has options."""
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
+
+from tnlm.errors import TnlmError
 
 VALUE = r"""'[^']*'|"[^"]*"|\([^()]*\)|\[[^\[\]]*\]|-?\w[^\s,;:)]*"""
 """A value as Python writes it: text, a tuple, a list, or a word."""
-BOUNDS = {"<=": "of at most", ">=": "of at least"}
-GIVEN = {"tokenizer=": "a tokenizer in MODEL"}
-"""Arguments that the library asks for, but a command finds by itself."""
 BEFORE = r"(?<![\w./'\\?&-])"
-"""Start of a keyword, but not of a part of a path, an address or quoted text."""
+"""An argument begins here, and not the part of a path, of an address or of quoted text."""
+GIVEN = {"tokenizer": "a tokenizer in MODEL"}
+"""What the library asks for, and a command finds by itself."""
 
 
-def in_options(message: str, options: Mapping[str, str], typed: Sequence[str] = ()) -> str:
-    """Replace keywords in an error message by command-line options.
+def in_options(error: TnlmError, options: Mapping[str, str]) -> str:
+    """Return an error's message with options in place of the arguments that it names.
 
-    A word is a keyword if "=" follows it, if it follows "pass", or if it is in a list of keywords.
-    Names that are not options of the command stay as they are.
+    Arguments that are no option of the command stay as they are.
 
     Args:
-        message: the library's message.
-        options: the command's options, by keyword.
-        typed: words of the command line, such as file names, which are not read as keywords.
+        error: what the library says.
+        options: the command's options by the keyword for which each stands.
 
     Example:
-        >>> options = {"keep": "--keep", "keep_targets": "--keep-targets", "metric": "--metric"}
-        >>> in_options("keep_targets=0.8 with metric='input'; pass keep=", options)
-        '--keep-targets 0.8 with --metric input; pass --keep'
+        >>> error = TnlmError("keep=0.8 with metric='input'", argument=("keep", "metric"))
+        >>> in_options(error, {"keep": "--keep", "metric": "--metric"})
+        '--keep 0.8 with --metric input'
     """
-    for words, plain in GIVEN.items():
-        message = re.sub(rf"\b{words}", plain, message)
-    if not options:
+    message, shell = str(error), {**GIVEN, **options}
+    named = {name: shell[name] for name in error.arguments if name in shell}
+    if not named:
         return message
-    kept = sorted((word for word in typed if "=" in word), key=len, reverse=True)
-    for number, word in enumerate(kept):
-        message = message.replace(word, f"\0{number}\0")
-    name = "|".join(sorted(options, key=len, reverse=True))
+    # An argument is written `name=`; one that never is, by its name alone.
+    bare = {name for name in named if f"{name}=" not in message and f"{name}<=" not in message}
 
-    def assigned(found: re.Match[str]) -> str:
-        option, value = options[found[1]], found[2]
-        if value in ("None", "None."):
-            return f"no {option}{value[4:]}"
-        if value in ("True", "False"):
-            return option if value == "True" else f"--no-{option.removeprefix('--')}"
-        return option if value is None else f"{option} {_plain(value)}"
+    def shown(found: re.Match[str]) -> str:
+        name, sign, value = found.groups()
+        if sign is None:
+            return named[name] if name in bare else found[0]
+        return _assigned(named[name], sign, value)
 
-    def named(found: re.Match[str]) -> str:
-        return re.sub(rf"\b({name})\b", lambda each: options[each[0]], found[0])
-
-    alone = rf"{BEFORE}(?:{name})(?![\w/'=-]|\.\w)"
-    listed = rf"{alone}(?:(?:, | and | or | \+ ){alone})+"
-    message = re.sub(rf"{listed}|(?<=pass ){alone}", named, message)
-    for sign, words in BOUNDS.items():
-        message = re.sub(rf"{BEFORE}({name}){sign}", rf"\1= {words} ", message)
-    message = re.sub(rf"{BEFORE}({name})=(?!=)({VALUE})?", assigned, message)
-    return re.sub("\0(\\d+)\0", lambda found: kept[int(found[1])], message)
+    names = "|".join(sorted(named, key=len, reverse=True))
+    return re.sub(rf"{BEFORE}({names})(?![\w/])(?:(<?=)({VALUE})?)?", shown, message)
 
 
-def _plain(value: str) -> str:
-    """Return a value as it is typed: ``input`` for ``'input'``, ``4,8`` for ``(4, 8)``."""
-    if re.fullmatch(r"'[\w./,-]+'", value):
-        return value[1:-1]
-    if re.fullmatch(r"[(\[]-?[\d.]+(, -?[\d.]+)*,?[)\]]", value):
-        return value[1:-1].rstrip(",").replace(" ", "")
-    return value.replace("\\\\", "\\")  # repr doubles backslashes
+def _assigned(option: str, sign: str, text: str | None) -> str:
+    """Return an option with its value as it is typed: ``--out-split 4,8`` for ``(4, 8)``."""
+    if text is None:
+        return option
+    value, rest = _read(text)
+    if sign == "<=":
+        return f"{option} of at most {text}"
+    if value is None:
+        return f"no {option}{rest}"
+    if isinstance(value, bool):
+        return (option if value else f"--no-{option.removeprefix('--')}") + rest
+    if isinstance(value, list | tuple):
+        return f"{option} {','.join(map(str, value))}{rest}"
+    return f"{option} {shlex.quote(value) if isinstance(value, str) else value}{rest}"
+
+
+def _read(text: str) -> tuple[object, str]:
+    """Return a value that Python wrote, and a full stop that may follow it."""
+    for end in (len(text), len(text.rstrip("."))):
+        try:
+            return ast.literal_eval(text[:end]), text[end:]
+        except (ValueError, SyntaxError):
+            continue
+    return text, ""

@@ -116,7 +116,8 @@ def open_walk(
     if calls is None:
         raise CalibrationError(
             f"{type(model).__name__} cannot be walked block by block on this data; a cascade needs "
-            "one stack of blocks, and sequences of one length without padding; use cascade='none'"
+            "one stack of blocks, and sequences of one length without padding; use cascade='none'",
+            argument="cascade",
         )
     return blocks, calls
 
@@ -178,7 +179,8 @@ class _Pair:
             if len(inputs) < len(seen) or inputs[0].shape != inputs[-1].shape:
                 raise CalibrationError(
                     f"{module} gets different tokens in the compressed model and in the dense one, "
-                    "so its inputs do not pair; ignore it, or use cascade='none'"
+                    "so its inputs do not pair; ignore it, or use cascade='none'",
+                    argument="cascade",
                 )
             sums.add(*inputs)
         return sums.means(tokens)

@@ -32,7 +32,8 @@ def lessons(calibration: Calibration, model: PreTrainedModel, request: Request) 
     for name in (name for batch in batches for name in batch if name not in TEXT):
         raise CalibrationError(
             f"the data has {name!r}, which would be lost: training takes text alone; give "
-            "other data: training=, or leave recover= out"
+            "other data: training=, or leave recover= out",
+            argument=("training", "recover"),
         )
     return batches
 
@@ -68,30 +69,40 @@ def check_data(request: Request, data: Calibration) -> None:
     if not (given or request.measures or MOVEMENT in request.needs) and request.trains:
         raise CalibrationError(
             f"recover={request.recover!r} trains on data; pass training= or calibration= "
-            "(texts, a file, token ids) and tokenizer="
+            "(texts, a file, token ids) and tokenizer=",
+            argument=("recover", "training", "calibration", "tokenizer"),
         )
     if request.looks_at_data and not given:
         raise CalibrationError(
             f"scheme {scheme!r} with metric={metric!r} needs data; pass "
-            "calibration= (texts, a file, token ids) and tokenizer="
+            "calibration= (texts, a file, token ids) and tokenizer=",
+            argument=("metric", "calibration", "tokenizer"),
         )
     if not request.looks_at_data and data.data is not None:
         raise OptionError(
             f"calibration= has no effect on scheme {scheme!r} with metric='identity'; "
-            "leave it out, or choose a scheme or metric that needs data: svd-llm, metric='input'"
+            "leave it out, or choose a scheme or metric that needs data: svd-llm, metric='input'",
+            argument=("calibration", "metric"),
         )
     if request.needs == {MOVEMENT} and data.cache_dir is not None:
         raise OptionError(
-            f"cache_dir= keeps calibration statistics, but metric={metric!r} trains and has none"
+            f"cache_dir= keeps calibration statistics, but metric={metric!r} trains and has none",
+            argument=("cache_dir", "metric"),
         )
     if data.cache_dir is not None:
         check_cache(data.cache_dir)
     if not request.trains and training is not None:
-        raise OptionError("training= has no effect without recover=; leave it out")
+        raise OptionError(
+            "training= has no effect without recover=; leave it out",
+            argument=("training", "recover"),
+        )
     check_unused(request, data)
     samples = data.cut.gradient_samples
     if not is_whole(samples) or samples < 1:
-        raise OptionError(f"gradient_samples={samples!r}; allowed: a whole number >= 1")
+        raise OptionError(
+            f"gradient_samples={samples!r}; allowed: a whole number >= 1",
+            argument="gradient_samples",
+        )
 
 
 def check_unused(request: Request, data: Calibration) -> None:
@@ -102,5 +113,6 @@ def check_unused(request: Request, data: Calibration) -> None:
         if getattr(data, each.field) is not None:
             raise OptionError(
                 f"{each.keyword}= has no effect on scheme {request.scheme.name!r} with "
-                f"metric={request.measure.name!r}, which uses no data; leave it out"
+                f"metric={request.measure.name!r}, which uses no data; leave it out",
+                argument=(each.keyword, "metric"),
             )

@@ -108,7 +108,8 @@ def draw(
         if std == 0.0:
             raise ModelError(
                 f"{target.name} is initialised to zeros in this architecture, but factors cannot "
-                "learn from zeros; name it in ignore="
+                "learn from zeros; name it in ignore=",
+                argument="ignore",
             )
         factors = gaussian(module.network, std, generator)
         if getattr(module, "padding_idx", None) is not None:

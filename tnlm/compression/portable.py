@@ -33,7 +33,8 @@ def portable(scheme: Scheme, name: str | None) -> Scheme:
         good = [n for n, s in schemes().items() if set(s.formats) & set(runtime.formats)]
         raise OptionError(
             f"portable={name!r} with scheme {scheme.name!r}: it does not execute "
-            f"{', '.join(scheme.formats)}; allowed schemes: {', '.join(good)}"
+            f"{', '.join(scheme.formats)}; allowed schemes: {', '.join(good)}",
+            argument="portable",
         )
     multiple = {"multiple": runtime.multiple} if "channels" in kept else {}
     return replace(

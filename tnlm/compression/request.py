@@ -130,7 +130,8 @@ class Request:
             if part == 0:
                 raise BudgetError(
                     f"keep={self.keep:g} counts {_words(self.unit)}, but the targets have none; "
-                    "add targets, or use another unit"
+                    "add targets, or use another unit",
+                    argument="keep",
                 )
             keep = (self.keep * whole - rest) / part
             if keep <= 0:
@@ -138,7 +139,8 @@ class Request:
                 raise BudgetError(
                     f"keep={self.keep:g} of {whole:,} {_words(self.unit)}, but {rest:,} lie "
                     f"outside the targets; the smallest possible is keep={least:.3f}, "
-                    "or add targets"
+                    "or add targets",
+                    argument="keep",
                 )
         if keep is None:
             keep = 1.0 if self._size_is_given() else self.scheme.keep_targets

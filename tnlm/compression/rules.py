@@ -32,7 +32,8 @@ def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measu
         if measure.needs and kind not in structure.metrics:
             raise OptionError(
                 f"metric={measure.name!r} with scheme {scheme!r}: {structure.name} can be fitted "
-                f"only under {_allowed(structure)}"
+                f"only under {_allowed(structure)}",
+                argument="metric",
             )
 
 
@@ -57,7 +58,8 @@ def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping
         if name not in known:
             raise OptionError(
                 f"unknown option {name!r} for scheme {scheme!r}"
-                f"{did_you_mean(name, known, keywords)}"
+                f"{did_you_mean(name, known, keywords)}",
+                argument=known,
             )
 
 
@@ -71,7 +73,8 @@ def check_fitting(
             allowed = ", ".join(m.name for m in measures().values() if m.elementwise)
             raise OptionError(
                 f"{name}={given[name]!r} has no effect with metric={measure.name!r}, whose fit is "
-                f"in closed form; allowed with metric={allowed!r}"
+                f"in closed form; allowed with metric={allowed!r}",
+                argument=(name, "metric"),
             )
 
 
@@ -87,9 +90,12 @@ def check_damping(measure: Measure, damping: float | None) -> None:
     if damping is None:
         return
     if not measure.needs:
-        raise OptionError("damping= has no effect with metric='identity'; leave it out")
+        raise OptionError(
+            "damping= has no effect with metric='identity'; leave it out",
+            argument=("damping", "metric"),
+        )
     if not is_number(damping) or not 0 <= damping < 1:
-        raise OptionError(f"damping={damping!r}; allowed: a fraction in [0, 1)")
+        raise OptionError(f"damping={damping!r}; allowed: a fraction in [0, 1)", argument="damping")
 
 
 def check_cascade(measure: Measure, cascade: str) -> None:
@@ -99,7 +105,8 @@ def check_cascade(measure: Measure, cascade: str) -> None:
     if cascade != "none" and INPUTS not in measure.needs:
         raise OptionError(
             f"cascade={cascade!r} with metric={measure.name!r}, which does not use inputs; "
-            "allowed: a metric that does, such as 'input' or 'two-sided'"
+            "allowed: a metric that does, such as 'input' or 'two-sided'",
+            argument=("cascade", "metric"),
         )
 
 
@@ -110,7 +117,8 @@ def check_channels(structures: Sequence[Format[Any]], measure: Measure, cascade:
     if measure.name not in ("input", "two-sided") or cascade != "none":
         raise OptionError(
             f"metric={measure.name!r} and cascade={cascade!r} cannot select channels; "
-            "allowed: metric='input' or 'two-sided', and cascade='none'"
+            "allowed: metric='input' or 'two-sided', and cascade='none'",
+            argument=("metric", "cascade"),
         )
 
 
@@ -119,7 +127,9 @@ def check_share(
 ) -> None:
     """Raise `OptionError` unless the formats and the metric let blocks share a factor."""
     if not is_whole(share) or share < 1:
-        raise OptionError(f"share={share!r}; allowed: a number of blocks, 1 for none")
+        raise OptionError(
+            f"share={share!r}; allowed: a number of blocks, 1 for none", argument="share"
+        )
     if share == 1:
         return
     wrong = [structure.name for structure in structures if not structure.stacks]
@@ -127,7 +137,8 @@ def check_share(
         what = wrong[0] if wrong else f"cascade={cascade!r} or metric={measure.name!r}"
         raise OptionError(
             f"share={share} with {what}; allowed: low rank, cascade='none', and a metric that "
-            "adds no bias"
+            "adds no bias",
+            argument=("share", "cascade"),
         )
 
 
@@ -137,7 +148,8 @@ def check_shared_formats(allocation: Allocation, structures: Sequence[Format[Any
         if allocation.formats is not None and structure.name not in allocation.formats:
             raise OptionError(
                 f"allocation={allocation.name!r} with {structure.name}; allowed: "
-                + ", ".join(sorted(allocation.formats))
+                + ", ".join(sorted(allocation.formats)),
+                argument="allocation",
             )
 
 
@@ -149,19 +161,24 @@ def check_shared(allocation: Allocation, budget: Budget) -> None:
     if unit not in allocation.units:
         raise BudgetError(
             f"unit={unit!r} with allocation={allocation.name!r}; allowed: "
-            + ", ".join(allocation.units)
+            + ", ".join(allocation.units),
+            argument=("unit", "allocation"),
         )
     if budget.tolerance is not None and not allocation.tolerates:
         raise BudgetError(
             f"tolerance with allocation={allocation.name!r}, which needs a budget to split; pass "
-            "keep or keep_targets, or allocation='uniform'"
+            "keep or keep_targets, or allocation='uniform'",
+            argument=("tolerance", "keep", "keep_targets", "allocation"),
         )
     if blocks is None:
         return
     if not allocation.counts_blocks:
-        raise OptionError(f"blocks={blocks!r} has no effect with allocation={allocation.name!r}")
+        raise OptionError(
+            f"blocks={blocks!r} has no effect with allocation={allocation.name!r}",
+            argument=("blocks", "allocation"),
+        )
     if not is_whole(blocks) or blocks < 1:
-        raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1")
+        raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1", argument="blocks")
 
 
 def check_budgets(budget: Budget, sizes: Sequence[str]) -> None:
@@ -169,14 +186,21 @@ def check_budgets(budget: Budget, sizes: Sequence[str]) -> None:
     values = {name: getattr(budget, name) for name in BUDGETS}
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) > 1:
-        raise BudgetError(f"{' and '.join(given)} given; allowed: one of {', '.join(BUDGETS)}")
+        raise BudgetError(
+            f"{' and '.join(given)} given; allowed: one of {', '.join(BUDGETS)}", argument=BUDGETS
+        )
     for name, value in given.items():
         if not is_number(value) or not 0 < value <= 1:
-            raise BudgetError(f"{name}={value!r}; allowed: a fraction in (0, 1]")
+            raise BudgetError(f"{name}={value!r}; allowed: a fraction in (0, 1]", argument=name)
     if budget.tolerance is not None and sizes:
-        raise BudgetError(f"tolerance and {sizes[0]} given; a tolerance determines {sizes[0]}")
+        raise BudgetError(
+            f"tolerance and {sizes[0]} given; a tolerance determines {sizes[0]}",
+            argument=("tolerance", sizes[0]),
+        )
     if not is_number(budget.max_macs) or not budget.max_macs > 0:
-        raise BudgetError(f"max_macs={budget.max_macs!r}; allowed: a number > 0, or inf")
+        raise BudgetError(
+            f"max_macs={budget.max_macs!r}; allowed: a number > 0, or inf", argument="max_macs"
+        )
 
 
 def is_word(value: Any, allowed: Sequence[str]) -> bool:
@@ -192,7 +216,9 @@ def is_number(value: Any) -> bool:
 def check_refine(refine: int) -> None:
     """Raise `OptionError` unless ``refine`` is a whole number of tokens, or 0."""
     if not is_whole(refine) or refine < 0:
-        raise OptionError(f"refine={refine!r}; allowed: a number of tokens, 0 for none")
+        raise OptionError(
+            f"refine={refine!r}; allowed: a number of tokens, 0 for none", argument="refine"
+        )
 
 
 def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
@@ -203,6 +229,12 @@ def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
     if tokens is None:
         return
     if recover == "none" and MOVEMENT not in measure.needs:
-        raise OptionError("recover_tokens= has no effect without recover=; leave it out")
+        raise OptionError(
+            "recover_tokens= has no effect without recover=; leave it out",
+            argument=("recover_tokens", "recover"),
+        )
     if not is_whole(tokens) or tokens < 1:
-        raise OptionError(f"recover_tokens={tokens!r}; allowed: a number of tokens >= 1")
+        raise OptionError(
+            f"recover_tokens={tokens!r}; allowed: a number of tokens >= 1",
+            argument="recover_tokens",
+        )

@@ -150,7 +150,7 @@ def from_dict(kind: type[S], values: Mapping[str, Any]) -> S:
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
-            raise OptionError(f"unknown option {key!r}{did_you_mean(key, hints)}")
+            raise OptionError(f"unknown option {key!r}{did_you_mean(key, hints)}", argument=hints)
         _check(key, value, hints[key])
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
@@ -177,7 +177,7 @@ def _check(key: str, value: Any, hint: Any) -> None:
         wanted = "a finite number >= 0" if float in allowed else wanted
         plain = bool in allowed or float in allowed or int in allowed
         wanted = wanted if plain else f"a list, each {wanted}"
-        raise OptionError(f"{key}={value!r}; allowed: {wanted}")
+        raise OptionError(f"{key}={value!r}; allowed: {wanted}", argument=key)
 
 
 def _is_count(value: Any) -> bool:
@@ -193,7 +193,9 @@ def matrix_shape(weight: Tensor) -> Shape:
 def check_split(name: str, split: Sequence[int], size: int) -> None:
     """Raise `RankError` unless the modes of a split multiply to ``size``."""
     if math.prod(split) != size:
-        raise RankError(f"{name}={tuple(split)} multiplies to {math.prod(split)}, not to {size}")
+        raise RankError(
+            f"{name}={tuple(split)} multiplies to {math.prod(split)}, not to {size}", argument=name
+        )
 
 
 def given_split(
@@ -210,7 +212,7 @@ def given_split(
     check_split(name, split, size)
     if len(split) not in modes:
         allowed = " to ".join(dict.fromkeys((str(modes[0]), str(modes[-1]))))
-        raise RankError(f"{name}={split}; allowed: {allowed} sizes")
+        raise RankError(f"{name}={split}; allowed: {allowed} sizes", argument=name)
     return split
 
 

@@ -78,14 +78,18 @@ class BlockTrain(Format[BlockTrainSpec]):
     def network(self, shape: Shape, spec: BlockTrainSpec) -> Network:
         """Return ``abcr,bcrd->abcd``: b and c number the blocks."""
         if len(spec.out_split) != 2 or len(spec.in_split) != 2:
-            raise RankError(f"out_split={spec.out_split}, in_split={spec.in_split}; two sizes each")
+            raise RankError(
+                f"out_split={spec.out_split}, in_split={spec.in_split}; two sizes each",
+                argument=("out_split", "in_split"),
+            )
         check_split("out_split", spec.out_split, shape[0])
         check_split("in_split", spec.in_split, shape[1])
         (a, b), (c, d) = spec.out_split, spec.in_split
         if spec.rank > min(a, d):
             raise RankError(
                 f"rank={spec.rank}, but a {shape[0]}x{shape[1]} matrix with out_split={(a, b)}, "
-                f"in_split={(c, d)} has {a}x{d} blocks, of rank 1 to {min(a, d)}"
+                f"in_split={(c, d)} has {a}x{d} blocks, of rank 1 to {min(a, d)}",
+                argument=("rank", "out_split", "in_split"),
             )
         sizes = {"a": a, "b": b, "c": c, "d": d, "r": spec.rank}
         return Network({"left": "abcr", "right": "bcrd"}, "ab", "cd", sizes)
@@ -120,7 +124,8 @@ class BlockTrain(Format[BlockTrainSpec]):
             if options["rank"] > most:
                 raise RankError(
                     f"rank={options['rank']}; a {shape[0]}x{shape[1]} matrix has at most {most} "
-                    "in any of the splits allowed"
+                    "in any of the splits allowed",
+                    argument="rank",
                 )
         return found[:SPLITS]
 

@@ -62,9 +62,13 @@ class Channels(Format[ChannelsSpec]):
     def network(self, shape: Shape, spec: ChannelsSpec) -> Network:
         """Return the one factor of kept rows; the layers that use it are plain."""
         if spec.width > shape[0]:
-            raise RankError(f"width={spec.width}; {shape[0]} channels allow 1 to {shape[0]}")
+            raise RankError(
+                f"width={spec.width}; {shape[0]} channels allow 1 to {shape[0]}", argument="width"
+            )
         if spec.width % spec.multiple:
-            raise RankError(f"width={spec.width}; allowed: multiples of {spec.multiple}")
+            raise RankError(
+                f"width={spec.width}; allowed: multiples of {spec.multiple}", argument="width"
+            )
         return Network({"rows": "ko"}, "k", "o", {"k": spec.width, "o": shape[1]})
 
     def fit(self, weight: Tensor, metric: Metric, spec: ChannelsSpec) -> Factors:

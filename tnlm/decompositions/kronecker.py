@@ -79,7 +79,10 @@ class Kronecker(Format[KroneckerSpec]):
     def network(self, shape: Shape, spec: KroneckerSpec) -> Network:
         """Return ``tac,tbd->abcd``, gauge-fixed on the smaller factor."""
         if len(spec.out_split) != 2 or len(spec.in_split) != 2:
-            raise RankError(f"out_split={spec.out_split}, in_split={spec.in_split}; two sizes each")
+            raise RankError(
+                f"out_split={spec.out_split}, in_split={spec.in_split}; two sizes each",
+                argument=("out_split", "in_split"),
+            )
         check_split("out_split", spec.out_split, shape[0])
         check_split("in_split", spec.in_split, shape[1])
         (a, b), (c, d) = spec.out_split, spec.in_split
@@ -87,7 +90,8 @@ class Kronecker(Format[KroneckerSpec]):
             raise RankError(
                 f"terms={spec.terms}, but a {shape[0]}x{shape[1]} matrix with out_split={(a, b)}, "
                 f"in_split={(c, d)} has at most {min(a * c, b * d)}; "
-                "use fewer terms or other splits"
+                "use fewer terms or other splits",
+                argument=("terms", "out_split", "in_split"),
             )
         sizes = {"t": spec.terms, "a": a, "b": b, "c": c, "d": d}
         gauge = Gauge("right" if b * d <= a * c else "left", "t") if spec.gauge else None
@@ -137,7 +141,8 @@ class Kronecker(Format[KroneckerSpec]):
         if options["terms"] > most:
             raise RankError(
                 f"terms={options['terms']}; a {shape[0]}x{shape[1]} matrix has at most {most} "
-                "in any of the splits allowed"
+                "in any of the splits allowed",
+                argument="terms",
             )
 
     def within(

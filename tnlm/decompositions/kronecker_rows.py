@@ -49,13 +49,17 @@ class KroneckerRows(Format[KroneckerRowsSpec]):
     def network(self, shape: Shape, spec: KroneckerRowsSpec) -> Network:
         """Return ``vtc,td->vcd`` with v the row."""
         if len(spec.in_split) != 2:
-            raise RankError(f"in_split={spec.in_split}; allowed: two sizes, outer and inner")
+            raise RankError(
+                f"in_split={spec.in_split}; allowed: two sizes, outer and inner",
+                argument="in_split",
+            )
         check_split("in_split", spec.in_split, shape[1])
         most = _most_terms(shape[0], spec.in_split)
         if spec.terms > most:
             raise RankError(
                 f"terms={spec.terms}; a {shape[0]}x{shape[1]} table with in_split={spec.in_split} "
-                f"allows 1 to {most}"
+                f"allows 1 to {most}",
+                argument=("terms", "in_split"),
             )
         outer, inner = spec.in_split
         sizes = {"v": shape[0], "t": spec.terms, "c": outer, "d": inner}
@@ -83,7 +87,8 @@ class KroneckerRows(Format[KroneckerRowsSpec]):
         if asked is not None and asked > most:
             raise RankError(
                 f"terms={asked}; a {shape[0]}x{shape[1]} table has at most {most} in any of the "
-                "splits allowed"
+                "splits allowed",
+                argument="terms",
             )
         found = []
         for (outer, inner), limit in limits.items():

@@ -68,7 +68,8 @@ class LowRank(Format[LowRankSpec]):
         """Return ``or,ri->oi``."""
         if spec.rank > min(shape):
             raise RankError(
-                f"rank={spec.rank}; a {shape[0]}x{shape[1]} matrix allows 1 to {min(shape)}"
+                f"rank={spec.rank}; a {shape[0]}x{shape[1]} matrix allows 1 to {min(shape)}",
+                argument="rank",
             )
         sizes = {"o": shape[0], "r": spec.rank, "i": shape[1]}
         gauge = Gauge("left" if shape[0] < shape[1] else "right", "r") if spec.gauge else None

@@ -89,11 +89,14 @@ class TensorRing(Format[TensorRingSpec]):
         ):
             raise RankError(
                 f"out_split={spec.out_split}, in_split={spec.in_split}, ranks={spec.ranks}; "
-                f"allowed: as many ranks as sizes in each split, {ORDER} to {len(OUT)}"
+                f"allowed: as many ranks as sizes in each split, {ORDER} to {len(OUT)}",
+                argument=("out_split", "in_split", "ranks"),
             )
         most = _capped(_pairs(spec.out_split, spec.in_split), spec.ranks)
         if most != spec.ranks:
-            raise RankError(f"ranks={spec.ranks}; these splits allow at most {most}")
+            raise RankError(
+                f"ranks={spec.ranks}; these splits allow at most {most}", argument="ranks"
+            )
         ranks = dict(zip(BOND, spec.ranks, strict=False))
         closing = BOND[0] if spec.ranks[0] > 1 else ""
         bonds = [closing, *BOND[1:order], closing]
@@ -220,13 +223,17 @@ def _split(shape: Shape, options: Mapping[str, Any]) -> tuple[Split, Split]:
     out = given_split("out_split", options, shape[0], orders)
     inp = given_split("in_split", options, shape[1], orders)
     if out and inp and len(out) != len(inp):
-        raise RankError(f"out_split={out}, in_split={inp}; allowed: splits of equal length")
+        raise RankError(
+            f"out_split={out}, in_split={inp}; allowed: splits of equal length",
+            argument=("out_split", "in_split"),
+        )
     ranks = tuple(options.get("ranks") or ())
     order = len(out or inp or (ranks if len(ranks) > 1 else range(ORDER)))
     if order not in orders or len(ranks) not in (0, 1, order):
         raise RankError(
             f"ranks={ranks} for {order} cores; allowed: one rank for all bonds, or one a core, "
-            f"{orders[0]} to {orders[-1]}"
+            f"{orders[0]} to {orders[-1]}",
+            argument="ranks",
         )
     return out or balanced_split(shape[0], order), inp or balanced_split(shape[1], order)
 

@@ -83,11 +83,14 @@ class TensorTrain(Format[TensorTrainSpec]):
         ):
             raise RankError(
                 f"out_split={spec.out_split}, in_split={spec.in_split}, ranks={spec.ranks}; "
-                f"allowed: splits of equal length, 2 to {len(OUT)}, and one rank fewer"
+                f"allowed: splits of equal length, 2 to {len(OUT)}, and one rank fewer",
+                argument=("out_split", "in_split", "ranks"),
             )
         limits = _limits(spec.out_split, spec.in_split)
         if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
-            raise RankError(f"ranks={spec.ranks}; these splits allow at most {limits}")
+            raise RankError(
+                f"ranks={spec.ranks}; these splits allow at most {limits}", argument="ranks"
+            )
         ranks = dict(zip(BOND, spec.ranks, strict=False))
         return chain_of_cores(spec.out_split, spec.in_split, ["", *ranks, ""], ranks)
 
@@ -207,7 +210,10 @@ def _splits(
     out = given_split("out_split", options, shape[0], range(2, len(OUT) + 1))
     inp = given_split("in_split", options, shape[1], range(2, len(IN) + 1))
     if out and inp and len(out) != len(inp):
-        raise RankError(f"out_split={out}, in_split={inp}; allowed: splits of equal length")
+        raise RankError(
+            f"out_split={out}, in_split={inp}; allowed: splits of equal length",
+            argument=("out_split", "in_split"),
+        )
     known = out or inp
     for order in (len(known),) if known else orders(options, ORDERS):
         yield out or balanced_split(shape[0], order), inp or balanced_split(shape[1], order)

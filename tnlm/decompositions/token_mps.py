@@ -60,11 +60,15 @@ class TokenMPS(Format[TokenMPSSpec]):
         if not 2 <= order <= len(MODES) or len(spec.ranks) != order - 1:
             raise RankError(
                 f"in_split={spec.in_split}, ranks={spec.ranks}; "
-                f"allowed: 2 to {len(MODES)} modes and one rank fewer"
+                f"allowed: 2 to {len(MODES)} modes and one rank fewer",
+                argument=("in_split", "ranks"),
             )
         limits = _limits(spec.in_split)
         if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
-            raise RankError(f"ranks={spec.ranks}; in_split={spec.in_split} allows at most {limits}")
+            raise RankError(
+                f"ranks={spec.ranks}; in_split={spec.in_split} allows at most {limits}",
+                argument=("ranks", "in_split"),
+            )
         sizes = {"z": shape[0]} | dict(zip(MODES, spec.in_split, strict=False))
         sizes |= dict(zip(BOND, spec.ranks, strict=False))
         bonds = ["", *BOND[: order - 1], ""]

@@ -70,11 +70,14 @@ class Tucker(Format[TuckerSpec]):
         if len(spec.ranks) != len(dims) or len(dims) > len(OPEN):
             raise RankError(
                 f"ranks={spec.ranks} for modes {dims}; "
-                f"allowed: one rank a mode, {len(OPEN)} at most"
+                f"allowed: one rank a mode, {len(OPEN)} at most",
+                argument="ranks",
             )
         limits = _limits(dims, spec.ranks)
         if any(rank > limit for rank, limit in zip(spec.ranks, limits, strict=True)):
-            raise RankError(f"ranks={spec.ranks}; modes {dims} allow at most {limits}")
+            raise RankError(
+                f"ranks={spec.ranks}; modes {dims} allow at most {limits}", argument="ranks"
+            )
         sizes = dict(zip(OPEN, dims, strict=False))
         out, inp = OPEN[: len(spec.out_split)], OPEN[len(spec.out_split) : len(dims)]
         if len(dims) == 2:
@@ -256,7 +259,8 @@ def _splits(
     if not found:
         raise RankError(
             f"ranks={ranks}; allowed: one for all modes, or one for each size of out_split and of "
-            f"in_split; without splits, 2 to 4 ranks"
+            f"in_split; without splits, 2 to 4 ranks",
+            argument="ranks",
         )
     for pair in found:
         # The plain matrix is low rank, which has its own format: only when it is asked for.

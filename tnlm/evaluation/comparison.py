@@ -50,7 +50,8 @@ def compared(
         raise EvaluationError(
             f"{result.task}: the baseline answered other questions (n={old.n}, "
             f"num_fewshot={old.num_fewshot}, now n={result.n}, num_fewshot={result.num_fewshot}); "
-            "use the same data, limit, num_fewshot, max_new_tokens, seed and scorer"
+            "use the same data, limit, num_fewshot, max_new_tokens, seed and scorer",
+            argument="num_fewshot",
         )
     by_name = {metric.name: metric for metric in metrics}
     found = []

@@ -77,7 +77,9 @@ def efficiency(
     models = {"model": model} | ({} if baseline is None else {"baseline": baseline})
     for each in models.values():
         length = max(lengths) + new_tokens
-        check_positions(each, length, f"prompt_tokens + new_tokens = {length}")
+        check_positions(
+            each, length, f"prompt_tokens + new_tokens = {length}", ("prompt_tokens", "new_tokens")
+        )
     places = {"model": directory, "baseline": baseline_directory}
     prompts = _prompts(models, lengths)
     with evaluating(*models.values()):
@@ -107,9 +109,12 @@ def efficiency(
 def _check(lengths: Sequence[int], new_tokens: int, repeats: int) -> None:
     for name, value in {"new_tokens": new_tokens, "repeats": repeats}.items():
         if value < 1:
-            raise OptionError(f"{name}={value}, but at least 1 is needed")
+            raise OptionError(f"{name}={value}, but at least 1 is needed", argument=name)
     if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
-        raise OptionError(f"prompt_tokens={lengths}; allowed: different lengths of at least 1")
+        raise OptionError(
+            f"prompt_tokens={lengths}; allowed: different lengths of at least 1",
+            argument="prompt_tokens",
+        )
 
 
 def _prompts(models: Mapping[str, PreTrainedModel], lengths: Sequence[int]) -> list[Tensor]:

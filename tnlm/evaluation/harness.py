@@ -119,7 +119,8 @@ def _fetched(task: Task, shots: int, asked: Protocol) -> dict[str, Any]:
         loaded = _load([name], home / folder)
     except (OSError, RuntimeError, ValueError) as err:
         raise EvaluationError(
-            f"{task.name}: lm-eval cannot get its data: {err}; give local rows as data="
+            f"{task.name}: lm-eval cannot get its data: {err}; give local rows as data=",
+            argument="data",
         ) from err
     for each in loaded["tasks"].values():
         each.set_config("num_fewshot", shots)

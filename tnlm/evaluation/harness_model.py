@@ -85,7 +85,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
             if room < 1:
                 raise EvaluationError(
                     f"max_new_tokens={how['max_gen_toks']} leaves no room for a prompt in a window "
-                    f"of {self.max_length}; use at most {self.max_length - 1}"
+                    f"of {self.max_length}; use at most {self.max_length - 1}",
+                    argument="max_new_tokens",
                 )
             tokens = self.tok_encode(prompt)
             self._check_vocabulary(self._name(request), tokens)

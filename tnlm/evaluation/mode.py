@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +65,19 @@ def check_causal(model: PreTrainedModel, what: str) -> None:
     )
 
 
-def check_positions(model: PreTrainedModel, length: int, what: str) -> None:
+def check_positions(
+    model: PreTrainedModel, length: int, what: str, argument: str | Sequence[str] = ()
+) -> None:
     """Refuse sequences longer than the model has positions.
 
     Args:
         model: any transformers model.
         length: tokens of one sequence.
         what: the request, for the message, e.g. ``"window=512"``.
+        argument: the arguments that it names.
     """
     most = room_of(model)
     if most is not None and length > most:
-        raise EvaluationError(f"{what}, but the model has {most} positions; use at most {most}")
+        raise EvaluationError(
+            f"{what}, but the model has {most} positions; use at most {most}", argument=argument
+        )

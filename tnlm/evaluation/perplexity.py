@@ -117,11 +117,13 @@ def window_losses(
     The arguments are those of :func:`perplexity`; ``progress`` shows a bar.
     """
     if windows < 1:
-        raise OptionError(f"windows={windows}, but at least 1 is needed")
+        raise OptionError(f"windows={windows}, but at least 1 is needed", argument="windows")
     if window < 2:
-        raise EvaluationError(f"window={window} predicts nothing; use at least 2")
+        raise EvaluationError(
+            f"window={window} predicts nothing; use at least 2", argument="window"
+        )
     check_causal(model, "perplexity")
-    check_positions(model, window, f"window={window}")
+    check_positions(model, window, f"window={window}", "window")
     ids = _first_windows(model, text, tokenizer, window, windows, bos)
     rows = tqdm(ids, desc="windows", disable=not progress)
     with evaluating(model):
@@ -168,7 +170,7 @@ def _first_windows(
             )
         ids = first_ids(source, tokenizer, windows * length)
     except CalibrationError as err:
-        raise EvaluationError(str(err)) from err
+        raise EvaluationError(str(err), argument=err.arguments) from err
     if len(ids) < length:
         named = isinstance(text, str) and source.size < 256
         hint = "; no file has that name" if named else ""

@@ -36,7 +36,7 @@ class Protocol:
         for name, count in {**least, "max_new_tokens": 1}.items():
             value = getattr(self, name)
             if value is not None and value < count:
-                raise OptionError(f"{name}={value}, but at least {count} is needed")
+                raise OptionError(f"{name}={value}, but at least {count} is needed", argument=name)
 
     def shots_of(self, task: Task) -> int:
         """Return how many examples stand before each item of a task."""

@@ -81,7 +81,8 @@ def example_rows(
         raise EvaluationError(
             f"{task.name}: num_fewshot={shots}, but there are no rows to draw examples from; give "
             f"examples={{{task.name!r}: ...}}, a file {task.file or task.name}_train.jsonl, or "
-            "num_fewshot=0"
+            "num_fewshot=0",
+            argument="num_fewshot",
         )
     pool = adapted(task, _content(source)) if shots else []
     counts = Counter(row.get(task.split_by, "") for row in pool)
@@ -90,7 +91,8 @@ def example_rows(
         if counts[part] < shots:
             raise EvaluationError(
                 f"{task.name} item {number}: num_fewshot={shots}, but there are {counts[part]} "
-                f"examples{f' of {part}' if part else ''}"
+                f"examples{f' of {part}' if part else ''}",
+                argument="num_fewshot",
             )
     return pool
 
@@ -153,7 +155,7 @@ def _source(task: Task, data: Sources) -> Source:
         return data[task.name]
     folder, stem = Path(data), task.file or task.name
     if not folder.is_dir():
-        raise EvaluationError(f"data={str(data)!r} is no directory")
+        raise EvaluationError(f"data={str(data)!r} is no directory", argument="data")
     files = _TEXTS if not task.config else [f"{stem}{split}.jsonl" for split in _SPLITS]
     for name in files:
         if (folder / name).is_file():
@@ -171,5 +173,5 @@ def _read(path: Path) -> list[Row]:
     try:
         rows: list[Row] = [row for _, row in read_lines(path)]
     except CalibrationError as err:
-        raise EvaluationError(str(err)) from err
+        raise EvaluationError(str(err), argument=err.arguments) from err
     return rows

@@ -128,9 +128,9 @@ def _chosen(tasks: str | Sequence[str] | None, text: str | Path | None) -> list[
     if text is not None and PERPLEXITY.name not in names:
         names.insert(0, PERPLEXITY.name)
     if not names:
-        raise OptionError("nothing to measure; pass tasks= or text=")
+        raise OptionError("nothing to measure; pass tasks= or text=", argument=("tasks", "text"))
     if len(set(names)) < len(names):
-        raise OptionError(f"tasks={names}; name each once")
+        raise OptionError(f"tasks={names}; name each once", argument="tasks")
     return [get_task(name) for name in names]
 
 
@@ -146,15 +146,20 @@ def _check(
         raise EvaluationError("an evaluation needs the model's tokenizer, got None")
     check_causal(model, "an evaluation")
     if asked.max_length is not None:
-        check_positions(model, asked.max_length, f"max_length={asked.max_length}")
+        check_positions(model, asked.max_length, f"max_length={asked.max_length}", "max_length")
     if sources["examples"] is not None and sources["data"] is None:
-        raise OptionError("examples= needs data=; without it lm-eval draws its own")
+        raise OptionError(
+            "examples= needs data=; without it lm-eval draws its own", argument="data"
+        )
     if not any(task.config for task in tasks):
         unused = {name: getattr(asked, name) for name in ("limit", "num_fewshot", "max_length")}
         unused |= {} if sources["text"] is None else sources | {"text": None}
         for name, value in unused.items():
             if value is not None:
-                raise OptionError(f"{name}= has no effect on a text; pass tasks= or leave it out")
+                raise OptionError(
+                    f"{name}= has no effect on a text; pass tasks= or leave it out",
+                    argument=(name, "tasks"),
+                )
 
 
 def _read(
@@ -167,11 +172,13 @@ def _read(
     """Return what a task reads, checked."""
     if not task.config:
         if text is None and data is None:
-            raise EvaluationError(f"{task.name} is that of a text; pass text=")
+            raise EvaluationError(f"{task.name} is that of a text; pass text=", argument="text")
         return text_source(task, data) if text is None else text  # type: ignore[arg-type]
     if data is None:
         if not task.online:
-            raise EvaluationError(f"lm-eval has no task like {task.name}; give data=")
+            raise EvaluationError(
+                f"lm-eval has no task like {task.name}; give data=", argument="data"
+            )
         return None
     shots = asked.shots_of(task)
     return configs(task, data, examples, asked.limit, shots, asked.max_new_tokens)

@@ -40,12 +40,14 @@ def decode_rates(
     options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     for name, value in options.items():
         if value < 1:
-            raise OptionError(f"{name}={value}, but at least 1 is needed")
+            raise OptionError(f"{name}={value}, but at least 1 is needed", argument=name)
     if not models:
         raise EvaluationError("no models to measure; give at least one by name")
     length = prompt_tokens + new_tokens
     for model in models.values():
-        check_positions(model, length, f"prompt_tokens + new_tokens = {length}")
+        check_positions(
+            model, length, f"prompt_tokens + new_tokens = {length}", ("prompt_tokens", "new_tokens")
+        )
     vocabulary = min(vocabulary_of(m) or 1 for m in models.values())
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)

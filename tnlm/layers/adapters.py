@@ -208,7 +208,7 @@ def check(model: nn.Module, ranks: Mapping[str, int]) -> None:
             raise TargetError(f"the model has no module {name!r}")
         most = min(size_of(modules[name]))
         if not is_whole(rank) or not 1 <= rank <= most:
-            raise RankError(f"LoRA rank={rank!r} at {name}; allowed: 1 to {most}")
+            raise RankError(f"LoRA rank={rank!r} at {name}; allowed: 1 to {most}", argument="rank")
 
 
 def check_bare(model: nn.Module) -> None:

@@ -62,7 +62,10 @@ def retruncate(
     """
     rank, most = left.shape[1] if rank is None else rank, min(len(left), right.shape[1])
     if not 1 <= rank <= most:
-        raise RankError(f"rank={rank}; a {len(left)}x{right.shape[1]} matrix allows 1 to {most}")
+        raise RankError(
+            f"rank={rank}; a {len(left)}x{right.shape[1]} matrix allows 1 to {most}",
+            argument="rank",
+        )
     return metric.low_rank(left.detach().double() @ right.detach().double() + lora.delta(), rank)
 
 
@@ -92,7 +95,10 @@ def residual_start(weight: Tensor, fitted: Tensor, rank: int, scaling: float = 1
     residual = weight.detach().double() - fitted.detach().double()
     if not 1 <= rank <= min(residual.shape):
         rows, columns = residual.shape
-        raise RankError(f"rank={rank}; a {rows}x{columns} matrix allows 1 to {min(rows, columns)}")
+        raise RankError(
+            f"rank={rank}; a {rows}x{columns} matrix allows 1 to {min(rows, columns)}",
+            argument="rank",
+        )
     U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
     root = (S[:rank] / scaling).sqrt()
     dtype = torch.promote_types(weight.dtype, torch.float32)

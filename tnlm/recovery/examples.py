@@ -105,7 +105,7 @@ def training_set(
         found = _sequences(data, tokenizer, max_length, most, seed, bos)
         sequences = draw(found, max_tokens, seed)
     except CalibrationError as err:
-        raise TrainingError(f"training data: {err}") from err
+        raise TrainingError(f"training data: {err}", argument=err.arguments) from err
     if masked:
         return Examples(_hide(sequences, tokenizer, seed), classes=False)
     return Examples([_next_tokens(item["input_ids"]) for item in sequences], classes=False)
@@ -140,7 +140,9 @@ def batches(dataset: Dataset[Example], batch_size: int, pad: int = 0) -> list[Ba
         [2, 1]
     """
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise OptionError(f"batch_size={batch_size!r}; allowed: an integer of at least 1")
+        raise OptionError(
+            f"batch_size={batch_size!r}; allowed: an integer of at least 1", argument="batch_size"
+        )
     items = [dataset[index] for index in range(len(dataset))]  # type: ignore[arg-type]
     return [collate(items[i : i + batch_size], pad) for i in range(0, len(items), batch_size)]
 
@@ -174,7 +176,9 @@ def _classified(
     if all("input_ids" in row for row in rows):
         ids = [row["input_ids"][:max_length] for row in rows]
     elif tokenizer is None:
-        raise TrainingError("the training data is text, which needs the model's: tokenizer=")
+        raise TrainingError(
+            "the training data is text, which needs the model's: tokenizer=", argument="tokenizer"
+        )
     else:
         texts = [text_at(row, index, text) for index, row in enumerate(rows)]
         ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
@@ -230,7 +234,8 @@ def _hide(
     if token is None:
         raise TrainingError(
             "a masked language model is trained with its tokenizer's mask token: give a "
-            "tokenizer= that has one"
+            "tokenizer= that has one",
+            argument="tokenizer",
         )
     generator = torch.Generator().manual_seed(seed)
     items = []

@@ -76,7 +76,10 @@ def mixed_rank(
     if not 0 <= consistency < float("inf"):
         raise OptionError(f"consistency={consistency!r}; allowed: a finite weight of at least 0")
     if "output_dir" in options:
-        raise OptionError("output_dir= has no effect: this training is not resumed; leave it out")
+        raise OptionError(
+            "output_dir= has no effect: this training is not resumed; leave it out",
+            argument="output_dir",
+        )
     with mixed(model, dense) as layers:
         make = partial(
             MixedRankTrainer,

@@ -41,7 +41,8 @@ def examples_for(
     most = room_of(model)
     if most is not None and max_length > most:
         raise OptionError(
-            f"max_length={max_length}, but the model has {most} positions; use at most these"
+            f"max_length={max_length}, but the model has {most} positions; use at most these",
+            argument="max_length",
         )
     made = training_set(
         data,
@@ -57,7 +58,8 @@ def examples_for(
     if classes != made.classes:
         raise TrainingError(
             f"{type(model).__name__} learns classes, but no row of the data has a column "
-            f"{label!r}; give rows with text and classes, and name their columns: text=, label="
+            f"{label!r}; give rows with text and classes, and name their columns: text=, label=",
+            argument="text",
         )
     _check(model, made)
     return Examples(draw(made.items, max_tokens, seed), classes=classes)
@@ -112,7 +114,8 @@ def padding_for(
     if own is None and batch_size > 1 and model_kind(model) == "classes":
         raise OptionError(
             f"{type(model).__name__} does not know what padding is, and would not find the last "
-            "token of a sequence; set model.config.pad_token_id, or use batch_size=1"
+            "token of a sequence; set model.config.pad_token_id, or use batch_size=1",
+            argument="batch_size",
         )
     known = (own, getattr(tokenizer, "pad_token_id", None))
     return next((token for token in known if token is not None and token >= 0), 0)

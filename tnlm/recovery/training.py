@@ -160,7 +160,7 @@ def finetune(
 def _check_positive(**options: float) -> None:
     for name, value in options.items():
         if not 0 < value < float("inf"):
-            raise OptionError(f"{name}={value!r}; allowed: a finite number above 0")
+            raise OptionError(f"{name}={value!r}; allowed: a finite number above 0", argument=name)
 
 
 def _training_arguments(

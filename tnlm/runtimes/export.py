@@ -50,7 +50,9 @@ def export(
     runtime = _writer(to)
     kind = runtime.types[0] if type is None else type
     if kind not in runtime.types:
-        raise OptionError(f"type={kind!r} with to={to!r}{did_you_mean(kind, runtime.types)}")
+        raise OptionError(
+            f"type={kind!r} with to={to!r}{did_you_mean(kind, runtime.types)}", argument="to"
+        )
     place = Path(directory)
     check_writable(place, overwrite=overwrite)
     made = runtime.prepare(model, tokenizer, kind)
@@ -62,5 +64,5 @@ def export(
 def _writer(to: str) -> Runtime:
     found = {each.to: each for each in runtimes().values()}
     if to not in found:
-        raise OptionError(f"unknown to={to!r}{did_you_mean(str(to), found)}")
+        raise OptionError(f"unknown to={to!r}{did_you_mean(str(to), found)}", argument="to")
     return found[to]

@@ -50,7 +50,8 @@ def _skeleton(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrain
     raise ModelError(
         f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, and no {type(model).__name__} has that "
         "shape there: its config has one width for all blocks. Compress with "
-        "portable='transformers', which gives all blocks the same width"
+        "portable='transformers', which gives all blocks the same width",
+        argument="portable",
     )
 
 

@@ -31,5 +31,7 @@ def paper_params(shape: tuple[int, int], rank: int) -> int:
         26
     """
     if not 1 <= rank <= min(shape):
-        raise RankError(f"rank={rank}; a {shape[0]}x{shape[1]} matrix allows 1 to {min(shape)}")
+        raise RankError(
+            f"rank={rank}; a {shape[0]}x{shape[1]} matrix allows 1 to {min(shape)}", argument="rank"
+        )
     return rank * shape[1] + rank**2 + shape[0] * rank

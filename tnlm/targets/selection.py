@@ -131,7 +131,7 @@ def _check_ignored(model: nn.Module, ignore: Selector, ends: _Ends) -> None:
     if not any(_matches(name, module, ignore, ends) for name, module in matrices):
         endings = {name.rpartition(".")[2] for name, _ in matrices}
         hint = did_you_mean(str(ignore), endings)
-        raise TargetError(f"ignore={ignore!r} matches no matrix{hint}")
+        raise TargetError(f"ignore={ignore!r} matches no matrix{hint}", argument="ignore")
 
 
 def _uses(model: nn.Module) -> dict[int, list[str]]:

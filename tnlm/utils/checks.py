@@ -39,7 +39,7 @@ def check_whole(
     if is_whole(value) and least <= value and (most is None or value <= most):
         return
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise error(f"{argument}={value!r}; allowed: a whole number {bounds}")
+    raise error(f"{argument}={value!r}; allowed: a whole number {bounds}", argument=argument)
 
 
 def is_whole(value: object) -> TypeGuard[int]:

@@ -11,7 +11,9 @@ def _run(model: PreTrainedModel, practice: Practice) -> None:
 
     options = practice.options
     if practice.teacher is None:
-        raise OptionError("recover='distill' needs the dense model as a teacher")
+        raise OptionError(
+            "recover='distill' needs the dense model as a teacher", argument="recover"
+        )
     rows = options.pop("data")
     distill(model, practice.teacher, rows, preset=practice.preset, train="factors", **options)
 

@@ -155,7 +155,9 @@ class _Rows:
 
 def _structures(formats: Sequence[str]) -> list[Format[Any]]:
     if isinstance(formats, str):
-        raise OptionError(f"formats={formats!r}; allowed: a list of names, as [{formats!r}]")
+        raise OptionError(
+            f"formats={formats!r}; allowed: a list of names, as [{formats!r}]", argument="formats"
+        )
     return [get_format(name) for name in formats]
 
 
@@ -167,5 +169,6 @@ def _check_kinds(structures: Sequence[Format[Any]], targets: Sequence[Target]) -
             raise OptionError(
                 f"formats= has {structure.name!r}, which only replaces "
                 f"{' and '.join(sorted(structure.kinds))}; the targets are "
-                f"{' and '.join(sorted(kinds))}"
+                f"{' and '.join(sorted(kinds))}",
+                argument="formats",
             )

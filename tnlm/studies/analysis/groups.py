@@ -117,5 +117,6 @@ def check_groups(targets: Sequence[Target], groups: int) -> None:
         if groups > most:
             raise OptionError(
                 f"groups={groups}, but {target.name} has {most} singular values; use "
-                f"groups<={most}, or name it in ignore="
+                f"groups<={most}, or name it in ignore=",
+                argument="ignore",
             )

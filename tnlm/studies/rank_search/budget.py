@@ -46,7 +46,8 @@ def choose(choices: Mapping[str, list[Choice]], wanted: int) -> dict[str, Choice
     if most < wanted:
         raise BudgetError(
             f"the budget requires saving {wanted:,} parameters, but the smallest candidates of all "
-            f"matrices save {most:,}; add targets, use smaller candidates=, or keep more"
+            f"matrices save {most:,}; add targets, use smaller candidates=, or keep more",
+            argument="candidates",
         )
     chosen: dict[str, Choice] = {}
     dense = Choice(0, 0, 0.0)

@@ -29,7 +29,8 @@ def request_of(scheme: str) -> Request:
         raise OptionError(
             f"scheme={scheme!r} in a rank search, which takes all ranks of a matrix from one fit; "
             "allowed: low-rank schemes without a cascade, recovery, shared factors or element-wise "
-            "weights, such as sfsd, svd-llm and svd"
+            "weights, such as sfsd, svd-llm and svd",
+            argument="scheme",
         )
     return request
 
@@ -48,21 +49,31 @@ def check_options(
         hint = did_you_mean(str(score), ["perplexity"])
         raise OptionError(f"score={score!r}{hint}, or a callable")
     if order not in ORDERS:
-        raise OptionError(f"order={order!r}{did_you_mean(str(order), ORDERS)}")
+        raise OptionError(f"order={order!r}{did_you_mean(str(order), ORDERS)}", argument="order")
     check_candidates(candidates)
     if keep is not None and not (is_real(keep) and 0 < keep < 1):
-        raise BudgetError(f"keep={keep!r}; allowed: a fraction of the model, between 0 and 1")
+        raise BudgetError(
+            f"keep={keep!r}; allowed: a fraction of the model, between 0 and 1", argument="keep"
+        )
     check_whole("chunks", chunks)
     if chunks > 1 and keep is not None:
-        raise OptionError("chunks= has no effect with keep=, where the budget decides")
+        raise OptionError(
+            "chunks= has no effect with keep=, where the budget decides",
+            argument=("chunks", "keep"),
+        )
     for name, value, used in (
         ("delta", delta, callable(score)),
         ("growth", growth, not callable(score)),
     ):
         if value is not None and keep is not None:
-            raise OptionError(f"{name}= has no effect with keep=, where the budget decides")
+            raise OptionError(
+                f"{name}= has no effect with keep=, where the budget decides",
+                argument=(name, "keep"),
+            )
         if value is not None and not used:
-            raise OptionError(f"{name}= has no effect with score={score!r}; leave it out")
+            raise OptionError(
+                f"{name}= has no effect with score={score!r}; leave it out", argument=name
+            )
 
 
 def splits_of(
@@ -79,7 +90,9 @@ def splits_of(
     if callable(score):
         for name, items in (("search", search), ("report", report)):
             if not isinstance(items, list | tuple):
-                raise EvaluationError(f"{name}= is a {type(items).__name__}; give a list of items")
+                raise EvaluationError(
+                    f"{name}= is a {type(items).__name__}; give a list of items", argument=name
+                )
         return CallableScorer(score, delta), (search, report)
     if model_kind(model) != "causal":
         raise OptionError(

@@ -78,7 +78,7 @@ def check_candidates(candidates: Sequence[float]) -> None:
     """
     allowed = "allowed: fractions of the rank at which nothing is saved, in (0, 1]"
     if not candidates:
-        raise OptionError(f"candidates=(); {allowed}")
+        raise OptionError(f"candidates=(); {allowed}", argument="candidates")
     for part in candidates:
         if not is_real(part) or not 0 < part <= 1:
             raise OptionError(f"candidates contains {part!r}; {allowed}")

@@ -74,7 +74,9 @@ class PerplexityScorer(Scorer):
         """Check the growth; ``pad`` fills shorter windows."""
         factor = GROWTH if growth is None else growth
         if not is_real(factor) or factor < 1:
-            raise OptionError(f"growth={factor!r}; allowed: a finite factor of at least 1")
+            raise OptionError(
+                f"growth={factor!r}; allowed: a finite factor of at least 1", argument="growth"
+            )
         self.slope, self._pad = math.log(factor), pad
 
     def measure(self, model: PreTrainedModel, items: Sequence[Example]) -> Measured:

@@ -231,7 +231,8 @@ def _check_result(tried: RankSearch, before: Measured, after: Measured, *, bound
         raise BudgetError(
             f"no rank of any of {len(tried.matrices)} matrices is good enough: the best exceeds "
             f"its limit by {min(excess, default=math.inf):.6g}; allow more with delta= or growth=, "
-            "or use larger candidates="
+            "or use larger candidates=",
+            argument=("growth", "candidates"),
         )
     limit = tried.scorer.limit(before.loss, len(tried.matrices))
     if bounded and after.loss > limit:

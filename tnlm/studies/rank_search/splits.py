@@ -47,7 +47,7 @@ def check_disjoint(search: Sequence[Any], report: Sequence[Any]) -> tuple[str, s
     """
     for split, items in (("search", search), ("report", report)):
         if len(items) == 0:
-            raise EvaluationError(f"{split}= has no items; at least 1 is needed")
+            raise EvaluationError(f"{split}= has no items; at least 1 is needed", argument=split)
     names = [name_of(item) for item in search]
     seen = {name: index for index, name in enumerate(names)}
     others = [name_of(item) for item in report]
@@ -55,7 +55,8 @@ def check_disjoint(search: Sequence[Any], report: Sequence[Any]) -> tuple[str, s
         if name in seen:
             raise EvaluationError(
                 f"item {index} of report= is item {seen[name]} of search=; results must be "
-                "reported on items that decided nothing: remove it from one of them"
+                "reported on items that decided nothing: remove it from one of them",
+                argument=("report", "search"),
             )
     return name_of(names), name_of(others)
 
@@ -80,7 +81,9 @@ def chunks_of(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
         return []
     if len(items) < count:
         raise EvaluationError(
-            f"chunks={count}, but there are only {len(items)} items; use at most one chunk per item"
+            f"chunks={count}, but there are only {len(items)} items; use at most one chunk per "
+            "item",
+            argument="chunks",
         )
     size, longer = divmod(len(items), count)
     ends = [size * number + min(number, longer) for number in range(count + 1)]
