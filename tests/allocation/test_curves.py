@@ -168,7 +168,9 @@ def test_a_matrix_without_effect_has_one_candidate_of_no_loss(harm, make_problem
 
 def test_options_that_a_matrix_cannot_have_name_it(make_problem):
     problem = make_problem([(12, 10), (8, 8)], 0.5, options={"rank": 9})
-    with pytest.raises(RankError, match=r"m1: rank=9; .* allows 1 to 8; ask for what all targets"):
+    with pytest.raises(
+        RankError, match=r"m1: rank=9; .* allows 1 to 8; choose options that fit all targets"
+    ):
         curves(problem)
 
 

@@ -151,7 +151,7 @@ def test_the_table_and_not_the_config_counts_tokens(word_tokenizer, word_text, t
     smaller = tiny_llama()
     smaller.resize_token_embeddings(40, mean_resizing=False)
     smaller.config.vocab_size = 64
-    with pytest.raises(EvaluationError, match="the model knows 40 tokens"):
+    with pytest.raises(EvaluationError, match="the model has 40 tokens"):
         tnlm.perplexity(smaller, text, word_tokenizer, window=8)
 
 

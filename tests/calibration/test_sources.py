@@ -85,7 +85,7 @@ def test_a_string_that_can_be_no_name_is_a_text_everywhere(text):
 
 @pytest.mark.parametrize("text", [None, 7, b"bytes", {"a": 1}, [1, 2]])
 def test_perplexity_is_of_text(text, tiny_llama, word_tokenizer):
-    with pytest.raises(EvaluationError, match="is measured on a text, not a"):
+    with pytest.raises(EvaluationError, match="needs a text, not a"):
         tnlm.perplexity(tiny_llama(), text, word_tokenizer, window=4)
 
 

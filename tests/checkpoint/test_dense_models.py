@@ -182,7 +182,7 @@ def test_sources_that_are_not_there(tmp_path):
         ("one/two/three", "no such file or directory"),
         ("none.gguf", "no such file"),
         (tmp_path, r"no config\.json"),
-        (tmp_path / "weights.bin", r"no \.gguf"),
+        (tmp_path / "weights.bin", r"not a \.gguf"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             load_model(source)

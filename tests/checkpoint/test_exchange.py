@@ -94,7 +94,7 @@ def test_the_next_call_finds_the_old_or_the_new_files(step, next_call, old, capl
     halfway = (
         STEPS.index("notes -> old") <= STEPS.index(step) <= STEPS.index("config.json -> model")
     )
-    assert ("put in order" in caplog.text) == halfway
+    assert ("interrupted save" in caplog.text) == halfway
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -197,7 +197,7 @@ def test_a_rename_that_fails_is_told_truly(name, old, monkeypatch):
         replace_directory(old, writer(NEW), overwrite=True)
     monkeypatch.undo()
     if name == "more":  # it came too far to go back, and cannot end
-        assert f"{WORK} cannot be moved to their place" in str(caught.value)
+        assert f"{WORK} cannot be moved into place" in str(caught.value)
         recover(old)
         assert contents(old) == NEW
     else:

@@ -67,7 +67,7 @@ def test_an_index_names_files_in_its_directory(place, folder, tmp_path):
 @pytest.mark.parametrize("broken", [{"weight_map": {}}, {"weight_map": [1]}, {"metadata": None}])
 def test_an_index_has_a_map_and_metadata(broken, folder):
     index(folder, SOUND, **broken)
-    with pytest.raises(CheckpointError, match="is no index"):
+    with pytest.raises(CheckpointError, match="is not an index"):
         weight_files(folder)
 
 

@@ -80,7 +80,7 @@ def test_an_adapter_beside_the_weights_is_not_applied(model, saved, caplog):
     (saved / "adapter_model.safetensors").write_bytes(b"broken")
     loaded = tnlm.load(saved)
     assert torch.equal(logits(loaded), logits(model))
-    assert "holds an adapter, which is not applied" in caplog.text
+    assert "has an adapter, which is not applied" in caplog.text
     (saved / "config.json" / "..").exists()  # nothing can lie where adapters are looked for
     assert not getattr(loaded, "_hf_peft_config_loaded", False)
 
@@ -119,14 +119,14 @@ def test_files_outside_are_not_read(saved, tmp_path):
         tnlm.load(saved)
     (saved / "model.safetensors").unlink()
     edit(saved, transformers_weights="../away.safetensors")
-    with pytest.raises(CheckpointError, match="names other weights"):
+    with pytest.raises(CheckpointError, match="names other weight files"):
         tnlm.load(saved)
 
 
 def test_a_config_names_no_other_config(saved):
     shutil.copy(saved / "config.json", saved / "config.5.0.0.json")
     edit(saved, configuration_files=["config.5.0.0.json"])
-    with pytest.raises(CheckpointError, match="names other configurations"):
+    with pytest.raises(CheckpointError, match="names other configuration files"):
         tnlm.load(saved)
 
 

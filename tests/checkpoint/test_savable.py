@@ -42,12 +42,12 @@ def adapt(model):
 
 
 CHANGES = {
-    lose: "q_proj.left.weight holds values that are not finite",
-    disorder: "q_proj.right_order is no order",
+    lose: "q_proj.left.weight has values that are not finite",
+    disorder: "q_proj.right_order is no permutation",
     put_dense_back: "q_proj was changed after the model was compressed",
     add_bias: "q_proj was changed after the model was compressed",
     drop_layer: "names a module 'model.layers.1",
-    adapt: r"lm_head has an adapter of PEFT.*merge_and_unload\(\)",
+    adapt: r"lm_head has a PEFT adapter.*merge_and_unload\(\)",
 }
 
 

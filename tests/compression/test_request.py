@@ -64,7 +64,8 @@ def test_counts_are_whole_numbers_from_one(scheme, option, value):
     ("scheme", "option"), [("tt", "ranks"), ("kron", "out_split"), ("tucker", "in_split")]
 )
 def test_ranks_and_splits_are_lists_of_whole_numbers(scheme, option, value):
-    with pytest.raises(OptionError, match=rf"{option}=.*; allowed: a list, each a whole number"):
+    wanted = rf"{option}=.*; allowed: a list, each entry a whole number"
+    with pytest.raises(OptionError, match=wanted):
         request(scheme, options={option: value})
 
 

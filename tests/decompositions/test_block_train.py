@@ -184,7 +184,7 @@ def test_options_fix_fields_of_the_spec(gaussian):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 5}, "rank=5; a 6x4 matrix has at most 4 in any of the splits allowed"),
+        ({"rank": 5}, "rank=5; a 6x4 matrix has at most 4 for any allowed split"),
         ({"rank": 3, "out_split": (2, 3)}, "has at most 2"),
         ({"out_split": (4, 2)}, "out_split=\\(4, 2\\) multiplies to 8, not to 6"),
         ({"in_split": (4,)}, "in_split"),

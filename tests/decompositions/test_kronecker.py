@@ -144,7 +144,7 @@ def test_the_default_is_never_slower_than_dense():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"terms": 25}, "terms=25; a 6x4 matrix has at most 4 in any of the splits allowed"),
+        ({"terms": 25}, "terms=25; a 6x4 matrix has at most 4 for any allowed split"),
         ({"terms": 5, "out_split": (2, 3), "in_split": (2, 2)}, "has at most 4"),
         ({"out_split": (4, 2)}, "out_split=\\(4, 2\\) multiplies to 8, not to 6"),
         ({"in_split": (4,)}, "in_split"),

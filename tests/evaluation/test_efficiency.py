@@ -81,7 +81,7 @@ def test_bad_counts(options, message, tiny_llama):
 def test_too_many_tokens_and_no_directory(tiny_llama):
     with pytest.raises(EvaluationError, match="= 132, but the model has 128 positions"):
         efficiency(tiny_llama(), prompt_tokens=[100], new_tokens=32)
-    with pytest.raises(EvaluationError, match="directory='none' is no directory"):
+    with pytest.raises(EvaluationError, match="directory='none' is not a directory"):
         efficiency(tiny_llama(), directory="none", **QUICK)
 
 

@@ -120,7 +120,7 @@ def test_zero_windows(tiny_llama, word_tokenizer):
 def test_no_tokenizer_and_a_foreign_one(tiny_llama, word_tokenizer: PreTrainedTokenizerFast):
     with pytest.raises(EvaluationError, match="tokenizer"):
         perplexity(tiny_llama(), "word0 word1", None, window=2)
-    with pytest.raises(EvaluationError, match="id 63, but the model knows 10 tokens"):
+    with pytest.raises(EvaluationError, match="id 63, but the model has 10 tokens"):
         perplexity(tiny_llama(vocab_size=10), "word60 word60", word_tokenizer, window=2)
 
 

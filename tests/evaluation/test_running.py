@@ -173,11 +173,11 @@ def test_directories_hold_a_file_for_each_task(tmp_path, ask):
     assert ask("piqa", data=tmp_path)["piqa"].n == 12
     assert ask("truthfulqa_mc2", data=str(tmp_path), limit=5)["truthfulqa_mc2"].n == 5
     assert ask("mmlu", data=tmp_path, num_fewshot=2)["mmlu"].num_fewshot == 2
-    with pytest.raises(EvaluationError, match=r"arc_easy: .* holds none of arc_easy\.jsonl"):
+    with pytest.raises(EvaluationError, match=r"arc_easy: .* has none of arc_easy\.jsonl"):
         ask("arc_easy", data=tmp_path)
     with pytest.raises(EvaluationError, match="piqa: num_fewshot=1, but there are no rows to draw"):
         ask("piqa", data=tmp_path, num_fewshot=1)
-    with pytest.raises(EvaluationError, match="is no directory"):
+    with pytest.raises(EvaluationError, match="is not a directory"):
         ask("piqa", data=tmp_path / "none")
     (tmp_path / "arc_easy.jsonl").write_text('{"query": ')
     with pytest.raises(EvaluationError, match=r"arc_easy\.jsonl:1: not valid JSON"):
@@ -241,7 +241,7 @@ def test_unknown_and_repeated_tasks(tiny_llama, word_tokenizer):
         evaluate(tiny_llama(), "arc_eazy", tokenizer=word_tokenizer)
     with pytest.raises(OptionError, match=r"nothing to measure; pass tasks= or text="):
         evaluate(tiny_llama(), tokenizer=word_tokenizer)
-    with pytest.raises(EvaluationError, match=r"perplexity is that of a text; pass text="):
+    with pytest.raises(EvaluationError, match=r"perplexity needs a text; pass text="):
         evaluate(tiny_llama(), "perplexity", tokenizer=word_tokenizer)
     with pytest.raises(OptionError, match="limit= has no effect on a text"):
         evaluate(tiny_llama(), text="word1", tokenizer=word_tokenizer, limit=2)

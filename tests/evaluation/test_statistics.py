@@ -66,7 +66,7 @@ def test_one_item_has_no_error_and_a_missing_score_no_figure():
 def test_a_score_that_is_not_finite_is_refused():
     with pytest.raises(EvaluationError, match="acc is nan: a score is not finite"):
         value_of(ACC, [{"acc": float("nan")}])
-    with pytest.raises(EvaluationError, match="mean loss is 900: its perplexity is not a float"):
+    with pytest.raises(EvaluationError, match="mean loss is 900: its perplexity overflows a float"):
         perplexity([{"loglikelihood": -900.0}])
 
 

@@ -83,7 +83,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
 def test_what_is_no_plan_is_an_error(text):
-    with pytest.raises(OptionError, match=r"not a tnlm plan|not of format_version 2"):
+    with pytest.raises(OptionError, match=r"not a tnlm plan|not have format_version 2"):
         Plan.from_json(text)
 
 

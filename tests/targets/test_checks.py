@@ -56,7 +56,7 @@ def test_what_holds_a_model_is_told_how_to_give_it(message, tiny_llama, word_tok
 def test_adapters_and_compiled_parts_inside_are_named(tiny_llama):
     model = tiny_llama()
     peft.inject_adapter_in_model(LORA, model)
-    with pytest.raises(ModelError, match=r"q_proj has an adapter of PEFT.*merge_and_unload"):
+    with pytest.raises(ModelError, match=r"q_proj has a PEFT adapter.*merge_and_unload"):
         tnlm.compress(model, "svd")
     model = tiny_llama()
     model.model.layers[1].mlp = torch.compile(model.model.layers[1].mlp)

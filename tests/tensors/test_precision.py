@@ -41,7 +41,9 @@ def test_what_fits_is_only_rounded(gaussian):
 
 def test_what_cannot_be_stored_names_the_layer(gaussian):
     factors = {"left": gaussian(4, 2), "right": 1e6 * gaussian(2, 5)}
-    with pytest.raises(ModelError, match=r"'right' of q_proj reaches .*e\+06, and float16 ends at"):
+    with pytest.raises(
+        ModelError, match=r"'right' of q_proj reaches .*e\+06, but the largest float16 is"
+    ):
         as_stored(net(gauge=True), factors, torch.float16, "q_proj")
     with pytest.raises(ModelError, match="nothing"):
         rounded(torch.tensor([float("nan")]), torch.float32, "nothing")
@@ -112,7 +114,7 @@ def test_factors_that_overflow_name_the_layer_and_leave_the_model(scheme, make_m
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(type(structure), "fit", huge)
     data = {} if scheme == "svd" else DATA
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp.* reaches .* float16 ends at"):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp.* reaches .* the largest float16 is"):
         tnlm.compress(model, scheme, targets=r".*mlp.*", keep_targets=0.6, **data)
     assert not hasattr(model.config, "quantization_config")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

@@ -1,4 +1,4 @@
-"""How a budget is shared out between matrices: one file for each way, found by looking."""
+"""Allocations, which split a budget across matrices: one file each, discovered automatically."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def get_allocation(name: str) -> Allocation:
     """Return an allocation by name.
 
     Raises:
-        OptionError: for an unknown name, with the close and the allowed ones.
+        OptionError: if the name is unknown.
     """
     return ALLOCATIONS.get(name)

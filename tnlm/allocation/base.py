@@ -1,4 +1,4 @@
-"""The contract of an allocation: how a budget is shared out between matrices."""
+"""The interface of allocations, which split a budget across matrices."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tnlm.tensors.network import Cost
 
 @dataclass(frozen=True)
 class Limits:
-    """What the matrices may cost, or how large their errors may be.
+    """Limits on the cost of the matrices, or on their errors.
 
     Attributes:
-        keep: fraction of the targets' cost, in the unit.
-        tolerance: relative error in the metric; then ``keep`` does not bind.
-        max_macs: multiply-adds per token, as a multiple of the dense matrix's.
-        options: the formats' options that the user or the scheme fixes.
-        unit: what ``keep`` counts: ``"params"``, ``"bytes"`` or ``"macs"``.
-        blocks: how many of the last blocks are compressed; for an allocation that asks.
+        keep: fraction of the targets' cost to keep, in the unit.
+        tolerance: relative error allowed in the metric; ``keep`` then does not apply.
+        max_macs: most multiply-adds per matrix, as a multiple of dense.
+        options: options of the formats, fixed by the user or the scheme.
+        unit: unit of ``keep``: ``"params"``, ``"bytes"`` or ``"macs"``.
+        blocks: how many last blocks to compress, for allocations that take it.
     """
 
     keep: float
@@ -38,25 +38,25 @@ class Limits:
     blocks: int | None = None
 
     def price(self, cost: Cost) -> int:
-        """Return the part of a cost that ``keep`` counts."""
+        """Return a cost in the unit of ``keep``."""
         price: int = getattr(cost, self.unit)
         return price
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Matrices to decide on, and what is known about them.
+    """The matrices to decide on, with metrics, importance and limits.
 
     Attributes:
         model: holds the weights.
         targets: the matrices.
-        joint: targets that stand for several of these matrices, and may take their place.
-        formats: the structures that each may take.
-        metric: how the error of a target is measured.
-        importance: effect on the loss of a unit of a target's squared error in its metric.
-        adds_bias: whether a target without a bias gets one.
+        joint: targets that may replace several of these matrices together.
+        formats: the formats to choose from.
+        metric: returns the metric of a target.
+        importance: returns how much a unit of a target's squared error affects the loss.
+        adds_bias: whether targets without a bias get one.
         limits: the budget.
-        predict: compute errors even where nothing depends on them.
+        predict: whether to compute errors even if no decision depends on them.
         progress: show a progress bar.
     """
 
@@ -73,31 +73,31 @@ class Problem:
 
     @property
     def replaced(self) -> dict[str, Target]:
-        """The joint target that could take a target's place, by the target's name."""
+        """The joint target that could replace a target, by the target's name."""
         return {member.name: unit for unit in self.joint for member in unit.members}
 
     def each(self) -> Iterator[tuple[Target, Tensor, Metric]]:
-        """Yield every target with its weight and metric, under a progress bar."""
+        """Yield every target with its weight and metric, with a progress bar."""
         everything = [*self.targets, *self.joint]
         for target in tqdm(everything, desc="planning", unit="matrix", disable=not self.progress):
             yield target, target.weight(self.model), self.metric(target)
 
     def extra(self, target: Target) -> int:
-        """Return the size of the bias that is added to a target, 0 if none is."""
+        """Return the size of the bias added to a target, or 0."""
         return target.added_bias(self.model) if self.adds_bias else 0
 
 
 class Allocation(ABC):
-    """A way to share out a budget.
+    """A way to split a budget across matrices.
 
     Attributes:
-        name: what users write as ``allocation=``.
+        name: the name that users write as ``allocation=``.
         title: one line for tables.
-        weighs_loss: whether it needs to know the effect of each matrix on the loss.
-        units: what its budget can count.
-        tolerates: whether it can work to a tolerance in place of a budget.
-        counts_blocks: whether it asks how many blocks to cut.
-        formats: names of the formats it can share a budget between; None for all.
+        weighs_loss: whether it needs the effect of each matrix on the loss.
+        units: the units of the budget that it supports.
+        tolerates: whether it supports a tolerance instead of a budget.
+        counts_blocks: whether it takes the number of blocks to compress.
+        formats: names of the formats that it supports; None for all.
     """
 
     name: ClassVar[str]
@@ -113,5 +113,5 @@ class Allocation(ABC):
         """Decide for every target, in order.
 
         Raises:
-            BudgetError: if no plan can meet the budget; says the smallest possible.
+            BudgetError: if no plan can meet the budget; the message states the smallest possible.
         """

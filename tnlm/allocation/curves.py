@@ -1,4 +1,4 @@
-"""Error against size for every matrix, and the choices that one multiplier or tolerance makes."""
+"""Error-size curves of matrices, and choices on them by one multiplier or one tolerance."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tnlm.targets.base import Target
 from tnlm.utils.ties import RELATIVE, significant
 
 STEPS = 60
-"""Halvings of a multiplier or a tolerance: to the last bit that matters."""
+"""Bisection steps on a multiplier or a tolerance, enough for full precision."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing that a matrix, or several together, could become.
+    """A possible decision for a matrix, or for several together.
 
     Attributes:
         layers: the decisions.
         price: their cost, in the unit of the budget.
-        loss: their squared errors, times the effect of those on the loss.
+        loss: the predicted loss: squared errors times their effect on the loss.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -48,7 +48,7 @@ Curve = list[Candidate]
 """The candidates of one matrix, cheapest first, each better than all cheaper ones."""
 
 Harm = Callable[[Candidate], float]
-"""What makes a candidate better than another: its loss, or its error."""
+"""The objective by which candidates are compared: their loss, or their error."""
 
 
 def curves(
@@ -56,19 +56,17 @@ def curves(
     harm: Harm = attrgetter("loss"),
     together: Callable[[Sequence[Curve]], Curve] | None = None,
 ) -> list[Curve]:
-    """Return the candidates of every target; the last of each does no harm, as *dense* does.
+    """Return the candidates of every target; the last of each has no error, like *dense*.
 
-    Where a joint target may take the place of several, there is one curve for all of these, of
-    both ways to do it.
+    If a joint target may replace several, these share one curve, with candidates of both kinds.
 
     Args:
         problem: the matrices.
-        harm: what a larger candidate has to have less of.
-        together: the combinations of several curves that count; by default those that are best
-            under some multiplier.
+        harm: the objective that a larger candidate must reduce.
+        together: combines several curves into one; by default, :func:`by_multiplier`.
 
     Raises:
-        RankError: if the options ask for what a matrix cannot have; names the target.
+        RankError: if a target cannot have the options; the message names it.
     """
     combine = together or by_multiplier
     alone = {each[0].name: _front(_candidates(problem, *each), harm) for each in problem.each()}
@@ -86,9 +84,9 @@ def curves(
 
 
 def by_multiplier(parts: Sequence[Curve]) -> Curve:
-    """Return the best combinations of several curves: those that some multiplier chooses.
+    """Combine several curves: return the combinations that are optimal for some multiplier.
 
-    From all at their cheapest, the hulls' steps are taken in the order of what they gain for their
+    Start with the cheapest candidates, then take the steps of the convex hulls in order of gain per
     price.
     """
     hulls = [_hull(curve) for curve in parts]
@@ -104,7 +102,7 @@ def by_multiplier(parts: Sequence[Curve]) -> Curve:
 
 
 def by_tolerance(parts: Sequence[Curve]) -> Curve:
-    """Return the combinations of several curves in which all meet the same tolerance."""
+    """Combine several curves: return the combinations in which all meet one tolerance."""
     levels = sorted({candidate.error for curve in parts for candidate in curve})
     return [_combined([at_tolerance(curve, level) for curve in parts]) for level in levels]
 
@@ -115,7 +113,7 @@ def _combined(chosen: Sequence[Candidate]) -> Candidate:
 
 
 def _hull(curve: Curve) -> Curve:
-    """Keep the candidates that some multiplier chooses: the lower convex hull."""
+    """Keep the candidates that are optimal for some multiplier: the lower convex hull."""
     hull: Curve = []
     for candidate in curve:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], candidate):
@@ -164,7 +162,7 @@ def _candidates(
 
 
 def _front(found: Sequence[Candidate], harm: Harm) -> Curve:
-    """Keep what no cheaper candidate equals."""
+    """Keep the candidates that are better than all cheaper ones."""
     front: Curve = []
     for candidate in sorted(found, key=lambda c: (c.price, significant(harm(c)))):
         if not front or harm(candidate) < harm(front[-1]) * (1.0 - RELATIVE):
@@ -173,7 +171,7 @@ def _front(found: Sequence[Candidate], harm: Harm) -> Curve:
 
 
 def check_budget(problem: Problem, found: Sequence[Curve]) -> float:
-    """Return the budget in its unit, a whole number.
+    """Return the budget in its unit, as a whole number.
 
     Raises:
         BudgetError: if even the cheapest candidates exceed it.
@@ -185,14 +183,14 @@ def check_budget(problem: Problem, found: Sequence[Curve]) -> float:
     budget = math.floor(limits.keep * dense * (1.0 + 1e-12))  # 0.29 of 100 is 29, not 28
     if least > budget:
         raise BudgetError(
-            f"{limits.keep:.4g} of the targets' {limits.unit} cannot be met; the smallest that "
-            f"these formats allow is {math.ceil(1e4 * least / dense) / 1e4:g}"
+            f"{limits.keep:.4g} of the targets' {limits.unit} cannot be met; the smallest fraction "
+            f"that these formats allow is {math.ceil(1e4 * least / dense) / 1e4:g}"
         )
     return budget
 
 
 def at_multiplier(curve: Curve, multiplier: float) -> Candidate:
-    """Return the candidate of least loss plus ``multiplier`` times price."""
+    """Return the candidate with the least loss plus ``multiplier`` times price."""
     if math.isinf(multiplier):
         return curve[0]
     return min(curve, key=lambda c: (c.loss + multiplier * c.price, c.price))
@@ -210,14 +208,14 @@ def least_within(
     lowest: float,
     highest: float,
 ) -> list[Candidate]:
-    """Return the choices at the smallest value of a knob whose price is within a budget.
+    """Find by bisection the smallest value of a parameter whose choices are within a budget.
 
     Args:
         found: candidates of every matrix.
         budget: the most that all choices may cost together.
-        choose: what a matrix takes at a value of the knob; cheaper as the knob grows.
-        lowest: a positive value; the search is on a logarithmic scale.
-        highest: a value at which the budget is met.
+        choose: returns a curve's candidate at a value; a larger value gives a cheaper one.
+        lowest: lower end of the search, positive, since the scale is logarithmic.
+        highest: upper end of the search, at which the budget is met.
     """
     low, high = math.log(lowest), math.log(highest)
     for _ in range(STEPS):
@@ -228,7 +226,7 @@ def least_within(
 
 
 def spend_rest(found: Sequence[Curve], chosen: list[Candidate], budget: float) -> list[Candidate]:
-    """Spend what a multiplier leaves over, on the upgrades that gain most for their price."""
+    """Spend the rest of the budget on the upgrades with the best gain per price."""
     chosen = list(chosen)
     left = budget - sum(candidate.price for candidate in chosen)
     while True:

@@ -16,9 +16,9 @@ from tnlm.plans.plan import LayerPlan
 
 
 class Energy(Allocation):
-    """Cut every matrix to one relative error in its metric, the smallest that meets the budget.
+    """Cut every matrix to the same relative error in its metric, the smallest within the budget.
 
-    Source: the energy threshold on squared singular values that SVD-based systems use.
+    Source: the energy threshold on squared singular values that SVD-based methods use.
     """
 
     name = "energy"

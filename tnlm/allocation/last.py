@@ -1,4 +1,4 @@
-"""Last-blocks allocation (LLM-ROM): the first blocks stay dense, the last share the cut."""
+"""Last-blocks allocation (LLM-ROM): the first blocks stay dense, the last are cut evenly."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tnlm.utils.names import block_of
 
 
 def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, float]:
-    """Return how many of the last blocks are cut, and the fraction that each of them keeps.
+    """Return how many of the last blocks to cut, and the fraction that each of them keeps.
 
-    The paper cuts the last 8, 12 and 24 of 32 blocks to keep 0.9, 0.8 and 0.5 overall; the line
-    through these three is used for any budget.
+    The paper cuts the last 8, 12 and 24 of 32 blocks to keep 0.9, 0.8 and 0.5 overall; this uses
+    the line through these points for any budget.
 
     Raises:
-        BudgetError: if the blocks cannot lose so much.
+        BudgetError: if the blocks cannot be cut that much.
 
     Source: LLM-ROM, Chavan et al. 2023, arXiv 2312.07046.
 
@@ -34,7 +34,7 @@ def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, fl
     """
     if last is not None and last > blocks:
         raise BudgetError(
-            f"blocks={last}; the targets stand in {blocks}: allowed is 1 to {blocks}",
+            f"blocks={last}; the targets are in {blocks} blocks; allowed: 1 to {blocks}",
             argument="blocks",
         )
     if last is None:
@@ -42,8 +42,8 @@ def schedule(keep: float, blocks: int, last: int | None = None) -> tuple[int, fl
     share = 1.0 - (1.0 - keep) * blocks / last
     if share <= 0:
         raise BudgetError(
-            f"keep of {keep:.4g} with the last {last} of {blocks} blocks; each would keep nothing. "
-            f"The smallest possible is above {1.0 - last / blocks:.4g}, or cut more blocks"
+            f"keep of {keep:.4g} with the last {last} of {blocks} blocks; they would keep nothing. "
+            f"Keep more than {1.0 - last / blocks:.4g}, or cut more blocks"
         )
     return last, share
 
@@ -81,7 +81,7 @@ class LastBlocks(Allocation):
 
 
 def _keep(problem: Problem, numbered: Sequence[Target]) -> float:
-    """Return what the blocks' targets keep of their cost, as all others stay dense."""
+    """Return the fraction that targets in blocks keep, given that all others stay dense."""
     limits, inside = problem.limits, {target.name for target in numbered}
     prices = {target.name: limits.price(target.dense_cost(1)) for target in problem.targets}
     whole, part = sum(prices.values()), sum(prices[name] for name in inside)
@@ -90,8 +90,9 @@ def _keep(problem: Problem, numbered: Sequence[Target]) -> float:
     keep = 1.0 - (1.0 - limits.keep) * whole / part
     if keep <= 0:
         raise BudgetError(
-            f"{limits.keep:.4g} of the targets' {limits.unit} cannot be met: those in no block "
-            f"stay dense, and are {1.0 - part / whole:.4g} of them; leave them out of targets=",
+            f"{limits.keep:.4g} of the targets' {limits.unit} cannot be met: targets outside of "
+            f"blocks stay dense, and have {1.0 - part / whole:.4g} of them; leave them out of "
+            "targets=",
             argument="targets",
         )
     return keep

@@ -1,4 +1,4 @@
-"""Loss-aware global allocation: least predicted harm to the loss, over all matrices and formats."""
+"""Loss-aware allocation: the least predicted loss increase, over all matrices and formats."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from tnlm.plans.plan import LayerPlan
 
 
 class LossAware(Allocation):
-    """Minimise the sum of predicted harm under one budget, by a Lagrange multiplier.
+    """Minimise the predicted increase of the loss under one budget, by a Lagrange multiplier.
 
-    The harm of a candidate is its squared error in the metric times the effect of a unit of that
-    error on the loss; under the two-sided metric the effect is in the metric already. Every matrix
-    takes the candidate of least harm plus multiplier times price, staying dense included, and the
-    multiplier is found by bisection. What is left over buys the best single upgrades.
+    The predicted loss of a candidate is its squared error in the metric times the effect of a unit
+    of that error on the loss; the two-sided metric includes the effect already. Every matrix takes
+    the candidate, or stays dense, with the least loss plus multiplier times price; the multiplier
+    is found by bisection. The rest of the budget buys the best single upgrades.
 
-    Source: the Lagrangian of optimal bit allocation (Shoham and Gersho, 1988); spectra weighed by
+    Source: the Lagrangian of optimal bit allocation (Shoham and Gersho, 1988); spectra weighted by
     the loss as in IO-SVD (arXiv 2605.15626).
     """
 
     name = "loss"
-    title = "least predicted harm to the loss, over all matrices"
+    title = "least predicted loss increase, over all matrices"
     weighs_loss = True
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:

@@ -1,4 +1,4 @@
-"""What a whole model costs: parameters, bytes, multiply-adds per token."""
+"""The cost of a whole model: parameters, bytes, multiply-adds per token."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tnlm.tensors.network import Cost
 def model_cost(model: nn.Module) -> Cost:
     """Return the cost of a whole dense model, shared tensors counted once.
 
-    Multiply-adds are those of its linear layers, and of the experts that a token meets, see
-    :func:`tnlm.targets.mixtures.matrix_macs`; attention's own products come on top.
+    Multiply-adds are those of its linear layers and of the experts that a token is routed to, see
+    :func:`tnlm.targets.mixtures.matrix_macs`; the attention products are not included.
     """
     tensors = {id(p): p for p in model.parameters()}.values()
     return Cost(

@@ -1,4 +1,4 @@
-"""SVD-LLM v2's allocation: within a type, each matrix loses in inverse proportion to log loss."""
+"""SVD-LLM v2's allocation: matrices of a type are cut in inverse proportion to their log loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 
 MOST = 0.99
-"""The largest part of itself that a matrix loses."""
+"""The largest fraction that a matrix may lose."""
 
 
 def shares(losses: list[float], keep: float) -> list[float]:
@@ -23,8 +23,8 @@ def shares(losses: list[float], keep: float) -> list[float]:
 
     With L the truncation losses at the uniform fraction and g = 1 / log L, a matrix loses
     ``count * (1 - keep) * g / sum(g)``. The rule needs every L > 1, which depends on the scale of
-    the data; otherwise the type is cut uniformly. No matrix loses more than 0.99 of itself: what it
-    cannot lose, the others lose in the same proportion.
+    the data; otherwise the type is cut uniformly. No matrix loses more than 0.99 of its parameters;
+    the others lose the excess in the same proportion.
 
     Source: SVD-LLM V2, Wang et al. 2025, arXiv 2503.12340.
 
@@ -45,7 +45,7 @@ def shares(losses: list[float], keep: float) -> list[float]:
 
 
 class TruncationLoss(Allocation):
-    """Share out the budget of each type (q_proj, up_proj, ...) between its blocks."""
+    """Split the budget of each type (q_proj, up_proj, ...) across its blocks."""
 
     name = "truncation"
     title = "within a type, by inverse log truncation loss (SVD-LLM v2)"
@@ -53,7 +53,7 @@ class TruncationLoss(Allocation):
     formats = frozenset({"low-rank"})
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
-        """Measure the loss of a uniform cut, then cut each matrix by its share."""
+        """Measure the losses of a uniform cut, then cut each matrix by its share."""
         structure, limits = problem.formats[0], problem.limits
         losses: dict[str, float] = {}
         for target, weight, metric in replace(problem, joint=()).each():
@@ -74,12 +74,12 @@ class TruncationLoss(Allocation):
 
 
 def _loss(metric: Metric, weight: Tensor, rank: int) -> float:
-    # The paper sums singular values; C is a mean over tokens, as all our statistics are.
+    # The paper sums singular values; here C is a mean over tokens, like all statistics.
     return float(metric.spectrum(weight).sqrt()[rank:].sum())
 
 
 def _types(names: dict[str, float]) -> dict[str, list[str]]:
-    """Group names that differ in the numbers of their blocks only."""
+    """Group names that differ only in their block numbers."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)].append(name)

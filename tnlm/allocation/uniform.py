@@ -31,19 +31,19 @@ def decide(
     predict: bool,
     extra: int = 0,
 ) -> LayerPlan:
-    """Choose the spec of least error within the limits, or leave the matrix dense and say why.
+    """Choose the spec with the least error within the limits, or keep the matrix dense.
 
     Args:
         target: the matrix.
-        weight: its ``(out, in)`` values; without any (meta device), the roomiest spec is chosen.
+        weight: its ``(out, in)`` values; on the meta device, the roomiest spec is chosen.
         metric: how its error is measured.
         structure: the format that replaces it.
-        limits: what it may cost.
-        predict: compute the error even when there is nothing to choose.
-        extra: size of a bias that the matrix gets, which counts.
+        limits: limits on its cost.
+        predict: whether to compute the error even if there is only one choice.
+        extra: size of a bias added to the matrix, which counts.
 
     Raises:
-        RankError: if the options ask for what the matrix cannot have; names the target.
+        RankError: if the matrix cannot have the options; the message names the target.
     """
     before = target.dense_cost(weight.element_size())
     try:
@@ -52,7 +52,7 @@ def decide(
             note = _why_dense(target, weight, metric, structure, limits, extra)
             return stay_dense(target, weight, note)
         errors: Sequence[float | None] = [None]
-        if weight.is_meta:  # no numbers yet, as nothing is trained
+        if weight.is_meta:  # no values yet: training from scratch
             specs = [roomiest(target.shape, structure, specs)]
         elif limits.tolerance is not None:
             specs = [min(specs, key=lambda spec: structure.network(target.shape, spec).params)]
@@ -78,21 +78,21 @@ def decide(
 
 
 def name_target(target: Target, error: OptionError) -> OptionError:
-    """Return an error about options that says which target cannot have them, and what to do."""
+    """Return an options error that names the target, and what to do."""
     return type(error)(
-        f"{target.name}: {error}; ask for what all targets can have, or name it in ignore=",
+        f"{target.name}: {error}; choose options that fit all targets, or name it in ignore=",
         argument=(*error.arguments, "ignore"),
     )
 
 
 def stay_dense(target: Target, weight: Tensor, note: str) -> LayerPlan:
-    """Return the decision to leave a target as it is, with the reason."""
+    """Return the decision to keep a target dense, with the reason."""
     cost = target.dense_cost(weight.element_size())
     return LayerPlan(target.name, target.kind, target.shape, None, {}, cost, cost, note=note)
 
 
 def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
-    """Return a decision made elsewhere with its costs, checked as if it were made here.
+    """Check a decision made elsewhere, and return it with its costs.
 
     Raises:
         OptionError: if the matrix cannot have the format or spec, or would not shrink.
@@ -103,7 +103,7 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
     try:
         structure = get_format(layer.format)
         if target.kind not in structure.kinds:
-            raise OptionError(f"a {structure.name} cannot replace a {target.kind}")
+            raise OptionError(f"{structure.name} cannot replace a {target.kind} target")
         network = structure.network(target.shape, from_dict(structure.spec, layer.spec))
         if network.gauge is not None and target.whole:
             raise OptionError(
@@ -119,7 +119,7 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
 
 
 def options_for(target: Target, structure: Format[Any], limits: Limits) -> dict[str, Any]:
-    """Return the options that a format takes, as they apply to a target."""
+    """Return the options of a format that apply to a target."""
     fields = {item.name for item in dataclasses.fields(structure.spec)}
     options = {name: value for name, value in limits.options.items() if name in fields}
     return options | ({"gauge": False} if target.whole else {})
@@ -171,9 +171,9 @@ class Uniform(Allocation):
     tolerates = True
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
-        """Give every target the format and spec of least error within its own share.
+        """Give every target the format and spec with the least error within its own share.
 
-        A joint target takes the place of its matrices.
+        A joint target replaces its matrices.
         """
         replaced = problem.replaced
         decided = {

@@ -1,4 +1,4 @@
-"""Choosing a spec from shapes alone, where there are no weights whose error could be measured."""
+"""Chooses a spec from shapes alone, when there are no weights whose error could be measured."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from tnlm.decompositions.base import Format, Shape
 from tnlm.tensors.costs import macs, max_rank
 
 NEAR = 0.99
-"""Specs with at least this share of the most numbers count as equally large."""
+"""Specs with at least this fraction of the most parameters count as equally large."""
 
 
 def roomiest(shape: Shape, structure: Format[Any], specs: Sequence[Any]) -> Any:
-    """Return the spec that can hold the most: about the most numbers, then the highest rank.
+    """Return the most expressive spec: about the most parameters, then the highest rank.
 
-    What is still equal is decided by the fewest multiply-adds. So a low-rank split of a sum of
-    Kronecker products gives way to one of as many numbers whose matrix can have full rank.
+    Ties go to the fewest multiply-adds. For example, among sums of Kronecker products with as many
+    parameters, a split that allows full rank is preferred to a low-rank one.
 
     Args:
         shape: ``(out, in)``.
         structure: the format.
-        specs: what it allows, at least one.
+        specs: the specs to choose from, at least one.
 
     Example:
         >>> from tnlm.decompositions.kronecker import FORMAT, KroneckerSpec

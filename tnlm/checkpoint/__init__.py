@@ -1,1 +1,1 @@
-"""Compressed models on disk: how they are written, checked and read."""
+"""Compressed models on disk: writes, checks and reads them."""

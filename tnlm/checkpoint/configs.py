@@ -1,4 +1,4 @@
-"""A model's config: what marks it as a compressed model's, and a copy to write to."""
+"""Configs of compressed models: recognises them, and copies them before changes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 METHOD = "tnlm"
 GUARD = "IMPORT_TNLM_BEFORE_LOADING.safetensors"
-"""A file name that no directory has: transformers alone stops there, the plug-in clears it."""
+"""The name of no file: without the plug-in, which clears it, transformers fails to load it."""
 
 
 def is_ours(quantization_config: Any) -> bool:
-    """Tell whether a quantization config, read or made, is one of tnlm.
+    """Return whether a quantization config, as a dict or an object, belongs to tnlm.
 
     Example:
         >>> is_ours({"quant_method": "tnlm"}), is_ours(None)
@@ -26,7 +26,7 @@ def is_ours(quantization_config: Any) -> bool:
 
 
 def clear_guard(config: Any) -> None:
-    """Take the guard away, so that transformers looks for the files that are there."""
+    """Remove the guard, so that transformers looks for the real files."""
     inner = (getattr(config, name, None) for name in type(config).sub_configs)
     for part in (config, *inner):
         if part is not None and vars(part).get("transformers_weights") == GUARD:
@@ -34,7 +34,7 @@ def clear_guard(config: Any) -> None:
 
 
 def holders(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield every module, and the attribute, that holds the very config object of a model.
+    """Yield every module, with the attribute, that holds the model's own config object.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaModel
@@ -52,9 +52,9 @@ def holders(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def own_config(model: nn.Module) -> Any:
-    """Give a model, and all its modules that hold the same config, a copy of it, and return this.
+    """Give a model, and all its modules with the same config object, a copy of it; return the copy.
 
-    Models may share one object. Configs inside it stay what they are: towers hold them.
+    Models may share a config object. Its nested configs are not copied, since towers hold them.
     """
     made = copy.copy(model.config)
     for module, name in list(holders(model)):

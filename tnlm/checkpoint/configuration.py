@@ -1,4 +1,4 @@
-"""What a stranger's config.json may ask of transformers before a tensor is looked at."""
+"""Checks an untrusted config.json before transformers acts on it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tnlm.checkpoint.transformers_plugin import GUARD, METHOD
 from tnlm.errors import CheckpointError
 
 MOST_COUNTED = 100_000
-"""Layers, labels or experts that a config may have; configs make lists of them."""
+"""Most layers, labels or experts that a config may have, as configs make lists of them."""
 COUNTED = ("layer", "label", "expert", "block", "depth", "stage", "codebook")
 
 
 def check_config(config: Mapping[str, Any], trusted: bool) -> None:
-    """Raise `CheckpointError` unless a config is one of tnlm and stays in its directory.
+    """Raise `CheckpointError` unless a config belongs to tnlm and stays in its directory.
 
     Args:
-        config: what ``config.json`` holds.
-        trusted: whether code of others may run.
+        config: the contents of ``config.json``.
+        trusted: whether remote code may run.
 
     Example:
         >>> check_config({"quantization_config": {"quant_method": "gptq"}}, trusted=False)
@@ -29,9 +29,9 @@ def check_config(config: Mapping[str, Any], trusted: bool) -> None:
     quantization_of(config)
     weights = config.get("transformers_weights")
     if weights not in (None, GUARD):
-        raise CheckpointError(f"config.json names other weights: {shortened(weights, 80)!r}")
+        raise CheckpointError(f"config.json names other weight files: {shortened(weights, 80)!r}")
     if "configuration_files" in config:
-        raise CheckpointError("config.json names other configurations")
+        raise CheckpointError("config.json names other configuration files")
     for key, value in _fields(config):
         counts = type(value) is int and any(word in key for word in COUNTED)
         if counts and abs(value) > MOST_COUNTED:
@@ -44,10 +44,10 @@ def check_config(config: Mapping[str, Any], trusted: bool) -> None:
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config says of the compression.
+    """Return a config's description of the compression.
 
     Raises:
-        CheckpointError: if that is nothing.
+        CheckpointError: if it has none.
 
     Example:
         >>> quantization_of({"quantization_config": {"quant_method": "tnlm", "modules": {}}})
@@ -60,7 +60,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a config and of the configs in it, but not of ours."""
+    """Yield the fields of a config and its nested configs, except those of tnlm."""
     for key, value in config.items():
         if isinstance(value, dict) and key != "quantization_config":
             yield from _fields(value)

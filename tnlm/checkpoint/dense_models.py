@@ -1,4 +1,4 @@
-"""Load a model, in its own class, and its tokenizer from a directory, a GGUF file or the hub."""
+"""Loads a model and its tokenizer from a directory, a GGUF file or the hub."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What the readers of configs, safetensors and GGUF files raise on a broken file; SafetensorError
-# is added where safetensors is imported.
+# Errors that the readers of configs, safetensors and GGUF files raise on a broken file;
+# SafetensorError is added where safetensors is imported.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -26,17 +26,17 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 def load_model(
     source: str | Path, *, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a model that can be compressed, saved and trained, and its tokenizer.
+    """Load a model that can be compressed, saved and trained, with its tokenizer.
 
-    It is of the class that its config names, such as a masked model or a classifier; a causal
-    language model where it names none.
+    The model has the class named in its config, such as a masked language model or a classifier,
+    or else is a causal language model.
 
     Args:
-        source: a model directory, a ``.gguf`` file (its weights are unpacked), or a hub id.
-        dtype: of the weights; ``"auto"`` keeps what the checkpoint says, float32 for GGUF.
+        source: a model directory, a ``.gguf`` file (its weights are dequantized), or a hub id.
+        dtype: dtype of the weights; ``"auto"`` keeps the checkpoint's, and gives float32 for GGUF.
 
     Returns:
-        The model, and its tokenizer, or None where a directory holds no tokenizer.
+        The model and its tokenizer, or None if a directory has no tokenizer.
 
     Example:
         >>> load_model("./no/such/model")
@@ -56,7 +56,7 @@ def load_model(
         raise
     except (*_READ_ERRORS, SafetensorError) as err:
         raise CheckpointError(f"{source}: cannot be loaded: {_cause(err)}") from err
-    if missing:  # transformers would go on with random numbers there
+    if missing:  # transformers would use random values instead
         raise CheckpointError(
             f"{source}: {len(missing)} tensors of {type(model).__name__} are not in the "
             f"checkpoint, e.g. {missing[0]}; give a whole checkpoint of that class"
@@ -65,7 +65,7 @@ def load_model(
 
 
 def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
-    """Return what ``from_pretrained`` is to be called with, or say what is missing."""
+    """Return the arguments of ``from_pretrained``, or raise `CheckpointError`."""
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -82,7 +82,7 @@ def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
         return str(path), {}
     if path.exists():
         raise CheckpointError(
-            f"{source}: a file that is no .gguf; give the directory that holds config.json"
+            f"{source}: not a .gguf file; give the directory that holds config.json"
         )
     if looks_like_path(source):
         raise CheckpointError(
@@ -92,9 +92,9 @@ def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def looks_like_path(source: str | Path) -> bool:
-    """Tell whether a source that does not exist was meant as a path, not a hub id.
+    """Return whether a source that does not exist was meant as a path, not a hub id.
 
-    A hub id is ``name`` or ``owner/name``; where a directory has the owner's name, a path is meant.
+    A hub id is ``name`` or ``owner/name``; if there is a directory ``owner``, a path is meant.
 
     Example:
         >>> [looks_like_path(name) for name in ("gpt2", "owner/name-1.5", "./gpt2", "a.bin")]
@@ -109,7 +109,7 @@ def looks_like_path(source: str | Path) -> bool:
 
 
 def _read_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer, unless a directory has none: transformers would make an empty one up."""
+    """Load the tokenizer, or return None; without one, transformers would create an empty one."""
     from transformers import AutoTokenizer
 
     folder = Path(place)
@@ -125,16 +125,16 @@ def _read_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerB
 def _read_model(
     place: str, options: dict[str, Any], dtype: str | torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load the model, and name the tensors that its checkpoint lacks."""
+    """Load the model; return it with the names of missing tensors."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     kind: Any = AutoModelForCausalLM
     if "gguf_file" in options:
-        # Otherwise the model counts as quantized, and refuses to be saved.
+        # Otherwise the model counts as quantized and cannot be saved.
         options = options | {"quantization_config": GgufConfig(dequantize=True)}
     else:
         kind = _class_of(place) or kind
-    # Said, or transformers asks on the terminal whether a checkpoint's code may run.
+    # Without trust_remote_code, transformers asks on the terminal whether to run code.
     options = options | {"dtype": dtype, "trust_remote_code": False}
     loaded: Any = kind.from_pretrained(place, output_loading_info=True, **options)
     model, info = loaded
@@ -142,7 +142,7 @@ def _read_model(
 
 
 def _class_of(place: str) -> type[PreTrainedModel] | None:
-    """Return the class that a config names, if transformers has it and the config is its own."""
+    """Return the class that a config names, if it is in transformers and fits the config."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(place)

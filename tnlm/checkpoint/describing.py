@@ -1,4 +1,4 @@
-"""What the files of a compressed model say about it, and its report, without loading weights."""
+"""Summarises a compressed model, and reads its report, from its files without weights."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ REPORTED = {
     "macs_after": int,
     "metric": str,
 }
-"""Figures of the report that are shown, and what they are."""
+"""Fields of the report to show, with their types."""
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
-    """Return what a compressed directory's files say about it, without loading weights.
+    """Summarise a saved compressed model from its files, without loading weights.
 
     Raises:
-        CheckpointError: if it is no directory written by tnlm, or a file of it is broken.
+        CheckpointError: if the directory was not written by tnlm, or a file in it is broken.
 
     Example:
         >>> describe("no-such-model")
@@ -49,7 +49,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
     files = [file_of(folder, file.name) for file in sorted(folder.glob("*.safetensors"))]
     sizes = [
         math.prod(stored.shape) for stored in read_headers(files).values() if stored.dtype != "I64"
-    ]  # row orders are no parameters
+    ]  # row orders are not parameters
     modules = _field(quantization, "modules", dict)
     return {
         "architecture": _architecture(config),
@@ -115,7 +115,7 @@ def _formats_of(modules: dict[str, Any]) -> Iterator[str]:
 
 
 def _reported(folder: Path) -> dict[str, Any]:
-    """Return the main figures of the report saved beside the model, if it is there."""
+    """Return the main figures of the report beside the model, if there is one."""
     if not (folder / REPORT_FILE).exists():
         return {}
     report = read_object(file_of(folder, REPORT_FILE))

@@ -1,4 +1,4 @@
-"""What `config.json` says about a compressed model."""
+"""The description of a compressed model in `config.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tnlm.checkpoint.entries import Entry
 from tnlm.errors import CheckpointError
 
 FORMAT_VERSION = 3
-"""Of files that are written: since 3, tensors have the names that they have in the model."""
+"""Version of the files written; since version 3, tensors have the same names as in the model."""
 
 
 READABLE = (2, 3)
@@ -22,14 +22,14 @@ READABLE = (2, 3)
 
 @register_quantization_config(METHOD)
 class TnlmConfig(QuantizationConfigMixin):
-    """What ``config.json`` says about a compressed model.
+    """The description of a compressed model in ``config.json``.
 
     Args:
-        modules: module name to entry (see `tnlm.checkpoint.entries`).
-        tied: parameter name to the name of the parameter it shares.
+        modules: entry of each compressed module, by name (see `tnlm.checkpoint.entries`).
+        tied: tied parameters: each name with the name it shares.
         scheme: name of the scheme.
         options: the request, for the record.
-        format_version: of this layout.
+        format_version: version of this layout.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class TnlmConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        """Keep the fields; unknown ones of a later version are ignored."""
-        self.quant_method = METHOD  # type: ignore[assignment]  # their enum lists only their own
+        """Store the fields; unknown ones of a later version are ignored."""
+        self.quant_method = METHOD  # type: ignore[assignment]  # not in transformers' enum
         self.format_version = format_version
         self.scheme = scheme
         self.options = _checked("options", options)
@@ -51,7 +51,7 @@ class TnlmConfig(QuantizationConfigMixin):
 
 
 def _checked(name: str, value: Any, kind: type = object) -> dict[str, Any]:
-    """Return a field as a dict, or say that a file holds something else there."""
+    """Return a field as a dict; raise `CheckpointError` if it is not one."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(v, kind) for v in value.values()):

@@ -1,6 +1,6 @@
 """Entries: plain descriptions of replaced modules, and the modules built from them.
 
-An entry is what a checkpoint says about one module. It is checked against the module it replaces
+An entry is a checkpoint's description of one module. It is checked against the module it replaces
 before anything is allocated, because a checkpoint is untrusted input. Each kind of entry is one
 file of `tnlm.checkpoint.kinds`.
 """
@@ -21,11 +21,11 @@ from tnlm.errors import CheckpointError, TnlmError
 def check_entry(name: str, entry: Any, module: nn.Module) -> None:
     """Raise `CheckpointError` unless an entry fits the module it replaces.
 
-    Shapes must be the model's own, so that no entry can ask for more memory than the dense model.
+    Shapes must match the model's, so that no entry can ask for more memory than the dense model.
     """
     try:
         KINDS.get(entry["kind"]).check(entry, module)
-        build(entry, device="meta")  # shows whatever else is wrong
+        build(entry, device="meta")  # finds any other fault
     except TnlmError as error:
         raise CheckpointError(f"config.json does not fit the model at {name}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -40,5 +40,5 @@ def build(
 
 
 def dense_module(entry: Entry, module: nn.Module) -> nn.Module:
-    """Return the ordinary module, with the same weight, that a built module stands for."""
+    """Return an ordinary dense module with the weight of a built one."""
     return KINDS.get(entry["kind"]).dense(entry, module)

@@ -1,19 +1,18 @@
-"""Directories that are written whole or not at all, wherever an interruption comes.
+"""Writes directories completely or not at all, even if interrupted at any point.
 
-Where nothing stands yet, the files are written beside, in ``.<name>.tnlm-save/part``, which then
-gets the directory's name. Where a directory stands, it keeps its place, as it may be a mount point
-or stand in a folder that cannot be written: the files are written into ``.tnlm-save/part`` inside
-it, and exchanged in steps, each of which is one renaming:
+A new directory is written beside its place, in ``.<name>.tnlm-save/part``, which is then renamed.
+An existing directory stays in place, since it may be a mount point or lie in a read-only folder:
+the files are written into ``.tnlm-save/part`` inside it, and exchanged in steps of one rename each:
 
 1. ``part`` is complete and becomes ``new``;
 2. the old files move to ``old``, the config first;
-3. ``new`` becomes ``next``: from here on the new files are what will stand;
+3. ``new`` becomes ``next``: from here on, the new files win;
 4. they move out of ``next``, the config last;
 5. ``old``, then ``next``, then the folder itself is removed.
 
-Whoever comes next, be it a save or a load, finds by the names of the folders how far it came: with
-``next`` it goes on from step 4, with ``old`` alone it moves back what is there. A lock in the
-folder, which dies with its process, keeps it from touching what a living process writes.
+The next save or load sees from the folder names how far an interrupted one got: with ``next`` it
+continues at step 4; with ``old`` alone it moves the old files back. A lock in the folder, which
+dies with its process, protects the files of a living process.
 """
 
 from __future__ import annotations
@@ -39,26 +38,26 @@ logger = logging.getLogger("tnlm")
 WORK, LOCK = ".tnlm-save", "lock"
 CONFIG = "config.json"
 OF_THE_SYSTEM = "lost+found"
-"""A folder that some file systems hold at their top, which no user may remove."""
+"""A folder at the root of some file systems, which users may not remove."""
 
 
 def replace_directory(
     directory: Path, write: Callable[[Path], None], *, overwrite: bool = False
 ) -> None:
-    """Write a directory, all of it or nothing.
+    """Write a directory completely or not at all.
 
-    A failure at any point leaves what stood there, or, if the new files were on their way to their
-    place, the new; nothing else stays. If the process is killed, the next call of this function or
-    of :func:`recover` sees to that.
+    A failure at any point leaves only the old files, or only the new ones if they were already
+    being moved into place. If the process is killed, the next call of this function or of
+    :func:`recover` ensures this.
 
     Args:
-        directory: new or empty, unless ``overwrite``; a link to a directory stays one.
+        directory: new or empty, unless ``overwrite``; a link to a directory stays a link.
         write: fills an empty directory.
-        overwrite: replace what the directory holds.
+        overwrite: replace the contents of the directory.
 
     Raises:
-        CheckpointError: if the directory is not empty or cannot be written, or another process
-            writes it.
+        CheckpointError: if the directory is not empty or cannot be written, or another process is
+            writing it.
 
     Example:
         >>> place = Path(tempfile.mkdtemp()) / "model"
@@ -77,9 +76,9 @@ def replace_directory(
 
 
 def check_writable(directory: Path, *, overwrite: bool = False) -> None:
-    """Raise `CheckpointError` unless a directory can be made, or written into, as it stands.
+    """Raise `CheckpointError` unless a directory can be created or written into.
 
-    What an interrupted save left there is put in order first.
+    The leftovers of an interrupted save are cleaned up first.
 
     Example:
         >>> check_writable(Path("a-new-directory"))
@@ -107,7 +106,7 @@ def check_writable(directory: Path, *, overwrite: bool = False) -> None:
 
 
 def check_place(directory: Path) -> None:
-    """Raise `CheckpointError` unless files can be made in a directory, or it can be made.
+    """Raise `CheckpointError` unless a directory can be created, or files created in it.
 
     Example:
         >>> check_place(Path("a-new-directory"))
@@ -117,20 +116,20 @@ def check_place(directory: Path) -> None:
         raise CheckpointError(f"{directory} cannot be written: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"{directory} cannot be written: no permission in {parent}")
-    try:  # tells more: file systems that cannot be written, folders that may not change
+    try:  # also finds read-only file systems and immutable folders
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
 
 
 def recover(directory: Path) -> str | None:
-    """Put in order what interrupted saves of a directory left there or beside it.
+    """Clean up after interrupted saves of a directory, in it and beside it.
 
     Returns:
-        Who is writing the directory now, if another process is.
+        The name of another process that is writing the directory now, or None.
 
     Raises:
-        CheckpointError: if files of an interrupted save cannot be moved to where they belong.
+        CheckpointError: if files of an interrupted save cannot be moved into place.
     """
     target = Path(os.path.realpath(directory))
     for work in (target / WORK, _beside(target)):
@@ -141,21 +140,21 @@ def recover(directory: Path) -> str | None:
             if not lock.take():
                 return lock.holder()
             if _settle(work, target):
-                logger.warning("%s was put in order after a save that was interrupted", directory)
+                logger.warning("%s was restored after an interrupted save", directory)
         except OSError as error:
             if (work / "next").is_dir() or (work / "old").is_dir():
                 raise CheckpointError(
                     f"a save of {directory} was interrupted, and the files in {work} cannot be "
-                    f"moved to their place: {error}"
+                    f"moved into place: {error}"
                 ) from error
-            logger.warning("what an interrupted save left in %s cannot be removed", work)
+            logger.warning("the leftovers of an interrupted save in %s cannot be removed", work)
         finally:
             lock.close()
     return None
 
 
 class _Exchange:
-    """One process's writing of a directory."""
+    """One write of a directory by this process."""
 
     def __init__(self, target: Path) -> None:
         self.outcome = "nothing was changed there"
@@ -165,7 +164,7 @@ class _Exchange:
         self._lock = self._choose()
 
     def run(self, write: Callable[[Path], None], overwrite: bool) -> None:
-        """Write the files, and bring them to their place."""
+        """Write the files, and move them into place."""
         self._open()
         work = self._lock.path.parent
         part, inside = work / "part", work.parent == self._target
@@ -178,7 +177,7 @@ class _Exchange:
         else:
             if not overwrite and any(_entries(self._target)):
                 raise CheckpointError(
-                    f"{self._target} was empty, and is not any more; nothing was changed there"
+                    f"{self._target} is no longer empty; nothing was changed there"
                 )
             self._swap(work)
         self.end()
@@ -188,19 +187,19 @@ class _Exchange:
         (work / "old").mkdir()
         _move(work / "old", _config_first(_entries(self._target)))
         (work / "new").replace(work / "next")
-        self.outcome = "the new files stand there"
+        self.outcome = "the new files are in place"
         _sync_folder(work)
         _settle(work, self._target)
 
     def end(self) -> None:
-        """Bring what was begun to its end, or undo it, and let others write."""
+        """Complete or undo the exchange, and release the lock."""
         work = self._lock.path.parent
         try:
             if self._lock.stands():
                 _settle(work, self._target)
         finally:
             self._lock.close()
-        recover(self._target)  # if the above was interrupted, or came before the lock
+        recover(self._target)  # in case the above was interrupted, or ran before the lock
         for folder in self._made:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
@@ -210,14 +209,14 @@ class _Exchange:
         return Lock((self._target / WORK if inside else _beside(self._target)) / LOCK)
 
     def _open(self) -> None:
-        """Make the folder in which this process writes, and lock it."""
+        """Create and lock the folder into which this process writes."""
         while True:
             self._lock = self._choose()
             work = self._lock.path.parent
             try:
                 work.mkdir(parents=True, exist_ok=True)
                 taken = self._lock.take()
-            except FileNotFoundError:  # another has just ended, and removed it
+            except FileNotFoundError:  # another process has just finished and removed it
                 continue
             if not taken:
                 raise CheckpointError(
@@ -225,26 +224,26 @@ class _Exchange:
                 )
             if self._choose().path == self._lock.path:
                 return
-            self.end()  # the directory has come or gone since
+            self.end()  # the directory was created or removed meanwhile
 
 
 @signals_held()
 def _settle(work: Path, target: Path) -> bool:
-    """Bring an exchange to its end, or back to its start; return whether files had to move."""
+    """Complete an exchange or roll it back; return whether files had to move."""
     moved = False
     if (work / "next").is_dir():
         moved = _move(target, reversed(_config_first((work / "next").iterdir())))
         _sync_folder(target)
     elif (work / "old").is_dir():
         moved = _move(target, reversed(_config_first((work / "old").iterdir())))
-    # "next" says which files are the right ones, and goes last.
+    # "next" marks the new files as the right ones, so it is removed last.
     for name in ("part", "new", "old", "next"):
         shutil.rmtree(work / name, ignore_errors=True)
         if (work / name).exists():
-            logger.warning("%s holds files of a save that is over; they can be removed", work)
+            logger.warning("%s holds files of a finished save; they can be removed", work)
             return moved
     (work / LOCK).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # another has come
+    with contextlib.suppress(OSError):  # another process uses it
         work.rmdir()
     return moved
 
@@ -254,17 +253,17 @@ def _beside(target: Path) -> Path:
 
 
 def _entries(directory: Path) -> Iterator[Path]:
-    """Yield what a directory holds, but for what is no content."""
+    """Yield the contents of a directory, without the folders of tnlm and the system."""
     return (p for p in directory.iterdir() if p.name not in (WORK, OF_THE_SYSTEM))
 
 
 def _config_first(paths: Iterable[Path]) -> list[Path]:
-    """Sort so that a directory with some of its files has no config, and cannot be loaded."""
+    """Sort the config first, so that a directory with only some of its files cannot be loaded."""
     return sorted(paths, key=lambda path: (path.name != CONFIG, path.name))
 
 
 def _move(place: Path, paths: Iterable[Path]) -> bool:
-    """Move files and folders to a place; return whether there were any."""
+    """Move files and folders into a folder; return whether there were any."""
     moved = False
     for path in paths:
         path.replace(place / path.name)
@@ -273,7 +272,7 @@ def _move(place: Path, paths: Iterable[Path]) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """See that all files below a folder are on the disk, should the machine fail."""
+    """Flush all files below a folder to disk, in case the machine fails."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
@@ -294,5 +293,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _from_the_disk(error: Exception) -> bool:
-    """Whether an error is of writing files; tokenizers raises these as plain exceptions."""
+    """Return whether an error is about writing files; tokenizers raises plain exceptions."""
     return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)

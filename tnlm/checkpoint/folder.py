@@ -1,4 +1,4 @@
-"""What files a checkpoint consists of: safetensors that lie in its directory, and nothing else."""
+"""The weight files of a checkpoint: safetensors in its directory, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file's header says of one tensor.
+    """The header of one tensor in a file.
 
     Attributes:
-        dtype: as safetensors names it, e.g. ``"F32"``.
-        shape: of the tensor.
-        file: that holds it.
+        dtype: its name in safetensors, e.g. ``"F32"``.
+        shape: shape of the tensor.
+        file: the file that holds it.
     """
 
     dtype: str
@@ -32,13 +32,13 @@ class Stored:
 
 
 def file_of(folder: Path, name: object) -> Path:
-    """Return the path of one of a checkpoint's files, which must lie in its directory.
+    """Return the path of a checkpoint's file, which must be in its directory.
 
-    Links may stay in the directory or, as in a cache of the hub, lead to the blobs of the same
+    Links must stay in the directory or, as in the hub's cache, lead to the blobs of the same
     repository.
 
     Raises:
-        CheckpointError: if it is missing, no ordinary file, or lies elsewhere.
+        CheckpointError: if the file is missing, not an ordinary file, or outside the directory.
 
     Example:
         >>> file_of(Path("model"), "../secret.safetensors")
@@ -61,7 +61,7 @@ def file_of(folder: Path, name: object) -> Path:
 
 
 def _homes(folder: Path) -> list[Path]:
-    """Return where a checkpoint's files may lie: its directory, and the blobs of a hub's cache."""
+    """Return where a checkpoint's files may be: its directory, and the blobs of the hub's cache."""
     snapshots = [path for path in (folder, *folder.parents) if path.parent.name == "snapshots"]
     return [folder, *(path.parent.parent / "blobs" for path in snapshots[:1])]
 
@@ -78,14 +78,14 @@ def named(name: str, variant: str | None) -> str:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], dict[str, str]]:
-    """Return the files that hold a checkpoint's weights, and the tensors that its index lists.
+    """Return the files with a checkpoint's weights, and the tensors listed in its index.
 
     Args:
-        folder: of the checkpoint.
-        variant: of the files' names, e.g. ``"fp16"``.
+        folder: folder of the checkpoint.
+        variant: variant in the file names, e.g. ``"fp16"``.
 
     Raises:
-        CheckpointError: if there are none, or one lies elsewhere or is no safetensors file.
+        CheckpointError: if there are none, or one is elsewhere or not a safetensors file.
     """
     single, index = named(WEIGHTS, variant), named(INDEX, variant)
     if os.path.lexists(folder / single):
@@ -99,15 +99,15 @@ def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the name of the file for every tensor that an index lists.
+    """Return the file name of every tensor in an index.
 
     Raises:
-        CheckpointError: if it is no index, or names files that are no safetensors.
+        CheckpointError: if the file is not an index, or names files other than safetensors.
     """
     index = read_object(path)
     listed = index.get("weight_map")
     if not isinstance(listed, dict) or not listed or not isinstance(index.get("metadata"), dict):
-        raise CheckpointError(f"{path} is no index: it needs a 'weight_map' and 'metadata'")
+        raise CheckpointError(f"{path} is not an index: it needs 'weight_map' and 'metadata'")
     for tensor, name in listed.items():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise CheckpointError(
@@ -120,15 +120,15 @@ def read_index(path: Path) -> dict[str, str]:
 def read_headers(
     files: Sequence[Path], listed: Mapping[str, str] | None = None
 ) -> dict[str, Stored]:
-    """Return what the headers of safetensors files say of every tensor.
+    """Return the header of every tensor in safetensors files.
 
     Args:
-        files: of one checkpoint.
-        listed: the file's name for every tensor, if an index says it.
+        files: the files of one checkpoint.
+        listed: the file name of every tensor, if there is an index.
 
     Raises:
-        CheckpointError: if a file cannot be read, two hold a tensor of one name, or they do not
-            hold what is listed.
+        CheckpointError: if a file cannot be read, two files hold a tensor of the same name, or the
+            files do not match the index.
     """
     found: dict[str, Stored] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""Reads the JSON files of a checkpoint: the answer is an object or an error, whatever they hold."""
+"""Reads the JSON files of a checkpoint: returns an object or raises, whatever they contain."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from tnlm.errors import CheckpointError
 
 LARGEST = 32 * 2**20
-"""Bytes that a JSON file of a checkpoint may have; entries of the largest models take a few MB."""
+"""Most bytes in a JSON file of a checkpoint; entries of the largest models take a few MB."""
 DEEPEST = 64
-"""Levels that it may nest; beyond, copying and printing what was read could overflow the stack."""
+"""Most levels of nesting; beyond, copying or printing the object could overflow the stack."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds.
+    """Return the JSON object in a file.
 
     Args:
-        path: of a file in UTF-8, of at most 32 MB.
+        path: path of a UTF-8 file of at most 32 MiB.
 
     Raises:
-        CheckpointError: if it cannot be read, is no JSON, names something twice, nests too deep, or
-            holds something else than an object.
+        CheckpointError: if the file cannot be read, is not JSON or not an object, repeats a key, or
+            nests too deep.
 
     Example:
         >>> read_object(Path("no-such.json"))
@@ -50,7 +50,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def shortened(value: object, length: int = 300) -> str:
-    """Return what a value looks like, on one line and not too long.
+    """Return a value as text on one line, shortened to a length.
 
     Example:
         >>> shortened("many   words", 8)
@@ -70,7 +70,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """Return how many levels a value nests, counting no further than what is too many."""
+    """Return how many levels a value nests, up to one more than allowed."""
     level, depth = [value], 0
     while level and depth <= DEEPEST:
         level = [

@@ -1,4 +1,4 @@
-"""load: a compressed model from its own files, every tensor of it, and nothing else."""
+"""load: reads a compressed model from its own files, every tensor and nothing else."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from tnlm.errors import CheckpointError, OptionError, TnlmError
 logger = logging.getLogger(__name__)
 
 ELSEWHERE = ("gguf_file", "state_dict", "adapter_kwargs", "from_tf", "from_flax")
-"""Arguments of ``from_pretrained`` that would bring weights from somewhere else."""
+"""Arguments of ``from_pretrained`` that would read weights from elsewhere."""
 
 
 def load(
     directory: str | Path, *, verify: bool = False, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load a compressed model, every tensor of it, in the class it was saved from.
+    """Load a compressed model completely, in the class it was saved from.
 
-    Weights come from the safetensors files in the directory. Adapters and pickled weights that lie
-    beside them are not read, and code of the checkpoint does not run unless it is trusted.
+    Weights come from the safetensors files in the directory. Adapters and pickled weights beside
+    them are not read, and code in the checkpoint does not run unless it is trusted.
 
     Args:
-        directory: written by :func:`save` or ``save_pretrained``; or a hub id.
-        verify: compare every file with the SHA-256 sums in the report first, as :func:`verify`.
-        trust_remote_code: run code that the checkpoint brings, for classes of its own.
+        directory: a directory written by :func:`save` or ``save_pretrained``, or a hub id.
+        verify: first check every file against the SHA-256 sums in the report, as :func:`verify`.
+        trust_remote_code: run code in the checkpoint, for its own model classes.
         **kwargs: passed to ``from_pretrained``, e.g. ``dtype`` or ``device_map``; ``subfolder``,
-            ``revision``, ``token``, ``cache_dir`` and the like say where the files are.
+            ``revision``, ``token``, ``cache_dir`` and the like set where the files are.
 
     Raises:
-        CheckpointError: if the directory is no tnlm checkpoint, a file is missing, truncated,
-            outside of it or not as its sum says, or any tensor is missing, unexpected, of another
-            shape or dtype, not finite, or no order of its rows.
-        OptionError: for an argument that would read weights from elsewhere.
+        CheckpointError: if the directory is not a tnlm checkpoint; if a file is missing, truncated,
+            outside the directory or does not match its sum; or if a tensor is missing, unexpected,
+            not finite, or has the wrong shape or dtype.
+        OptionError: if an argument would read weights from elsewhere.
     """
     _check_arguments(kwargs)
     try:
@@ -68,7 +68,7 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
         if kwargs.get(name):
             raise OptionError(f"{name}= cannot be used: tnlm.load reads a checkpoint's safetensors")
     if kwargs.get("use_safetensors") is False:
-        raise OptionError("use_safetensors=False; allowed: True, as pickled weights are not read")
+        raise OptionError("use_safetensors=False; allowed: True; pickled weights are not read")
 
 
 def _load(folder: Path, trusted: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -77,17 +77,17 @@ def _load(folder: Path, trusted: bool, kwargs: dict[str, Any]) -> PreTrainedMode
     if (folder / "generation_config.json").exists():
         read_object(file_of(folder, "generation_config.json"))
     if (folder / "adapter_config.json").exists():
-        logger.warning("%s holds an adapter, which is not applied; use PeftModel for it", folder)
+        logger.warning("%s has an adapter, which is not applied; load it with PeftModel", folder)
     files, listed = weight_files(folder, kwargs.get("variant"))
     headers = read_headers(files, listed)
     if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
         _check_dtype(stored.get("dtype", stored.get("torch_dtype")), headers)
     if not trusted and stored.get("auto_map") and not _known(stored.get("model_type")):
         raise CheckpointError(
-            "config.json has a model_type of its own; pass trust_remote_code=True to run the code "
-            "that the checkpoint brings"
+            "config.json has a model_type that is not in transformers; pass trust_remote_code=True "
+            "to run the code in the checkpoint"
         )
-    # The model can be trained, wherever it was loaded.
+    # Keeps the model trainable, wherever it is loaded.
     with at_most(100 * len(headers) + 10_000), torch.inference_mode(False):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         cls = _class_of(config, folder, trusted)
@@ -96,7 +96,7 @@ def _load(folder: Path, trusted: bool, kwargs: dict[str, Any]) -> PreTrainedMode
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=trusted,
-            # Adapters are looked for in this folder, which cannot be: it is a file.
+            # Adapters are looked for in this folder, which does not exist: it is a file.
             adapter_kwargs={"subfolder": "config.json"},
             **{name: value for name, value in kwargs.items() if name != "use_safetensors"},
         )
@@ -113,7 +113,7 @@ def _known(model_type: object) -> bool:
 
 
 def _check_dtype(named: object, headers: dict[str, Stored]) -> None:
-    """Raise `CheckpointError` if loading in the dtype that a config names would make up digits."""
+    """Raise `CheckpointError` if the config's dtype is not the one in which tensors are stored."""
     kinds = {str(dtype).removeprefix("torch."): kind for dtype, kind in FLOATS.items()}
     if named is None:
         return
@@ -133,7 +133,7 @@ def _check_dtype(named: object, headers: dict[str, Stored]) -> None:
 
 
 def _class_of(config: Any, folder: Path, trusted: bool) -> Any:
-    """Return the class that a model was saved from: of transformers, or of the checkpoint."""
+    """Return the class that a model was saved from, in transformers or in the checkpoint."""
     names = config.architectures or []
     name = names[0] if isinstance(names, list) and names else None
     own = getattr(config, "auto_map", None) or {}
@@ -144,7 +144,7 @@ def _class_of(config: Any, folder: Path, trusted: bool) -> Any:
             return brought
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        hint = "; pass trust_remote_code=True to run the code it brings" if own else ""
+        hint = "; pass trust_remote_code=True to run the code in the checkpoint" if own else ""
         raise CheckpointError(
             f"config.json names no known architecture: {shortened(names, 80)}{hint}"
         )

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a directory, or the local copy of a repository of the hub."""
+"""Locates a checkpoint's files: a directory, or the local copy of a hub repository."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision",
 
 
 def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) -> Path:
-    """Return the folder of a checkpoint, after fetching its files if they are on the hub.
+    """Return the folder of a checkpoint, after downloading it if it is on the hub.
 
     Args:
         source: a directory or a hub id.
-        kwargs: of ``from_pretrained``; those that say where files are, are taken out.
-        code: whether Python files are fetched too.
+        kwargs: arguments of ``from_pretrained``; those about the location of files are removed.
+        code: whether to download Python files too.
 
     Raises:
         CheckpointError: if there is no such directory, or ``subfolder`` leads out of it.
@@ -41,7 +41,7 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
     if place.is_dir():
         folder = place / subfolder
         if not folder.is_dir() or not folder.resolve().is_relative_to(place.resolve()):
-            raise CheckpointError(f"subfolder={subfolder!r} is no directory in it")
+            raise CheckpointError(f"it has no directory subfolder={subfolder!r}")
         if writer is not None and not (folder / "config.json").exists():
             raise CheckpointError(f"{writer} is writing it; wait until it is done")
         return folder
@@ -53,7 +53,7 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
 def _fetch(
     source: str, subfolder: str, hub: dict[str, Any], variant: str | None, code: bool
 ) -> Path:
-    """Fetch the files of one state of a repository, those alone that loading reads."""
+    """Download the files that loading reads, all from one revision of a repository."""
 
     def fetch(name: str, **options: Any) -> Path | None:
         found = cached_file(source, name, subfolder=subfolder, **hub, **options)

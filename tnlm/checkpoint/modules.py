@@ -1,4 +1,4 @@
-"""A limit on how many modules a model may consist of, while a stranger's config builds it."""
+"""Limits the number of modules while a model is built from an untrusted config."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tnlm.errors import CheckpointError
 
 @contextmanager
 def at_most(count: int) -> Iterator[None]:
-    """Stop this thread from adding more than so many modules to others.
+    """Raise `CheckpointError` if this thread adds more than this many modules to others.
 
-    A number in a config makes any number of layers, which take hours and all memory before the
-    first tensor is missed.
+    One value in a config can create any number of layers, which would take hours and all memory
+    before a missing tensor is noticed.
 
     Example:
         >>> from torch import nn
@@ -33,8 +33,8 @@ def at_most(count: int) -> Iterator[None]:
         added += get_ident() == thread
         if added > count:
             raise CheckpointError(
-                f"config.json asks for more than {count} modules, out of all proportion to the "
-                "tensors of the checkpoint"
+                f"config.json asks for more than {count} modules, far too many for the tensors of "
+                "the checkpoint"
             )
 
     handle = register_module_module_registration_hook(counted)

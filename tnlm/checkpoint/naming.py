@@ -1,4 +1,4 @@
-"""Names of compressed modules and their parameters, in one class of a model or another."""
+"""Names of compressed modules and their parameters in different classes of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def names_in(model: PreTrainedModel, config: TnlmConfig) -> dict[str, str | None]:
-    """Return the name in a model of every module that a config names; None for a head it lacks.
+    """Map every module in a config to its name in a model; None for a head the model lacks.
 
     Raises:
         CheckpointError: if the model has no such module.
@@ -25,16 +25,16 @@ def names_in(model: PreTrainedModel, config: TnlmConfig) -> dict[str, str | None
 
 
 def rename_in(config: TnlmConfig, names: Mapping[str, str | None]) -> None:
-    """Let a config use other names; what has none keeps its own.
+    """Rename the modules in a config; modules mapped to None keep their names.
 
-    Heads that a model lacks stay listed: a body saved alone may be loaded under its head again.
+    Heads that a model lacks stay listed, since a body saved alone may be loaded under its head.
     """
     config.tied = {rename(names, a): rename(names, b) for a, b in config.tied.items()}
     config.modules = {names[name] or name: entry for name, entry in config.modules.items()}
 
 
 def owner_of(modules: Collection[str], parameter: str) -> str | None:
-    """Return the module, among several, that holds a parameter, itself or in a child."""
+    """Return which of several modules holds a parameter, directly or in a child."""
     parts = parameter.split(".")
     for end in range(len(parts) - 1, 0, -1):
         if ".".join(parts[:end]) in modules:
@@ -43,9 +43,9 @@ def owner_of(modules: Collection[str], parameter: str) -> str | None:
 
 
 def _resolve(model: PreTrainedModel, name: str) -> str | None:
-    """Return a saved module's name in this class of model; None for a task head it does not have.
+    """Return a saved module's name in this class of model; None for a task head it lacks.
 
-    A body (``LlamaModel``) lacks the prefix that a model with a head (``LlamaForCausalLM``) has.
+    A body (``LlamaModel``) lacks the prefix of a model with a head (``LlamaForCausalLM``).
 
     Raises:
         CheckpointError: if the body has no such module.
@@ -63,13 +63,13 @@ def _resolve(model: PreTrainedModel, name: str) -> str | None:
 
 
 def _is_head(model: PreTrainedModel, name: str, prefix: str) -> bool:
-    """Tell whether a name that this model lacks lies outside the body."""
+    """Return whether a name that this model lacks lies outside the body."""
     first = name.split(".")[0]
     return not name.startswith(prefix) and not hasattr(model.base_model, first)
 
 
 def has(model: nn.Module, name: str) -> bool:
-    """Tell whether a model has a module of a name."""
+    """Return whether a model has a module of this name."""
     try:
         model.get_submodule(name)
     except AttributeError:
@@ -78,11 +78,11 @@ def has(model: nn.Module, name: str) -> bool:
 
 
 def rename(names: Mapping[str, str | None], parameter: str) -> str:
-    """Return a parameter's name under the new name of its module."""
+    """Return a parameter's name after its module is renamed."""
     module = owner_of(names, parameter) or parameter.rpartition(".")[0]
     return f"{names.get(module) or module}{parameter.removeprefix(module)}"
 
 
 def with_wildcards(name: str) -> str:
-    """Return a name with `*` for every index, as transformers writes plans."""
+    """Return a name with `*` for every index, as in transformers' parallel plans."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,6 +1,6 @@
-"""What is said of the models inside a compressed model, and of a model around compressed ones.
+"""Descriptions of models inside a compressed model, and of models that contain compressed ones.
 
-Towers and bodies have a `save_pretrained` of their own, and nothing in them leads to the whole.
+Towers and bodies have their own `save_pretrained`, and no reference to the whole model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tnlm.checkpoint.description import TnlmConfig
 
 PART = "_tnlm_part"
-"""Attribute of a model inside a compressed one: what `config.json` says if it is saved alone."""
+"""Attribute of a model inside a compressed one: its description if it is saved alone."""
 
 
 def submodels(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
@@ -32,7 +32,7 @@ def submodels(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
 
 
 def describe_parts(model: PreTrainedModel, config: TnlmConfig) -> None:
-    """Leave with every model inside a compressed one what is to be said of it alone."""
+    """Attach to every model inside a compressed one a description of that part alone."""
     for name, part in submodels(model):
         vars(part).pop(PART, None)
         said = _of_body(part, config) if part is model.base_model else _within(config, name)
@@ -41,14 +41,14 @@ def describe_parts(model: PreTrainedModel, config: TnlmConfig) -> None:
 
 
 def _of_body(body: PreTrainedModel, config: TnlmConfig) -> TnlmConfig:
-    """Return the same in the names of the body; the head may stand on it again."""
+    """Return the description in the names of the body, with the head's entries kept."""
     said = copy.copy(config)
     rename_in(said, names_in(body, said))
     return said
 
 
 def _within(config: TnlmConfig, name: str) -> TnlmConfig:
-    """Return what is said of the modules inside a module, in names that start there."""
+    """Return the description of the modules inside a module, with names relative to it."""
     said, prefix = copy.copy(config), f"{name}."
     said.modules = {
         inner.removeprefix(prefix): entry
@@ -64,7 +64,7 @@ def _within(config: TnlmConfig, name: str) -> TnlmConfig:
 
 
 def around(inner: Mapping[str, TnlmConfig]) -> TnlmConfig | None:
-    """Return what is said of a model that holds compressed models; None if it holds none."""
+    """Return the description of a model that contains compressed models, or None if none."""
     if not inner:
         return None
     said = copy.copy(next(iter(inner.values())))

@@ -1,8 +1,8 @@
-"""Tables and heads with other rows: some are cut off, or new ones are put at the end.
+"""Resizes tables and heads: cuts rows off, or adds new ones at the end.
 
-A row of the table stands in the factors that have the vocabulary's mode. Where one factor has it,
-the others are a basis that all rows share: a new row is its best fit in that basis, which stays as
-it is. Where every factor has it, each row is a network of its own.
+A row of the table is held by the factors with the vocabulary's mode. If only one factor has this
+mode, the others are a basis that all rows share; a new row is its best fit in that basis, which
+does not change. If every factor has it, each row is its own network.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from tnlm.tensors.gauge import fix
 from tnlm.tensors.network import Factors, Network
 
 Fit = Callable[[Tensor], Factors]
-"""Returns the factors of rows ``(count, width)`` alone, where rows share nothing."""
+"""Returns the factors of rows ``(count, width)``, for networks whose rows share nothing."""
 
 Table = FactorizedEmbedding | FactorizedHead
 Factored = Table | FactorizedLinear
 
 
 def holders(network: Network) -> list[str]:
-    """Return the factors in which a row of the matrix stands.
+    """Return the factors that hold the rows of the matrix.
 
     Raises:
-        TargetError: if rows do not stand by themselves: one cannot be added or changed alone.
+        TargetError: if rows share factors, so that none can be added or changed alone.
 
     Example:
         >>> holders(Network({"left": "vr", "right": "ri"}, "v", "i", {"v": 9, "r": 2, "i": 4}))
@@ -43,20 +43,20 @@ def holders(network: Network) -> list[str]:
     if len(network.out) == 1 and len(found) in (1, len(network.factors)):
         return found
     raise TargetError(
-        f"the rows share their factors ({network.equation}), so that none can be added, removed or "
-        "changed alone; make the model dense with tnlm.to_dense, and compress it again after"
+        f"the rows share their factors ({network.equation}), so none can be added, removed or "
+        "changed alone; make the model dense with tnlm.to_dense, then compress it again"
     )
 
 
 @torch.no_grad()
 def fit_rows(network: Network, factors: Factors, rows: Tensor, fit: Fit) -> Factors:
-    """Return what stands for rows ``(count, width)`` in the factors that hold rows.
+    """Fit rows ``(count, width)``, and return their part of each factor that holds rows.
 
     Args:
-        network: of the matrix.
-        factors: every factor in full.
-        rows: what is wanted; the result is the nearest that the other factors allow.
-        fit: for networks in which every row is by itself.
+        network: network of the matrix.
+        factors: all factors.
+        rows: the rows to approximate, as closely as the other factors allow.
+        fit: fits rows of networks in which every row is independent.
     """
     found = holders(network)
     if len(found) == len(network.factors):
@@ -79,17 +79,17 @@ def fit_rows(network: Network, factors: Factors, rows: Tensor, fit: Fit) -> Fact
 def resized(
     entry: Entry, module: Factored, rows: Tensor, bias: Tensor | None, fit: Fit
 ) -> nn.Module:
-    """Return a module of the entry's shape: rows of an old one, as many as fit, then new ones.
+    """Return a module of the entry's shape: as many old rows as fit, then new ones.
 
     Args:
-        entry: of the new module.
-        module: the old one; not changed.
-        rows: ``(count, width)`` of the new rows, maybe none.
-        bias: of a head, whole.
+        entry: entry of the new module.
+        module: the old module; not changed.
+        rows: the new rows ``(count, width)``, possibly none.
+        bias: the whole bias of a head.
         fit: see :func:`fit_rows`.
 
     Raises:
-        TnlmError: if the rows do not stand by themselves, or are too few for the ranks.
+        TnlmError: if rows share factors, or are too few for the ranks.
     """
     network = network_of(entry)
     kept = network.shape[0] - len(rows)
@@ -114,7 +114,7 @@ def resized(
 
 @torch.no_grad()
 def _store(made: FactorizedLinear, old: FactorizedLinear, factors: Factors) -> None:
-    """Put factors into a layer; those that hold no row are the old ones, bit for bit."""
+    """Store factors in a layer; those that hold no rows stay bit for bit the same."""
     gauge, [holder] = made.network.gauge, holders(made.network)
     if gauge != old.network.gauge or (gauge is not None and gauge.factor == holder):
         exact = {name: factor.double() for name, factor in factors.items()}

@@ -1,4 +1,4 @@
-"""Whether a model can be read back once it is written: asked before anything is."""
+"""Checks, before a model is saved, that it can be loaded again."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from tnlm.checkpoint.tensors import check_values
 from tnlm.errors import CheckpointError, ModelError
 from tnlm.layers.peft_names import is_adapter
 
-if TYPE_CHECKING:  # whose import imports the plug-in
+if TYPE_CHECKING:  # importing it imports the plug-in
     from transformers import PreTrainedModel
 
     from tnlm.checkpoint.description import TnlmConfig
 
 
 def check_savable(model: PreTrainedModel, said: TnlmConfig) -> None:
-    """Raise `ModelError` unless a model is what will be said of it, in values that load.
+    """Raise `ModelError` unless a model matches its description and has finite values.
 
     It may have been trained, cut or edited since it was compressed.
 
     Args:
-        model: compressed.
-        said: what `config.json` will say of it.
+        model: the compressed model.
+        said: its description for `config.json`.
     """
     _check_bare(model)
     try:
         names = names_in(model, said)
         for name, entry in said.modules.items():
             place = names[name]
-            if place is not None:  # else a head that this class of model lacks
+            if place is not None:  # None is a head that this class of model lacks
                 _check_module(place, entry, model.get_submodule(place))
         check_values(model, {place for place in names.values() if place is not None})
     except CheckpointError as error:
@@ -40,19 +40,18 @@ def check_savable(model: PreTrainedModel, said: TnlmConfig) -> None:
 
 
 def _check_bare(model: nn.Module) -> None:
-    """Raise `ModelError` if a parameter is more than its numbers, or belongs to an adapter."""
+    """Raise `ModelError` if a parameter is a tensor subclass or belongs to an adapter."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "__tensor_flatten__"):
             raise ModelError(
-                f"{name} is held as {type(parameter).__name__}, of which config.json says nothing; "
+                f"{name} is a {type(parameter).__name__}, which config.json cannot describe; "
                 "save the model first, and quantize it after loading"
             )
     for name, module in model.named_modules():
         if is_adapter(module):
             raise ModelError(
-                f"{name or 'the model'} has an adapter of PEFT, which a directory of the whole "
-                "model cannot hold; save what merge_and_unload() returns, or the adapter alone "
-                "by save_pretrained"
+                f"{name or 'the model'} has a PEFT adapter, which tnlm.save cannot store; save "
+                "the result of merge_and_unload(), or the adapter alone with save_pretrained"
             )
 
 

@@ -1,4 +1,4 @@
-"""save: a directory is written whole or not at all."""
+"""save: writes a compressed model to a directory, completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def save(
     overwrite: bool = False,
     **kwargs: Any,
 ) -> Path:
-    """Write a compressed model as a Hugging Face directory that fails loudly without tnlm.
+    """Save a compressed model as a Hugging Face directory that fails loudly without tnlm.
 
-    All is written aside first and then moved into place: a failure leaves the old files, and what a
-    killed process leaves is put in order by the next save or load of the directory. It may be a
-    mount point, or a link to a directory. ``model.save_pretrained`` writes the same files, but for
-    the report, and without any of this.
+    The files are first written aside and then moved into place. A failure leaves the old files, and
+    the next save or load of the directory cleans up after a killed process. The directory may be a
+    mount point, or a link to a directory. ``model.save_pretrained`` writes the same files except
+    the report, without these guarantees.
 
     Args:
-        model: compressed by tnlm.
+        model: a model compressed by tnlm.
         directory: new or empty, unless ``overwrite``.
-        tokenizer: saved along, if given.
-        overwrite: replace what the directory holds.
+        tokenizer: saved with the model, if given.
+        overwrite: replace the contents of the directory.
         **kwargs: passed to ``save_pretrained``, e.g. ``max_shard_size``; a process with
             ``is_main_process=False`` leaves the directory alone.
 
@@ -43,8 +43,8 @@ def save(
         The directory.
 
     Raises:
-        ModelError: if the model is not compressed, or could not be loaded again: values that are
-            not finite, modules that were changed, an adapter, another library's quantization.
+        ModelError: if the model is not compressed, or could not be loaded again: it has values
+            that are not finite, changed modules, adapters or another library's quantization.
         CheckpointError: if the directory is not empty, cannot be written, or is being written by
             another process.
     """

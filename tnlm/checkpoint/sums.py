@@ -1,4 +1,4 @@
-"""SHA-256 sums of a checkpoint's files: written beside it, and compared on request."""
+"""SHA-256 sums of a checkpoint's files: written beside it, and verified on request."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ REPORT_FILE = "tnlm_report.json"
 FIELD = "sha256"
 """The field of the report that holds the sums, by file name."""
 PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index*.json")
-"""The files that make the model what it is."""
+"""The files that define the model."""
 
 
 def record_sums(directory: Path) -> None:
-    """Add the sums of a checkpoint's files to its report, which is made if there is none.
+    """Add the sums of a checkpoint's files to its report, and create one if there is none.
 
     Args:
-        directory: complete but for this.
+        directory: a checkpoint with all its other files.
     """
     path = directory / REPORT_FILE
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -31,15 +31,15 @@ def record_sums(directory: Path) -> None:
 
 
 def verify(directory: str | Path) -> dict[str, str]:
-    """Compare the files of a saved model with the sums that were taken when it was saved.
+    """Check the files of a saved model against their SHA-256 sums from when it was saved.
 
-    Sums show what no other check can: numbers that changed, on a disk, on the way or by hand.
+    This detects what no other check can: values that changed on disk, in transit or by hand.
 
     Args:
-        directory: written by :func:`tnlm.save`.
+        directory: a model written by :func:`tnlm.save`.
 
     Returns:
-        The SHA-256 sum of every file, by its name.
+        The SHA-256 sum of every file, by name.
 
     Raises:
         CheckpointError: if a file differs, is missing or extra, or there are no sums.
@@ -69,10 +69,10 @@ def verify(directory: str | Path) -> dict[str, str]:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Return the sums that a report holds.
+    """Return the sums in a model's report.
 
     Raises:
-        CheckpointError: if there is no report, or one without sums.
+        CheckpointError: if there is no report, or it has no sums.
     """
     path = folder / REPORT_FILE
     sums = read_object(file_of(folder, REPORT_FILE)).get(FIELD) if path.exists() else None

@@ -1,4 +1,4 @@
-"""What a checkpoint's files brought, and whether the model that holds it can be right."""
+"""Checks that a checkpoint's files hold every tensor of a model, with valid values."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from tnlm.checkpoint.naming import owner_of
 from tnlm.errors import CheckpointError
 from tnlm.tensors.gauge import ORDER
 
-if TYPE_CHECKING:  # whose import imports the plug-in, and that this file
+if TYPE_CHECKING:  # importing it imports the plug-in, which imports this file
     from transformers import PreTrainedModel
 
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-"""What weights may be stored as, in the words of torch and of safetensors."""
+"""The dtypes in which weights may be stored, with their names in safetensors."""
 SPARE = 2**26
-"""Numbers that a model may hold beyond four times its files': a new head, tables of positions."""
+"""Elements allowed beyond four times those in the files, for new heads and position tables."""
 
 
 class Arrivals:
-    """Notes the tensors that files bring while transformers loads them, and checks them after.
+    """Records the tensors that transformers loads from files, and checks them afterwards.
 
-    transformers itself casts what it finds, draws what it misses, and goes on.
+    transformers itself would cast any dtype and fill missing tensors with random values.
 
     Args:
         model: its skeleton, with the modules that the checkpoint describes.
         made: names of those modules.
-        files: of the checkpoint, all safetensors.
+        files: the checkpoint's files, all safetensors.
 
     Raises:
-        CheckpointError: if a file is none, or the model is out of all proportion to its files.
+        CheckpointError: if a file is not safetensors, or the model is far larger than its files.
     """
 
     def __init__(
         self, model: PreTrainedModel, made: Collection[str], files: Sequence[str] | None
     ) -> None:
-        """Look at the files' headers."""
+        """Read the headers of the files."""
         for file in files or ():
             if not file.endswith(".safetensors"):
-                raise CheckpointError(f"{file} is no safetensors file; tnlm reads nothing else")
+                raise CheckpointError(f"{file} is not a safetensors file; tnlm reads no other kind")
         headers = read_headers([Path(file) for file in files or ()])
         self._expected: dict[str, Tensor] = model.state_dict()
         if files:
@@ -55,22 +55,22 @@ class Arrivals:
         self._renamed = True
 
     def note(self, conversion: Any, tensor: Any) -> None:
-        """Note one tensor of a file, before it is read.
+        """Record one tensor of a file, before it is read.
 
         Args:
-            conversion: what transformers does to it.
+            conversion: transformers' conversion of it.
             tensor: a slice of a safetensors file, or a tensor.
 
         Raises:
-            CheckpointError: if the model cannot hold it as what it is.
+            CheckpointError: if the model cannot hold the tensor in its stored dtype.
         """
-        if hasattr(conversion, "operations"):  # of several tensors, or into several
+        if hasattr(conversion, "operations"):  # merges or splits tensors
             self._renamed = False
             return
         name = conversion.target_patterns[0]
         source = conversion.source_patterns[0]
         if name in self._noted:
-            raise CheckpointError(f"the checkpoint holds two tensors for {name}, one is {source}")
+            raise CheckpointError(f"the checkpoint has two tensors for {name}; one is {source}")
         kind = tensor.get_dtype() if hasattr(tensor, "get_dtype") else FLOATS.get(tensor.dtype, "")
         wanted = self._expected[name].dtype
         if wanted in FLOATS and kind not in FLOATS.values():
@@ -78,16 +78,16 @@ class Arrivals:
                 f"{name} is stored as {kind or tensor.dtype}; allowed: {', '.join(FLOATS.values())}"
             )
         if name.endswith(ORDER) and self._owner(name) and kind != "I64":
-            raise CheckpointError(f"{name} is stored as {kind}; the order of rows is I64")
+            raise CheckpointError(f"{name} is stored as {kind}; allowed for row orders: I64")
         self._noted[name] = kind
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check the loaded model: all there, of one dtype a module, finite, orders in order.
+        """Check the loaded model: complete, one dtype per module, finite, with valid row orders.
 
-        Every tensor is looked at once, one at a time, wherever it is kept.
+        Tensors are checked one at a time, wherever they are kept.
 
         Raises:
-            CheckpointError: names the first tensor that is wrong.
+            CheckpointError: if a tensor is missing or invalid.
         """
         if self._parents and not self._noted and self._renamed:
             raise CheckpointError(
@@ -101,11 +101,11 @@ class Arrivals:
         self._expected.clear()
 
     def _owner(self, name: str) -> str | None:
-        """Return the module, among those that tnlm made, that holds a tensor."""
+        """Return the module made by tnlm that holds a tensor, if any."""
         return owner_of(self._made, name)
 
     def _check_missing(self, model: PreTrainedModel) -> None:
-        """Raise for a tensor that the files should hold; draw those of a head that they lack."""
+        """Raise if the files lack a tensor they should hold; draw those of a new head."""
         whole = type(model).__name__ in (model.config.architectures or [])
         ignored = model._keys_to_ignore_on_load_missing or ()
         absent = self._absent(model)
@@ -123,14 +123,14 @@ class Arrivals:
             draw(model, name)
 
     def _absent(self, model: PreTrainedModel) -> list[str]:
-        """Return the tensors that no file brought, nor one that they are tied to."""
+        """Return the tensors that no file holds, neither directly nor through a tie."""
         ties = dict(model.all_tied_weights_keys)
         shared = {name: ties.get(name, name) for name in self._expected}
         present = {shared.get(name, name) for name in self._noted}
         return [name for name in self._expected if shared[name] not in present]
 
     def _check_dtypes(self) -> None:
-        """Factors of one module are written in one dtype; another was put there later."""
+        """Raise unless all factors of a module have one dtype, as tnlm writes them."""
         found: dict[str, tuple[str, str]] = {}
         for name, kind in self._noted.items():
             owner = self._owner(name)
@@ -145,11 +145,11 @@ class Arrivals:
 
 
 def check_values(model: nn.Module, made: Collection[str]) -> None:
-    """Raise `CheckpointError` unless every parameter is finite, and every order in order.
+    """Raise `CheckpointError` unless every parameter is finite and every row order valid.
 
     Args:
-        model: of any kind.
-        made: names of the modules in it that tnlm made.
+        model: any model.
+        made: names of the modules made by tnlm.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in _tensors(model):
@@ -157,16 +157,16 @@ def check_values(model: nn.Module, made: Collection[str]) -> None:
         if name.endswith(ORDER) and ours:
             check_order(name, tensor)
         elif tensor.is_floating_point() and (name in parameters or ours):
-            check_finite(name, tensor)  # a foreign buffer may be a mask of infinities
+            check_finite(name, tensor)  # other buffers may be masks of infinities
 
 
 def draw(model: nn.Module, name: str) -> None:
-    """Start a tensor of a head that no file holds, as transformers starts new ones.
+    """Initialise a head's tensor that no file holds, as transformers does for new heads.
 
-    transformers initialises the modules it knows, and leaves the others as uninitialised memory.
+    transformers initialises only modules that it knows; others would be uninitialised memory.
 
     Raises:
-        CheckpointError: if it is not in memory.
+        CheckpointError: if the tensor is not in memory.
     """
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
@@ -183,41 +183,41 @@ def draw(model: nn.Module, name: str) -> None:
 
 
 def check_order(name: str, order: Tensor) -> None:
-    """Raise `CheckpointError` unless a tensor orders its own rows.
+    """Raise `CheckpointError` unless a tensor is a permutation of its indices.
 
     Example:
         >>> check_order("left_order", torch.tensor([0, 2, 2]))
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: left_order is no order of its 3 rows: 1 is not in it
+        tnlm.errors.CheckpointError: left_order is no permutation of 3 rows: 1 is missing
     """
     if order.dtype != torch.int64 or order.dim() != 1:
         raise CheckpointError(
-            f"{name} is {order.dtype} of shape {tuple(order.shape)}, no row order"
+            f"{name} is {order.dtype} of shape {tuple(order.shape)}, not a row order"
         )
     rows = len(order)
     if rows and not 0 <= int(order.min()) <= int(order.max()) < rows:
-        raise CheckpointError(f"{name} orders {rows} rows, but names others")
+        raise CheckpointError(f"{name} orders {rows} rows, but has an index out of range")
     seen = torch.zeros(rows, dtype=torch.bool, device=order.device)
     seen[order] = True
     if not bool(seen.all()):
         missing = int((~seen).nonzero()[0])
-        raise CheckpointError(f"{name} is no order of its {rows} rows: {missing} is not in it")
+        raise CheckpointError(f"{name} is no permutation of {rows} rows: {missing} is missing")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise `CheckpointError` if a tensor holds NaN or an infinity; takes no memory of its size.
+    """Raise `CheckpointError` if a tensor holds NaN or infinity, without copying it.
 
     Example:
         >>> check_finite("weight", torch.tensor([1.0, float("nan")]))
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: weight holds values that are not finite ...
+        tnlm.errors.CheckpointError: weight has values that are not finite ...
     """
     if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
-        raise CheckpointError(f"{name} holds values that are not finite in {tensor.dtype}")
+        raise CheckpointError(f"{name} has values that are not finite in {tensor.dtype}")
 
 
 def _check_size(expected: Mapping[str, Tensor], headers: Mapping[str, Stored]) -> None:
-    """Raise unless a model is of the size of its files: what they lack would be made up."""
+    """Raise if a model is far larger than its files: the rest would be random values."""
     there = sum(torch.Size(stored.shape).numel() for stored in headers.values())
     needed = sum(
         tensor.numel()
@@ -226,33 +226,34 @@ def _check_size(expected: Mapping[str, Tensor], headers: Mapping[str, Stored]) -
     )
     if needed > 4 * there + SPARE:
         raise CheckpointError(
-            f"config.json asks for {needed:,} numbers that the files, with {there:,}, do not hold"
+            f"config.json asks for {needed:,} parameters that are not in the files, which hold "
+            f"{there:,}"
         )
 
 
 def _in_body(model: PreTrainedModel, module: str) -> bool:
-    """Tell whether a module belongs to the body, which all classes of a model share."""
+    """Return whether a module belongs to the body, which all classes of a model share."""
     body = model.base_model
     return body is model or module.startswith(f"{model.base_model_prefix}.")
 
 
 def _holds(parents: Collection[str], model: PreTrainedModel, module: str) -> bool:
-    """Tell whether files hold some tensor of a module, under its name in a body or a head."""
+    """Return whether the files hold a tensor of a module, with or without the body's prefix."""
     prefix = f"{model.base_model_prefix}."
     return any(n in parents for n in (module, module.removeprefix(prefix), prefix + module))
 
 
 def _parents(names: Collection[str]) -> set[str]:
-    """Return every module that holds one of several tensors, in itself or deeper."""
+    """Return every module that holds one of several tensors, directly or deeper."""
     found: set[str] = set()
     for name in names:
-        parts = name.split(".")[:32]  # no model nests deeper
+        parts = name.split(".")[:32]  # no real model nests deeper
         found.update(".".join(parts[:end]) for end in range(1, len(parts)))
     return found
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's saved tensors; those that are offloaded are brought one at a time."""
+    """Yield a model's persistent tensors; offloaded ones are loaded one at a time."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         held = {**module._parameters, **module._buffers}
@@ -261,12 +262,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 continue
             seen.add(id(tensor))
             value = _brought(module, name, tensor)
-            if not value.is_meta:  # a skeleton was asked for
+            if not value.is_meta:  # else the caller wants a skeleton
                 yield f"{path}.{name}" if path else name, value.detach()
 
 
 def _brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    if hasattr(tensor, "to_local"):  # a part of a tensor that several processes hold
+    if hasattr(tensor, "to_local"):  # distributed over several processes
         local: Tensor = tensor.to_local()
         return local
     hook = getattr(module, "_hf_hook", None)

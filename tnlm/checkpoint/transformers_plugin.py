@@ -1,7 +1,7 @@
 """The quantizer plug-in through which transformers loads compressed models.
 
-This is the only file that touches that interface: transformers asks the quantizer to prepare the
-skeleton of the model before the weights are read. What it writes: `tnlm.checkpoint.writing`.
+Only this file uses that interface: transformers asks the quantizer to prepare the skeleton of the
+model before the weights are read. For writing, see `tnlm.checkpoint.writing`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tnlm.layers.arranged import arrange_made
 
 @register_quantizer(METHOD)
 class TnlmQuantizer(HfQuantizer):
-    """Builds the factorized modules before weights are read, and turns them back on request."""
+    """Builds the factorized modules before weights are read, and makes them dense on request."""
 
-    requires_calibration = True  # refuses to compress on the fly: that is tnlm.compress
+    requires_calibration = True  # rejects compression on the fly, which tnlm.compress does
     quantization_config: TnlmConfig
     arrivals: Arrivals | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse files of a layout that is not known."""
+        """Raise `CheckpointError` for files of an unknown format version."""
         version = self.quantization_config.format_version
         if version not in READABLE:
             readable = " and ".join(map(str, READABLE))
@@ -47,12 +47,12 @@ class TnlmQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Clear the guard; the first hook that sees the config before files are looked for."""
+        """Clear the guard; this is the first hook with the config before files are located."""
         clear_guard(config)
         return config
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Drop what transformers does to names and layouts of dense files; a user's own stays."""
+        """Drop transformers' conversions for dense files, but keep the user's own."""
         if self.quantization_config.format_version == 2:
             return weight_conversions
         given = len(weight_conversions) - len(get_model_conversion_mapping(model))
@@ -71,7 +71,7 @@ class TnlmQuantizer(HfQuantizer):
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """Note what is about to be read; the dtype stays transformers' choice."""
+        """Record the tensor about to be read, and leave its dtype to transformers."""
         if self.arrivals is not None:
             self.arrivals.note(converter, param)
         return super().get_new_dtype(converter, param, dtype)
@@ -83,8 +83,8 @@ class TnlmQuantizer(HfQuantizer):
             self.arrivals.check(model)
             self.arrivals = None
         arrange_made(model)  # files hold every weight by rows
-        self.quantization_config.format_version = FORMAT_VERSION  # of what is written from now on
-        vars(model).pop("_weight_conversions", None)  # of this file, not of a dense model's
+        self.quantization_config.format_version = FORMAT_VERSION  # for files written from now on
+        vars(model).pop("_weight_conversions", None)  # they belong to this file
         describe_parts(model, self.quantization_config)
         install(model)
         # .half() and .float() stay allowed.
@@ -94,14 +94,14 @@ class TnlmQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ModelError(
-                "weights of the model are offloaded, and cannot be put together; load it without "
-                "device_map, or with one that keeps all in memory"
+                "weights of the model are offloaded, so it cannot be made dense; load it without "
+                "device_map, or with one that keeps all weights in memory"
             )
         added = [n for n, e in self.quantization_config.modules.items() if e.get("bias_added")]
         if added:
             raise ModelError(
                 f"{type(model).__name__} has no place for the bias that was added to {added[0]} "
-                f"and {len(added) - 1} others; a dense copy would not load as what it is. Keep the "
+                f"and {len(added) - 1} others, so a dense copy could not be loaded again. Keep the "
                 "model compressed, or compress with a metric that adds no bias, such as 'input'"
             )
         uninstall(model)
@@ -117,7 +117,7 @@ class TnlmQuantizer(HfQuantizer):
         return model
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
-        """Forget that the model was compressed, but not what names its dense file had."""
+        """Remove the description of the compression, but keep conversions for dense files."""
         conversions = vars(model).get("_weight_conversions")
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
         if conversions is not None:
@@ -135,7 +135,7 @@ class TnlmQuantizer(HfQuantizer):
 def place(model: PreTrainedModel, config: TnlmConfig) -> None:
     """Put the modules that a config describes into a model, uninitialised.
 
-    Each is made on the device and in the dtype of the dense weight that it replaces.
+    Each gets the device and dtype of the dense weight that it replaces.
 
     Raises:
         CheckpointError: if the config does not fit the model.
@@ -155,7 +155,7 @@ def place(model: PreTrainedModel, config: TnlmConfig) -> None:
     }
     _check_ties(model, tied)
     retie(model, tied)
-    rename_in(config, names)  # so that saving it again writes what it holds
+    rename_in(config, names)  # saving it again then writes its own names
 
 
 def attach(model: PreTrainedModel, config: TnlmConfig) -> None:
@@ -169,16 +169,16 @@ def attach(model: PreTrainedModel, config: TnlmConfig) -> None:
 
 
 def config_of(model: nn.Module) -> TnlmConfig | None:
-    """Return what is said of a compressed model; None for any other.
+    """Return the description of a compressed model, or None for any other.
 
-    A dense model that was made from the config of a compressed one is none.
+    A dense model built from the config of a compressed one has none.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     return quantizer.quantization_config if isinstance(quantizer, TnlmQuantizer) else None
 
 
 def description(model: PreTrainedModel) -> TnlmConfig | None:
-    """Return what `config.json` must say of a model, a part of one, or one around others."""
+    """Return the description for `config.json` of a model, a part, or a model with such parts."""
     own: TnlmConfig | None = config_of(model) or vars(model).get(PART)
     if own is not None:
         return own
@@ -187,9 +187,9 @@ def description(model: PreTrainedModel) -> TnlmConfig | None:
 
 
 def retie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
-    """Tell transformers which parameters are shared, now that names have changed.
+    """Update the tied parameters that transformers knows, after names have changed.
 
-    Both attributes count: one is used at load, the other when saving drops duplicates.
+    Loading uses one of the two attributes, saving the other, to drop duplicates.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     old = model.all_tied_weights_keys.items()
@@ -202,7 +202,9 @@ def _owners(config: TnlmConfig, *parameters: str) -> set[str]:
     """Return the compressed modules that hold parameters."""
     owners = {owner_of(config.modules, name) for name in parameters}
     if None in owners:
-        raise CheckpointError(f"config.json ties {' to '.join(parameters)}, of no module it names")
+        raise CheckpointError(
+            f"config.json ties {' to '.join(parameters)}, which are not in modules it names"
+        )
     return {owner for owner in owners if owner is not None}
 
 
@@ -211,5 +213,5 @@ def _check_ties(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
     for target, source in tied.items():
         if target not in shapes or shapes[target] != shapes.get(source):
             raise CheckpointError(
-                f"config.json ties {target} to {source}: not two parameters of one shape"
+                f"config.json ties {target} to {source}, which are not parameters of one shape"
             )

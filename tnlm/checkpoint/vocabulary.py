@@ -1,4 +1,4 @@
-"""Makes `resize_token_embeddings` work on factorized tables and heads: all of it, or nothing."""
+"""Makes `resize_token_embeddings` work on factorized tables and heads, all or nothing."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ FACTORED = (FactorizedEmbedding, FactorizedHead, FactorizedLinear, FusedLinear)
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let a compressed model resize its factorized ends."""
+    """Make `resize_token_embeddings` of a compressed model resize factorized tables and heads."""
     vars(model)[HOOK] = partial(resize, model)
 
 
 def uninstall(model: PreTrainedModel) -> None:
-    """Give a model transformers' own way back."""
+    """Restore transformers' own `resize_token_embeddings`."""
     vars(model).pop(HOOK, None)
 
 
 def resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> nn.Module:
-    """Resize as transformers does, which asks for each new table and head; undo all on failure.
+    """Resize the vocabulary with transformers' method; on failure, undo everything.
 
-    New rows are those that transformers would give a dense model, as near as the factors allow. The
-    rows of other tokens stay as they are.
+    New rows approximate those that transformers would give a dense model, as closely as the factors
+    allow. The rows of other tokens do not change.
     """
     work, before = _Resizing(model), _Snapshot(model)
     own: Any = vars(model)
     own["_get_resized_embeddings"], own["_get_resized_lm_head"] = work.embeddings, work.head
     try:
-        with torch.inference_mode(False):  # the new rows can be trained, wherever they were made
+        with torch.inference_mode(False):  # keeps new rows trainable, wherever they are made
             found: nn.Module = type(model).resize_token_embeddings(model, *args, **kwargs)
             work.finish()
             before.untie(model)
@@ -59,15 +59,17 @@ def resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> nn.Module:
 
 @torch.no_grad()
 def set_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> None:
-    """Change the vectors of some tokens, in place, and of no others; a tied head changes with them.
+    """Set the embedding vectors of some tokens in place, and change no others.
+
+    A tied head changes with its table.
 
     Args:
         model: compressed or not.
-        ids: ``(count,)``, each once.
-        rows: ``(count, width)``; factors hold the nearest that they can.
+        ids: token ids ``(count,)``, without duplicates.
+        rows: new vectors ``(count, width)``; factors approximate them as closely as they can.
 
     Raises:
-        TargetError: if ids and rows do not fit the table, or its rows share their factors.
+        TargetError: if ids and rows do not fit the table, or its rows share factors.
 
     Example:
         >>> import tnlm
@@ -85,7 +87,7 @@ def set_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> None:
     if not fits or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < count):
         raise TargetError(
             f"ids {tuple(ids.shape)} and rows {tuple(rows.shape)}; allowed: ids from 0 to "
-            f"{count - 1}, each once, and rows of {width}"
+            f"{count - 1}, each once, and rows of width {width}"
         )
     if not isinstance(table, FactorizedEmbedding):
         table.weight[ids.to(table.weight.device)] = rows.to(table.weight)
@@ -103,14 +105,14 @@ def _is_factored(module: Any) -> bool:
 
 
 def _fit(entry: Entry) -> Any:
-    """Return what fits rows by themselves, in an entry's format."""
+    """Return a function that fits independent rows in an entry's format."""
     structure = get_format(entry["format"])
     spec = from_dict(structure.spec, entry["options"])
     return lambda rows: structure.fit(rows, Metric(), spec)
 
 
 def _entry_of(model: PreTrainedModel, module: nn.Module) -> tuple[str, Entry]:
-    """Return the name of a compressed module, and what a checkpoint says of it."""
+    """Return the name and the entry of a compressed module."""
     modules = model.config.quantization_config.modules
     for name, entry in modules.items():
         try:
@@ -119,11 +121,11 @@ def _entry_of(model: PreTrainedModel, module: nn.Module) -> tuple[str, Entry]:
             continue  # a head that this class of model lacks
         if found is module:
             return name, entry
-    raise ModelError(f"config.json says nothing of the {type(module).__name__} that is to change")
+    raise ModelError(f"config.json has no entry for the {type(module).__name__} to be resized")
 
 
 class _Resizing:
-    """Makes the new tables and heads of one resizing."""
+    """Makes the new tables and heads for one resize."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._kind = model, type(model)
@@ -131,7 +133,7 @@ class _Resizing:
         self._done: list[tuple[str, Entry, nn.Module, dict[str, bool]]] = []
 
     def embeddings(self, old: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the table with other rows, as transformers asks for it."""
+        """Return the resized table, in place of transformers' own method."""
         if not _is_factored(old):
             return self._kind._get_resized_embeddings(self._model, old, *args, **kwargs)
         weight = old.to_dense().detach()
@@ -146,7 +148,7 @@ class _Resizing:
         return made
 
     def head(self, old: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the head with other rows, as transformers asks for it."""
+        """Return the resized head, in place of transformers' own method."""
         if not _is_factored(old):
             return self._kind._get_resized_lm_head(self._model, old, *args, **kwargs)
         weight = old.to_dense().detach()
@@ -166,13 +168,13 @@ class _Resizing:
             kept: nn.Module = old
             return kept
         if isinstance(old, FusedLinear):
-            raise TargetError(f"{name} holds several matrices, and cannot be resized")
+            raise TargetError(f"{name} holds several matrices and cannot be resized")
         entry = copy.deepcopy(entry) | {"shape": list(dense.shape)}
         try:
             holders(old.network)
-            if "out_split" in entry["options"]:  # of one mode, as the rows stand by themselves
+            if "out_split" in entry["options"]:  # rows are independent, so it has one mode
                 entry["options"]["out_split"] = [len(dense)]
-            if network_of(entry).params > dense.numel():  # no checkpoint may say so
+            if network_of(entry).params > dense.numel():  # loading would reject it
                 raise TargetError("the factors would be larger than the dense matrix")
             made = self._made(old, entry, dense, bias)
         except TnlmError as error:
@@ -196,7 +198,7 @@ class _Resizing:
         return made
 
     def finish(self) -> None:
-        """Put what was made where the config says, and say so there."""
+        """Put the new modules into the model, and update its config."""
         config = self._model.config.quantization_config
         modules = dict(config.modules)
         for name, entry, module, flags in self._done:
@@ -209,7 +211,7 @@ class _Resizing:
 
 
 def _holders(model: nn.Module) -> list[list[str]]:
-    """Return the names of every parameter."""
+    """Return all names of every parameter."""
     found: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), []).append(name)
@@ -217,7 +219,7 @@ def _holders(model: nn.Module) -> list[list[str]]:
 
 
 class _Snapshot:
-    """A model's modules, parameters, attributes and configs, to go back to; no data is copied."""
+    """A model's modules, parameters, attributes and configs, to restore; copies no data."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._data = [(p, p.data, p.requires_grad) for p in model.parameters()]
@@ -234,7 +236,7 @@ class _Snapshot:
         self._owners = [(owner, dict(owner)) for owner in owners.values()]
 
     def untie(self, model: nn.Module) -> None:
-        """Take apart biases that were two and are one: BERT's, which then could not be saved."""
+        """Separate biases that the resize has merged, as in BERT, which could not be saved."""
         were = {name: names for names in self._names for name in names}
         for first, *others in _holders(model):
             for name in (each for each in others if each not in were.get(first, [each])):
@@ -243,7 +245,7 @@ class _Snapshot:
                 setattr(model.get_submodule(owner), last, twin)
 
     def restore(self) -> None:
-        """Undo what was changed since."""
+        """Undo all changes since the snapshot."""
         for owner, before in self._owners:
             owner.clear()
             owner.update(before)

@@ -1,7 +1,7 @@
-"""What transformers writes of a compressed model: run-time names, its description, the guard.
+"""Makes transformers write compressed models: run-time names, the description, the guard.
 
-Whatever writes a model (`save_pretrained`, `push_to_hub`, a Trainer's checkpoints) ends in two
-methods of transformers, which are wrapped here: it has no hook that all of them go through.
+All ways to write a model (`save_pretrained`, `push_to_hub`, a Trainer's checkpoints) end in two
+methods of transformers. They are wrapped here, since no hook covers all of them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONVERSIONS = "_weight_conversions"
-"""Where transformers keeps how names and layouts on disk differ from those of the model."""
+"""Attribute in which transformers keeps the conversions between files and model."""
 
 _NOTHING = object()
 
 
 def install() -> None:
-    """Wrap the two methods through which every file of a model goes."""
+    """Wrap the two methods that write every file of a model."""
     from transformers import PreTrainedConfig, PreTrainedModel
 
     wrapt.wrap_function_wrapper(PreTrainedModel, "save_pretrained", _save_pretrained)
@@ -37,10 +37,10 @@ def _save_pretrained(save: Callable[..., Any], model: Any, args: Any, kwargs: An
 
 
 def _to_diff_dict(make: Callable[..., Any], config: Any, args: Any, kwargs: Any) -> Any:
-    """Point transformers at a file that does not exist; only the plug-in takes this back."""
+    """Point transformers at a file that does not exist; only the plug-in reverses this."""
     written = make(*args, **kwargs)
     if is_ours(written.get("quantization_config")):
-        # A model of the text alone reads the config of the text alone.
+        # A text-only model reads only the text config.
         inner = (written.get(name) for name in type(config).sub_configs)
         for part in (written, *inner):
             if isinstance(part, dict):
@@ -50,11 +50,11 @@ def _to_diff_dict(make: Callable[..., Any], config: Any, args: Any, kwargs: Any)
 
 @contextmanager
 def _described(model: PreTrainedModel) -> Iterator[None]:
-    """Let the config say what its model holds while both are written.
+    """Make the config describe its model while both are written.
 
-    A dense model may have been made from the config of a compressed one, and a tower has a config
-    that never said anything. Conversions to other names and layouts are for dense weights: their
-    patterns match names of factors, too.
+    A dense model may have been built from the config of a compressed one, and a tower's own config
+    has no description. Conversions to other names and layouts are meant for dense weights, but
+    their patterns would also match names of factors.
     """
     from tnlm.checkpoint.transformers_plugin import description
 
@@ -77,7 +77,7 @@ def _described(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _set(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Set an attribute, or take it away, for a while."""
+    """Set or remove an attribute temporarily."""
     old = space.get(name, _NOTHING)
     _put(space, name, value)
     try:

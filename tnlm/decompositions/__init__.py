@@ -1,4 +1,4 @@
-"""Formats: the structures that can replace a matrix, one file each, found by looking."""
+"""Formats, the structures that can replace a matrix: one file each, discovered automatically."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def get_format(name: str) -> Format[Any]:
     """Return a format by name.
 
     Raises:
-        OptionError: for an unknown name, with the close and the allowed ones.
+        OptionError: if the name is unknown.
     """
     return FORMATS.get(name)

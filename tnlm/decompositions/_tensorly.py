@@ -1,4 +1,4 @@
-"""The only place that calls tensorly: its PyTorch backend, for this thread, on integer ranks."""
+"""The only file that calls tensorly: PyTorch backend, this thread only, integer ranks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tnlm.tensors.linalg import truncated_svd
 
 @contextmanager
 def _torch_backend() -> Iterator[None]:
-    """Use tensorly on torch tensors; other threads and the caller keep their backend."""
-    import tensorly  # imported here: it takes half a second, and most schemes do not need it
+    """Use tensorly with torch tensors; other threads and the caller keep their backend."""
+    import tensorly  # takes half a second to import, and most schemes do not need it
 
     previous = tensorly.get_backend()
     tensorly.set_backend("pytorch", local_threadsafe=True)
@@ -27,13 +27,13 @@ def _torch_backend() -> Iterator[None]:
 
 
 def _svd(matrix: Tensor, n_eigenvecs: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Our truncated SVD under the signature that tensorly expects of a callable."""
+    """Compute a truncated SVD, with the signature that tensorly expects."""
     svd = truncated_svd(matrix, n_eigenvecs)
     return svd.u, svd.s, svd.vh
 
 
 def multi_mode_dot(tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[int]) -> Tensor:
-    """Return the tensor with each mode multiplied by its factor, transposed: the core."""
+    """Multiply each mode of a tensor by its transposed factor, and return the core."""
     import tensorly.tenalg
 
     with _torch_backend():

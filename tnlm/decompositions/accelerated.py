@@ -1,4 +1,4 @@
-"""Least squares with momentum, for weights of single entries, where plain sweeps crawl."""
+"""Accelerated alternating least squares, for elementwise weights, where plain sweeps are slow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tnlm.metrics.metric import Metric
 from tnlm.tensors.network import Factors, Network
 
 SWEEPS = 200
-"""Sweeps over all factors end after so many, unless asked."""
+"""Default for the most sweeps over all factors."""
 
 WINDOW, STALL = 10, 1e-3
-"""They also end when so many together gained less than this share of the objective."""
+"""Sweeps also end when this many together gain less than this fraction of the objective."""
 
 
 def accelerated(
@@ -27,20 +27,20 @@ def accelerated(
     sweeps: int = SWEEPS,
     ridge: float = 0.0,
 ) -> Fit:
-    """Improve factors until the objective stalls; it never rises.
+    """Improve factors until the objective stalls; it never increases.
 
-    The objective is the squared error in the metric, with a ridge plus λ times the sum of all
-    factors' squares. λ is ``ridge`` times the root mean square of the weight, so that a weight of
-    twice the size has factors of the same shape. Each sweep starts from the factors moved on along
-    their last change, by k / (k + 3) of it in the k-th sweep; where that leads up the sweep is
-    dropped, and k starts again from 0.
+    The objective is the squared error in the metric plus, with a ridge, λ times the sum of squares
+    of all factors. λ is ``ridge`` times the root mean square of the weight, so that scaling the
+    weight does not change the result's shape. The k-th sweep starts from the factors extrapolated
+    along their last change by a fraction k / (k + 3). If that increases the objective, the sweep is
+    discarded, and k restarts from 0.
 
     Args:
-        network: what the factors belong to.
+        network: network of the factors.
         weight: ``(out, in)``.
         metric: how the error is measured.
-        start: the factors to improve; left as they are.
-        sweeps: the most passes over all factors.
+        start: the factors to improve; left unchanged.
+        sweeps: most passes over all factors.
         ridge: see above; 0 for the error alone.
 
     Returns:
@@ -74,7 +74,7 @@ def accelerated(
             at = State.of(weight - rebuild(network, moved), metric)
         for half in halves:
             moved[half.name], at = half.improve(moved, at, STEPS, SPENT, strength)
-        # The error was carried along by updates: go on without their rounding.
+        # Recompute the error, since updates accumulate rounding.
         at = State.of(weight - rebuild(network, moved), metric)
         reached = _objective(at, moved, strength)
         if reached < history[-1]:
@@ -98,5 +98,5 @@ def _stalls(history: list[float]) -> bool:
 
 
 def _moved(factors: Factors, before: Factors, share: float) -> Factors:
-    """Return factors moved on by a share of their last change."""
+    """Extrapolate factors by a fraction of their last change."""
     return {name: factor + share * (factor - before[name]) for name, factor in factors.items()}

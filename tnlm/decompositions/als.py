@@ -1,4 +1,4 @@
-"""Alternating least squares: any network, under any metric, one factor at a time."""
+"""Alternating least squares for any network, under any metric, one factor at a time."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from tnlm.tensors.contraction import Pairwise, pairwise
 from tnlm.tensors.network import Factors, Network
 
 SWEEPS, STALL = 8, 2e-2
-"""Sweeps over all factors end after so many, or when one gains less than this share."""
+"""Most sweeps over all factors, and the relative gain below which a sweep is the last."""
 
 STEPS, SPENT = 8, 0.05
-"""Conjugate gradients on a factor end likewise: so many, or when one gains a smaller share."""
+"""The same for conjugate-gradient steps on a factor."""
 
 ROUNDING = 1e-26
-"""A squared error this small beside the weight's is rounding: nothing is left to gain."""
+"""A squared error this small, relative to the weight's square, is rounding."""
 
 
 class Fit(NamedTuple):
-    """Factors, and the squared error in the metric at the start and after every half-step."""
+    """Factors, with the squared error in the metric at the start and after every half-step."""
 
     factors: Factors
     objective: list[float]
 
 
 def fit_network(network: Network, weight: Tensor, metric: Metric, decompose: Decompose) -> Factors:
-    """Return a closed form under the Frobenius norm, else the best closed form improved by ALS."""
+    """Fit a network: in closed form under the Frobenius norm, otherwise refined by ALS."""
     if is_plain(metric):
         return decompose(reshaped(network, weight))
     start, _ = closed_form(network, weight, metric, decompose)
@@ -58,22 +58,22 @@ def als(
     steps: int = STEPS,
     spent: float = SPENT,
 ) -> Fit:
-    """Improve factors until the error in the metric stalls; it never rises.
+    """Improve factors until the error in the metric stalls; it never increases.
 
-    The matrix is linear in each factor, so that each half-step is a least-squares problem with a
-    symmetric normal operator: conjugate gradients, from the present factor. Where the metric is
-    separable over the modes, or the normal matrix small, the preconditioner is the inverse, and
-    one iteration is the exact solution.
+    The matrix is linear in each factor, so each half-step is a least-squares problem with a
+    symmetric normal operator, solved by conjugate gradients from the current factor. If the metric
+    is separable over the modes, or the normal matrix is small, the preconditioner is the exact
+    inverse, and one iteration solves the problem.
 
     Args:
-        network: what the factors belong to.
+        network: network of the factors.
         weight: ``(out, in)``.
         metric: how the error is measured.
-        start: the factors to improve; left as they are.
-        sweeps: the most passes over all factors.
-        stall: a sweep that lowers the squared error by less than this share is the last.
-        steps: the most iterations on one factor.
-        spent: an iteration that adds less than this share to its half-step's gain is the last.
+        start: the factors to improve; left unchanged.
+        sweeps: most passes over all factors.
+        stall: a sweep that lowers the squared error by less than this fraction is the last.
+        steps: most iterations on one factor.
+        spent: an iteration that adds less than this fraction to its half-step's gain is the last.
 
     Source: alternating least squares with a weight matrix, as in weighted low-rank approximation
     (Srebro and Jaakkola, 2003); conjugate gradients: Hestenes and Stiefel, 1952.
@@ -103,13 +103,13 @@ def als(
             history.append(state.objective)
         if before - history[-1] <= stall * before:
             break
-        # The error was carried along by updates: start the next sweep without their rounding.
+        # Recompute the error, since updates accumulate rounding.
         state = State.of(weight - rebuild(network, factors), metric)
     return Fit(factors, history)
 
 
 def half_steps(network: Network, metric: Metric) -> list[Half]:
-    """Return the least-squares problem of every factor, in order."""
+    """Return the least-squares problems of all factors, in order."""
     sides = dict(zip(network.out + network.inp, network_sides(network, metric), strict=True))
     inverses = {mode: inverse(side.values) for mode, side in sides.items() if side is not None}
     return [Half.plan(network, name, metric, sides, inverses) for name in network.factors]
@@ -117,7 +117,7 @@ def half_steps(network: Network, metric: Metric) -> list[Half]:
 
 @dataclass(frozen=True)
 class State:
-    """The error E, what the metric pulls from it (G E C), and their product, the objective."""
+    """The error E, its pull G E C, and their inner product, the objective."""
 
     error: Tensor
     pulled: Tensor
@@ -132,10 +132,10 @@ class State:
 
 @dataclass(frozen=True)
 class Half:
-    """The least-squares problem of one factor, the others fixed.
+    """The least-squares problem of one factor, with the others fixed.
 
-    The other factors fall into parts that only this factor connects; each is contracted once a
-    half-step, and ``forward`` and ``adjoint`` run between the factor and the matrix.
+    The other factors form parts that only this factor connects; each part is contracted once per
+    half-step. ``forward`` maps the factor to the matrix, ``adjoint`` the matrix to the factor.
     """
 
     name: str
@@ -155,7 +155,7 @@ class Half:
         sides: Mapping[str, Side | None],
         inverses: Mapping[str, Tensor],
     ) -> Half:
-        """Return the problem of a factor by name."""
+        """Return the problem of a named factor."""
         parts = tuple(_parts(network, name))
         others = {str(index): part.out for index, part in enumerate(parts)}
         modes, opened = network.factors[name], network.out + network.inp
@@ -168,9 +168,9 @@ class Half:
     def improve(
         self, factors: Factors, state: State, steps: int, spent: float, ridge: float = 0.0
     ) -> tuple[Tensor, State]:
-        """Return a better factor and the state it leads to, or the present ones.
+        """Return a better factor with its state, or the current ones.
 
-        With a ridge, better is a lower objective with ``ridge`` times the factor's squares added.
+        A ridge adds ``ridge`` times the factor's squared norm to the objective.
         """
         others = [pairwise(part)([factors[k] for k in part.factors]) for part in self.parts]
         precondition = self.normal.inverse(others)
@@ -210,7 +210,7 @@ class Half:
 
 
 def _parts(network: Network, name: str) -> Iterator[Network]:
-    """Yield the pieces that a network falls into without one factor, with their loose modes."""
+    """Yield the connected parts of a network without one factor, with their open modes."""
     opened = set(network.out + network.inp)
     groups: list[list[str]] = []
     for other, modes in network.factors.items():

@@ -1,4 +1,4 @@
-"""The contract of a format: what one file must say to add a structure to the library."""
+"""The interface of formats: what a file must define to add a structure to the library."""
 
 from __future__ import annotations
 
@@ -25,38 +25,37 @@ KEEPS = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Fractions of a matrix's parameters at which a format's error curve is sampled."""
 Shape = tuple[int, int]
 QUIET = types.MappingProxyType({"quiet": True})
-"""Metadata of a spec's fields that fix nothing of the network: they are left out of files at their
-defaults."""
+"""Metadata of spec fields that do not affect the network: files omit them at their defaults."""
 FITTING = types.MappingProxyType({**QUIET, "fitting": True})
-"""Metadata of those among them that say how weights of single entries are fitted."""
+"""Metadata of such fields that only control elementwise-weighted fits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """The most that one matrix may cost: numbers stored, and multiply-adds per token."""
+    """The most that one matrix may cost: parameters, and multiply-adds per token."""
 
     params: float = math.inf
     macs: float = math.inf
 
     def allows(self, network: Network) -> bool:
-        """Tell whether a network is within both limits."""
+        """Return whether a network is within both limits."""
         return network.params <= self.params and macs(network) <= self.macs
 
 
 class Format(ABC, Generic[S]):
     """A structure that can replace a matrix.
 
-    A format declares its tensor network, fits it, and lists the specs worth trying within a
-    budget. Cost, reconstruction, execution, storage and the contract tests follow from these.
+    A format defines its tensor network, fits it, and lists the specs worth trying within a budget.
+    Cost, reconstruction, execution, storage and the contract tests follow from these.
 
     Attributes:
-        name: what users and files call it.
+        name: its name for users and in files.
         title: one line for tables.
         spec: a frozen dataclass of plain values (int, bool, tuples of int) that fixes the network.
         metrics: names of the metrics that :meth:`fit` is optimal or exact for.
         kinds: what it can replace: ``"linear"`` weights, ``"embedding"`` tables, or both.
-        made_of: kinds of the matrices that are replaced together, if they are several.
-        stacks: whether matrices that are stacked can be cut apart again, sharing ``right``.
+        made_of: kinds of the matrices replaced together, if there are several.
+        stacks: whether a stack of matrices can be cut apart after the fit, sharing ``right``.
     """
 
     name: ClassVar[str]
@@ -72,16 +71,16 @@ class Format(ABC, Generic[S]):
         """Return the network of a spec for an ``(out, in)`` matrix.
 
         Raises:
-            RankError: if the matrix cannot have this spec; says what it can have.
+            RankError: if the matrix cannot have this spec; the message states what it can have.
         """
 
     @abstractmethod
     def fit(self, weight: Tensor, metric: Metric, spec: S) -> Factors:
-        """Return every factor in full, float64, as near to ``weight`` as the format knows how."""
+        """Fit the format to ``weight``, and return all full factors, float64."""
 
     @abstractmethod
     def candidates(self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling) -> Sequence[S]:
-        """Return the largest specs within a budget that agree with the options given.
+        """Return the largest specs within a budget that match the options.
 
         Args:
             shape: ``(out, in)``.
@@ -96,7 +95,7 @@ class Format(ABC, Generic[S]):
         """Return small specs whose relative error is at most ``tolerance``."""
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[S]) -> list[float]:
-        """Return the relative error of each spec; by default each is fitted and measured."""
+        """Return the relative error of each spec; by default, each is fitted and measured."""
         return [
             metric.relative(weight, self.reconstruct(matrix_shape(weight), spec, fitted))
             for spec in specs
@@ -106,7 +105,7 @@ class Format(ABC, Generic[S]):
     def curve(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
     ) -> list[tuple[S, float]]:
-        """Return specs of growing size with their relative errors, for an allocator to choose from.
+        """Return specs of increasing size with their relative errors, as choices for allocation.
 
         Args:
             weight: ``(out, in)``.
@@ -125,7 +124,7 @@ class Format(ABC, Generic[S]):
         return found
 
     def reconstruct(self, shape: Shape, spec: S, factors: Factors) -> Tensor:
-        """Return the ``(out, in)`` matrix that full factors stand for."""
+        """Return the ``(out, in)`` matrix of full factors."""
         network = self.network(shape, spec)
         table = pairwise(network)([factors[name] for name in network.factors])
         return table.reshape(shape)
@@ -142,10 +141,10 @@ def to_dict(spec: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Build a spec from plain values, checking every name and type.
+    """Build a spec from plain values, after checking every name and type.
 
     Raises:
-        OptionError: for an unknown, missing or ill-typed field.
+        OptionError: if a field is unknown, missing or invalid.
     """
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
@@ -176,7 +175,7 @@ def _check(key: str, value: Any, hint: Any) -> None:
         wanted = "true or false" if bool in allowed else "a whole number >= 1"
         wanted = "a finite number >= 0" if float in allowed else wanted
         plain = bool in allowed or float in allowed or int in allowed
-        wanted = wanted if plain else f"a list, each {wanted}"
+        wanted = wanted if plain else f"a list, each entry {wanted}"
         raise OptionError(f"{key}={value!r}; allowed: {wanted}", argument=key)
 
 
@@ -201,10 +200,10 @@ def check_split(name: str, split: Sequence[int], size: int) -> None:
 def given_split(
     name: str, options: Mapping[str, Any], size: int, modes: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """Return the split of ``size`` that the options fix, if any.
+    """Return the split of ``size`` in the options, if any.
 
     Raises:
-        RankError: unless it multiplies to ``size`` and has one of the numbers of ``modes``.
+        RankError: unless it multiplies to ``size``, and its length is in ``modes``.
     """
     if not options.get(name):
         return None

@@ -1,4 +1,4 @@
-"""Block tensor train, also called Monarch: every block of the matrix is of low rank."""
+"""Block tensor train, also called Monarch: every block of the matrix has low rank."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from tnlm.tensors.network import Factors, Network
 from tnlm.tensors.rearrange import Split, divisor_pairs
 
 SPLITS = 32
-"""Pairs of splits that are tried, those of the squarest blocks."""
+"""Pairs of splits to try, those with the squarest blocks."""
 WIDEST = 4
-"""Most numbers between the two factors, in multiples of the larger side: smaller blocks take more
-time to move activations than to multiply them."""
+"""Most activations between the factors, as a multiple of the larger side: with smaller blocks,
+moving activations takes longer than multiplying them."""
 FINALISTS, TRIAL = 3, 2
-"""Specs that are fitted, for so many sweeps, where the tails do not tell the error."""
+"""Number of specs fitted, and sweeps for each, if the tails do not give the error."""
 
 
 @dataclass(frozen=True)
 class BlockTrainSpec:
-    """The rank of every block, and how the outputs and inputs split into (outer, inner).
+    """The rank of every block, and the splits of outputs and inputs into (outer, inner).
 
-    With splits (a, b) and (c, d) there are b * c blocks, of shape (a, d).
+    With splits (a, b) and (c, d), there are b * c blocks of shape (a, d).
     """
 
     rank: int
@@ -53,11 +53,11 @@ class BlockTrainSpec:
 class BlockTrain(Format[BlockTrainSpec]):
     """A truncated SVD of every block ``W[:, b, c, :]``, of shape (a, d), of the split matrix.
 
-    The splits (out, 1) x (1, in) make it ordinary low rank. A multiply-add for every parameter:
-    both factors are block-diagonal matrices, up to a permutation of the modes. Blocks do not
-    meet in the Frobenius norm, nor in any metric with diagonal sides, so there the fit is optimal
-    and its squared error is the sum of the blocks' tails. Under a full side, each block is fitted
-    in its own part of it, and all together are improved by alternating least squares.
+    With splits (out, 1) x (1, in) it is ordinary low rank. It takes one multiply-add per parameter:
+    both factors are block-diagonal matrices, up to a permutation of the modes. The Frobenius norm
+    and metrics with diagonal sides do not couple blocks, so the fit is optimal under them, and its
+    squared error is the sum of the blocks' tails. Under a full side, each block is fitted under its
+    diagonal block of the side, and all are then refined by alternating least squares.
 
     Source: Monarch, Dao et al. 2022, arXiv 2204.00595 (rank 1, and the projection); block tensor
     train, Qiu et al. 2024, arXiv 2406.06248.
@@ -76,10 +76,10 @@ class BlockTrain(Format[BlockTrainSpec]):
     metrics = frozenset({"identity", "input", "separable", "elementwise"})
 
     def network(self, shape: Shape, spec: BlockTrainSpec) -> Network:
-        """Return ``abcr,bcrd->abcd``: b and c number the blocks."""
+        """Return ``abcr,bcrd->abcd``, where b and c index the blocks."""
         if len(spec.out_split) != 2 or len(spec.in_split) != 2:
             raise RankError(
-                f"out_split={spec.out_split}, in_split={spec.in_split}; two sizes each",
+                f"out_split={spec.out_split}, in_split={spec.in_split}; allowed: two sizes each",
                 argument=("out_split", "in_split"),
             )
         check_split("out_split", spec.out_split, shape[0])
@@ -95,9 +95,9 @@ class BlockTrain(Format[BlockTrainSpec]):
         return Network({"left": "abcr", "right": "bcrd"}, "ab", "cd", sizes)
 
     def fit(self, weight: Tensor, metric: Metric, spec: BlockTrainSpec) -> Factors:
-        """Keep the leading singular vectors of every block, seen in its part of the metric.
+        """Keep the leading singular vectors of every block, under its part of the metric.
 
-        Where blocks meet in the metric, alternating least squares improve them.
+        If the metric couples blocks, alternating least squares refine them.
         """
         return self._improved(weight, metric, spec, SWEEPS)
 
@@ -113,7 +113,7 @@ class BlockTrain(Format[BlockTrainSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[BlockTrainSpec]:
-        """Return, for the squarest blocks, the rank asked for or the most the budget allows."""
+        """Return, for the squarest blocks, the given rank or the most that the budget allows."""
         found = [
             spec
             for splits in _splits(shape, options)
@@ -124,7 +124,7 @@ class BlockTrain(Format[BlockTrainSpec]):
             if options["rank"] > most:
                 raise RankError(
                     f"rank={options['rank']}; a {shape[0]}x{shape[1]} matrix has at most {most} "
-                    "in any of the splits allowed",
+                    "for any allowed split",
                     argument="rank",
                 )
         return found[:SPLITS]
@@ -137,7 +137,7 @@ class BlockTrain(Format[BlockTrainSpec]):
         ceiling: Ceiling,
     ) -> BlockTrainSpec | None:
         (a, b), (c, d) = splits
-        numbers = b * c * (a + d)  # stored, and multiplied by, for each unit of the rank
+        numbers = b * c * (a + d)  # parameters, and multiply-adds, per unit of rank
         most = int(min(a, d, ceiling.params // numbers, ceiling.macs // numbers))
         rank = options.get("rank") or most
         narrow = rank * b * c <= _most_between(shape, options)
@@ -148,8 +148,8 @@ class BlockTrain(Format[BlockTrainSpec]):
     ) -> Sequence[BlockTrainSpec]:
         """Return, for the squarest blocks, the smallest rank whose tail is within the tolerance.
 
-        Where blocks meet in the metric the tails are no bound: the ``FINALISTS`` smallest of those
-        specs get ranks until a trial fit holds.
+        If the metric couples blocks, the tails are not a bound; the ranks of the ``FINALISTS``
+        smallest specs then grow until the error of a trial fit is within the tolerance.
         """
         shape = matrix_shape(weight)
         splits = list(_splits(shape, options))[:SPLITS]
@@ -174,8 +174,8 @@ class BlockTrain(Format[BlockTrainSpec]):
     ) -> list[float]:
         """Return the sum of the blocks' tails for each spec.
 
-        Where blocks meet in the metric, the ``FINALISTS`` of least tails are given the error after
-        ``TRIAL`` sweeps, which the fit only lowers; the others are given infinity.
+        If the metric couples blocks, the ``FINALISTS`` with the smallest tails get the error after
+        ``TRIAL`` sweeps, which the full fit can only lower; the others get infinity.
         """
         guesses = [_tail(weight, metric, spec) for spec in specs]
         loose = [k for k, spec in enumerate(specs) if not _is_optimal(metric, spec)]
@@ -191,7 +191,7 @@ class BlockTrain(Format[BlockTrainSpec]):
 
 
 def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[tuple[Split, Split]]:
-    """Yield the pairs of splits that the options allow, those of the squarest blocks first."""
+    """Yield the pairs of splits that the options allow, squarest blocks first."""
     out = given_split("out_split", options, shape[0], (2,))
     inp = given_split("in_split", options, shape[1], (2,))
     pairs = [
@@ -200,12 +200,12 @@ def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[tuple[Split, S
         for c, d in ([inp] if inp else divisor_pairs(shape[1]))
         if b * c <= _most_between(shape, options)
     ]
-    # The leading singular vectors of a square block hold the most for what they take to store.
+    # The singular vectors of square blocks capture the most per parameter.
     yield from sorted(pairs, key=lambda pair: _squareness(pair[0][0], pair[1][1]))
 
 
 def _most_between(shape: Shape, options: Mapping[str, Any]) -> float:
-    """Return the most numbers allowed between the factors; any, where both splits are given."""
+    """Return the most activations allowed between the factors; infinity if the splits are given."""
     given = options.get("out_split") and options.get("in_split")
     return math.inf if given else WIDEST * max(shape)
 
@@ -215,7 +215,7 @@ def _squareness(a: int, d: int) -> tuple[float, int]:
 
 
 def _closed_form(weight: Tensor, metric: Metric, spec: BlockTrainSpec) -> Factors:
-    """Return the best factors of every block by itself, in its part of the metric."""
+    """Return the best factors of every block separately, under its part of the metric."""
     outputs, scaled, whitened = _whiten(weight, metric, spec.out_split, spec.in_split)
     left = basis = _leading_outputs(whitened, spec.rank)
     if outputs:
@@ -227,9 +227,9 @@ def _closed_form(weight: Tensor, metric: Metric, spec: BlockTrainSpec) -> Factor
 def _whiten(
     weight: Tensor, metric: Metric, out_split: Sequence[int], in_split: Sequence[int]
 ) -> tuple[list[Side] | None, Tensor, Tensor]:
-    """Return the forms G on the rows of every b, ``G^(1/2) W``, and ``G^(1/2) W C^(1/2)``.
+    """Return the side G of the rows for every b, ``G^(1/2) W``, and ``G^(1/2) W C^(1/2)``.
 
-    W stands for the blocks ``(b, c, a, d)``; G and C for diagonal blocks of the metric's sides.
+    W is the tensor of blocks ``(b, c, a, d)``; G and C are diagonal blocks of the metric's sides.
     """
     near = metric.start()
     outputs = _diagonal_blocks(near.outputs, out_split, 1) if near.outputs else None
@@ -245,7 +245,7 @@ def _whiten(
 
 
 def _diagonal_blocks(side: Side, split: Sequence[int], mode: int) -> list[Side]:
-    """Return the form on the other mode of a split, for every index of ``mode``."""
+    """Return the side of the other mode of a split, for every index of ``mode``."""
     if side.is_diagonal:
         parts = side.values.reshape(*split).movedim(mode, 0)
     else:
@@ -282,7 +282,7 @@ def _tail(weight: Tensor, metric: Metric, spec: BlockTrainSpec) -> float:
 
 
 def _is_optimal(metric: Metric, spec: BlockTrainSpec) -> bool:
-    """Tell whether the closed form is the best fit: errors in two blocks never meet."""
+    """Return whether the closed form is optimal, since the metric does not couple blocks."""
     sides = (metric.outputs, spec.out_split[1]), (metric.inputs, spec.in_split[0])
     return metric.separable and all(
         side is None or side.is_diagonal or blocks == 1 for side, blocks in sides

@@ -1,4 +1,4 @@
-"""Channels: a feed-forward pair keeps some of its hidden channels; the others are predicted."""
+"""Channels: a feed-forward pair keeps some of its hidden channels, which predict the others."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from tnlm.tensors.network import Factors, Network
 from tnlm.utils.ties import greatest
 
 STEPS = 128
-"""Greedy steps in which all channels are ordered; each adds a batch of them."""
+"""Number of greedy steps that order all channels; each adds a batch."""
 
 
 @dataclass(frozen=True)
 class ChannelsSpec:
-    """How many hidden channels are kept, a multiple of some number."""
+    """The number of hidden channels to keep, a multiple of a given number."""
 
     width: int
     multiple: int = field(default=1, metadata=QUIET)
 
 
 class Channels(Format[ChannelsSpec]):
-    """Keep the channels from which the others' contribution is predicted best (Nyström).
+    """Keep the channels that best predict the contribution of the others (Nyström).
 
     The matrix is the transposed output projection, ``(hidden, out)``; the metric's row side is the
-    second moment C of the hidden activations, its column side the output gradients' G. With K the
-    channels kept, the best projection that reads them alone is ``W C[:, K] C[K, K]^-1``, and the
-    error is what is left of W C W.T. Channels are chosen greedily: each batch has the largest
-    decrease of the error for one channel more, given those chosen before.
+    second moment C of the hidden activations, its column side that of the output gradients, G. With
+    K the channels kept, the best projection that reads only them is ``W C[:, K] C[K, K]^-1``, and
+    the squared error is the rest of W C W.T. Channels are chosen greedily: each batch takes the
+    channels that reduce the error most, given those already chosen.
 
-    The matrices that produce the hidden channels lose the same rows, exactly, so that the layers
-    stay plain products.
+    The matrices that produce the hidden channels lose exactly the same rows, so that all layers
+    stay plain.
 
     Source: the MLP module of MoDeGPT (arXiv 2408.09632), which ranks by ridge leverage scores;
-    the greedy choice is orthogonal least squares (Chen, Cowan and Grant 1991).
+    the greedy choice here is orthogonal least squares (Chen, Cowan and Grant 1991).
 
     Example:
         >>> from tnlm.metrics.sides import Side
@@ -60,7 +60,7 @@ class Channels(Format[ChannelsSpec]):
     made_of = frozenset({"linear"})
 
     def network(self, shape: Shape, spec: ChannelsSpec) -> Network:
-        """Return the one factor of kept rows; the layers that use it are plain."""
+        """Return the single factor of kept rows; the layers that use it are plain."""
         if spec.width > shape[0]:
             raise RankError(
                 f"width={spec.width}; {shape[0]} channels allow 1 to {shape[0]}", argument="width"
@@ -72,7 +72,7 @@ class Channels(Format[ChannelsSpec]):
         return Network({"rows": "ko"}, "k", "o", {"k": spec.width, "o": shape[1]})
 
     def fit(self, weight: Tensor, metric: Metric, spec: ChannelsSpec) -> Factors:
-        """Return ``kept``, sorted channel numbers, and ``rows``, the new projection of them."""
+        """Return ``kept``, the sorted channel indices, and ``rows``, their new projection."""
         chosen, _ = _order(weight, metric, spec.multiple, spec.width)
         kept = chosen[: spec.width].sort().values
         moment = _moment(weight, metric)
@@ -83,7 +83,7 @@ class Channels(Format[ChannelsSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[ChannelsSpec]:
-        """Return the width asked for, or the largest within the budget for the rows."""
+        """Return the given width, or the largest within the budget for the rows."""
         multiple = options.get("multiple", 1)
         most = int(min(ceiling.params, ceiling.macs, math.prod(shape)) // shape[1])
         width = options.get("width") or most // multiple * multiple
@@ -137,7 +137,7 @@ def _moment(weight: Tensor, metric: Metric) -> Tensor:
 
 
 def _safe(block: Tensor) -> Tensor:
-    """Return a block of a moment that can be solved with, whatever was silent in the data."""
+    """Return a block of a moment with a small ridge, invertible despite inactive channels."""
     ridge = 1e-10 * float(block.diagonal().mean()) or 1.0
     return block + ridge * torch.eye(len(block), dtype=block.dtype, device=block.device)
 
@@ -145,9 +145,9 @@ def _safe(block: Tensor) -> Tensor:
 def _order(
     weight: Tensor, metric: Metric, multiple: int = 1, width: int | None = None
 ) -> tuple[Tensor, list[tuple[int, float]]]:
-    """Order channels, best first, all or at least ``width``, in batches of a multiple.
+    """Order the channels, best first, in batches of a multiple: all, or at least ``width``.
 
-    Also returns (channels taken, squared error left) after every step.
+    Also return the number of channels taken and the squared error left after every step.
     """
     residual = _moment(weight, metric).clone()
     weight = weight.detach().double()

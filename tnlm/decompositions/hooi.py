@@ -1,4 +1,4 @@
-"""HOSVD and HOOI: orthonormal factors of some modes of a tensor, from small Gram matrices."""
+"""HOSVD and HOOI: orthonormal factors for some modes of a tensor, from small Gram matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tnlm.decompositions import _tensorly
 from tnlm.tensors.eigen import leading_eigenvectors
 
 SWEEPS, STALL = 10, 1e-6
-"""HOOI stops after so many sweeps, or when the core's energy grows by less than this share."""
+"""Most sweeps of HOOI, and the relative gain in core energy below which a sweep is the last."""
 
 
 def hosvd(tensor: Tensor, ranks: Sequence[int], modes: Sequence[int]) -> list[Tensor]:
@@ -35,10 +35,10 @@ def hosvd(tensor: Tensor, ranks: Sequence[int], modes: Sequence[int]) -> list[Te
 
 @dataclass(frozen=True)
 class Hosvd:
-    """The HOSVD of a tensor at full ranks, which holds that at all smaller ones.
+    """The full-rank HOSVD of a tensor, which contains the HOSVDs of all smaller ranks.
 
     Attributes:
-        bases: orthogonal, one for every mode, leading vectors first.
+        bases: orthogonal bases, one per mode, leading vectors first.
         core: the tensor in these bases.
         captured: energy of every leading block of the core.
     """
@@ -49,7 +49,7 @@ class Hosvd:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Hosvd:
-        """Decompose a tensor, float64.
+        """Decompose a float64 tensor.
 
         Example:
             >>> tensor = torch.arange(24.0).double().reshape(2, 3, 4)
@@ -66,13 +66,13 @@ class Hosvd:
         return cls(bases, core, captured)
 
     def error(self, ranks: Sequence[int]) -> float:
-        """Return the relative error at some ranks: at most sqrt(modes) times the least."""
+        """Return the relative error at some ranks: at most sqrt(modes) times the minimum."""
         total = float(self.captured.flatten()[-1])
         kept = float(self.captured[tuple(rank - 1 for rank in ranks)])
         return max(1.0 - kept / total, 0.0) ** 0.5 if total else 0.0
 
     def truncated(self, ranks: Sequence[int]) -> Tensor:
-        """Return the tensor of the HOSVD at some ranks."""
+        """Return the tensor truncated to some ranks."""
         found = self.core[tuple(slice(rank) for rank in ranks)]
         for mode, (basis, rank) in enumerate(zip(self.bases, ranks, strict=True)):
             found = torch.tensordot(basis[:, :rank], found, ([1], [mode])).movedim(0, mode)
@@ -82,9 +82,9 @@ class Hosvd:
 def hooi(
     tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
-    """Replace each factor in turn by its best, the others fixed; the core's energy never falls.
+    """Optimise each factor in turn, with the others fixed; the core's energy never decreases.
 
-    Half of the modes share what the other half contracts the tensor to.
+    Each half of the modes shares the tensor contracted with the other half.
 
     Args:
         tensor: float64.
@@ -114,7 +114,7 @@ def hooi(
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
-    """Return the unfolding ``(size, all others)`` of a mode."""
+    """Return the unfolding ``(size, all others)`` of a tensor along a mode."""
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 

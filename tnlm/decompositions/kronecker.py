@@ -36,20 +36,20 @@ from tnlm.tensors.network import Factors, Gauge, Network
 from tnlm.tensors.rearrange import Split, divisor_pairs, rearrange, sample
 
 FINALISTS = 12
-"""Splits that are scored exactly after all of them were screened on a sample."""
+"""Number of splits scored exactly, after all are screened on a sample."""
 
 SCREEN_ENTRIES = 2**15
-"""About how many entries of the matrix the screening of one split looks at."""
+"""Approximate number of matrix entries used to screen one split."""
 LARGE = 1e12
-"""Sums of squares of entries up to here are far from the end of float32."""
+"""Entries up to this size have sums of squares far from overflow in float32."""
 
 SCREEN_ROUNDING = 1e-6
-"""Estimates, of squared relative errors in float32, are equal up to so much."""
+"""Difference up to which estimates of squared relative errors in float32 count as equal."""
 
 
 @dataclass(frozen=True)
 class KroneckerSpec:
-    """How many products, and how the outputs and inputs split into (outer, inner)."""
+    """The number of products, and the splits of outputs and inputs into (outer, inner)."""
 
     terms: int
     out_split: tuple[int, ...]
@@ -60,7 +60,7 @@ class KroneckerSpec:
 class Kronecker(Format[KroneckerSpec]):
     """The nearest sum of Kronecker products: a truncated SVD of the rearranged matrix.
 
-    The splits (out, 1) x (1, in) make it ordinary low rank; two-core tensor trains are the same
+    With splits (out, 1) x (1, in) it is ordinary low rank; two-core tensor trains are the same
     family. Source: Van Loan and Pitsianis, 1993; used by KnGPT2, Shapeshifter and Krony-PT.
 
     Example:
@@ -80,7 +80,7 @@ class Kronecker(Format[KroneckerSpec]):
         """Return ``tac,tbd->abcd``, gauge-fixed on the smaller factor."""
         if len(spec.out_split) != 2 or len(spec.in_split) != 2:
             raise RankError(
-                f"out_split={spec.out_split}, in_split={spec.in_split}; two sizes each",
+                f"out_split={spec.out_split}, in_split={spec.in_split}; allowed: two sizes each",
                 argument=("out_split", "in_split"),
             )
         check_split("out_split", spec.out_split, shape[0])
@@ -100,7 +100,7 @@ class Kronecker(Format[KroneckerSpec]):
     def fit(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> Factors:
         """Keep the leading singular triplets of R(W), each side scaled by the root of sigma.
 
-        Under data they are those of the whitened matrix, improved by alternating least squares.
+        With data, they are those of the whitened matrix, refined by alternating least squares.
         """
         network = self.network(matrix_shape(weight), spec)
         factors = fit_network(network, weight, metric, _nearest(spec))
@@ -109,7 +109,7 @@ class Kronecker(Format[KroneckerSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[KroneckerSpec]:
-        """Return, for every split, the terms asked for or the most that the budget allows."""
+        """Return, for every split, the given terms or the most that the budget allows."""
         found = [
             spec
             for splits in _splits(shape, options)
@@ -141,7 +141,7 @@ class Kronecker(Format[KroneckerSpec]):
         if options["terms"] > most:
             raise RankError(
                 f"terms={options['terms']}; a {shape[0]}x{shape[1]} matrix has at most {most} "
-                "in any of the splits allowed",
+                "for any allowed split",
                 argument="terms",
             )
 
@@ -150,8 +150,9 @@ class Kronecker(Format[KroneckerSpec]):
     ) -> Sequence[KroneckerSpec]:
         """Return, for every split, the fewest terms whose tail is within the tolerance.
 
-        Under data the tails are those of the whitened matrix, and no bound: the ``FINALISTS``
-        smallest of the specs, and of those no slower than dense, get terms until they hold.
+        With data, the tails are those of the whitened matrix and not a bound. The ``FINALISTS``
+        smallest specs, and as many no slower than dense, then get terms until the measured error is
+        within the tolerance.
         """
         gauge, shape = options.get("gauge", True), matrix_shape(weight)
         spectra = {
@@ -178,10 +179,10 @@ class Kronecker(Format[KroneckerSpec]):
         ]
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[KroneckerSpec]) -> list[float]:
-        """Return the tail of R(W)'s spectrum for each spec, W whitened over the modes under data.
+        """Return the tail of R(W)'s spectrum for each spec; with data, of the whitened W.
 
-        With many specs, all are screened on a sample of the matrix first; those that are not
-        among the best ``FINALISTS`` are given infinity.
+        If there are many specs, all are first screened on a sample of the matrix; those not among
+        the best ``FINALISTS`` get infinity.
         """
         if len(specs) > FINALISTS:
             guesses = _screen_all(weight, metric, specs)
@@ -205,7 +206,7 @@ class Kronecker(Format[KroneckerSpec]):
 
 
 def _nearest(spec: KroneckerSpec) -> Decompose:
-    """Return what fits a tensor of modes (a, b, c, d) in the Frobenius norm."""
+    """Return a function that fits a tensor of modes (a, b, c, d) in the Frobenius norm."""
     (a, b), (c, d) = spec.out_split, spec.in_split
 
     def decompose(tensor: Tensor) -> Factors:
@@ -221,7 +222,7 @@ def _nearest(spec: KroneckerSpec) -> Decompose:
 
 
 def _balanced(factors: Factors) -> Factors:
-    """Return the same sum with orthogonal terms, both sides scaled by the root of sigma."""
+    """Return the same sum with orthogonal terms, with both sides scaled by the root of sigma."""
     left, right = factors["left"], factors["right"]
     outer, r_outer = torch.linalg.qr(left.flatten(1).T)
     inner, r_inner = torch.linalg.qr(right.flatten(1).T)
@@ -242,7 +243,7 @@ def _whitened(
 
 
 def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[tuple[Split, Split]]:
-    """Yield every pair of splits, or those that the options fix."""
+    """Yield every pair of splits, or those in the options."""
     given_out = given_split("out_split", options, shape[0], (2,))
     given_in = given_split("in_split", options, shape[1], (2,))
     for out in [given_out] if given_out else divisor_pairs(shape[0]):
@@ -259,7 +260,7 @@ def _most_terms(numbers: int, params: float, gauge: bool) -> float:
 
 
 def _screen_all(weight: Tensor, metric: Metric, specs: Sequence[KroneckerSpec]) -> list[float]:
-    """Screen every spec, whitening the inputs once for all that split them alike."""
+    """Screen every spec; whiten the inputs once per input split."""
     if is_plain(metric):
         return [_screen(weight, spec) for spec in specs]
     near, guesses = metric.start(), {}
@@ -282,7 +283,7 @@ def _screen(weight: Tensor, spec: KroneckerSpec) -> float:
     total = float(rows.square().sum())
     width = spec.terms + 8
     if 4 * width < rows.shape[0]:
-        # The leading subspace by one power iteration: cheaper than all eigenvalues.
+        # One power iteration finds the leading subspace, cheaper than all eigenvalues.
         start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(0))
         basis = torch.linalg.qr(rows @ start.to(rows))[0]
         basis = torch.linalg.qr(rows @ (rows.T @ basis))[0]
@@ -292,7 +293,7 @@ def _screen(weight: Tensor, spec: KroneckerSpec) -> float:
 
 
 def _in_range(rows: Tensor) -> Tensor:
-    """Scale what is so large or small that its squares are not float32; leave all else alone."""
+    """Scale rows whose squares would overflow or underflow float32; return others unchanged."""
     largest = float(rows.abs().max()) if rows.numel() else 0.0
     outside = largest > LARGE or 0.0 < largest < 1.0 / LARGE
     return rows.double() / largest if outside else rows

@@ -1,4 +1,4 @@
-"""Kronecker products with rows whole: row v of a table is the sum over t of kron(A_t[v], B_t)."""
+"""Kronecker products with whole rows: row v of a table is the sum over t of kron(A_t[v], B_t)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tnlm.tensors.rearrange import Split, divisor_pairs
 
 @dataclass(frozen=True)
 class KroneckerRowsSpec:
-    """How many products, and how a row splits into (outer, inner)."""
+    """The number of products, and the split of a row into (outer, inner)."""
 
     terms: int
     in_split: tuple[int, ...]
@@ -27,10 +27,10 @@ class KroneckerRowsSpec:
 class KroneckerRows(Format[KroneckerRowsSpec]):
     """The nearest sum of Kronecker products whose right factors are rows: E = sum A_t (x) B_t.
 
-    A_t is (rows, c) and B_t (1, d), so that a row is looked up in A alone. Cut into pieces of d
-    numbers, all rows together are one matrix (rows * c, d), of which this is the truncated SVD.
-    One term is KnGPT2's rule; a split (1, width) is ordinary low rank. Source: KnGPT2 (arXiv
-    2110.08152); several terms as in word2ket (arXiv 1911.04975) and Shapeshifter.
+    A_t is (rows, c) and B_t is (1, d), so that a row is looked up in A only. Cut into pieces of
+    length d, all rows form a matrix (rows * c, d); the fit is its truncated SVD. One term is
+    KnGPT2's rule; a split (1, width) is ordinary low rank. Source: KnGPT2 (arXiv 2110.08152);
+    several terms as in word2ket (arXiv 1911.04975) and Shapeshifter.
 
     Example:
         >>> import torch
@@ -42,12 +42,12 @@ class KroneckerRows(Format[KroneckerRowsSpec]):
     """
 
     name = "kronecker-rows"
-    title = "sum of Kronecker products, rows whole"
+    title = "sum of Kronecker products with whole rows"
     spec = KroneckerRowsSpec
     kinds = frozenset({"embedding"})
 
     def network(self, shape: Shape, spec: KroneckerRowsSpec) -> Network:
-        """Return ``vtc,td->vcd`` with v the row."""
+        """Return ``vtc,td->vcd``, where v is the row."""
         if len(spec.in_split) != 2:
             raise RankError(
                 f"in_split={spec.in_split}; allowed: two sizes, outer and inner",
@@ -77,17 +77,17 @@ class KroneckerRows(Format[KroneckerRowsSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[KroneckerRowsSpec]:
-        """Return, for every split, the terms asked for or the most that the budget allows.
+        """Return, for every split, the given terms or the most that the budget allows.
 
-        Only the numbers stored are limited: looking a row up costs little in any format.
+        Only parameters are limited, since a row lookup is cheap in any format.
         """
         splits, asked = list(_splits(shape, options)), options.get("terms")
         limits = {split: _most_terms(shape[0], split) for split in splits}
         most = max(limits.values())
         if asked is not None and asked > most:
             raise RankError(
-                f"terms={asked}; a {shape[0]}x{shape[1]} table has at most {most} in any of the "
-                "splits allowed",
+                f"terms={asked}; a {shape[0]}x{shape[1]} table has at most {most} for any allowed "
+                "split",
                 argument="terms",
             )
         found = []
@@ -124,13 +124,13 @@ def _most_terms(rows: int, split: Sequence[int]) -> int:
 
 
 def _splits(shape: Shape, options: Mapping[str, Any]) -> Iterator[Split]:
-    """Yield every way to cut a row into pieces, or the one that the options fix."""
+    """Yield every way to cut a row into pieces, or the one in the options."""
     given = given_split("in_split", options, shape[1], (2,))
     if given:
         yield given[0], given[1]
         return
     for outer, inner in divisor_pairs(shape[1]):
-        if inner > 1 or shape[1] == 1:  # pieces of one number would outgrow the table
+        if inner > 1 or shape[1] == 1:  # pieces of length 1 would be larger than the table
             yield outer, inner
 
 
@@ -142,7 +142,7 @@ def _gram(weight: Tensor) -> Tensor:
 def _energy(gram: Tensor, rows: int, split: Sequence[int]) -> Tensor:
     """Return the squared singular values of the pieces, largest first.
 
-    The Gram matrix of the pieces is the sum of the diagonal blocks of the table's own, which is
+    The Gram matrix of the pieces is the sum of diagonal blocks of the table's Gram matrix, which is
     computed once for all splits.
     """
     outer, inner = split

@@ -20,17 +20,17 @@ from tnlm.tensors.network import Factors, Gauge, Network
 from tnlm.utils.ties import EXACT, least
 
 RANKS = 192
-"""Ranks at which an error curve is sampled, at most."""
+"""Most ranks at which an error curve is sampled."""
 
 
 @dataclass(frozen=True)
 class LowRankSpec:
-    """The rank, and whether the bond is stored gauge-fixed: r(m+n-r) numbers, not r(m+n).
+    """The rank, and whether the bond is gauge-fixed: r(m+n-r) parameters instead of r(m+n).
 
-    The identity stands on the shorter side, where a layer has fewer numbers to put in order.
+    The identity is on the shorter side, where a layer has fewer values to reorder.
 
-    Under weights of single entries the fit takes at most so many ``sweeps``, and a ``ridge``, see
-    :func:`tnlm.decompositions.accelerated.accelerated`.
+    Under an elementwise metric, ``sweeps`` limits the passes of the fit, and ``ridge`` shrinks the
+    factors, see :func:`tnlm.decompositions.accelerated.accelerated`.
     """
 
     rank: int
@@ -40,14 +40,14 @@ class LowRankSpec:
 
 
 class LowRank(Format[LowRankSpec]):
-    """Truncated SVD, exact under every separable metric.
+    """Truncated SVD, optimal under every separable metric.
 
-    With C the metric's second moment, ``||(W - W') C^(1/2)||`` is least at
-    ``W' = U @ U.T @ W`` where U spans the leading left singular vectors of ``W C^(1/2)``: no
-    inverse of C is needed, so a singular C does no harm, and full rank is exact. Its squared error
-    is the tail of the squared singular values (Eckart-Young). A form on the outputs adds its own
-    whitening. Under element-wise weights there is no closed form: accelerated alternating least
-    squares from the best of four (TFWSVD, Hua et al. 2022, arXiv 2211.09718).
+    With C the metric's second moment, ``||(W - W') C^(1/2)||`` is minimal at ``W' = U @ U.T @ W``,
+    where U spans the leading left singular vectors of ``W C^(1/2)``. This needs no inverse of C, so
+    C may be singular, and full rank is exact. The squared error is the tail of the squared singular
+    values (Eckart-Young). A weighting of the outputs adds its own whitening. Elementwise weights
+    have no closed form: the fit is accelerated alternating least squares from the best of four
+    starts (TFWSVD, Hua et al. 2022, arXiv 2211.09718).
 
     Example:
         >>> import torch
@@ -76,7 +76,7 @@ class LowRank(Format[LowRankSpec]):
         return Network({"left": "or", "right": "ri"}, "o", "i", sizes, gauge)
 
     def fit(self, weight: Tensor, metric: Metric, spec: LowRankSpec) -> Factors:
-        """Return the best product of the rank, in closed form if the metric is separable."""
+        """Return the best factors of the rank, in closed form if the metric is separable."""
         start, _ = _closed_form(weight, metric, spec.rank)
         if metric.separable:
             return start
@@ -88,7 +88,7 @@ class LowRank(Format[LowRankSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[LowRankSpec]:
-        """Return the rank asked for, or the largest within the budget."""
+        """Return the given rank, or the largest within the budget."""
         like = _like(options)
         if options.get("rank") is not None:
             spec = replace(like, rank=options["rank"])
@@ -105,8 +105,8 @@ class LowRank(Format[LowRankSpec]):
     ) -> Sequence[LowRankSpec]:
         """Return the smallest rank whose tail is within the tolerance.
 
-        Under element-wise weights the tail is that of the nearest separable metric, and no bound:
-        the rank grows until it holds.
+        Under elementwise weights, the tail is that of the nearest separable metric and not a bound,
+        so the rank grows until the measured error is within the tolerance.
         """
         energy, like = metric.start().spectrum(weight), _like(options)
 
@@ -118,7 +118,7 @@ class LowRank(Format[LowRankSpec]):
         return [grown(spec_at, lambda s: _closed_form(weight, metric, s.rank)[1], tolerance)]
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[LowRankSpec]) -> list[float]:
-        """Return the tail of the spectrum at each rank (Eckart-Young), of the nearest metric."""
+        """Return the tail of the spectrum at each rank, under the nearest separable metric."""
         tail = tails(metric.start().spectrum(weight))
         total = float(tail[0]) or 1.0
         return [(float(tail[min(spec.rank, len(tail) - 1)]) / total) ** 0.5 for spec in specs]
@@ -126,7 +126,7 @@ class LowRank(Format[LowRankSpec]):
     def curve(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
     ) -> list[tuple[LowRankSpec, float]]:
-        """Return every rank, or ``RANKS`` of them, evenly spaced, with the tail of the spectrum."""
+        """Return up to ``RANKS`` evenly spaced ranks, each with the tail of the spectrum."""
         shape, like = matrix_shape(weight), _like(options)
         full = min(shape)
         ranks = sorted({math.ceil(full * k / RANKS) for k in range(1, RANKS + 1)})
@@ -138,13 +138,13 @@ class LowRank(Format[LowRankSpec]):
 
 
 def _like(options: Mapping[str, Any]) -> LowRankSpec:
-    """Return a spec of rank 1 with the options given."""
+    """Return a spec of rank 1 with the other options given."""
     names = ("gauge", "ridge", "sweeps")
     return LowRankSpec(1, **{name: options[name] for name in names if name in options})
 
 
 def _balanced(factors: Factors) -> Factors:
-    """Return the same product, both sides scaled by the root of its singular values."""
+    """Return the same product, with both sides scaled by the root of its singular values."""
     q_left, r_left = torch.linalg.qr(factors["left"])
     q_right, r_right = torch.linalg.qr(factors["right"].T)
     svd = truncated_svd(r_left @ r_right.T, method="exact")
@@ -153,11 +153,11 @@ def _balanced(factors: Factors) -> Factors:
 
 
 def _closed_form(weight: Tensor, metric: Metric, rank: int) -> tuple[Factors, float]:
-    """Return the best of the closed forms near to a metric and, if there are many, its error."""
+    """Return the best closed form for a metric and, if it had to be measured, its error."""
     near = metric.start()
     if metric.separable:
         return dict(zip(("left", "right"), metric.low_rank(weight, rank), strict=True)), math.nan
-    # Weights of rows times columns, of columns alone (FWSVD), of rows alone, or none (SVD).
+    # Weights of rows and columns, of columns only (FWSVD), of rows only, or none (SVD).
     found = []
     for candidate in (near, Metric(inputs=near.inputs), Metric(near.outputs), Metric()):
         left, right = candidate.low_rank(weight, rank)

@@ -1,4 +1,4 @@
-"""The normal matrix of one factor in a least-squares problem, and its inverse or a near one."""
+"""The normal matrix of one factor in a least-squares problem, and its (approximate) inverse."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from tnlm.metrics.sides import Side
 from tnlm.tensors.network import Network
 
 DIRECT = 256
-"""Up to this size the normal matrix of a factor is formed and inverted."""
+"""Up to this size, the normal matrix of a factor is formed and inverted."""
 
 NEGLIGIBLE = 1e-12
-"""Eigenvalues of a normal matrix below this share of the largest have no say."""
+"""Eigenvalues of a normal matrix below this fraction of the largest are treated as zero."""
 
 Solve = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Normal:
-    """The normal matrix of a factor, the others fixed, under a metric.
+    """The normal matrix of a factor under a metric, with the other factors fixed.
 
-    Where it is small it is formed and inverted. Else the metric is taken as separable over the
-    modes, and the inverse is a Kronecker product of small ones: for every open mode of the factor
-    that of its side, for every part of the network that of its Gram matrix over the bonds.
+    A small one is formed and inverted. Otherwise the metric is approximated as separable over the
+    modes, and the inverse is a Kronecker product of small inverses: of the side of every open mode
+    of the factor, and of the Gram matrix over the bonds of every part of the network.
 
     Attributes:
         network: the network of all factors.
         name: the factor.
         metric: how the error is measured.
         sides: the side of every open mode, nearest to the metric.
-        inverses: the inverses of those that are not None.
-        parts: the modes of every part that the other factors are contracted to.
+        inverses: the inverses of the sides that are not None.
+        parts: the modes of every part to which the other factors are contracted.
     """
 
     network: Network
@@ -48,7 +48,7 @@ class Normal:
     parts: tuple[str, ...]
 
     def inverse(self, others: Sequence[Tensor]) -> Solve:
-        """Return what multiplies a factor by the inverse, given the parts in full."""
+        """Return a function that multiplies a factor by the inverse, given the contracted parts."""
         modes = self.network.factors[self.name]
         system = self._system_modes()
         if system is not None and self.network.size(system) <= DIRECT:
@@ -60,10 +60,10 @@ class Normal:
         return _along(modes, found)
 
     def _system_modes(self) -> str | None:
-        """Return the modes that the normal equations couple; None if they do not split so.
+        """Return the modes that the normal equations couple, or None if they do not separate.
 
-        Without a form on the outputs, all rows of the factor that carry out modes share one
-        system over its bonds and in modes; and the other way round.
+        If the outputs are not weighted, all rows of the factor along out modes share one system
+        over its bonds and in modes; likewise with outputs and inputs exchanged.
         """
         modes = self.network.factors[self.name]
         shared = any(mode in part for part in self.parts for mode in modes if mode in self.sides)
@@ -74,7 +74,7 @@ class Normal:
         return "".join(mode for mode in modes if mode not in free)
 
     def _matrix(self, system: str, others: Sequence[Tensor]) -> Tensor:
-        """Return the normal matrix over the coupled modes, by one einsum over two copies."""
+        """Return the normal matrix over the coupled modes, by one einsum of two copies."""
         number = {mode: index for index, mode in enumerate(self.network.sizes)}
         twin = {mode: index + len(number) for mode, index in number.items()}
         operands: list[object] = []
@@ -100,7 +100,7 @@ class Normal:
 
 
 def _gram(modes: str, part: Tensor, bonds: str, sides: Mapping[str, Side | None]) -> Tensor:
-    """Return the Gram matrix of a part over its bonds, each open mode weighed by its side."""
+    """Return the Gram matrix of a part over its bonds, with each open mode weighted by its side."""
     scaled = whiten(part, [sides.get(mode) for mode in modes])
     axes = [modes.index(bond) for bond in bonds]
     rows = scaled.movedim(axes, list(range(len(axes))))
@@ -113,9 +113,9 @@ def _full(side: Side) -> Tensor:
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """Return the inverse of a symmetric positive matrix, zero where it has next to nothing.
+    """Return the pseudo-inverse of a symmetric positive semi-definite matrix.
 
-    A diagonal may be given as a vector, and comes back as one.
+    A diagonal may be given as a vector, and is returned as one.
 
     Example:
         >>> inverse(torch.tensor([4.0, 0.0])).tolist()
@@ -130,7 +130,7 @@ def inverse(matrix: Tensor) -> Tensor:
 
 
 def _along(modes: str, matrices: Sequence[tuple[str, Tensor]]) -> Solve:
-    """Return what multiplies a tensor by symmetric matrices, each along some of its modes."""
+    """Return a function that multiplies a tensor by symmetric matrices along some of its modes."""
 
     def apply(tensor: Tensor) -> Tensor:
         for group, matrix in matrices:

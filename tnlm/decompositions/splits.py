@@ -1,4 +1,4 @@
-"""How sizes split into modes, and how far ranks can be scaled within a budget."""
+"""Splits sizes into modes, and scales ranks to a budget."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import cache
 from typing import Any
 
 STEPS = 256
-"""How finely the common scale of several ranks is searched."""
+"""Steps of the search for a common scale of several ranks."""
 
 
 @cache
 def balanced_split(size: int, parts: int) -> tuple[int, ...]:
-    """Return ``parts`` whole numbers that multiply to ``size``, as equal as they can be.
+    """Return ``parts`` whole numbers that multiply to ``size``, as equal as possible.
 
-    A prime gives ones beside itself: the plan shows such a split, nothing is padded.
+    Nothing is padded: a prime gives itself and ones, as the plan then shows.
 
     Example:
         >>> balanced_split(576, 2), balanced_split(576, 3), balanced_split(7, 2)
@@ -34,11 +34,11 @@ def balanced_split(size: int, parts: int) -> tuple[int, ...]:
 def largest_within(
     ranks_at: Callable[[float], tuple[int, ...]], fits: Callable[[tuple[int, ...]], bool]
 ) -> tuple[int, ...] | None:
-    """Return the largest ranks on a scale from 0 to 1 that fit, or None if even the least do not.
+    """Return the largest ranks that fit, on a scale from 0 to 1, or None if none fit.
 
     Args:
-        ranks_at: ranks for a scale in (0, 1], growing with it.
-        fits: whether ranks are within the budget.
+        ranks_at: returns the ranks for a scale in (0, 1]; they grow with it.
+        fits: returns whether ranks are within the budget.
     """
     low, high = 0, STEPS
     while low < high:
@@ -61,7 +61,7 @@ def scaled(limits: tuple[int, ...], scale: float) -> tuple[int, ...]:
 
 
 def orders(options: Mapping[str, Any], default: Sequence[int]) -> Sequence[int]:
-    """Return the numbers of cores to try: one more than the ranks, if several are given.
+    """Return the numbers of cores to try: if several ranks are given, one more than these.
 
     Example:
         >>> orders({"ranks": [4, 8]}, (2, 3, 4)), orders({"ranks": [4]}, (2, 3))
@@ -74,9 +74,9 @@ def orders(options: Mapping[str, Any], default: Sequence[int]) -> Sequence[int]:
 def ranks_at(
     limits: tuple[int, ...], options: Mapping[str, Any]
 ) -> Callable[[float], tuple[int, ...]]:
-    """Return how the ranks of a train grow with a scale: a common cap on every bond.
+    """Return a function from a scale to the ranks of a train, with a common cap on all bonds.
 
-    ``options["ranks"]``, if given, are used as they are; a single number is the cap.
+    If ``options["ranks"]`` is given, several ranks are used unchanged, and a single one is the cap.
 
     Example:
         >>> ranks_at((4, 8), {})(0.5), ranks_at((4, 8), {"ranks": [6]})(0.5)

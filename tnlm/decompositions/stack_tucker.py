@@ -1,4 +1,4 @@
-"""Stack Tucker: slices of one shape as a third-order tensor, with bases and cores in common."""
+"""Stack Tucker: slices of one shape as a third-order tensor, with shared bases and cores."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tnlm.tensors.network import Factors, Network
 
 Ranks = tuple[int, ...]
 SLICE = OPEN[0]
-"""The mode that numbers slices; a factor without it is one for all matrices of a stack."""
+"""The mode that indexes slices; all matrices of a stack share the factors without it."""
 SIZES, GRID, COUNTS = 16, 24, 3
-"""Sizes on an error curve; ranks of a mode tried for each; numbers of cores among candidates."""
+"""Sizes on an error curve; ranks per mode to try for each; numbers of cores among candidates."""
 
 
 @dataclass(frozen=True)
 class StackTuckerSpec:
-    """The ranks of slices, of their rows and of their columns, and how many slices there are.
+    """The ranks of slices, rows and columns, and the number of slices.
 
-    A matrix of ``slices`` blocks of rows may share its factors with others; ``stack`` is the number
-    of slices of all of them.
+    A matrix of ``slices`` blocks of rows may share its factors with others; ``stack`` is the total
+    number of slices.
     """
 
     ranks: tuple[int, ...]
@@ -41,16 +41,16 @@ class StackTuckerSpec:
 
 
 class StackTucker(Format[StackTuckerSpec]):
-    """Tucker of slices ``W_s = U (sum over t of a_st G_t) V.T``, the blocks of a tall matrix.
+    """Tucker of slices ``W_s = U (sum over t of a_st G_t) V.T``, the row blocks of a tall matrix.
 
-    The bases U and V and the cores G_t are shared by all slices. A mode of full rank carries no
-    factor: with as many cores as slices, each slice has its own. Where all slices have the same
-    metric, the HOSVD of the whitened tensor is within sqrt(3) of the best (multilinear whitening),
-    and HOOI improves it. Where their metrics differ (`tnlm.metrics.stacked`), it is that of the
-    pooled metric, and alternating least squares under the true one follow, which never raise the
-    error.
+    All slices share the bases U and V and the cores G_t. A mode of full rank has no factor: with as
+    many cores as slices, each slice has its own. If all slices have the same metric, the error of
+    the HOSVD of the whitened tensor (multilinear whitening) is within a factor sqrt(3) of the best,
+    and HOOI improves it. If their metrics differ (`tnlm.metrics.stacked`), the HOSVD is whitened by
+    the pooled metric, then refined by alternating least squares under the true one, which never
+    increase the error.
 
-    Source: Tucker 1966; De Lathauwer, De Moor and Vandewalle 2000; of stacked experts: TD-MoE.
+    Source: Tucker 1966; De Lathauwer, De Moor and Vandewalle 2000; for stacked experts, TD-MoE.
 
     Example:
         >>> StackTucker().network((12, 5), StackTuckerSpec((2, 3, 4), slices=3, stack=3)).equation
@@ -60,14 +60,14 @@ class StackTucker(Format[StackTuckerSpec]):
     """
 
     name = "stack-tucker"
-    title = "Tucker of stacked matrices, with bases and cores in common"
+    title = "Tucker of stacked matrices, with shared bases and cores"
     spec = StackTuckerSpec
     metrics = frozenset({"identity", "input", "separable"})
     kinds = frozenset({"stack"})
     made_of = frozenset({"linear"})
 
     def network(self, shape: Shape, spec: StackTuckerSpec) -> Network:
-        """Return a core and a factor for every reduced mode, of the matrix's own slices."""
+        """Return a core and a factor for every reduced mode, for the matrix's own slices."""
         if spec.slices > spec.stack:
             raise RankError(f"slices={spec.slices}; allowed: 1 to stack={spec.stack}")
         whole = _whole(shape, spec)
@@ -82,7 +82,7 @@ class StackTucker(Format[StackTuckerSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[StackTuckerSpec]:
-        """Return the ranks given; or, for some numbers of cores, of rows and columns scaled."""
+        """Return the given ranks, or scaled row and column ranks for some numbers of cores."""
         like = _like(shape, options)
         dims = _dims(shape, like)
 
@@ -97,7 +97,7 @@ class StackTucker(Format[StackTuckerSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[StackTuckerSpec]:
-        """Return ranks that leave ``tolerance / sqrt(3)`` to each unfolding; see `Tucker`."""
+        """Return ranks that allow ``tolerance / sqrt(3)`` per unfolding; see `Tucker`."""
         like = _like(matrix_shape(weight), options)
         if options.get("ranks") is not None:
             return [like] if self.errors(weight, metric, [like])[0] <= tolerance else []
@@ -109,7 +109,7 @@ class StackTucker(Format[StackTuckerSpec]):
     def errors(
         self, weight: Tensor, metric: Metric, specs: Sequence[StackTuckerSpec]
     ) -> list[float]:
-        """Return the relative error of each spec's whitened HOSVD, which a fit can only lower."""
+        """Return the relative error of each spec's whitened HOSVD, which the fit can only lower."""
         if not specs:
             return []
         start = _Start.of(weight, metric, _dims(matrix_shape(weight), specs[0]))
@@ -118,7 +118,7 @@ class StackTucker(Format[StackTuckerSpec]):
     def curve(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
     ) -> list[tuple[StackTuckerSpec, float]]:
-        """Return the best ranks of the whitened HOSVD at some sizes, with their errors."""
+        """Return the best ranks of the whitened HOSVD at increasing sizes, with their errors."""
         shape = matrix_shape(weight)
         like = _like(shape, options)
         if options.get("ranks") is not None:
@@ -132,7 +132,7 @@ class StackTucker(Format[StackTuckerSpec]):
 
 @dataclass(frozen=True)
 class _Start:
-    """The HOSVD of whitened slices, and what its truncations are worth."""
+    """The HOSVD of whitened slices, and the errors of its truncations."""
 
     weight: Tensor
     metric: Metric
@@ -154,10 +154,9 @@ class _Start:
         return self.metric.relative(self.weight, found.reshape(self.weight.shape))
 
     def best(self, size: float) -> Ranks | None:
-        """Return the ranks of least error in the whitened tensor within a size, if there are any.
+        """Return the ranks with the least error in the whitened tensor within a size, or None.
 
-        For every number of cores and rank of rows, both on a grid, there is one largest rank of
-        columns.
+        Numbers of cores and row ranks are on a grid; each pair determines the largest column rank.
         """
         dims = tuple(self.whole.core.shape)
         cores, rows = (_grid(dim) for dim in dims[:2])
@@ -167,7 +166,7 @@ class _Start:
 
 
 def _filled(dims: Ranks, first: Ranks, size: float) -> Ranks | None:
-    """Return two ranks with the largest third one whose factors have at most ``size`` numbers."""
+    """Return two ranks with the largest third one that fits in ``size`` parameters."""
     room = size - sum(rank * dim for rank, dim in zip(first, dims, strict=False) if rank < dim)
     each, full = math.prod(first), dims[2]
     last = min(int(room / (each + full)), full - 1, each)
@@ -180,7 +179,7 @@ def _grid(dim: int) -> list[int]:
 
 
 def _scales(dims: Ranks) -> Iterator[Callable[[float], Ranks]]:
-    """Yield ways to shrink ranks: for some numbers of cores, rows and columns, or one of them."""
+    """Yield functions from a scale to ranks, for some numbers of cores, scaling rows or columns."""
     counts = sorted({math.ceil(dims[0] * k / COUNTS) for k in range(1, COUNTS + 1)}, reverse=True)
     for cores, reduced in product(counts, ((1, 2), (2,), (1,))):
 
@@ -192,7 +191,7 @@ def _scales(dims: Ranks) -> Iterator[Callable[[float], Ranks]]:
 
 
 def _like(shape: Shape, options: Mapping[str, Any]) -> StackTuckerSpec:
-    """Return the spec that the options fix, of full ranks if they give none."""
+    """Return the spec in the options, with full ranks if none are given."""
     slices = options.get("slices") or balanced_split(shape[0], 2)[0]
     stack = options.get("stack") or slices
     check_split("slices", (slices, shape[0] // slices), shape[0])
@@ -205,7 +204,7 @@ def _dims(shape: Shape, spec: StackTuckerSpec) -> Ranks:
 
 
 def _whole(shape: Shape, spec: StackTuckerSpec) -> TuckerSpec:
-    """Return the spec of the whole stack as a Tucker of the tall matrix."""
+    """Return the Tucker spec of the whole stack as a tall matrix."""
     height = shape[0] // spec.slices
     check_split("slices", (spec.slices, height), shape[0])
     return TuckerSpec((spec.stack, height), (shape[1],), spec.ranks)

@@ -1,4 +1,4 @@
-"""Tensor ring of a matrix: a tensor train whose last core is tied to the first by one more bond."""
+"""Tensor ring of a matrix: a tensor train with one more bond between the last and first core."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from tnlm.tensors.network import Factors, Network
 
 Split = tuple[int, ...]
 ORDER = 3
-"""Cores when no split is given, and the fewest: a ring of two is a sum of Kronecker products."""
+"""Default and fewest cores; a ring of two is a sum of Kronecker products."""
 CLOSING = (1, 2, 4)
-"""Ranks of the closing bond that are tried when none is given; 1 is the tensor train."""
+"""Ranks of the closing bond to try if none is given; 1 is the tensor train."""
 SWEEPS, STALL = 40, 1e-3
-"""Least squares end after so many sweeps, or when one gains less than this share: a ring needs
-more of them than a train, whose closed form is near the best."""
+"""Most sweeps of least squares, and the relative gain below which a sweep is the last; a ring needs
+more than a train, whose closed form is nearly optimal."""
 WIDEST = 512
-"""Two neighbouring bonds of more numbers together are left as TR-SVD cuts them: every half-step
-would take the eigenvectors of a matrix of that size, and planners ask for many fits."""
+"""Rings with a larger product of two adjacent ranks keep their TR-SVD: every half-step would need
+the eigenvectors of a matrix of this size, and planning fits many."""
 
 
 @dataclass(frozen=True)
 class TensorRingSpec:
-    """The modes of outputs and inputs, one pair a core, and the rank of every bond.
+    """The modes of outputs and inputs, one pair per core, and the rank of every bond.
 
-    ``ranks[k]`` is that of the bond before core k, so that ``ranks[0]`` closes the ring.
+    ``ranks[k]`` is the rank of the bond before core k, so ``ranks[0]`` closes the ring.
     """
 
     out_split: tuple[int, ...]
@@ -54,12 +54,12 @@ class TensorRingSpec:
 
 
 class TensorRing(Format[TensorRingSpec]):
-    """TR-SVD of the matrix, then alternating least squares, which never raise the error.
+    """TR-SVD of the matrix, then alternating least squares, which never increase the error.
 
-    Core k carries out mode k and in mode k, as in a tensor train; with ``ranks[0] = 1`` the ring
-    is one. The first unfolding is cut to ``ranks[0] * ranks[1]``, which its pair of modes bounds.
-    Least squares end at a local minimum, not always at the best. All bonds are stored plain, as
-    those of a train: a network can state the gauge of one bond only.
+    Core k has out mode k and in mode k, as in a tensor train; with ``ranks[0] = 1`` it is one. The
+    first unfolding is truncated to rank ``ranks[0] * ranks[1]``, which its pair of modes bounds.
+    Least squares end at a local minimum, which may not be the best. No bond is gauge-fixed, as in a
+    train, since a network can fix only one.
 
     Source: Zhao et al. 2016, arXiv 1606.05535.
 
@@ -103,9 +103,9 @@ class TensorRing(Format[TensorRingSpec]):
         return chain_of_cores(spec.out_split, spec.in_split, bonds, ranks)
 
     def fit(self, weight: Tensor, metric: Metric, spec: TensorRingSpec) -> Factors:
-        """Start from the TR-SVD, under data also that of the whitened matrix; then least squares.
+        """Start from the TR-SVD (with data, also of the whitened matrix), then least squares.
 
-        Every core but the last comes out with orthonormal columns towards the next.
+        All cores but the last get orthonormal columns towards the next core.
         """
         network = self.network(matrix_shape(weight), spec)
         start, _ = closed_form(network, weight, metric, _tr_svd(network, spec))
@@ -115,7 +115,7 @@ class TensorRing(Format[TensorRingSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TensorRingSpec]:
-        """Return the ranks asked for, or for each closing rank the largest common cap that fits."""
+        """Return the given ranks, or for each closing rank the largest common cap that fits."""
         found = []
         out, inp = _split(shape, options)
         for ranks_at in _growths(_pairs(out, inp), options):
@@ -131,9 +131,10 @@ class TensorRing(Format[TensorRingSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[TensorRingSpec]:
-        """Return, for each closing rank, ranks that leave an equal share to each cut of TR-SVD.
+        """Return, for each closing rank, ranks that allow an equal error per cut of the TR-SVD.
 
-        Under data the cuts are of the whitened matrix, and no bound: ranks grow until they hold.
+        With data, the cuts are of the whitened matrix and give no bound, so the ranks grow until
+        the measured error is within the tolerance.
         """
         shape = matrix_shape(weight)
         out, inp = _split(shape, options)
@@ -153,7 +154,7 @@ class TensorRing(Format[TensorRingSpec]):
 
 
 def _tr_svd(network: Network, spec: TensorRingSpec) -> Decompose:
-    """Return what fits a tensor, all out modes and then all in modes: one truncated SVD a bond."""
+    """Return a function that fits a tensor (out, then in modes) by one truncated SVD per bond."""
 
     def decompose(tensor: Tensor) -> Factors:
         rest, core = _first_cut(tensor, spec.ranks[0], spec.ranks[0] * spec.ranks[1])
@@ -172,13 +173,13 @@ def _tr_svd(network: Network, spec: TensorRingSpec) -> Decompose:
 
 
 def _widest(spec: TensorRingSpec) -> int:
-    """Return the most numbers of two neighbouring bonds of a ring; those of a train come apart."""
+    """Return the largest product of two adjacent ranks of a ring; 1 for a train."""
     bonds = itertools.pairwise((*spec.ranks, spec.ranks[0]))
     return max(a * b for a, b in bonds) if spec.ranks[0] > 1 else 1
 
 
 def _first_cut(tensor: Tensor, closing: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Cut the first core off: return what is left, the closing bond last, and the core."""
+    """Cut off the first core; return the rest, with the closing bond last, and the core."""
     svd = truncated_svd(_paired(tensor), rank)
     core = svd.u.reshape(-1, closing, rank // closing).movedim(1, 0)
     rest = (svd.s[:, None] * svd.vh).reshape(closing, rank // closing, -1).movedim(0, -1)
@@ -186,14 +187,14 @@ def _first_cut(tensor: Tensor, closing: int, rank: int) -> tuple[Tensor, Tensor]
 
 
 def _paired(tensor: Tensor) -> Tensor:
-    """Return the matrix of the first pair of modes against all other pairs, in their order."""
+    """Return the matrix of the first pair of modes by all other pairs, in order."""
     order = tensor.dim() // 2
     paired = tensor.permute([axis for k in range(order) for axis in (k, order + k)])
     return paired.reshape(_width(tensor, 0), -1)
 
 
 def _width(tensor: Tensor, core: int) -> int:
-    """Return the size of the pair of modes that a core carries."""
+    """Return the size of a core's pair of modes."""
     return tensor.shape[core] * tensor.shape[tensor.dim() // 2 + core]
 
 
@@ -218,7 +219,7 @@ def _rank_within(matrix: Tensor, error: float) -> int:
 
 
 def _split(shape: Shape, options: Mapping[str, Any]) -> tuple[Split, Split]:
-    """Return the splits given, or balanced ones: a core for every rank if several are given."""
+    """Return the given splits, or balanced ones, with a core per rank if several are given."""
     orders = range(ORDER, len(OUT) + 1)
     out = given_split("out_split", options, shape[0], orders)
     inp = given_split("in_split", options, shape[1], orders)
@@ -231,8 +232,8 @@ def _split(shape: Shape, options: Mapping[str, Any]) -> tuple[Split, Split]:
     order = len(out or inp or (ranks if len(ranks) > 1 else range(ORDER)))
     if order not in orders or len(ranks) not in (0, 1, order):
         raise RankError(
-            f"ranks={ranks} for {order} cores; allowed: one rank for all bonds, or one a core, "
-            f"{orders[0]} to {orders[-1]}",
+            f"ranks={ranks} for {order} cores; allowed: one rank for all bonds, or one per core, "
+            f"{orders[0]} to {orders[-1]} cores",
             argument="ranks",
         )
     return out or balanced_split(shape[0], order), inp or balanced_split(shape[1], order)
@@ -243,7 +244,7 @@ def _pairs(out: Sequence[int], inp: Sequence[int]) -> list[int]:
 
 
 def _capped(pairs: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Lower ranks to what TR-SVD can use: the sides of every matrix that it cuts."""
+    """Lower ranks to what TR-SVD can use, given the shape of every matrix that it truncates."""
     first = min(pairs[0], math.prod(pairs[1:]))
     closing = min(ranks[0], first)
     found = [closing, min(ranks[1], first // closing)]
@@ -265,7 +266,7 @@ def _closings(pairs: Sequence[int], options: Mapping[str, Any]) -> Sequence[int]
 def _growths(
     pairs: Sequence[int], options: Mapping[str, Any]
 ) -> Iterator[Callable[[float], tuple[int, ...]]]:
-    """Yield how ranks grow with a scale: not at all if given, else by a cap on all but closing."""
+    """Yield functions from a scale to ranks: fixed if given, else a cap on all but the closing."""
     given = tuple(options.get("ranks") or ())
     if len(given) > 1:
         yield lambda _: given

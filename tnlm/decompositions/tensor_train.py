@@ -39,12 +39,12 @@ from tnlm.tensors.network import Factors, Network
 Split = tuple[int, ...]
 OUT, IN, BOND = "abcdefg", "hijklmn", "opqrstu"
 ORDERS = (2, 3)
-"""Numbers of cores that are tried when no split is given."""
+"""Numbers of cores to try if no split is given."""
 
 
 @dataclass(frozen=True)
 class TensorTrainSpec:
-    """The modes of outputs and inputs, one pair a core, and the rank of every inner bond."""
+    """The modes of outputs and inputs, one pair per core, and the rank of every inner bond."""
 
     out_split: tuple[int, ...]
     in_split: tuple[int, ...]
@@ -52,10 +52,10 @@ class TensorTrainSpec:
 
 
 class TensorTrain(Format[TensorTrainSpec]):
-    """TT-SVD of the matrix, reshaped so that core k carries out mode k and in mode k.
+    """TT-SVD of the matrix, reshaped so that core k has out mode k and in mode k.
 
-    Its squared error is at most the sum of the tails of the unfoldings, hence within
-    sqrt(cores - 1) of the best. Two cores are a sum of Kronecker products.
+    The squared error is at most the sum of the tails of the unfoldings, hence the error is within a
+    factor sqrt(cores - 1) of the best. Two cores are a sum of Kronecker products.
 
     Example:
         >>> import torch
@@ -97,7 +97,7 @@ class TensorTrain(Format[TensorTrainSpec]):
     def fit(self, weight: Tensor, metric: Metric, spec: TensorTrainSpec) -> Factors:
         """Sweep TT-SVD from the first core to the last.
 
-        Under data the sweep is over the whitened matrix, then improved by alternating least
+        With data, the sweep is over the whitened matrix, and is then refined by alternating least
         squares.
         """
         network = self.network(matrix_shape(weight), spec)
@@ -107,7 +107,7 @@ class TensorTrain(Format[TensorTrainSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TensorTrainSpec]:
-        """Return, for each split, the ranks asked for or the largest common cap that fits."""
+        """Return, for each split, the given ranks or the largest common cap that fits."""
         found = []
         for out, inp in _splits(shape, options):
 
@@ -122,10 +122,10 @@ class TensorTrain(Format[TensorTrainSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[TensorTrainSpec]:
-        """Return ranks that leave ``tolerance / sqrt(cores - 1)`` to each unfolding (Oseledets).
+        """Return ranks that allow ``tolerance / sqrt(cores - 1)`` per unfolding (Oseledets).
 
-        Under data the unfoldings are of the whitened matrix, and no bound: ranks grow until they
-        hold.
+        With data, the unfoldings are of the whitened matrix and give no bound, so the ranks grow
+        until the measured error is within the tolerance.
         """
         found = []
         for out, inp in _splits(matrix_shape(weight), options):
@@ -151,7 +151,7 @@ class TensorTrain(Format[TensorTrainSpec]):
     def errors(
         self, weight: Tensor, metric: Metric, specs: Sequence[TensorTrainSpec]
     ) -> list[float]:
-        """Return the error of each spec's TT-SVD, which least squares under data can only lower."""
+        """Return the error of each spec's TT-SVD, which least squares can only lower."""
         return [self._closed_form_error(weight, metric, spec) for spec in specs]
 
     def _closed_form_error(self, weight: Tensor, metric: Metric, spec: TensorTrainSpec) -> float:
@@ -160,7 +160,7 @@ class TensorTrain(Format[TensorTrainSpec]):
 
 
 def _tt_svd(network: Network, spec: TensorTrainSpec) -> Decompose:
-    """Return what fits a tensor, all out modes and then all in modes, in the Frobenius norm."""
+    """Return a function that fits a tensor (out modes, then in modes) in the Frobenius norm."""
 
     def decompose(tensor: Tensor) -> Factors:
         cores = _tensorly.tt_matrix(tensor, spec.ranks)
@@ -194,7 +194,7 @@ def chain_of_cores(
 
 
 def orthogonal(factors: Factors) -> Factors:
-    """Return the same chain with orthonormal cores but for the last, as TT-SVD leaves it."""
+    """Return the same chain with all cores but the last orthonormal, as TT-SVD leaves it."""
     found = dict(factors)
     for name, following in itertools.pairwise(factors):
         core = found[name]

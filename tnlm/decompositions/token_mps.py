@@ -1,4 +1,4 @@
-"""Per-token MPS of an embedding: every row is a tensor train of its own."""
+"""Per-token MPS of an embedding: every row is its own tensor train."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tnlm.tensors.network import Factors, Network
 
 MODES, BOND = "abcdefghijkl", "mnopqrstuvw"
 ORDERS = (2, 3, 4)
-"""Numbers of modes that are tried when no split is given."""
+"""Numbers of modes to try if no split is given."""
 SAMPLE = 512
-"""Rows on which splits are compared."""
+"""Number of rows on which splits are compared."""
 CHUNK = 4096
-"""Rows that are decomposed at once."""
+"""Number of rows decomposed at once."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class TokenMPSSpec:
 
 
 class TokenMPS(Format[TokenMPSSpec]):
-    """TT-SVD of each row alone, batched over the rows: nothing is shared between tokens.
+    """TT-SVD of each row, batched over the rows; tokens share no parameters.
 
-    Changing one row changes only its own cores. Source: TensorGPT (arXiv 2307.00526). The sweep is
-    our own because tensorly has no batched tensor train; it gives tensorly's result row by row.
+    Changing one row changes only its own cores. Source: TensorGPT (arXiv 2307.00526). tensorly has
+    no batched tensor train, so the sweep is implemented here; each row's result is tensorly's.
 
     Example:
         >>> table = torch.randn(10, 6)
@@ -54,7 +54,7 @@ class TokenMPS(Format[TokenMPSSpec]):
     kinds = frozenset({"embedding"})
 
     def network(self, shape: Shape, spec: TokenMPSSpec) -> Network:
-        """Return ``zap,zpbq,...->zab..`` with z the row."""
+        """Return ``zap,zpbq,...->zab..``, where z is the row."""
         check_split("in_split", spec.in_split, shape[1])
         order = len(spec.in_split)
         if not 2 <= order <= len(MODES) or len(spec.ranks) != order - 1:
@@ -76,7 +76,7 @@ class TokenMPS(Format[TokenMPSSpec]):
         return Network(factors, "z", MODES[:order], sizes)
 
     def fit(self, weight: Tensor, metric: Metric, spec: TokenMPSSpec) -> Factors:
-        """Sweep a batched TT-SVD over the modes, some thousand rows at a time."""
+        """Sweep a batched TT-SVD over the modes, ``CHUNK`` rows at a time."""
         network = self.network(matrix_shape(weight), spec)
         parts = [_sweep(rows.double(), spec) for rows in weight.detach().split(CHUNK)]
         cores = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
@@ -88,9 +88,9 @@ class TokenMPS(Format[TokenMPSSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TokenMPSSpec]:
-        """Return, for each split, the ranks asked for or the largest common cap that fits.
+        """Return, for each split, the given ranks or the largest common cap that fits.
 
-        Only the numbers stored are limited: looking a row up costs little in any format.
+        Only parameters are limited, since a row lookup is cheap in any format.
         """
         storage = Ceiling(params=ceiling.params)
         found = []
@@ -107,7 +107,7 @@ class TokenMPS(Format[TokenMPSSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[TokenMPSSpec]:
-        """Return ranks that leave ``tolerance / sqrt(modes - 1)`` to each unfolding of all rows."""
+        """Return ranks that allow ``tolerance / sqrt(modes - 1)`` per unfolding, over all rows."""
         found = []
         for split in _splits(matrix_shape(weight), options):
             share = tolerance / math.sqrt(len(split) - 1)
@@ -141,7 +141,7 @@ def _sweep(rows: Tensor, spec: TokenMPSSpec) -> list[Tensor]:
 
 
 def _pooled_energy(weight: Tensor, left: int) -> Tensor:
-    """Return squared singular values of the rows' unfoldings, summed over the rows."""
+    """Return the squared singular values of the rows' unfoldings, summed over the rows."""
     parts = weight.detach().split(CHUNK)
     return sum(
         (

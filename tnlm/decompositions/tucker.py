@@ -1,4 +1,4 @@
-"""Tucker: a small core with one factor for every mode whose rank is reduced."""
+"""Tucker: a small core, with one factor for every mode of reduced rank."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPEN, BOND = "abcdefgh", "pqrstuvw"
 
 @dataclass(frozen=True)
 class TuckerSpec:
-    """The modes of outputs and of inputs, and one rank for every mode, outputs first."""
+    """The modes of outputs and of inputs, and one rank per mode, outputs first."""
 
     out_split: tuple[int, ...]
     in_split: tuple[int, ...]
@@ -46,9 +46,9 @@ class TuckerSpec:
 class Tucker(Format[TuckerSpec]):
     """HOSVD, then HOOI sweeps, of the matrix reshaped to its modes.
 
-    A mode of full rank carries no factor (an orthogonal square matrix is absorbed by the core), and
-    a plain matrix, one out mode and one in mode, carries no core: its Tucker form is the
-    truncated SVD. Source: Tucker 1966; De Lathauwer, De Moor and Vandewalle 2000.
+    A mode of full rank has no factor, since the core absorbs an orthogonal square matrix. A plain
+    matrix, with one out mode and one in mode, has no core: its Tucker form is the truncated SVD.
+    Source: Tucker 1966; De Lathauwer, De Moor and Vandewalle 2000.
 
     Example:
         >>> import torch
@@ -63,14 +63,14 @@ class Tucker(Format[TuckerSpec]):
     metrics = frozenset({"identity", "input", "separable", "elementwise"})
 
     def network(self, shape: Shape, spec: TuckerSpec) -> Network:
-        """Return the core (unless the modes are two) and a factor for every reduced mode."""
+        """Return the core (unless there are only two modes) and a factor for every reduced mode."""
         check_split("out_split", spec.out_split, shape[0])
         check_split("in_split", spec.in_split, shape[1])
         dims = spec.out_split + spec.in_split
         if len(spec.ranks) != len(dims) or len(dims) > len(OPEN):
             raise RankError(
                 f"ranks={spec.ranks} for modes {dims}; "
-                f"allowed: one rank a mode, {len(OPEN)} at most",
+                f"allowed: one rank per mode, at most {len(OPEN)} modes",
                 argument="ranks",
             )
         limits = _limits(dims, spec.ranks)
@@ -93,7 +93,7 @@ class Tucker(Format[TuckerSpec]):
     def fit(self, weight: Tensor, metric: Metric, spec: TuckerSpec) -> Factors:
         """Start from the HOSVD, then improve one factor at a time (HOOI).
 
-        Under data both are of the whitened matrix, then improved by alternating least squares.
+        With data, both are of the whitened matrix, then refined by alternating least squares.
         """
         network = self.network(matrix_shape(weight), spec)
         factors = fit_network(network, weight, metric, partial(_nearest, ranks=spec.ranks))
@@ -102,7 +102,7 @@ class Tucker(Format[TuckerSpec]):
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TuckerSpec]:
-        """Return, for each split, ranks asked for, or scaled: of all modes, or of the longest."""
+        """Return, for each split, the given ranks, or ranks scaled on all modes or the longest."""
         found = []
         for out, inp in _splits(shape, options):
 
@@ -118,10 +118,10 @@ class Tucker(Format[TuckerSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[TuckerSpec]:
-        """Return ranks that leave ``tolerance / sqrt(modes)`` to each unfolding (HOSVD bound).
+        """Return ranks that allow ``tolerance / sqrt(modes)`` per unfolding (HOSVD bound).
 
-        Under data the unfoldings are of the whitened matrix, and no bound: ranks grow until they
-        hold.
+        With data, the unfoldings are of the whitened matrix and give no bound, so the ranks grow
+        until the measured error is within the tolerance.
         """
         found = []
         for out, inp in _splits(matrix_shape(weight), options):
@@ -148,7 +148,7 @@ class Tucker(Format[TuckerSpec]):
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[TuckerSpec]) -> list[float]:
         """Return the relative error of each spec's HOSVD, which HOOI can only lower.
 
-        Under data it is that of the HOOI, which least squares can only lower.
+        With data, it is the error of the HOOI, which least squares can only lower.
         """
         if is_plain(metric):
             return [_hosvd_error(weight, spec) for spec in specs]
@@ -160,7 +160,7 @@ class Tucker(Format[TuckerSpec]):
 
 
 def _nearest(tensor: Tensor, ranks: Sequence[int]) -> Factors:
-    """Fit a tensor, all out modes and then all in modes, in the Frobenius norm."""
+    """Fit a tensor (out modes, then in modes) in the Frobenius norm."""
     if tensor.dim() == 2:
         svd = truncated_svd(tensor, ranks[0])
         return {"left": svd.u, "right": svd.s[:, None] * svd.vh}
@@ -172,7 +172,7 @@ def _nearest(tensor: Tensor, ranks: Sequence[int]) -> Factors:
 
 
 def _orthogonal(factors: Factors) -> Factors:
-    """Return the same tensor with orthonormal factors; the core, or the right, carries the rest."""
+    """Return the same tensor with orthonormal factors, except the core (or the right factor)."""
     found = dict(factors)
     carrier = "core" if "core" in found else "right"
     for name in [name for name in factors if name != carrier]:
@@ -199,7 +199,7 @@ def _reduced(dims: Sequence[int], ranks: Sequence[int]) -> list[int]:
 
 
 def _limits(dims: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return every mode's largest useful rank: its size, or the product of the other ranks."""
+    """Return every mode's largest useful rank: at most its size and the product of the others."""
     total = math.prod(ranks)
     return tuple(min(size, total // rank) for size, rank in zip(dims, ranks, strict=True))
 
@@ -207,7 +207,7 @@ def _limits(dims: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
 def _scales(
     dims: Split, options: Mapping[str, Any]
 ) -> Iterator[Callable[[float], tuple[int, ...]]]:
-    """Yield the ways to shrink ranks with a scale: none if given, all of them, or the longest."""
+    """Yield functions from a scale to ranks: fixed if given, else scaled on all or the longest."""
     if options.get("ranks"):
         yield lambda _: _given(options["ranks"], dims)
     else:
@@ -216,7 +216,7 @@ def _scales(
 
 
 def realisable(dims: Split, ranks: tuple[int, ...]) -> tuple[int, ...]:
-    """Lower ranks to what the other modes can support."""
+    """Lower ranks to what the ranks of the other modes support."""
     while (lower := _lowered(dims, ranks)) != ranks:
         ranks = lower
     return ranks
@@ -232,7 +232,7 @@ def _longest(dims: tuple[int, ...], scale: float) -> tuple[int, ...]:
 
 
 def _supported(dims: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
-    """Raise the smallest ranks until the other modes can support every rank."""
+    """Raise the smallest ranks until every rank is supported by the others."""
     while any(r > limit for r, limit in zip(ranks, _limits(dims, ranks), strict=True)):
         growing = [k for k, (size, rank) in enumerate(zip(dims, ranks, strict=True)) if rank < size]
         smallest = min(growing, key=ranks.__getitem__)
@@ -241,14 +241,14 @@ def _supported(dims: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _given(ranks: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...]:
-    """One number caps every mode; otherwise the ranks are taken as they are."""
+    """Return given ranks for every mode; a single one caps all modes."""
     return tuple(min(ranks[0], d) for d in dims) if len(ranks) == 1 else tuple(ranks)
 
 
 def _splits(
     shape: Shape, options: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield the splits to try: as many modes as there are ranks, by default three or four."""
+    """Yield the splits to try: as many modes as ranks; by default, three or four."""
     out = given_split("out_split", options, shape[0], range(1, len(OPEN)))
     inp = given_split("in_split", options, shape[1], range(1, len(OPEN)))
     outs = [out] if out else [balanced_split(shape[0], parts) for parts in (1, 2)]
@@ -263,7 +263,7 @@ def _splits(
             argument="ranks",
         )
     for pair in found:
-        # The plain matrix is low rank, which has its own format: only when it is asked for.
+        # A plain matrix gives low rank, which has its own format, so only on request.
         if out or inp or len(ranks) > 1 or len(pair[0] + pair[1]) > 2:
             yield pair
 

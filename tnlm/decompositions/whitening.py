@@ -1,4 +1,4 @@
-"""A metric seen mode by mode: whitens a reshaped matrix so that plain decompositions apply."""
+"""Whitens a reshaped matrix mode by mode, so that plain decompositions apply under a metric."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ S = TypeVar("S")
 
 
 def is_plain(metric: Metric) -> bool:
-    """Tell whether a metric is the Frobenius norm, under which the closed forms are the fit."""
+    """Return whether a metric is the Frobenius norm, for which closed forms need no refinement."""
     return metric.separable and metric.outputs is None and metric.inputs is None
 
 
@@ -32,7 +32,7 @@ def network_sides(network: Network, metric: Metric) -> list[Side | None]:
 
 
 def whiten(tensor: Tensor, sides: Sequence[Side | None]) -> Tensor:
-    """Return a tensor with every mode multiplied by the root of its side."""
+    """Multiply every mode of a tensor by the root of its side."""
     for mode, side in enumerate(sides):
         if side is not None:
             tensor = side.scale(tensor.movedim(mode, -1)).movedim(-1, mode)
@@ -40,7 +40,7 @@ def whiten(tensor: Tensor, sides: Sequence[Side | None]) -> Tensor:
 
 
 def unwhiten(network: Network, factors: Factors, sides: Sequence[Side | None]) -> Factors:
-    """Return the factors of a whitened tensor with every open mode divided by its root."""
+    """Divide every open mode in the factors of a whitened tensor by the root of its side."""
     found = dict(factors)
     for mode, side in zip(network.out + network.inp, sides, strict=True):
         for name, modes in network.factors.items():
@@ -51,29 +51,29 @@ def unwhiten(network: Network, factors: Factors, sides: Sequence[Side | None]) -
 
 
 def rebuild(network: Network, factors: Factors) -> Tensor:
-    """Return the matrix that a network's factors stand for."""
+    """Return the matrix of a network's factors."""
     table = pairwise(network)([factors[name] for name in network.factors])
     return table.reshape(network.shape)
 
 
 def reshaped(network: Network, weight: Tensor) -> Tensor:
-    """Return a weight in float64 with one axis for every open mode of a network."""
+    """Return a weight in float64, with one axis per open mode of a network."""
     return as_tensor(weight, [network.sizes[mode] for mode in network.out + network.inp])
 
 
 def closed_form(
     network: Network, weight: Tensor, metric: Metric, decompose: Decompose
 ) -> tuple[Factors, float]:
-    """Return the better of two closed forms and its relative error in the metric.
+    """Return the better of two closed forms, with its relative error in the metric.
 
-    One decomposes the matrix, nearest to the weights; the other the whitened matrix, optimal
-    where the metric is itself separable over the modes.
+    One decomposes the matrix itself. The other decomposes the whitened matrix, which is optimal if
+    the metric is separable over the modes.
 
     Args:
-        network: what the factors belong to.
+        network: network of the factors.
         weight: ``(out, in)``.
-        metric: how the error is measured; the Frobenius norm needs the first form only.
-        decompose: the factors nearest to a tensor with one axis for every open mode.
+        metric: how the error is measured; the Frobenius norm needs only the first form.
+        decompose: returns the factors nearest to a tensor with one axis per open mode.
     """
     tensor = reshaped(network, weight)
     factors = decompose(tensor)
@@ -87,12 +87,12 @@ def closed_form(
 
 
 def grown(spec_at: Callable[[float], S], error_of: Callable[[S], float], tolerance: float) -> S:
-    """Return the spec of the loosest bound, from ``tolerance`` down, whose error is within it.
+    """Tighten a bound on the tails until the error is within the tolerance; return the spec.
 
     Args:
-        spec_at: the spec that a bound on the whitened tails gives; exact as the bound nears zero.
-        error_of: the relative error of a spec in the metric.
-        tolerance: the relative error allowed.
+        spec_at: returns the spec for a bound on the whitened tails; exact as the bound nears zero.
+        error_of: returns the relative error of a spec in the metric.
+        tolerance: relative error allowed.
     """
     bound = tolerance
     spec = spec_at(bound)

@@ -1,4 +1,4 @@
-"""Measure models: perplexity, benchmarks, speed, memory and energy."""
+"""Measures models: perplexity, benchmarks, speed, memory and energy."""
 
 from __future__ import annotations
 

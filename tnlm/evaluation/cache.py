@@ -1,4 +1,4 @@
-"""What models call their key-value cache; releases of transformers differ."""
+"""The name of models' key-value cache, which differs between releases of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of scored items, and of two models on the same items."""
+"""Computes figures of scored items, and compares two models on the same items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tnlm.evaluation.tasks.base import Scores, TaskMetric
 def figures(
     metrics: Sequence[TaskMetric], items: Sequence[Scores], seed: int
 ) -> tuple[Figure, ...]:
-    """Return the figures that the items have scores for, with standard errors."""
+    """Return the figures of all metrics for which items have scores, with standard errors."""
     found = []
     for metric in metrics:
         value = value_of(metric, items)
@@ -28,7 +28,7 @@ def figures(
 
 
 def digest(asked: object) -> str:
-    """Return a fingerprint of what was asked.
+    """Return a hash of the questions.
 
     Example:
         >>> digest([("2 + 2 =", " 4")]) == digest([("2 + 2 =", " 5")])
@@ -40,7 +40,7 @@ def digest(asked: object) -> str:
 def compared(
     result: TaskResult, before: Evaluation, metrics: Sequence[TaskMetric], seed: int
 ) -> TaskResult:
-    """Return a result with the baseline's figures, the differences and the flips.
+    """Add the baseline's figures, the differences and the flips to a result.
 
     Raises:
         EvaluationError: if the baseline did not answer the same questions.
@@ -72,7 +72,7 @@ def compared(
 
 
 def _flips(right: str, now: Sequence[Scores], before: Sequence[Scores]) -> Flips | None:
-    """Return what changed, by the score that is 1 for a right answer; None if there is none."""
+    """Return the changes in correctness, or None if items have no such score."""
     if not right or not all(right in each for each in (*now, *before)):
         return None
     return flips([each[right] for each in before], [each[right] for each in now])

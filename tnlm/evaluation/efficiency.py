@@ -1,4 +1,4 @@
-"""efficiency: what a model takes in time, memory, disk and energy, beside a baseline."""
+"""efficiency: measures a model's time, memory, disk space and energy, beside a baseline."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def efficiency(
     baseline_directory: str | Path | None = None,
     progress: bool = True,
 ) -> Efficiency:
-    """Measure time, memory, disk and energy of greedy decoding at batch 1 with a KV cache.
+    """Measure time, memory, disk space and energy of greedy decoding at batch 1 with a KV cache.
 
-    Model and baseline take turns, so that a machine that slows down or warms up meanwhile treats
-    them alike. The first turn is not counted. Prompts are random tokens, the same for both.
+    Model and baseline alternate, so that drift of the machine affects both alike. The first turn is
+    not counted. Prompts are random tokens, the same for both.
 
     Args:
-        model: a causal language model, left as it was.
-        tokenizer: counted on disk, if given.
-        prompt_tokens: lengths of the prompt.
-        new_tokens: steps decoded after each prompt.
-        repeats: turns of each model at each length.
+        model: a causal language model, left unchanged.
+        tokenizer: included in the disk space, if given.
+        prompt_tokens: prompt lengths.
+        new_tokens: tokens to decode after each prompt.
+        repeats: repeats of each model at each length.
         baseline: the model to compare with, e.g. the dense one.
-        directory: where the model is saved; without it, it is saved to a temporary directory.
+        directory: where the model is saved; by default, it is saved to a temporary directory.
         baseline_directory: where the baseline is saved.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        Medians with their spread, bytes, and joules where the machine counts them.
+        Medians with their spread, bytes, and joules if the machine has counters.
 
     Raises:
-        OptionError: for a count below 1.
-        EvaluationError: for more tokens than a model has positions.
+        OptionError: if a count is below 1.
+        EvaluationError: if there are more tokens than a model has positions.
 
     Source:
         Energy: RAPL's counters (Khan et al., "RAPL in action", ACM ToMPECS 2018) or NVML's.
@@ -118,7 +118,7 @@ def _check(lengths: Sequence[int], new_tokens: int, repeats: int) -> None:
 
 
 def _prompts(models: Mapping[str, PreTrainedModel], lengths: Sequence[int]) -> list[Tensor]:
-    """Draw a prompt ``(1, length)`` of each length, the shortest first."""
+    """Draw a prompt ``(1, length)`` of each length, shortest first."""
     vocabulary = min(vocabulary_of(m) or 1 for m in models.values())
     generator = torch.Generator().manual_seed(0)
     return [
@@ -133,7 +133,7 @@ def _timings(
     repeats: int,
     progress: bool,
 ) -> dict[str, list[Timing]]:
-    """Time every model at every length, in turns."""
+    """Time every model at every length, in alternation."""
     prefills: dict[_Key, list[float]] = defaultdict(list)
     decodes: dict[_Key, list[float]] = defaultdict(list)
     joules: dict[_Key, list[float]] = defaultdict(list)
@@ -145,7 +145,7 @@ def _timings(
                 before = read() if read is not None else {}
                 prefill, decode = timed_decoding(model, prompt, new_tokens)
                 after = read() if read is not None else {}
-                if turn == 0:  # warms caches and kernels up
+                if turn == 0:  # warm-up
                     continue
                 prefills[key].append(prefill)
                 decodes[key].append(decode / new_tokens)
@@ -166,5 +166,5 @@ def _timings(
 
 
 def _working(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> int | None:
-    """Return what memory grows by while the model runs, apart from the timed turns."""
+    """Return the growth of memory while the model runs, outside the timed turns."""
     return working_bytes(lambda: timed_decoding(model, prompt, new_tokens), model.device)

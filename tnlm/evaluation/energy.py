@@ -1,4 +1,4 @@
-"""Energy counters of the machine, where it has any that may be read."""
+"""Energy counters of the machine, if they exist and can be read."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Meter = Callable[[], dict[str, float]]
 
 
 def meter(device: torch.device) -> Meter | None:
-    """Return a function that reads counters in joules, or None if there are none.
+    """Return a function that reads energy counters in joules, or None if there are none.
 
-    For a CPU they are RAPL's, of whole packages: other work on the machine counts too. For a CUDA
-    device it is the device's own, read through NVML if ``pynvml`` is installed.
+    For a CPU, these are RAPL's counters of whole packages, which include other work on the machine.
+    For a CUDA device, it is the device's counter, read through NVML if ``pynvml`` is installed.
 
     Args:
-        device: of the model.
+        device: device of the model.
     """
     return _nvml(device) if device.type == "cuda" else rapl()
 
 
 def rapl(folder: Path = POWERCAP) -> Meter | None:
-    """Return a function that reads the packages' counters, or None if they may not be read."""
+    """Return a function that reads the packages' counters, or None if they cannot be read."""
     files = [path / "energy_uj" for path in sorted(folder.glob("intel-rapl:[0-9]*"))]
     packages = [file for file in files if file.parent.name.count(":") == 1]
 
@@ -40,7 +40,7 @@ def rapl(folder: Path = POWERCAP) -> Meter | None:
 
 
 def spent(before: dict[str, float], after: dict[str, float]) -> float:
-    """Return the joules between two readings; a counter that began anew is added its range.
+    """Return the joules between two readings; the range of a counter is added if it wrapped.
 
     Example:
         >>> spent({"a": 1.0}, {"a": 3.5})
@@ -54,7 +54,7 @@ def spent(before: dict[str, float], after: dict[str, float]) -> float:
 
 
 def _range(package: Path) -> float:
-    """Return where a counter begins anew, in joules."""
+    """Return the value at which a counter wraps, in joules."""
     try:
         return int((package / "max_energy_range_uj").read_text()) / 1e6
     except (OSError, ValueError):
@@ -62,7 +62,7 @@ def _range(package: Path) -> float:
 
 
 def _nvml(device: torch.device) -> Meter | None:
-    """Return a function that reads a CUDA device's counter, where NVML and the device have one."""
+    """Return a function that reads a CUDA device's counter, or None if there is none."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:

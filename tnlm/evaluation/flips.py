@@ -1,4 +1,4 @@
-"""Which items a compressed model gets right that the dense one got wrong, and the reverse."""
+"""Flips: items that a compressed model gets right and the dense one wrong, and vice versa."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RIGHT = 0.5
-"""Score of an item from which it counts as right."""
+"""Items with at least this score count as right."""
 
 
 @dataclass(frozen=True)
 class Flips:
-    """Items by what became of them, counted from 0.
+    """Indices of items, grouped by the change in their correctness.
 
     Attributes:
         learned: wrong before, right now.
@@ -37,7 +37,7 @@ class Flips:
 
 
 def flips(dense: Sequence[float], compressed: Sequence[float]) -> Flips:
-    """Compare the scores of the same items; those of at least 0.5 count as right.
+    """Compare two models' scores on the same items; scores of at least 0.5 count as right.
 
     Example:
         >>> flips([1.0, 0.0, 1.0], [1.0, 1.0, 0.0])

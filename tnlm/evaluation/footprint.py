@@ -1,4 +1,4 @@
-"""Bytes that a model takes: its weights, what it needs while it runs, and its files."""
+"""Bytes that a model takes: for its weights, while it runs, and for its files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def resident_bytes() -> int | None:
-    """Return the resident memory of the process, or None where Linux does not say it."""
+    """Return the resident memory of the process, or None if the system does not report it."""
     try:
         pages = int(_STATM.read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -44,14 +44,14 @@ def resident_bytes() -> int | None:
 
 
 def working_bytes(task: Callable[[], object], device: torch.device) -> int | None:
-    """Run a task and return by how much memory grew at most meanwhile.
+    """Run a task and return the peak growth of memory, or None if unknown.
 
-    On CUDA the allocator counts exactly. On a CPU the process's resident memory is read every half
-    millisecond, which misses shorter peaks; freed memory is given back first.
+    On CUDA, the allocator's count is exact. On a CPU, the process's resident memory is read every
+    half millisecond, which misses shorter peaks; freed memory is released first.
 
     Args:
-        task: what runs, e.g. a forward pass.
-        device: where it allocates.
+        task: the function to run, e.g. a forward pass.
+        device: where it allocates memory.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -69,7 +69,7 @@ def working_bytes(task: Callable[[], object], device: torch.device) -> int | Non
 
 
 def _watch(task: Callable[[], object]) -> int:
-    """Run a task and return the largest resident memory that was seen."""
+    """Run a task and return the largest resident memory observed."""
     most, done = [resident_bytes() or 0], threading.Event()
 
     def look() -> None:
@@ -89,17 +89,17 @@ def _watch(task: Callable[[], object]) -> int:
 def disk_bytes(
     model: PreTrainedModel, tokenizer: Any = None, directory: str | Path | None = None
 ) -> int:
-    """Return the bytes of a directory's files, or of what saving the model writes.
+    """Return the bytes of a saved model's files.
 
     Args:
         model: compressed or dense; saved to a temporary directory unless ``directory`` is given.
-        tokenizer: saved along, if given.
-        directory: where the model is saved already.
+        tokenizer: saved with the model, if given.
+        directory: where the model is already saved.
     """
     if directory is not None:
         folder = Path(directory)
         if not folder.is_dir():
-            raise EvaluationError(f"directory={str(directory)!r} is no directory")
+            raise EvaluationError(f"directory={str(directory)!r} is not a directory")
         return _total(folder)
     from tnlm.checkpoint.saving import save
     from tnlm.checkpoint.transformers_plugin import description

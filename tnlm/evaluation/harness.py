@@ -1,4 +1,4 @@
-"""Benchmarks scored by lm-evaluation-harness: on local rows, or on data that it fetches."""
+"""Benchmarks scored by lm-evaluation-harness, on local rows or on data that it downloads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tnlm.evaluation.protocol import Protocol
 
-# How lm-eval names what our scores hold, by filter and metric.
+# Names of our scores, by lm-eval's filter and metric.
 _NAMES = {
     ("none", "perplexity"): "loglikelihood",
     ("strict-match", "exact_match"): "exact_match_strict",
@@ -35,7 +35,7 @@ _NAMES = {
 
 
 def scorer() -> str:
-    """Import lm-eval, which is optional, and return its name and version.
+    """Import lm-eval, an optional dependency, and return its name and version.
 
     Raises:
         OptionError: if it is not installed.
@@ -56,17 +56,17 @@ def scored(
     local: Sequence[Mapping[str, Any]] | None,
     asked: Protocol,
 ) -> TaskResult:
-    """Let lm-evaluation-harness score one task.
+    """Score one task with lm-evaluation-harness.
 
     Args:
-        model: a causal language model, left as it was.
+        model: a causal language model, left unchanged.
         task: a benchmark.
-        tokenizer: the model's own.
-        local: configurations of the task on local rows; None lets lm-eval fetch its data.
-        asked: limits, seeds and sizes.
+        tokenizer: the model's tokenizer.
+        local: configurations of the task on local rows; if None, lm-eval downloads its data.
+        asked: the protocol.
 
     Raises:
-        EvaluationError: naming the item that cannot be scored; or if data cannot be fetched.
+        EvaluationError: if an item, which is named, cannot be scored, or the download fails.
     """
     shots = asked.shots_of(task)
     with _quiet(asked.progress), evaluating(model), _random_states(model):
@@ -93,26 +93,26 @@ def scored(
 
 
 def _load(specs: Sequence[Any], folder: Path | None = None) -> dict[str, Any]:
-    """Load tasks by configuration, or by the names that they have in a folder."""
+    """Load tasks by configuration, or by name from a folder."""
     manager = importlib.import_module("lm_eval.tasks").TaskManager
     loaded: dict[str, Any] = manager(include_defaults=False, include_path=folder).load(specs)
     return loaded
 
 
 def _run(lm: Any, loaded: dict[str, Any], task: Task, limit: int | None) -> dict[str, Any]:
-    """Ask the model, and return what lm-eval found."""
+    """Run the tasks, and return lm-eval's result."""
     evaluator = importlib.import_module("lm_eval.evaluator")
     try:
         found: dict[str, Any] = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
     except OverflowError as err:
         raise EvaluationError(
-            f"{task.name}: the model's losses are so large that lm-eval cannot sum them up: {err}"
+            f"{task.name}: the model's losses are too large for lm-eval to sum up: {err}"
         ) from err
     return found
 
 
 def _fetched(task: Task, shots: int, asked: Protocol) -> dict[str, Any]:
-    """Load lm-eval's own task, with its data."""
+    """Load lm-eval's own task with its data."""
     folder, _, name = task.online.rpartition("/")
     home = Path(str(importlib.import_module("lm_eval.tasks").__file__)).parent
     try:
@@ -131,7 +131,7 @@ def _fetched(task: Task, shots: int, asked: Protocol) -> dict[str, Any]:
 
 
 def _by_item(samples: Mapping[str, Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """Put together what lm-eval kept of each item, once for every filter, in order."""
+    """Group lm-eval's samples, one for each filter, by item, in order."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for number, (part, kept) in enumerate(samples.items()):
         for sample in kept:
@@ -144,7 +144,7 @@ def _by_item(samples: Mapping[str, Sequence[dict[str, Any]]]) -> list[list[dict[
 def _scores(
     task: Task, samples: Sequence[Mapping[str, Any]], tokens: Mapping[Any, int] | None
 ) -> Scores:
-    """Return the scores of one item: lm-eval's, or the task's own for local rows."""
+    """Return the scores of one item: lm-eval's, or for local rows the task's own."""
     if task.score and tokens is not None:
         [sample] = samples
         likelihoods = [value for value, _ in sample["filtered_resps"]]
@@ -160,7 +160,7 @@ def _scores(
 
 @contextlib.contextmanager
 def _random_states(model: PreTrainedModel) -> Iterator[None]:
-    """Give the caller's random states back, of which lm-eval draws names."""
+    """Restore the caller's random states, since lm-eval draws from them."""
     devices = [model.device.index or 0] if model.device.type == "cuda" else []
     plain, array = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
@@ -173,7 +173,7 @@ def _random_states(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Keep lm-eval's log off the screen, and its bars unless they are wanted."""
+    """Hide lm-eval's log, and its progress bars unless they are wanted."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""A model in memory as lm-evaluation-harness asks it; imported only where benchmarks run."""
+"""A model in memory for lm-evaluation-harness; imported only when benchmarks run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations that mypy reads
-    """lm-eval's own Hugging Face model, with errors that name the item which cannot be scored.
+    """lm-eval's Hugging Face model, with errors that name the item that cannot be scored.
 
     Args:
         model: a causal language model.
-        tokenizer: the model's own.
-        task: the name of the task, for errors.
-        batch_size: sequences in one pass.
-        max_length: most tokens that the model is shown; None is what lm-eval finds.
+        tokenizer: the model's tokenizer.
+        task: name of the task, for errors.
+        batch_size: sequences per pass.
+        max_length: most tokens of a prompt; None for lm-eval's default.
 
     Attributes:
-        truncated: questions that lost their first tokens.
-        tokens: of each continuation, by context and continuation.
+        truncated: number of prompts that lost their first tokens.
+        tokens: number of tokens of each continuation, by context and continuation.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
     ) -> None:
         if not any(isinstance(t, int) for t in (tokenizer.bos_token_id, tokenizer.eos_token_id)):
             raise EvaluationError("the tokenizer has no BOS and no EOS token to start a text with")
-        tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
-        tokenizer.deprecation_warnings[_TOO_LONG] = True  # long texts are cut, and counted
+        tokenizer = copy.deepcopy(tokenizer)  # lm-eval adds a padding token
+        tokenizer.deprecation_warnings[_TOO_LONG] = True  # long texts are cut and counted
         with _left_untied(model):
             super().__init__(
                 pretrained=model,
@@ -64,7 +64,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
         self._names: list[str] = []
 
     def loglikelihood(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
-        """Score continuations, or raise naming the item whose likelihood is not finite."""
+        """Score continuations; raise an error that names an item without a finite likelihood."""
         self._names = [self._name(request) for request in requests]
         found: list[tuple[float, bool]] = super().loglikelihood(requests, **options)
         for name, (value, _) in zip(self._names, found, strict=True):
@@ -76,7 +76,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
         return found
 
     def generate_until(self, requests: Sequence[Any], **options: Any) -> list[str]:
-        """Continue prompts, or raise where the model cannot."""
+        """Continue prompts; raise an error if the model cannot."""
         if not self.model.can_generate():
             raise EvaluationError(f"{type(self.model).__name__} cannot generate text")
         for request in requests:
@@ -95,7 +95,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
         return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
-        """Check tokenised pairs before any of them is scored."""
+        """Check tokenised pairs before any is scored."""
         for name, (pair, context, continuation) in zip(self._names, requests, strict=True):
             if not context or not continuation:
                 raise EvaluationError(f"{name}: {pair[1]!r} has no tokens of its own to score")
@@ -123,8 +123,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
         size = vocabulary_of(self.model)
         if size is not None and (most := max(tokens)) >= size:
             raise EvaluationError(
-                f"{name}: the tokenizer gives the id {most}, but the model knows {size} tokens; "
-                "use the tokenizer that belongs to the model"
+                f"{name}: the tokenizer gives the id {most}, but the model has {size} tokens; "
+                "use the model's own tokenizer"
             )
 
     def _name(self, request: Any) -> str:
@@ -133,7 +133,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
 
 @contextmanager
 def _left_untied(model: PreTrainedModel) -> Iterator[None]:
-    """Keep lm-eval from tying weights again that were untied since the model was loaded."""
+    """Keep lm-eval from tying weights that were untied after the model was loaded."""
     vars(model)["tie_weights"] = lambda *_, **__: None
     try:
         yield

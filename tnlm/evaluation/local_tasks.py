@@ -11,7 +11,7 @@ from tnlm.evaluation.rows import Source, Sources, example_rows, rows_of
 from tnlm.evaluation.tasks import Row, Task, get_task
 
 NUMBER = "tnlm_item"
-"""The column that says which item of the task a row is, from 0."""
+"""The column with the index of the item, from 0."""
 
 
 def lm_eval_tasks(
@@ -23,22 +23,22 @@ def lm_eval_tasks(
     num_fewshot: int | None = None,
     max_new_tokens: int = 256,
 ) -> list[dict[str, Any]]:
-    """Return configurations of tasks on local rows, for runs of lm-evaluation-harness of your own.
+    """Return configurations of tasks on local rows, for your own runs of lm-evaluation-harness.
 
-    They are what ``lm_eval.simple_evaluate(tasks=...)`` takes, and need no network. A task that
-    lm-eval keeps apart by subject, as MMLU, gives one for each.
+    Pass them to ``lm_eval.simple_evaluate(tasks=...)``; they need no network. A task that lm-eval
+    splits by subject, such as MMLU, gives one configuration per subject.
 
     Args:
-        tasks: names of :func:`tnlm.evaluation.list_tasks`.
+        tasks: names from :func:`tnlm.evaluation.list_tasks`.
         data: as for `tnlm.evaluate`.
         examples: as for `tnlm.evaluate`.
-        limit: items of each task, from the first.
-        num_fewshot: examples before each item; None is the task's own number.
+        limit: items per task, from the first.
+        num_fewshot: examples for each item; None for the task's default.
         max_new_tokens: most tokens of a generated answer.
 
     Raises:
-        OptionError: for an unknown task.
-        EvaluationError: for a task that is no benchmark, and for rows that are missing or wrong.
+        OptionError: if a task is unknown.
+        EvaluationError: if a task is not a benchmark, or rows are missing or invalid.
 
     Example:
         >>> rows = [{"query": "2 + 2 =", "choices": ["4", "5"], "gold": 0}]
@@ -63,9 +63,9 @@ def configs(
     shots: int,
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
-    """Return one configuration of a task, or one for each part of it.
+    """Return one configuration of a task, or one for each of its parts.
 
-    The arguments are those of :func:`lm_eval_tasks`, with the number of examples settled.
+    The arguments are those of :func:`lm_eval_tasks`, with a definite number of examples.
     """
     rows = [{**row, NUMBER: n} for n, row in enumerate(rows_of(task, data, limit))]
     pool = example_rows(task, rows, shots, data, examples)
@@ -112,7 +112,7 @@ def _config(
 
 
 def _dataset(rows: Sequence[Row], pool: Sequence[Row]) -> Callable[..., dict[str, Any]]:
-    """Return the function that gives lm-eval the rows, when it asks for them."""
+    """Return the function from which lm-eval loads the rows."""
 
     def load(**_: Any) -> dict[str, Any]:
         from datasets import Dataset

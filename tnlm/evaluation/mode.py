@@ -1,4 +1,4 @@
-"""What every measurement needs: a model in eval mode, and sequences that it can take."""
+"""Preconditions of measurements: eval mode, a causal model, and sequences that fit it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode without gradients, and restore each module's training flag after.
+    """Put models in eval mode without gradients, and restore every training flag afterwards.
 
     Example:
         >>> model = torch.nn.Dropout()
@@ -36,7 +36,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def room_of(model: PreTrainedModel) -> int | None:
-    """Return how many positions a model has, by its config and its table; None if it names none.
+    """Return a model's number of positions, from its config and its table, or None if unknown.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -49,11 +49,11 @@ def room_of(model: PreTrainedModel) -> int | None:
 
 
 def check_causal(model: PreTrainedModel, what: str) -> None:
-    """Raise `EvaluationError` unless a model predicts each token from those before it alone.
+    """Raise `EvaluationError` unless a model predicts each token only from those before it.
 
     Args:
-        model: any transformers model, also within adapters.
-        what: what is measured, for the message, e.g. ``"perplexity"``.
+        model: any transformers model, possibly with adapters.
+        what: the measurement, for the message, e.g. ``"perplexity"``.
     """
     base: Any = getattr(model, "get_base_model", lambda: model)()
     generates = getattr(base, "can_generate", lambda: True)()
@@ -68,7 +68,7 @@ def check_causal(model: PreTrainedModel, what: str) -> None:
 def check_positions(
     model: PreTrainedModel, length: int, what: str, argument: str | Sequence[str] = ()
 ) -> None:
-    """Refuse sequences longer than the model has positions.
+    """Raise `EvaluationError` for sequences longer than the model has positions.
 
     Args:
         model: any transformers model.

@@ -1,4 +1,4 @@
-"""What a metric gave, as a number that means something."""
+"""Checks that a measured value is a finite number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tnlm.errors import EvaluationError
 
 LARGEST = math.log(1e300)
-"""The largest mean loss whose exponential is sure to be a float."""
+"""The largest mean loss whose exponential certainly fits in a float."""
 
 
 def exponential(loss: float) -> float:
@@ -24,26 +24,26 @@ def exponential(loss: float) -> float:
         1.0
     """
     if loss > LARGEST:
-        raise EvaluationError(f"the mean loss is {loss:.0f}: its perplexity is not a float")
+        raise EvaluationError(f"the mean loss is {loss:.0f}: its perplexity overflows a float")
     return math.exp(loss)
 
 
 def finite(value: Any, what: str) -> float:
-    """Return a value as a float.
+    """Return a value as a finite float.
 
     Args:
-        value: a number, or a tensor of one.
-        what: names it in an error.
+        value: a number, or a tensor with one element.
+        what: its name in an error.
 
     Raises:
-        EvaluationError: if it is no number, or not finite.
+        EvaluationError: if the value is not a number, or not finite.
 
     Example:
         >>> finite(float("nan"), "the metric of the whole model")
         Traceback (most recent call last):
         tnlm.errors.EvaluationError: the metric of the whole model is nan, not a finite number
     """
-    if isinstance(value, str):  # float() would read it
+    if isinstance(value, str):  # float() would parse it
         raise EvaluationError(f"{what} is {value!r}; it must be a number")
     try:
         number = float(value.detach() if isinstance(value, Tensor) else value)

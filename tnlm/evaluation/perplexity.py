@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model, under one fixed and named protocol."""
+"""Perplexity of a causal language model, under one fixed, stated protocol."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ Text = str | os.PathLike[str] | Sequence[str]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity with the protocol that it was measured under.
+    """A perplexity with the protocol of its measurement.
 
     Args:
         perplexity: ``exp(loss)``.
-        loss: mean negative log-likelihood, in nats, of a predicted token.
-        window: tokens in a window.
-        windows: windows that were measured, which may be fewer than were asked for.
-        tokens: predicted tokens that the loss averages: ``windows * (window - 1)``.
-        bos: whether every window began with the tokenizer's BOS token.
+        loss: mean negative log-likelihood per predicted token, in nats.
+        window: tokens per window.
+        windows: number of windows measured, which may be fewer than requested.
+        tokens: number of predicted tokens in the mean: ``windows * (window - 1)``.
+        bos: whether every window starts with the tokenizer's BOS token.
 
     Example:
         >>> print(Perplexity(perplexity=25.31, loss=3.23, window=512, windows=16, tokens=8176))
@@ -72,28 +72,28 @@ def perplexity(
 ) -> Perplexity:
     """Measure a causal model's perplexity on the first non-overlapping windows of a text.
 
-    The text is tokenised once, without special tokens, and no further than the windows reach. The
+    The text is tokenised once, without special tokens, and only as far as the windows reach. The
     result is the exponential of the mean token loss, in float32, over all ``window - 1``
     predictions of each window.
 
-    With BOS, a window is that token and the next ``window - 1`` tokens of the text, and each of
-    these is predicted, the first from BOS alone. Without, a window is ``window`` tokens of the
-    text, and its first is not predicted. So both have the same length and as many predictions.
+    With BOS, a window is that token and the next ``window - 1`` tokens of the text, all of which
+    are predicted, the first one from BOS alone. Without BOS, a window is ``window`` tokens of the
+    text, the first of which is not predicted. Both have the same length and number of predictions.
 
     Args:
-        model: a causal language model, left as it was.
+        model: a causal language model, left unchanged.
         text: the path of a text or ``.jsonl`` file (``text`` fields are joined by blank lines), a
-            list of texts, or a text. A string that can be meant as a file's name must be one.
-        tokenizer: the model's own.
-        window: tokens in a window, at least 2.
-        windows: windows to measure; a shorter text gives fewer, and the result counts them.
-        bos: whether every window begins with BOS: ``"auto"`` if the tokenizer puts it in front of
-            a text by itself, as Gemma's and Llama's do and GPT-2's does not; True or False.
+            list of texts, or a text. A string that looks like a file name must name a file.
+        tokenizer: the model's tokenizer.
+        window: tokens per window, at least 2.
+        windows: most windows to measure; a short text gives fewer, and the result counts them.
+        bos: whether every window starts with BOS: True, False, or ``"auto"`` to follow the
+            tokenizer (Gemma's and Llama's add BOS to a text, GPT-2's does not).
 
     Raises:
-        EvaluationError: for a missing file, too little text, a foreign tokenizer, a model that
-            predicts no tokens, or a loss that is not finite.
-        OptionError: for an option out of range.
+        EvaluationError: if a file is missing, there is too little text, the tokenizer does not fit
+            the model, the model is not causal, or a loss is not finite.
+        OptionError: if an option is out of range.
     """
     ids, losses = window_losses(model, text, tokenizer, window=window, windows=windows, bos=bos)
     tokens = len(ids) * (window - 1)
@@ -114,7 +114,7 @@ def window_losses(
 ) -> tuple[Tensor, list[float]]:
     """Return the windows ``(windows found, window)`` and the summed loss of each.
 
-    The arguments are those of :func:`perplexity`; ``progress`` shows a bar.
+    The arguments are those of :func:`perplexity`; ``progress`` shows a progress bar.
     """
     if windows < 1:
         raise OptionError(f"windows={windows}, but at least 1 is needed", argument="windows")
@@ -131,14 +131,14 @@ def window_losses(
 
 
 def batch_perplexity(model: PreTrainedModel, tasks: Sequence[Task]) -> float:
-    """Return the perplexity of all that a model is to predict, however long its sequences are.
+    """Return the perplexity over all labels of batches, with sequences of any length.
 
     Args:
-        model: causal or masked, left as it was.
-        tasks: batches with their labels, from `tnlm.calibration.loss.make_tasks`.
+        model: causal or masked, left unchanged.
+        tasks: batches with labels, from `tnlm.calibration.loss.make_tasks`.
 
     Raises:
-        EvaluationError: if there is nothing to predict, or the perplexity is no float.
+        EvaluationError: if there is nothing to predict, or the perplexity overflows a float.
     """
     count = sum(task.predictions for task in tasks)
     if count == 0:
@@ -165,8 +165,8 @@ def _first_windows(
         source = text_of(text)
         if source is None:
             raise CalibrationError(
-                f"perplexity is measured on a text, not a {type(text).__name__}; give the path of "
-                "a file, or texts in a list"
+                f"perplexity needs a text, not a {type(text).__name__}; give the path of a file, "
+                "or texts in a list"
             )
         ids = first_ids(source, tokenizer, windows * length)
     except CalibrationError as err:
@@ -184,14 +184,14 @@ def _first_windows(
     size = vocabulary_of(model)
     if size is not None and int(ids.max()) >= size:
         raise EvaluationError(
-            f"the tokenizer gives the id {int(ids.max())}, but the model knows {size} tokens; "
-            "use the tokenizer that belongs to the model"
+            f"the tokenizer gives the id {int(ids.max())}, but the model has {size} tokens; "
+            "use the model's own tokenizer"
         )
     return ids
 
 
 def _window_loss(model: PreTrainedModel, ids: Tensor, index: int) -> float:
-    """Sum the losses of all predictions in the window ``(window,)`` with this number."""
+    """Return the summed loss of all predictions in the window ``(window,)`` with this index."""
     ids = ids.to(model.device)
     logits = getattr(model(input_ids=ids[None], use_cache=False), "logits", None)
     if logits is None or logits.shape[:2] != (1, len(ids)):
@@ -202,7 +202,7 @@ def _window_loss(model: PreTrainedModel, ids: Tensor, index: int) -> float:
     if int(ids.max()) >= logits.shape[-1]:
         raise EvaluationError(
             f"window {index} (from 0) has the token id {int(ids.max())}, but the model predicts "
-            f"{logits.shape[-1]} tokens; use the tokenizer that belongs to the model"
+            f"{logits.shape[-1]} tokens; use the model's own tokenizer"
         )
     losses = F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="none")
     loss = float(losses.double().sum())

@@ -1,4 +1,4 @@
-"""How fast the layers of a compressed model should be on this machine, beside dense ones."""
+"""Predicts how fast the layers of a compressed model are on this machine, compared with dense."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from tnlm.layers.pricing import crossing, rebuilding, through
 
 
 def predict_speed(model: nn.Module, tokens: Sequence[int] = (1, 16, 512)) -> dict[int, float]:
-    """Predict how many times faster than dense the layers that tnlm replaced should be.
+    """Predict the speed-up over dense of the layers that tnlm replaced.
 
-    A factored layer trades one large product for several smaller ones, and a small matrix may lose
-    by it: below 1 the model is smaller, and slower. The prediction prices products, bytes and
-    reordering with times that are measured once on a machine; it leaves out attention, norms,
-    embeddings and heads. Where a layer is slow at many tokens, :func:`tnlm.keep_rebuilt` gives
-    dense speed for memory.
+    A factorized layer replaces one large product by several smaller ones, which may be slower for
+    small matrices; a result below 1 means slower than dense. The prediction uses times for
+    products, memory reads and reordering that are measured once per machine. It leaves out
+    attention, norms, embeddings and heads. If layers are slow at many tokens,
+    :func:`tnlm.keep_rebuilt` gives dense speed at the cost of memory.
 
     Args:
-        model: compressed, on a CPU or a CUDA device.
-        tokens: token counts, sequences times their lengths, of one forward pass.
+        model: a compressed model, on a CPU or a CUDA device.
+        tokens: token counts of one forward pass: sequences times their length.
 
     Returns:
-        For each token count the dense layers' seconds over the replaced layers'.
+        For each token count, the dense layers' time divided by the replaced layers'.
 
     Raises:
         ModelError: if the model is not compressed by tnlm, or no linear layer was replaced.
-        OptionError: for a token count below 1.
+        OptionError: if a token count is below 1.
 
     Example:
         >>> import tnlm
@@ -64,7 +64,7 @@ def _dense_shape(made: Made) -> tuple[int, int]:
 
 
 def _seconds(layer: Any, prices: Machine, size: int, tokens: int) -> float:
-    """Return what a layer takes, by the path that it will choose itself."""
+    """Return the time of a layer, along the path that it would choose."""
     if not isinstance(layer, FactorizedLinear):
         return prices.product(tokens, layer.out_features, layer.in_features, 1, size)
     network, plan, kept = layer.network, layer.chain, layer.rebuilt is not None

@@ -1,4 +1,4 @@
-"""How a model is asked."""
+"""The protocol of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tnlm.evaluation.tasks import Task
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is asked: the arguments of `tnlm.evaluate` of the same names, checked.
+    """The protocol of an evaluation: arguments of `tnlm.evaluate` of the same names, checked.
 
     Example:
         >>> Protocol(limit=0)
@@ -31,7 +31,7 @@ class Protocol:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse counts that are too small."""
+        """Raise `OptionError` for counts that are too small."""
         least = {"limit": 1, "num_fewshot": 0, "batch_size": 1, "max_length": 2}
         for name, count in {**least, "max_new_tokens": 1}.items():
             value = getattr(self, name)
@@ -39,5 +39,5 @@ class Protocol:
                 raise OptionError(f"{name}={value}, but at least {count} is needed", argument=name)
 
     def shots_of(self, task: Task) -> int:
-        """Return how many examples stand before each item of a task."""
+        """Return the number of few-shot examples for each item of a task."""
         return task.num_fewshot if self.num_fewshot is None else self.num_fewshot

@@ -1,4 +1,4 @@
-"""What an evaluation found: figures with their errors, beside a baseline's."""
+"""Results of an evaluation: figures with standard errors, beside those of a baseline."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Figure:
 
     Attributes:
         metric: its name.
-        value: over all items.
+        value: its value over all items.
         stderr: standard error of the value; None for a single item.
-        higher_is_better: None where neither is, as for a preference that should be a half.
+        higher_is_better: None if neither direction is, as for a preference whose ideal is 0.5.
         baseline: the baseline's value, if there is a baseline.
-        difference: the value less the baseline's.
+        difference: the value minus the baseline's.
         difference_stderr: standard error of the difference, paired over items.
     """
 
@@ -38,18 +38,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task gave.
+    """The result of one task.
 
     Attributes:
         task: its name.
-        n: items asked.
-        num_fewshot: examples before each item.
-        truncated: questions that lost their first tokens, as they did not fit the window.
+        n: number of items.
+        num_fewshot: examples for each item.
+        truncated: number of prompts that lost their first tokens because they were too long.
         figures: one for each metric.
-        right: the score that says whether an item was answered; empty if there is none.
+        right: the score that shows whether an item is answered correctly; empty if there is none.
         items: the scores of each item.
-        digest: of what was asked; results compare only if it is the same.
-        flips: what changed since the baseline, where items are right or wrong.
+        digest: hash of the questions; results can only be compared if it is the same.
+        flips: changes in correctness compared with the baseline, if items are right or wrong.
     """
 
     task: str
@@ -77,10 +77,10 @@ class Evaluation:
     """Results of several tasks under one protocol.
 
     Attributes:
-        results: in the order that was asked for.
-        scorer: what scored them: ``lm-eval`` with its version, or ``tnlm`` for a text alone.
-        seed: of the few-shot draws and bootstraps.
-        perplexity: of the text, with its protocol, if one was measured.
+        results: one per task, in the order given.
+        scorer: ``lm-eval`` with its version, or ``tnlm`` for a text alone.
+        seed: seed of the few-shot draws and bootstraps.
+        perplexity: perplexity of the text, with its protocol, if one was measured.
 
     Example:
         >>> figure = Figure("acc", 0.5, 0.1)
@@ -104,7 +104,7 @@ class Evaluation:
         return found[task]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the evaluation as plain JSON values; the perplexity's stand beside the results."""
+        """Return the evaluation as plain JSON values, with the perplexity's beside the results."""
         found = asdict(self)
         return {**(found.pop("perplexity") or {}), **found}
 
@@ -114,10 +114,10 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
-        """Read what :meth:`to_json` wrote, e.g. to use it as a baseline later.
+        """Read an evaluation written by :meth:`to_json`, e.g. to use it as a baseline.
 
         Raises:
-            EvaluationError: if the text is no evaluation.
+            EvaluationError: if the text is not an evaluation.
         """
         try:
             stored = json.loads(text)
@@ -127,7 +127,7 @@ class Evaluation:
             raise EvaluationError(f"not an evaluation in JSON: {err!r}") from err
 
     def __str__(self) -> str:
-        """Return the figures as a table, with the flips below."""
+        """Return the figures as a table, followed by the flips."""
         compared = any(f.baseline is not None for r in self.results for f in r.figures)
         headings = ["task", "n", "shots", "metric", "value", "stderr"]
         rows = [headings + ["baseline", "difference", "stderr"] * compared]
@@ -140,7 +140,7 @@ class Evaluation:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of cells as lines with aligned columns.
+    """Format rows of cells as lines with aligned columns.
 
     Example:
         >>> aligned([["a", "bc"], ["def", "g"]])

@@ -1,4 +1,4 @@
-"""Rows of benchmarks from local files, checked and brought to the columns that tasks read."""
+"""Rows of benchmarks from local files, checked and converted to the columns that tasks read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tnlm.errors import CalibrationError, EvaluationError
 from tnlm.evaluation.tasks.base import Row, Task
 
 Source = str | Path | Sequence[Row]
-"""Where a task's rows come from: a file, or the rows themselves."""
+"""The source of a task's rows: a file, or the rows themselves."""
 Sources = str | Path | Mapping[str, Source]
-"""A directory with a file for each task, or a source for each task's name."""
+"""A directory with a file per task, or a source for each task's name."""
 
 _SPLITS = ("", "_test", "_val", "_validation", "_dev", "_subset")
 _EXAMPLES = ("_train", "_dev")
@@ -23,23 +23,23 @@ _TEXTS = ("perplexity.txt", "perplexity.jsonl", "wiki.test.raw")
 
 
 def rows_of(task: Task, data: Sources, limit: int | None = None) -> list[Row]:
-    """Return the first rows of a task, adapted to the columns that it reads.
+    """Return the first rows of a task, converted to the columns that it reads.
 
     Args:
-        task: whose rows.
-        data: a directory, where the file is named after the task, e.g. ``arc_easy_test.jsonl``;
-            or a file or rows for each task's name.
-        limit: how many; shared evenly by the parts of a task that must be balanced.
+        task: the task.
+        data: a directory with a file named after the task, e.g. ``arc_easy_test.jsonl``; or a file
+            or rows for each task's name.
+        limit: number of rows, split evenly between the parts of a task that must be balanced.
 
     Raises:
-        EvaluationError: naming the file and line, or the item, that cannot be used.
+        EvaluationError: if a row cannot be used; names the file and line, or the item.
     """
     rows = adapted(task, _content(_source(task, data)))
     return rows if limit is None else first_of_each(rows, task.balance, limit)
 
 
 def first_of_each(rows: Sequence[Row], column: str, limit: int) -> list[Row]:
-    """Return the first rows of each value of a column, in turns, in the order of the rows.
+    """Return the first rows of each value of a column, taken in turns, in their original order.
 
     Example:
         >>> rows = [{"set": "pro"}, {"set": "pro"}, {"set": "anti"}]
@@ -63,18 +63,18 @@ def example_rows(
     data: Sources,
     examples: Mapping[str, Source] | None,
 ) -> list[Row]:
-    """Return the rows that few-shot examples are drawn from.
+    """Return the rows from which few-shot examples are drawn.
 
     Args:
-        task: whose rows.
-        rows: to be asked; each part of the task among them needs ``shots`` examples.
-        shots: examples before each item.
-        data: as in :func:`rows_of`; a directory may hold ``<task>_train.jsonl`` or
+        task: the task.
+        rows: the items; each part of the task among them needs ``shots`` examples.
+        shots: examples for each item.
+        data: as in :func:`rows_of`; a directory may have ``<task>_train.jsonl`` or
             ``<task>_dev.jsonl``.
-        examples: a file or rows for each task's name, used before ``data``.
+        examples: a file or rows for each task's name, preferred to ``data``.
 
     Raises:
-        EvaluationError: if there are no such rows, or too few of them.
+        EvaluationError: if there are no such rows, or too few.
     """
     source = _example_source(task, data, examples) if shots else ()
     if source is None:
@@ -100,7 +100,7 @@ def example_rows(
 def _example_source(
     task: Task, data: Sources, examples: Mapping[str, Source] | None
 ) -> Source | None:
-    """Find what examples are drawn from, if there is anything but the items themselves."""
+    """Return the source of examples, or None if there is none besides the items themselves."""
     if task.name in (examples or {}):
         return (examples or {})[task.name]
     if not isinstance(data, str | Path):
@@ -111,7 +111,7 @@ def _example_source(
 
 
 def adapted(task: Task, rows: Sequence[Row]) -> list[Row]:
-    """Bring rows to the columns that the task reads; errors name the item, counted from 0."""
+    """Convert rows to the columns that the task reads; errors name the item, counted from 0."""
     found: list[Row] = []
     for number, row in enumerate(rows):
         where = f"{task.name} item {number}"
@@ -119,7 +119,7 @@ def adapted(task: Task, rows: Sequence[Row]) -> list[Row]:
             raise EvaluationError(f"{where}: a row must map columns to values, got {row!r}")
         try:
             found.append(task.adapt(row))
-            json.dumps(found[-1], ensure_ascii=False).encode()  # no half of a surrogate pair
+            json.dumps(found[-1], ensure_ascii=False).encode()  # rejects unpaired surrogates
         except KeyError as err:
             raise EvaluationError(
                 f"{where}: no column {err}; its columns are {', '.join(map(str, row))}"
@@ -134,7 +134,7 @@ def adapted(task: Task, rows: Sequence[Row]) -> list[Row]:
 
 
 def text_source(task: Task, data: Sources) -> str | Path | list[str]:
-    """Return the text, the texts or the path of the text, of a task that measures a whole text."""
+    """Return the text, the texts or the path for a task that measures a whole text."""
     source = _source(task, data)
     if isinstance(source, str | Path):
         return source
@@ -146,7 +146,7 @@ def text_source(task: Task, data: Sources) -> str | Path | list[str]:
 
 
 def _source(task: Task, data: Sources) -> Source:
-    """Find what a task reads: an entry of the mapping, or a file of the directory."""
+    """Return the source of a task: an entry of the mapping, or a file in the directory."""
     if isinstance(data, Mapping):
         if task.name not in data:
             raise EvaluationError(
@@ -155,16 +155,16 @@ def _source(task: Task, data: Sources) -> Source:
         return data[task.name]
     folder, stem = Path(data), task.file or task.name
     if not folder.is_dir():
-        raise EvaluationError(f"data={str(data)!r} is no directory", argument="data")
+        raise EvaluationError(f"data={str(data)!r} is not a directory", argument="data")
     files = _TEXTS if not task.config else [f"{stem}{split}.jsonl" for split in _SPLITS]
     for name in files:
         if (folder / name).is_file():
             return folder / name
-    raise EvaluationError(f"{task.name}: {folder} holds none of {', '.join(files)}")
+    raise EvaluationError(f"{task.name}: {folder} has none of {', '.join(files)}")
 
 
 def _content(source: Source) -> Sequence[Row]:
-    """Return rows as they are, or those of a file."""
+    """Return given rows, or read them from a file."""
     return _read(Path(source)) if isinstance(source, str | Path) else source
 
 

@@ -1,4 +1,4 @@
-"""evaluate: benchmarks through lm-evaluation-harness, and the perplexity of a text."""
+"""evaluate: runs benchmarks through lm-evaluation-harness, and measures perplexity of a text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _Read = dict[str, Any]
-"""What each task reads: a text, configurations of local rows, or None for lm-eval's own data."""
+"""The input of each task: a text, configurations of local rows, or None for lm-eval's data."""
 
 
 def evaluate(
@@ -46,43 +46,43 @@ def evaluate(
     seed: int = 1234,
     progress: bool = True,
 ) -> Evaluation:
-    """Measure perplexity on a text, or benchmarks, or both, with standard errors.
+    """Measure perplexity on a text, benchmarks, or both, with standard errors.
 
-    Benchmarks are scored by lm-evaluation-harness: on local rows with ``data``, and then without a
-    network; without ``data`` it fetches its own.
+    Benchmarks are scored by lm-evaluation-harness: with ``data``, on local rows and without a
+    network; without ``data``, on data that it downloads.
 
     Args:
-        model: a causal language model, left as it was.
-        tasks: names of :func:`tnlm.evaluation.list_tasks`.
-        tokenizer: the model's own.
+        model: a causal language model, left unchanged.
+        tasks: names from :func:`tnlm.evaluation.list_tasks`.
+        tokenizer: the model's tokenizer.
         text: a text or the path of one, for perplexity as in :func:`tnlm.perplexity`.
         data: a directory of JSONL files, or a file or rows for each task's name.
-        examples: a file or rows for each task's name, to draw few-shot examples from; a
-            directory as ``data`` may hold them as ``<task>_train.jsonl``.
-        baseline: a model that answers the same questions with the same tokenizer, or an earlier
-            evaluation of them.
-        window: tokens in a window of the text.
-        windows: windows of the text, from its start.
-        bos: whether every window begins with BOS, see :func:`tnlm.perplexity`.
-        limit: items of each benchmark, from the first; of MMLU and WinoBias the first of each part
-            in turns. Without ``data`` it is lm-eval's, which counts each subject of MMLU apart.
-        num_fewshot: examples before each item; None is the task's own number.
-        batch_size: sequences in one pass.
-        max_length: most tokens of a question that the model is shown; what is longer loses its
-            first tokens, and the result counts how often. None is the model's positions.
+        examples: a file or rows for each task's name, from which few-shot examples are drawn; a
+            directory given as ``data`` may hold them as ``<task>_train.jsonl``.
+        baseline: a model to compare with, which uses the same tokenizer, or an earlier evaluation
+            of the same questions.
+        window: tokens per window of the text.
+        windows: number of windows, from the start of the text.
+        bos: whether every window starts with BOS, see :func:`tnlm.perplexity`.
+        limit: items per benchmark, from the first; for MMLU and WinoBias, the first of each part
+            in turn. Without ``data``, lm-eval applies it to each subject of MMLU separately.
+        num_fewshot: examples for each item; None for the task's default.
+        batch_size: sequences per pass.
+        max_length: most tokens of a prompt; longer prompts lose their first tokens, and the result
+            counts how many. None for the model's number of positions.
         max_new_tokens: most tokens of a generated answer.
-        seed: of the few-shot draws and bootstraps.
-        progress: show bars.
+        seed: seed of the few-shot draws and bootstraps.
+        progress: show progress bars.
 
     Returns:
-        Figures, the scores of every item, and which answers the baseline did not share.
+        The figures, the scores of every item, and the answers that differ from the baseline's.
 
     Raises:
-        OptionError: for an unknown task or option, or a missing package.
-        EvaluationError: naming the item that cannot be asked, or whose score is not finite.
+        OptionError: if a task or option is unknown, or a package is missing.
+        EvaluationError: if an item, which is named, is invalid or has no finite score.
 
     Source:
-        Tasks, prompts and scores: lm-evaluation-harness 0.4.13, but for StereoSet and WinoBias.
+        Tasks, prompts and scores: lm-evaluation-harness 0.4.13, except StereoSet and WinoBias.
         Paired errors: Miller, "Adding error bars to evals", arXiv 2411.00640. Flips: Dutta et al.,
         "Accuracy is not all you need", arXiv 2407.09141.
 
@@ -123,7 +123,7 @@ def evaluate(
 
 
 def _chosen(tasks: str | Sequence[str] | None, text: str | Path | None) -> list[Task]:
-    """Return the tasks to run; a text adds its perplexity, before all others."""
+    """Return the tasks to run; a text adds its perplexity as the first."""
     names = [tasks] if isinstance(tasks, str) else list(tasks or ())
     if text is not None and PERPLEXITY.name not in names:
         names.insert(0, PERPLEXITY.name)
@@ -141,7 +141,7 @@ def _check(
     asked: Protocol,
     **sources: Any,
 ) -> None:
-    """Refuse options that cannot be, or that would have no effect."""
+    """Raise an error for options that are invalid, or have no effect."""
     if tokenizer is None:
         raise EvaluationError("an evaluation needs the model's tokenizer, got None")
     check_causal(model, "an evaluation")
@@ -149,7 +149,7 @@ def _check(
         check_positions(model, asked.max_length, f"max_length={asked.max_length}", "max_length")
     if sources["examples"] is not None and sources["data"] is None:
         raise OptionError(
-            "examples= needs data=; without it lm-eval draws its own", argument="data"
+            "examples= needs data=; without it, lm-eval draws its own", argument="data"
         )
     if not any(task.config for task in tasks):
         unused = {name: getattr(asked, name) for name in ("limit", "num_fewshot", "max_length")}
@@ -169,10 +169,10 @@ def _read(
     examples: Mapping[str, Source] | None,
     asked: Protocol,
 ) -> Any:
-    """Return what a task reads, checked."""
+    """Return the checked input of a task."""
     if not task.config:
         if text is None and data is None:
-            raise EvaluationError(f"{task.name} is that of a text; pass text=", argument="text")
+            raise EvaluationError(f"{task.name} needs a text; pass text=", argument="text")
         return text_source(task, data) if text is None else text  # type: ignore[arg-type]
     if data is None:
         if not task.online:
@@ -185,7 +185,7 @@ def _read(
 
 
 def _check_baseline(before: Evaluation, tasks: Sequence[Task], by: str) -> None:
-    """Refuse an earlier evaluation that lacks a task, or has it from another scorer."""
+    """Raise an error if an earlier evaluation lacks a task, or used another scorer."""
     for task in tasks:
         _ = before[task.name]
         if task.config and before.scorer != by:
@@ -200,7 +200,7 @@ def _evaluate(
     asked: Protocol,
     by: str,
 ) -> Evaluation:
-    """Evaluate one model alone."""
+    """Evaluate one model."""
     results, found = [], None
     for task in tasks:
         if task.config:

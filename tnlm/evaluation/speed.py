@@ -28,14 +28,14 @@ def decode_rates(
 ) -> dict[str, float]:
     """Measure tokens per second of greedy decoding at batch 1 with a KV cache.
 
-    The models take turns, so that a machine that slows down or warms up meanwhile treats them
-    alike; only the steps after the prompt are timed. Each rate is the median over ``repeats``.
+    The models alternate, so that drift of the machine affects all alike. Only the steps after the
+    prompt are timed. Each rate is the median over ``repeats``.
 
     Args:
-        models: name to causal language model, left as they were.
+        models: causal language models by name, left unchanged.
         prompt_tokens: length of the random prompt, the same for all models.
-        new_tokens: steps that are timed in each repeat.
-        repeats: turns of each model, after one that is not counted.
+        new_tokens: steps timed in each repeat.
+        repeats: repeats of each model, after one that is not counted.
     """
     options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     for name, value in options.items():
@@ -56,21 +56,21 @@ def decode_rates(
         for turn in range(repeats + 1):
             for name, model in models.items():
                 rate = new_tokens / timed_decoding(model, prompt, new_tokens)[1]
-                if turn > 0:  # the first turn warms caches and kernels up
+                if turn > 0:  # the first turn is a warm-up
                     rates[name].append(rate)
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def timed_decoding(model: PreTrainedModel, prompt: Tensor, steps: int) -> tuple[float, float]:
-    """Time the pass over a prompt ``(1, length)``, and ``steps`` greedy steps after it.
+    """Time the pass over a prompt ``(1, length)``, and the ``steps`` greedy steps after it.
 
     Args:
         model: in eval mode, without gradients.
         prompt: token ids, on any device.
-        steps: to decode.
+        steps: number of tokens to decode.
 
     Returns:
-        The seconds of both.
+        The seconds for each of the two.
     """
     named = cache_name(model)
     prompt = prompt.to(model.device)
@@ -88,6 +88,6 @@ def timed_decoding(model: PreTrainedModel, prompt: Tensor, steps: int) -> tuple[
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait for a CUDA device's queue; other devices' calls return when they are done."""
+    """Wait for a CUDA device to finish; calls on other devices are synchronous."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

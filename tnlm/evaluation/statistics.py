@@ -1,4 +1,4 @@
-"""Standard errors of figures over items, alone and beside a baseline's."""
+"""Standard errors of figures over items, alone and compared with a baseline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES = 1000
 
 
 def value_of(metric: TaskMetric, items: Sequence[Scores]) -> float | None:
-    """Return the figure over items, or None if no item has a score for it.
+    """Return the metric's value over items, or None if no item has its score.
 
     Example:
         >>> value_of(TaskMetric("acc"), [{"acc": 1.0}, {"acc": 0.0}])
@@ -33,10 +33,11 @@ def value_of(metric: TaskMetric, items: Sequence[Scores]) -> float | None:
 
 
 def stderr_of(metric: TaskMetric, items: Sequence[Scores], seed: int) -> float | None:
-    """Return the standard error of a figure, or None for a single item.
+    """Return the standard error of a metric's value, or None for a single item.
 
-    Of a mean it is the sample standard deviation over the root of the number of items, for a share
-    ``p`` of ``n`` items ``sqrt(p * (1 - p) / (n - 1))``; of another figure that of a bootstrap.
+    For a mean, it is the sample standard deviation over the root of the number of items; for a
+    fraction ``p`` of ``n`` items, this is ``sqrt(p * (1 - p) / (n - 1))``. For any other metric, it
+    comes from a bootstrap.
 
     Example:
         >>> stderr_of(TaskMetric("acc"), [{"acc": 1.0}, {"acc": 0.0}], seed=0)
@@ -50,9 +51,9 @@ def stderr_of(metric: TaskMetric, items: Sequence[Scores], seed: int) -> float |
 def paired_stderr(
     metric: TaskMetric, items: Sequence[Scores], before: Sequence[Scores], seed: int
 ) -> float | None:
-    """Return the standard error of the difference of two models on the same items.
+    """Return the standard error of the difference between two models on the same items.
 
-    Items that are hard for both add nothing to it, so it is smaller than that of two samples.
+    It is smaller than for independent samples, since items hard for both add nothing.
     """
     if metric.aggregate is not None:
         return _bootstrap(metric.aggregate, [items, before], seed)
@@ -83,7 +84,7 @@ def _bootstrap(
     samples: Sequence[Sequence[Scores]],
     seed: int,
 ) -> float | None:
-    """Resample items; with two samples the same ones of both, for their difference."""
+    """Bootstrap over items; with two samples, over the same items of both, for the difference."""
     count = len(samples[0])
     if count < 2:
         return None
@@ -93,7 +94,7 @@ def _bootstrap(
         drawn = torch.randint(count, (count,), generator=generator).tolist()
         values = [aggregate([sample[index] for index in drawn]) for sample in samples]
         known = [value for value in values if value is not None]
-        if len(known) == len(samples):  # else the draw has no item of a group that is needed
+        if len(known) == len(samples):  # else the draw lacks a group that the metric needs
             found.append(known[0] - sum(known[1:]))
     if len(found) < RESAMPLES // 2:
         return None

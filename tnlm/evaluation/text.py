@@ -1,4 +1,4 @@
-"""The perplexity of a text as a task, whose items are windows."""
+"""The perplexity of a text as a task whose items are windows."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def measured(
     text: str | Path,
     asked: Protocol,
 ) -> tuple[TaskResult, Perplexity]:
-    """Measure the windows of a text; the mean loss of each is the score of an item.
+    """Measure the windows of a text; the mean loss of each window is an item's score.
 
     Args:
-        model: a causal language model, left as it was.
-        task: the one of perplexity.
-        tokenizer: the model's own.
-        text: the text, or the path of one.
-        asked: sizes and the seed.
+        model: a causal language model, left unchanged.
+        task: the perplexity task.
+        tokenizer: the model's tokenizer.
+        text: a text, or the path of one.
+        asked: the protocol.
     """
     ids, losses = window_losses(
         model,

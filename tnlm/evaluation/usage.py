@@ -1,4 +1,4 @@
-"""What a model takes in time, memory, disk and energy, beside a baseline."""
+"""The time, memory, disk space and energy that a model takes, beside a baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tnlm.evaluation.results import aligned
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with the least and the most of its repeats."""
+    """A median, with the minimum and maximum over repeats."""
 
     median: float
     low: float
@@ -32,13 +32,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times at one length of the prompt.
+    """Times at one prompt length.
 
     Attributes:
-        prompt_tokens: the length.
-        prefill: seconds of the pass over the prompt, which is the wait for the first token.
-        decode: seconds of a token after that.
-        joules: of prompt and new tokens together; None where no counter may be read.
+        prompt_tokens: the prompt length.
+        prefill: seconds for the pass over the prompt, the time to the first token.
+        decode: seconds per token after that.
+        joules: energy for the prompt and the new tokens; None if no counter can be read.
     """
 
     prompt_tokens: int
@@ -48,26 +48,26 @@ class Timing:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second."""
+        """Prompt tokens per second."""
         return self.prompt_tokens / self.prefill.median
 
     @property
     def decode_rate(self) -> float:
-        """New tokens a second."""
+        """New tokens per second."""
         return 1 / self.decode.median
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one model takes.
+    """The resources that one model takes.
 
     Attributes:
-        parameters: shared ones counted once.
+        parameters: number of parameters, shared ones counted once.
         weights: bytes of parameters and buffers in memory.
-        working: bytes that memory grew by, at most, while it ran the longest prompt; None where
-            the system does not say.
+        working: peak growth of memory, in bytes, while running the longest prompt; None if the
+            system does not report it.
         disk: bytes of its files.
-        timings: one for each length of the prompt.
+        timings: one for each prompt length.
     """
 
     parameters: int
@@ -78,22 +78,22 @@ class Usage:
 
     @property
     def peak(self) -> int | None:
-        """Bytes of weights and working memory together."""
+        """Bytes of weights plus working memory."""
         return None if self.working is None else self.weights + self.working
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Time, memory, disk and energy, with how they were measured.
+    """Time, memory, disk space and energy, with the protocol of their measurement.
 
     Attributes:
-        model: what the model takes.
-        baseline: what the baseline takes, measured in turn with it.
-        new_tokens: steps decoded in each repeat.
-        repeats: turns that each median is over.
+        model: usage of the model.
+        baseline: usage of the baseline, measured in alternation with the model.
+        new_tokens: tokens decoded in each repeat.
+        repeats: number of repeats in each median.
         device: where the models ran.
-        threads: that torch used on the CPU.
-        resident: bytes of the whole process after the measurement; None where unknown.
+        threads: number of CPU threads used by torch.
+        resident: resident bytes of the process after the measurement; None if unknown.
     """
 
     model: Usage
@@ -113,7 +113,7 @@ class Efficiency:
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        """Return a table, with the baseline's figures and ratios where there is one."""
+        """Return a table, with figures of the baseline and ratios if there is one."""
         ours = _figures(self.model)
         theirs = {} if self.baseline is None else _figures(self.baseline)
         rows = [["figure", "model", *(["baseline", "ratio"] if theirs else [])]]
@@ -125,7 +125,7 @@ class Efficiency:
                 cells += [_shown(other), ratio]
             rows.append(cells)
         protocol = (
-            f"batch 1, {self.new_tokens} new tokens, medians of {self.repeats} turns, "
+            f"batch 1, {self.new_tokens} new tokens, medians of {self.repeats} repeats, "
             f"{self.device}, {self.threads} threads"
         )
         return "\n".join([*aligned(rows), protocol])
@@ -141,7 +141,7 @@ def _figures(usage: Usage) -> dict[str, float | None]:
         at = f"at {timing.prompt_tokens}"
         found[f"prefill {at}, ms"] = timing.prefill.median * 1e3
         found[f"prefill {at}, tokens/s"] = timing.prefill_rate
-        found[f"decode {at}, ms a token"] = timing.decode.median * 1e3
+        found[f"decode {at}, ms/token"] = timing.decode.median * 1e3
         found[f"decode {at}, tokens/s"] = timing.decode_rate
         found[f"energy {at}, J"] = timing.joules
     return found

@@ -1,1 +1,1 @@
-"""How the error of a matrix is measured."""
+"""Metrics: how the error of a matrix is measured."""

@@ -1,4 +1,4 @@
-"""What a named metric is: the statistics it needs, and how a norm is made of them."""
+"""The class of named metrics: the statistics each needs, and the norm built from them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tnlm.metrics.metric import Metric
 
 INPUTS, GRADIENTS, FISHER, LORA = "inputs", "gradients", "fisher", "lora"
 MOVEMENT = "movement"
-"""Kinds of statistics: of inputs, of output gradients, of weight gradients by example, of the same
-as estimated from a LoRA's gradients, and of where weights move while they are pruned."""
+"""Kinds of statistics: inputs, output gradients, per-example weight gradients, the same estimated
+from a LoRA's gradients, and movement of weights during pruning."""
 
 Gathered = Callable[[str], Tensor]
 """Returns one statistic of a matrix by name: moment, mean, magnitude, gradient, fisher,
@@ -22,12 +22,12 @@ lora_inputs, lora_outputs, movement."""
 
 
 def effect(scale: str | None) -> Callable[[Gathered], float]:
-    """Return the importance of a metric that does not look at the loss.
+    """Return the importance of a metric that does not depend on the loss.
 
-    A unit of squared error in the output acts on the loss by the mean square of the gradient there.
+    A unit of squared error in the output changes the loss by the mean squared gradient there.
 
     Args:
-        scale: the statistic whose mean is the mean weight of a column in the metric; None for 1.
+        scale: the statistic whose mean is the mean column weight of the metric; None for 1.
     """
 
     def importance(of: Gathered) -> float:
@@ -49,15 +49,15 @@ class Measure:
     """A named way to measure the error of a matrix.
 
     Attributes:
-        name: what users write as ``metric=``.
+        name: the name that users write as ``metric=``.
         title: one line for tables.
-        build: makes the metric, given the statistics of one matrix and the damping.
-        importance: the effect on the loss of a unit of squared error, given the statistics.
-        needs: the kinds of statistics that it is made from.
-        gathering: how these are gathered: options for each of `tnlm.compression.gatherers`.
-        damping: share of an input moment that is replaced by its mean diagonal, unless asked.
-        adds_bias: the mean error is put into a bias.
-        elementwise: every entry has a weight of its own, so that no closed form exists.
+        build: builds the metric from the statistics of one matrix and the damping.
+        importance: returns the effect of a unit of squared error on the loss, from the statistics.
+        needs: the kinds of statistics it is built from.
+        gathering: options for each of `tnlm.compression.gatherers`, by name.
+        damping: default fraction of an input moment replaced by its mean diagonal.
+        adds_bias: whether the mean error is moved into a bias.
+        elementwise: whether every entry has its own weight, so that no closed form exists.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How the error of an approximation is measured: a symmetric positive form on E = W - W'."""
+"""Norms of the error E = W - W' of an approximation, weighted by rows, columns or entries."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tnlm.tensors.eigen import leading_eigenpairs, leading_eigenvectors, leading
 from tnlm.tensors.linalg import energies
 
 ACCURATE = 1e-10
-"""Squared singular values below this share of the largest are lost in a Gram matrix."""
+"""Squared singular values below this fraction of the largest are lost in a Gram matrix."""
 
 
 class Metric:
     """A two-sided norm, ``||G^(1/2) E C^(1/2)||_F``; without sides, the Frobenius norm.
 
-    Every metric but the element-wise one is of this kind: G weighs the outputs (rows), C the
-    inputs (columns), each a full matrix, a diagonal, or nothing.
+    Every metric except the element-wise one has this form: G weights the outputs (rows) and C the
+    inputs (columns). Each is a full matrix, a diagonal, or absent.
 
     Args:
-        outputs: G, a form on the rows.
-        inputs: C, a form on the columns.
+        outputs: G, the weighting of the rows.
+        inputs: C, the weighting of the columns.
         mean: the mean input ``(in,)``; the error ``E @ mean`` then goes into a bias and does not
-            count, so C should be centred.
+            count, so C should be centered.
 
     Source: K-FAC (Martens and Grosse 2015) for the pair, SVD-LLM (arXiv 2403.07378) for C alone.
 
@@ -46,7 +46,7 @@ class Metric:
         inputs: Side | None = None,
         mean: Tensor | None = None,
     ) -> None:
-        """Hold the sides; see the class for the arguments."""
+        """Store the sides; see the class for the arguments."""
         self.outputs = outputs
         self.inputs = inputs
         self.mean = mean
@@ -72,7 +72,7 @@ class Metric:
         return error / size if size > 0 else 0.0
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """Return M = ``G^(1/2) W C^(1/2)``, float64, ``(out, in)``, whose Frobenius norm is W's."""
+        """Return M = ``G^(1/2) W C^(1/2)``, float64, whose Frobenius norm is the norm of W."""
         whitened = self.scale_outputs(weight)
         return whitened if self.inputs is None else self.inputs.scale(whitened)
 
@@ -82,12 +82,12 @@ class Metric:
         return weight if self.outputs is None else self.outputs.scale(weight.T).T
 
     def output_gram(self, weight: Tensor) -> Tensor:
-        """Return ``M @ M.T``, ``(out, out)``, without a root of C."""
+        """Return ``M @ M.T``, ``(out, out)``, without computing a root of C."""
         scaled = self.scale_outputs(weight)
         return (scaled if self.inputs is None else self.inputs.apply(scaled)) @ scaled.T
 
     def input_gram(self, weight: Tensor) -> Tensor:
-        """Return ``M.T @ M``, ``(in, in)``, without a root of G, which is large if W is tall."""
+        """Return ``M.T @ M``, ``(in, in)``, without computing a root of G, large if W is tall."""
         weight = weight.detach().double()
         weighed = weight if self.outputs is None else self.outputs.apply(weight.T).T
         gram = weight.T @ weighed
@@ -109,10 +109,10 @@ class Metric:
         return basis
 
     def low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return left ``(out, rank)`` and right ``(rank, in)`` of the best low-rank product.
+        """Return the factors ``(out, rank)`` and ``(rank, in)`` of the best low-rank product.
 
-        With U the leading left singular vectors of M, it is ``G^(-1/2) U U.T G^(1/2) W``: no
-        inverse of C is needed, so a singular C does no harm and full rank is exact.
+        With U the leading left singular vectors of M, the product is ``G^(-1/2) U U.T G^(1/2) W``.
+        It needs no inverse of C, so C may be singular, and full rank is exact.
         """
         if self.outputs is not None and weight.shape[0] > weight.shape[1]:
             tall = self._tall_low_rank(weight.detach().double(), rank)
@@ -126,9 +126,9 @@ class Metric:
         return left, right
 
     def _tall_low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-        """Return the same product without a root of G, unless its small values are not accurate.
+        """Return the same product without a root of G, or None if it would be inaccurate.
 
-        With V the right singular vectors of M and s its singular values, U = M V / s, so that
+        With V the right singular vectors of M and s its singular values, U = M V / s. Hence
         ``G^(-1/2) U = W C^(1/2) V / s`` and ``U.T G^(1/2) W = (C^(1/2) V / s).T W.T G W``.
         """
         values, vectors = leading_eigenpairs(self.input_gram(weight), rank)
@@ -141,11 +141,11 @@ class Metric:
         return left, weighed.T @ weight
 
     def start(self) -> Metric:
-        """Return a separable metric near to this one, to start a fit from: itself."""
+        """Return the nearest separable metric, from which a fit starts; here, this metric."""
         return self
 
     def modes(self, out_split: Sequence[int], in_split: Sequence[int]) -> list[Side | None]:
-        """Return the side of every mode, outputs first, of the separable metric nearest to this.
+        """Return the side of every mode, outputs first, of the nearest separable metric.
 
         Example:
             >>> metric = Metric(inputs=Side(torch.tensor([1.0, 1.0, 3.0, 3.0])))
@@ -158,7 +158,7 @@ class Metric:
 
 
 def _plain_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of least Frobenius error, from the Gram matrix of the shorter side."""
+    """Return the factors with the least Frobenius error, from the smaller Gram matrix."""
     if weight.shape[0] <= weight.shape[1]:
         return leading_left(weight, rank)
     basis, rest = leading_left(weight.T, rank)
@@ -169,14 +169,14 @@ class InputMoment(Metric):
     """The output error on data, ``E[||E x||^2] = tr(E C E.T)`` with C = E[x x.T].
 
     Args:
-        moment: C, ``(in, in)``, symmetric; computed with in float64.
+        moment: C, ``(in, in)``, symmetric; converted to float64.
         damping: see :class:`tnlm.metrics.sides.Side`.
 
     Raises:
         CalibrationError: if C is not finite.
 
-    Source: whitening as in SVD-LLM (arXiv 2403.07378) and DRONE; the square root is symmetric, from
-    an eigen-decomposition, so that it exists for every C.
+    Source: whitening as in SVD-LLM (arXiv 2403.07378) and DRONE. The square root is symmetric, from
+    an eigendecomposition, so it exists for every C.
 
     Example:
         >>> metric = InputMoment(torch.diag(torch.tensor([4.0, 1.0])), damping=0.0)
@@ -190,16 +190,16 @@ class InputMoment(Metric):
 
 
 class Elementwise(Metric):
-    """Weighs every entry of the error by itself, ``sum of H * E**2``.
+    """Weights every entry of the error separately, ``sum of H * E**2``.
 
-    There is no closed form under it; fits start from the nearest separable weights.
+    Fits under it have no closed form; they start from the nearest separable weights.
 
     Args:
         weights: H, ``(out, in)``, not negative, e.g. a Fisher information; scaled to mean 1.
         floor: smallest weight, relative to the mean, so that no entry is free.
 
     Raises:
-        CalibrationError: if H is not finite, or negative.
+        CalibrationError: if H has entries that are not finite, or negative.
 
     Source: TFWSVD, Hua et al. 2022, arXiv 2211.09718.
 

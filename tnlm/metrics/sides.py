@@ -1,4 +1,4 @@
-"""One side of a metric: a positive form on the rows or the columns of an error."""
+"""One side of a metric: a positive semi-definite weighting of the rows or columns of an error."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from tnlm.errors import CalibrationError
 
 DAMPING = 1e-9
-"""Keeps what a singular side gives no weight, so that whitening by its modes can be undone."""
+"""Keeps singular sides invertible, so that whitening by modes can be undone."""
 
 
 class Side:
-    """A symmetric positive form S, full ``(n, n)`` or diagonal ``(n,)``, in float64.
+    """A symmetric positive semi-definite matrix S, full ``(n, n)`` or diagonal ``(n,)``, float64.
 
     Args:
         values: a second moment, or the diagonal of one.
-        damping: share of S that is replaced by its mean diagonal, in [0, 1]: directions the data
-            never showed still count a little, and a singular S does no harm. All-zero values say
-            nothing: every direction then counts the same.
+        damping: fraction of S replaced by its mean diagonal, in [0, 1], so that directions absent
+            from the data still count a little, and S may be singular. If all values are zero,
+            every direction counts the same.
 
     Raises:
         CalibrationError: if the values are not finite.
@@ -64,11 +64,11 @@ class Side:
         return rows * self.root if self.is_diagonal else rows @ self.root
 
     def unscale(self, rows: Tensor) -> Tensor:
-        """Return ``rows @ S^(-1/2)``; directions that weigh nothing stay out of the result."""
+        """Return ``rows @ S^(-1/2)``, without the directions that have no weight."""
         if self.is_diagonal:
             return rows * _inverse(self.root)
         values, vectors = self._eigen
-        # Rounding leaves eigenvalues of about 1e-16 where S has none.
+        # Rounding turns zero eigenvalues of S into values of about 1e-16.
         seen = values > float(values.max()) * len(values) * torch.finfo(values.dtype).eps
         inverse = torch.where(seen, _inverse(values.sqrt()), 0.0)
         roots: Tensor = rows @ (vectors * inverse) @ vectors.T
@@ -89,10 +89,10 @@ class Side:
         return values.clamp_min(0.0), vectors
 
     def modes(self, split: Sequence[int]) -> list[Side]:
-        """Return one side for every mode of a split, whose Kronecker product is near to S.
+        """Return one side for every mode of a split, so that their Kronecker product is close to S.
 
-        Each is the partial trace of S over the other modes, a mean over them; the first also
-        carries the scale. A Kronecker product gives its own factors back.
+        Each is the mean of S over the other modes (a partial trace); the first also carries the
+        scale. If S is a Kronecker product, the result is its factors.
 
         Example:
             >>> pair = torch.kron(torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2))
@@ -115,9 +115,9 @@ class Side:
 
 
 def modes_of(side: Side | None, split: Sequence[int]) -> list[Side | None]:
-    """Return one invertible side for every mode of a split, or none for each where there is none.
+    """Return one invertible side for every mode of a split; None for each if there is no side.
 
-    A mode that is the whole side gets the side itself, whose root may be known already.
+    A mode that is the whole side gets the side itself, whose root may be cached.
     """
     if side is None:
         return [None] * len(split)
@@ -128,6 +128,6 @@ def modes_of(side: Side | None, split: Sequence[int]) -> list[Side | None]:
 
 
 def _inverse(values: Tensor) -> Tensor:
-    """Return 1 / values, and 0 where a value is negligible beside the largest."""
+    """Return 1 / values, and 0 where a value is negligible compared to the largest."""
     floor = float(values.max()) * 1e-12
     return torch.where(values > floor, 1.0 / values.clamp_min(floor or 1.0), 0.0)

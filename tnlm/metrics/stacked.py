@@ -1,4 +1,4 @@
-"""Matrices stacked one below the other, each with a metric of its own."""
+"""The metric of matrices stacked vertically, each with its own metric."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tnlm.metrics.sides import DAMPING, Side
 class Stacked(Metric):
     """The sum of the squared norms of the members, ``sum of ||G_s^(1/2) E_s C_s^(1/2)||^2``.
 
-    It is separable only where all members have the same inputs. A fit starts from the pooled
-    sides, the partial traces of the whole form: C is the mean of the members' weighted by the
-    traces of their G, and G_s is multiplied by the mean of its C_s.
+    It is separable only if all members have the same inputs. A fit starts from the pooled sides,
+    the partial traces of the whole form: C is the mean of all C_s weighted by the traces of G_s,
+    and G_s is multiplied by the mean of C_s.
 
     Args:
         members: separable metrics without a mean, one for each block of rows.
-        rows: how many rows each of them has.
+        rows: number of rows of each member.
 
     Raises:
-        OptionError: for members that are not separable, or have a mean.
+        OptionError: if a member is not separable, or has a mean.
 
-    Source: the pooling is the nearest Kronecker product by partial traces, as K-FAC takes it
-    (Martens and Grosse 2015); multilinear whitening of stacked experts as in TD-MoE.
+    Source: the pooling is the nearest Kronecker product by partial traces, as in K-FAC (Martens and
+    Grosse 2015); multilinear whitening of stacked experts as in TD-MoE.
 
     Example:
         >>> quiet, loud = (Metric(inputs=Side(torch.tensor([c, c]))) for c in (1.0, 4.0))
@@ -39,7 +39,7 @@ class Stacked(Metric):
     separable = False
 
     def __init__(self, members: Sequence[Metric], rows: Sequence[int]) -> None:
-        """Take the members; see the class for the arguments."""
+        """Store the members; see the class for the arguments."""
         super().__init__()
         for member in members:
             if not member.separable or member.mean is not None:
@@ -50,22 +50,22 @@ class Stacked(Metric):
         self.members, self.rows = tuple(members), tuple(rows)
 
     def pull(self, error: Tensor) -> Tensor:
-        """Return ``G_s E_s C_s`` of every member, one below the other."""
+        """Return ``G_s E_s C_s`` of all members, stacked."""
         return torch.cat([member.pull(part) for member, part in self._parts(error)])
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """Return ``G_s^(1/2) W_s C_s^(1/2)`` of every member, one below the other."""
+        """Return ``G_s^(1/2) W_s C_s^(1/2)`` of all members, stacked."""
         return torch.cat([member.whiten(part) for member, part in self._parts(weight)])
 
     def start(self) -> Metric:
-        """Return the metric of the pooled sides, G of all members being block-diagonal."""
+        """Return the metric of the pooled sides; G is block-diagonal over the members."""
         if all(member.outputs is None and member.inputs is None for member in self.members):
             return Metric()
         outputs = [_outputs(m, rows) for m, rows in zip(self.members, self.rows, strict=True)]
         return Metric(Side(_block_diagonal(outputs)), self._inputs())
 
     def modes(self, out_split: Sequence[int], in_split: Sequence[int]) -> list[Side | None]:
-        """Return the side of every mode; of outputs split by slices of rows, from small blocks."""
+        """Return the side of every mode; for outputs split into slices, from small blocks."""
         slices = [rows // out_split[-1] for rows in self.rows]
         even = all(n * out_split[-1] == rows for n, rows in zip(slices, self.rows, strict=True))
         plain = all(member.outputs is None and member.inputs is None for member in self.members)
@@ -85,7 +85,7 @@ class Stacked(Metric):
         return zip(self.members, tall.split(self.rows), strict=True)
 
     def _inputs(self) -> Side | None:
-        """Return the pooled form on the inputs, of mean 1; the very side if all share it."""
+        """Return the pooled side of the inputs, with mean 1."""
         sides = [member.inputs for member in self.members]
         first = sides[0]
         if all(side is first for side in sides):
@@ -101,7 +101,7 @@ class Stacked(Metric):
 
 
 def _outputs(member: Metric, rows: int) -> Tensor:
-    """Return a member's form on its outputs, times the mean of that on its inputs."""
+    """Return a member's output side, times the mean of its input side."""
     scale = 1.0 if member.inputs is None else member.inputs.mean
     if member.outputs is None:
         return torch.full((rows,), scale, dtype=torch.float64)
@@ -116,7 +116,7 @@ def _block_diagonal(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum of forms of one size, full ones or diagonals."""
+    """Return the sum of sides of one size, full or diagonal."""
     if any(part.dim() == 2 for part in parts):
         parts = [_full(part) for part in parts]
     return torch.stack(list(parts)).sum(0)

@@ -1,1 +1,1 @@
-"""What will be done to each matrix, and what was achieved."""
+"""Plans of a compression, and reports of what it achieved."""

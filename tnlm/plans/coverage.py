@@ -1,4 +1,4 @@
-"""Which parameters of a model a plan leaves as they are, and why."""
+"""The parameters that a plan leaves unchanged, and why."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 KEPT = "kept dense"
-"""Kind of the targets that a plan leaves dense, as its table of decisions says."""
+"""Kind of the targets that a plan leaves dense."""
 LARGEST_OUTSIDE = 1 / 3
-"""Part of the body that may lie outside the targets without a warning."""
+"""Fraction of the body that may lie outside the targets without a warning."""
 SHOWN = 3
-"""Names shown of a kind; the others are counted."""
+"""Names shown per kind; the others are counted."""
 
 
 @dataclass(frozen=True)
 class Left:
-    """Tensors that were not replaced, of one kind, name and reason.
+    """A group of tensors that are not replaced, with one kind, name and reason.
 
     Attributes:
-        kind: what they are, such as ``"embedding"``, ``"experts"`` or ``"not chosen"``.
-        name: of the parameters, with ``*`` for the numbers of blocks and experts.
-        reason: why they were left.
-        count: how many tensors.
-        params: their parameters.
-        in_body: whether they stand in the model's blocks, and are neither embeddings nor heads.
+        kind: such as ``"embedding"``, ``"experts"`` or ``"not chosen"``.
+        name: name of the parameters, with ``*`` for the numbers of blocks and experts.
+        reason: why they are left unchanged.
+        count: number of tensors.
+        params: number of parameters.
+        in_body: whether they are in the model's blocks, and neither embeddings nor heads.
     """
 
     kind: str
@@ -37,12 +37,12 @@ class Left:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Every parameter of two or more dimensions that a plan does not replace.
+    """All parameters of two or more dimensions that a plan does not replace.
 
     Attributes:
-        body: parameters of two or more dimensions in the model's blocks, without embeddings and
-            heads; where a model has no blocks, in all of it.
-        left: what was not replaced.
+        body: number of parameters of two or more dimensions in the model's blocks, without
+            embeddings and heads; in the whole model if it has no blocks.
+        left: the groups that are not replaced.
     """
 
     body: int
@@ -50,7 +50,7 @@ class Coverage:
 
     @property
     def outside(self) -> int:
-        """Parameters of the body that are no targets; those that a plan keeps dense are."""
+        """Parameters of the body that are not targets; targets kept dense do not count."""
         return sum(each.params for each in self.left if each.in_body and each.kind != KEPT)
 
     @property
@@ -64,15 +64,15 @@ class Coverage:
         return 1 - self.outside / self.body if self.body else 1.0
 
     def part(self, each: Left) -> float | None:
-        """Return which fraction of the body a group is; None if it stands outside."""
+        """Return a group's fraction of the body, or None if it lies outside."""
         return each.params / self.body if each.in_body else None
 
     @classmethod
     def read(cls, data: Mapping[str, Any] | None) -> Coverage | None:
-        """Return what was written as plain values; None of a plan that says nothing of it.
+        """Read a coverage from plain values; None for plans that have none.
 
         Raises:
-            TypeError: if they are none; or another error that says so.
+            TypeError: or another error, if the values are not those of a coverage.
         """
         if data is None:
             return None
@@ -84,22 +84,22 @@ class Coverage:
         if any(type(word) is not str for word in words) or any(
             type(count) is not int for count in (found.body, *counts)
         ):
-            raise TypeError("a coverage of other than words and counts")
+            raise TypeError("a coverage may hold only words and counts")
         return found
 
     def warning(self) -> str:
-        """Return a sentence where more than a third of the body is outside; else nothing."""
+        """Return a warning if more than a third of the body is outside; else an empty text."""
         if not self.body or self.outside <= LARGEST_OUTSIDE * self.body:
             return ""
         groups = [each for each in self.left if each.in_body and each.kind != KEPT]
         parts = ", ".join(f"{kind} {params / self.body:.0%}" for kind, params in _by_kind(groups))
         return (
             f"{self.outside / self.body:.0%} of the parameters in the model's blocks are outside "
-            f"the targets and stay as they are: {parts}; the report lists them under coverage"
+            f"the targets and stay unchanged: {parts}; the report lists them under coverage"
         )
 
     def table(self) -> list[str]:
-        """Return a line for every kind and reason, the largest first."""
+        """Return one line per kind and reason, the largest first."""
         rows: dict[tuple[str, str], list[Left]] = {}
         for each in sorted(self.left, key=lambda each: -each.params):
             rows.setdefault((each.kind, each.reason), []).append(each)
@@ -109,7 +109,7 @@ class Coverage:
         return lines if self.left else []
 
     def summary(self) -> str:
-        """Return the totals as a line."""
+        """Return the totals as one line."""
         params = sum(each.params for each in self.left)
         count = sum(each.count for each in self.left)
         return (
@@ -129,7 +129,7 @@ def _row(kind: str, reason: str, found: Sequence[Left]) -> tuple[str, ...]:
 
 
 def _by_kind(groups: Iterable[Left]) -> list[tuple[str, int]]:
-    """Return the parameters of every kind, the largest first."""
+    """Return the number of parameters per kind, the largest first."""
     sums: dict[str, int] = {}
     for each in groups:
         sums[each.kind] = sums.get(each.kind, 0) + each.params

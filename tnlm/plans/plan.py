@@ -1,4 +1,4 @@
-"""What will be done to every matrix, and what it costs, before any weight changes."""
+"""The plan of a compression: a decision and a cost for every matrix, before any weight changes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class LayerPlan:
         format: the structure that replaces it; None leaves it dense.
         spec: the format's options, plain values.
         before: cost of the dense matrix.
-        after: cost of what replaces it.
-        error: predicted relative error in the metric, if it was computed.
-        note: why the matrix is left dense.
-        bias: whether a bias is added to a matrix that has none.
+        after: cost of its replacement.
+        error: predicted relative error in the metric, if computed.
+        note: why the matrix stays dense.
+        bias: whether a bias is added to a matrix without one.
     """
 
     name: str
@@ -45,7 +45,7 @@ class LayerPlan:
 
     @property
     def keep(self) -> float:
-        """Fraction of the matrix's parameters that remains."""
+        """Fraction of the matrix's parameters that is kept."""
         return self.after.params / self.before.params
 
 
@@ -56,9 +56,9 @@ class Plan:
     Attributes:
         scheme: name of the scheme.
         metric: how errors are measured.
-        request: the options asked for.
-        layers: one entry a target, in the model's order.
-        model: cost of the whole model before.
+        request: the options given.
+        layers: one entry per target, in the model's order.
+        model: cost of the whole model before compression.
         skipped: modules that matched but are left alone, with the reason.
         coverage: every parameter of two or more dimensions that is left as it is; None of a plan
             that was written before plans said so.
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def targets_before(self) -> Cost:
-        """Cost of all targets as they are."""
+        """Cost of all targets before compression."""
         return total(layer.before for layer in self.layers)
 
     @property
@@ -98,7 +98,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Return the plan that :meth:`to_json` wrote.
+        """Read a plan written by :meth:`to_json`.
 
         Raises:
             OptionError: if the text is not such a plan.
@@ -107,7 +107,8 @@ class Plan:
             data = json.loads(text)
             if data.pop("format_version") != FORMAT_VERSION:
                 raise OptionError(
-                    f"this plan is not of format_version {FORMAT_VERSION}; make it with this tnlm"
+                    f"this plan does not have format_version {FORMAT_VERSION}; make it again with "
+                    "this tnlm"
                 )
             layers = tuple(_layer(**layer) for layer in data.pop("layers"))
             covered = Coverage.read(data.pop("coverage", None))
@@ -139,11 +140,11 @@ class Plan:
         return "\n".join([*table(self.layers), *self.left(), *self.summary()])
 
     def left(self) -> list[str]:
-        """Return the table of what is left as it is; no lines where that is not known."""
+        """Return the table of parameters left unchanged; no lines if they are not known."""
         return self.coverage.table() if self.coverage else []
 
     def summary(self) -> list[str]:
-        """Return the totals, a line each."""
+        """Return the totals, one line each."""
         return [
             f"targets: {change(self.targets_before, self.targets_after)}",
             f"model:   {change(self.model, self.model_after)}",
@@ -182,7 +183,7 @@ def _short(value: Any) -> str:
 
 
 def change(before: Cost, after: Cost) -> str:
-    """Return a line that compares two costs."""
+    """Return one line that compares two costs."""
     parts = []
     for name in ("params", "bytes", "macs"):
         old, new = getattr(before, name), getattr(after, name)

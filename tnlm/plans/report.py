@@ -1,4 +1,4 @@
-"""What a compression did: asked and achieved, per matrix and for the whole model."""
+"""The report of a compression: costs, errors and times, per matrix and for the whole model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tnlm.errors import OptionError
 from tnlm.plans.plan import FORMAT_VERSION, LayerPlan, Plan, table
 
 COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs"}
-"""What a cost counts, and its name in a report."""
+"""The name in a report of each unit of cost."""
 PACKAGES = ("transformers", "tensorly", "numpy")
-"""What the numbers of a model depend on, beside tnlm, torch and Python."""
+"""Packages on which results depend, besides tnlm, torch and Python."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes here.
+    """Return the versions of Python and of the packages on which results depend.
 
     Example:
         >>> list(versions())[:3]
         ['python', 'tnlm', 'torch']
     """
-    own = importlib.import_module("tnlm").__version__  # of the code that runs, installed or not
+    own = importlib.import_module("tnlm").__version__  # the running code may not be installed
     found = {"python": platform.python_version(), "tnlm": own, "torch": str(torch.__version__)}
     return found | {package: metadata.version(package) for package in PACKAGES}
 
@@ -41,10 +41,10 @@ class Report:
         plan: decisions and costs; every ``error`` is measured, in the plan's metric.
         seconds: wall time by stage: calibrate, plan, fit.
         tokens: calibration tokens used.
-        data: the arguments by which data was drawn; empty if none was looked at.
-        fingerprint: SHA-256 of the tokens drawn, those for calibration before those for training;
-            empty if there were none.
-        versions: of what computed it.
+        data: the arguments by which data was drawn; empty if no data was used.
+        fingerprint: SHA-256 of the tokens drawn, for calibration and then for training; empty if
+            there were none.
+        versions: versions of the software used.
     """
 
     plan: Plan
@@ -98,7 +98,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Return the report that :meth:`to_json` wrote; ``tnlm.save`` keeps it beside a model.
+        """Read a report written by :meth:`to_json`; ``tnlm.save`` keeps it beside a model.
 
         Raises:
             OptionError: if the text is not such a report.
@@ -123,7 +123,7 @@ class Report:
             raise OptionError(f"not a tnlm report: {error!r}") from error
 
     def summary(self) -> list[str]:
-        """Return the totals and times, a line each."""
+        """Return the totals and times, one line each."""
         times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         return [*self.plan.summary(), f"time:    {times}"]
 
@@ -133,7 +133,7 @@ class Report:
 
 
 def with_errors(plan: Plan, errors: Mapping[str, float]) -> Plan:
-    """Return the plan with measured errors in place of predicted ones."""
+    """Return the plan with measured errors instead of predicted ones."""
 
     def measured(layer: LayerPlan) -> LayerPlan:
         return replace(layer, error=errors.get(layer.name, layer.error))

@@ -1,4 +1,4 @@
-"""Named schemes: one file for each published combination of format, metric and defaults."""
+"""Named schemes, published combinations of format, metric and defaults: one file each."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def get_scheme(name: str) -> Scheme:
     """Return a scheme by name.
 
     Raises:
-        OptionError: for an unknown name, with the close and the allowed ones.
+        OptionError: if the name is unknown.
     """
     return SCHEMES.get(name)

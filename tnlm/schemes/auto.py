@@ -1,10 +1,10 @@
-"""auto: what holds quality best at a given size, by measurement."""
+"""auto: the combination with the best measured quality at a given size."""
 
 from tnlm.schemes.base import Scheme
 
 SCHEME = Scheme(
     name="auto",
-    title="our best: low rank, fewer channels or dense, whichever harms the loss least",
+    title="our best: low rank, fewer channels or dense, by least predicted loss",
     formats=("low-rank", "channels"),
     metric="two-sided",
     allocation="loss",

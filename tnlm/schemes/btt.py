@@ -1,4 +1,4 @@
-"""Block tensor train: every block of the matrix is low rank; splits are searched."""
+"""Block tensor train: every block of the matrix has low rank; splits are searched."""
 
 from tnlm.schemes.base import Scheme
 

@@ -1,4 +1,4 @@
-"""KFAC-SVD: errors weighed by inputs and by output gradients."""
+"""KFAC-SVD: errors weighted by inputs and by output gradients."""
 
 from tnlm.schemes.base import Scheme
 

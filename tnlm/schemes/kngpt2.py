@@ -8,7 +8,7 @@ SCHEME = Scheme(
     title="one Kronecker product: odd blocks and embedding, factor 2",
     formats=("kronecker", "kronecker-rows"),
     targets=(ODD_BLOCKS, TOKEN_EMBEDDINGS),
-    keep_targets=0.51,  # factor 2: half the numbers, and the small factor
+    keep_targets=0.51,  # factor 2: half the parameters, plus the small factor
     source="KnGPT2, Edalati et al. 2022, arXiv 2110.08152 (its distillation: recover='distill')",
     distillation="ilkd",
     defaults={"terms": 1},

@@ -1,4 +1,4 @@
-"""Sum of Kronecker products; splits are searched when none are given."""
+"""Sum of Kronecker products; splits are searched if none are given."""
 
 from tnlm.schemes.base import Scheme
 

@@ -1,10 +1,10 @@
-"""LoRA-weighted SVD: input features weighed by what a LoRA's gradients tell of their importance."""
+"""LoRA-weighted SVD: input features weighted by importance estimated from a LoRA's gradients."""
 
 from tnlm.schemes.base import Scheme
 
 SCHEME = Scheme(
     name="lora-svd",
-    title="low rank, input features weighed by Fisher information seen through a LoRA",
+    title="low rank, input features weighted by Fisher information estimated with a LoRA",
     formats=("low-rank",),
     metric="lora-fisher",
     source=(

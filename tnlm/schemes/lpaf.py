@@ -1,4 +1,4 @@
-"""LPAF: movement pruning, then low rank of what is left, then mixed-rank fine-tuning."""
+"""LPAF: movement pruning, then low rank of the pruned weights, then mixed-rank fine-tuning."""
 
 from tnlm.schemes.base import Scheme
 

@@ -1,7 +1,7 @@
-"""MoDeGPT's feed-forward module: fewer hidden channels; attention is cut as low rank.
+"""MoDeGPT's feed-forward module: fewer hidden channels; attention matrices get low rank.
 
-The paper cuts rotary pairs of Q and K and head sizes of V and O as well; Transformers' attention
-cannot have another head size in every block, so these matrices are whitened low rank here.
+The paper also cuts rotary pairs of Q and K and head sizes of V and O. In transformers, head sizes
+cannot differ between blocks, so these matrices get whitened low rank here.
 """
 
 from tnlm.schemes.base import Scheme

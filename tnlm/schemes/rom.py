@@ -1,6 +1,7 @@
-"""LLM-ROM: the last blocks are cut one matrix after another, each to its real inputs.
+"""LLM-ROM: the last blocks are cut one matrix after another, each fitted to its actual inputs.
 
-As published: centred covariance, no bias. ``metric="input"`` or ``metric="centered"`` corrects it.
+As published, it uses a centered covariance without a bias; ``metric="input"`` or
+``metric="centered"`` corrects this.
 """
 
 from tnlm.schemes.base import Scheme

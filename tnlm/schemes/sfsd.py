@@ -1,10 +1,10 @@
-"""SFSD: low rank of the features, with the bias that its formula asks for."""
+"""SFSD: low rank of the features, with the bias of its formula."""
 
 from tnlm.schemes.base import Scheme
 
 SCHEME = Scheme(
     name="sfsd",
-    title="low rank of the centred features, with the correct bias",
+    title="low rank of the centered features, with the correct bias",
     formats=("low-rank",),
     metric="centered",
     allocation="last",

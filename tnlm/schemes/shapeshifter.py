@@ -1,4 +1,4 @@
-"""Shapeshifter: every matrix a sum of Kronecker products; here from trained weights."""
+"""Shapeshifter: every matrix as a sum of Kronecker products, here from trained weights."""
 
 from tnlm.schemes.base import Scheme
 from tnlm.targets.selection import ALL_LINEAR, EMBEDDINGS

@@ -4,7 +4,7 @@ from tnlm.schemes.base import Scheme
 
 SCHEME = Scheme(
     name="svd-llm",
-    title="low rank of least output error on data (whitening)",
+    title="low rank with the least output error on data (whitening)",
     formats=("low-rank",),
     metric="input",
     source="SVD-LLM, Wang et al. 2024, arXiv 2403.07378",

@@ -1,4 +1,4 @@
-"""SVD-LLM v2: whitened low rank, ranks shared out within each type of matrix."""
+"""SVD-LLM v2: whitened low rank, with ranks allocated within each type of matrix."""
 
 from tnlm.schemes.base import Scheme
 

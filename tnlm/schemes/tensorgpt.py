@@ -1,4 +1,4 @@
-"""TensorGPT: every token embedding as a matrix product state of its own."""
+"""TensorGPT: every token embedding as its own matrix product state."""
 
 from tnlm.schemes.base import Scheme
 from tnlm.targets.selection import TOKEN_EMBEDDINGS

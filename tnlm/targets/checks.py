@@ -90,6 +90,6 @@ def check_bare(model: PreTrainedModel) -> None:
             )
         if is_adapter(module):
             raise ModelError(
-                f"{name} has an adapter of PEFT: load the adapter by PeftModel.from_pretrained and "
+                f"{name} has a PEFT adapter: load the adapter by PeftModel.from_pretrained and "
                 "call merge_and_unload(), or remove it by model.delete_adapter(...)"
             )

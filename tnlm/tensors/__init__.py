@@ -1,1 +1,1 @@
-"""Networks of factors as einsum equations: their algebra, gauge and cost; knows no model."""
+"""Tensor networks as einsum equations: contraction, gauge and cost; independent of models."""

@@ -1,8 +1,8 @@
-"""Plans pairwise contractions when a layer is built, so that forward only runs a fixed list.
+"""Plans contractions when a layer is built, so that forward only runs a fixed list of steps.
 
-Two plans exist for a network. The *chain* carries an activation through the factors one by one,
-each step a matrix product with one factor: that is what a layer runs. The *pairwise* plan
-contracts the factors with each other: that rebuilds the matrix, or looks up rows of it.
+A network has two plans. The *chain* carries an activation through the factors one by one, with one
+matrix product per factor; layers run this plan. The *pairwise* plan contracts the factors with each
+other, to rebuild the matrix or look up rows of it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tnlm.tensors.network import Network
 
 @dataclass(frozen=True)
 class Step:
-    """One product of the activation with one factor, seen as matrices (kept, contracted).
+    """One product of the activation with one factor, viewed as matrices (kept, contracted).
 
     Args:
         factor: the factor's name.
-        batch: modes of both that are needed later; each of their indices has its own matrix.
+        batch: shared modes that are needed later; each of their indices has its own matrix.
         kept: modes of the factor that the step adds to the activation.
         contracted: modes that the step sums over.
-        permute: how the activation's modes are reordered first, or None.
-        blocks: the number of matrices, the size of the batch modes together.
-        width: the size of the contracted modes together.
+        permute: how to reorder the activation's modes first, or None.
+        blocks: the number of matrices: the total size of the batch modes.
+        width: the total size of the contracted modes.
         rest: sizes of the activation's modes that the step leaves alone.
-        after: sizes of all its modes after the step.
+        after: sizes of all the activation's modes after the step.
     """
 
     factor: str
@@ -49,12 +49,12 @@ class Step:
 
     @property
     def rows(self) -> str:
-        """The modes that number the rows of the factor, stored as a matrix (rows, contracted)."""
+        """The modes that index the rows of the factor, stored as a matrix (rows, contracted)."""
         return self.batch + self.kept
 
     @property
     def is_flat(self) -> bool:
-        """Whether one matrix meets the whole activation as it lies."""
+        """Whether the step is one matrix product with the whole activation as stored."""
         return self.permute is None and self.blocks == 1 and math.prod(self.rest) == 1
 
 
@@ -68,12 +68,12 @@ class Chain:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The factors, in the order in which they meet the activation."""
+        """The factors, in the order in which they are applied."""
         return tuple(step.factor for step in self.steps)
 
     @cached_property
     def is_flat(self) -> bool:
-        """Whether every step contracts the whole activation as it lies, so no reshape is needed."""
+        """Whether every step takes the whole activation as stored, so that none is reshaped."""
         return all(step.is_flat for step in self.steps) and self.permute is None
 
 
@@ -82,7 +82,7 @@ def chain(network: Network, order: Sequence[str] | None = None) -> Chain:
 
     Args:
         network: the network to run.
-        order: the factors in the order wanted; the order of least multiply-adds if not given.
+        order: the order of the factors; by default, the one with the fewest multiply-adds.
 
     Raises:
         RankError: if ``order`` does not name every factor once.
@@ -119,7 +119,7 @@ def chain(network: Network, order: Sequence[str] | None = None) -> Chain:
 
 
 def _orders(network: Network) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield (multiply-adds, order) of every way to pass an activation through the factors."""
+    """Yield (multiply-adds, order) for every order of the factors."""
 
     def visit(
         current: str, done: tuple[str, ...], macs: int
@@ -137,7 +137,7 @@ def _orders(network: Network) -> Iterator[tuple[int, tuple[str, ...]]]:
 
 
 class _Roles(NamedTuple):
-    """What becomes of the modes of an activation and a factor when they meet; see `Step`."""
+    """The roles of the modes of an activation and a factor in a step; see `Step`."""
 
     rest: str
     batch: str
@@ -151,7 +151,7 @@ class _Roles(NamedTuple):
 
 
 def _roles(network: Network, current: str, factor: str, done: Sequence[str]) -> _Roles:
-    """Sort the modes: a shared one that the outputs or a later factor hold is kept as a batch."""
+    """Sort the modes; shared ones that the outputs or a later factor hold are batch modes."""
     modes = network.factors[factor]
     later = [other for name, other in network.factors.items() if name not in (factor, *done)]
     needed = network.out + "".join(later)
@@ -164,7 +164,7 @@ def _roles(network: Network, current: str, factor: str, done: Sequence[str]) -> 
 
 
 def _price(network: Network, factor: str, roles: _Roles) -> int:
-    """Multiply-adds of a step: the identity block of a gauge passes through for free."""
+    """Return the multiply-adds of a step; the identity block of a gauge is free."""
     rows, width, gauge = network.size(roles.kept), network.size(roles.contracted), network.gauge
     if gauge is not None and passes_out(network, factor, roles.batch, roles.contracted):
         rows -= network.sizes[gauge.bond]
@@ -174,7 +174,7 @@ def _price(network: Network, factor: str, roles: _Roles) -> int:
 
 
 def passes_out(network: Network, factor: str, batch: str, contracted: str) -> bool:
-    """Tell whether a step can copy what it contracts to the rows of its identity block."""
+    """Return whether a step can copy its contracted inputs to the rows of its identity block."""
     gauge = network.gauge
     return (
         gauge is not None
@@ -185,7 +185,7 @@ def passes_out(network: Network, factor: str, batch: str, contracted: str) -> bo
 
 
 def passes_in(network: Network, factor: str, batch: str, kept: str) -> bool:
-    """Tell whether a step can add the inputs at its identity block to its result as they are."""
+    """Return whether a step can add the inputs at its identity block directly to its result."""
     gauge = network.gauge
     return (
         gauge is not None
@@ -196,7 +196,7 @@ def passes_in(network: Network, factor: str, batch: str, kept: str) -> bool:
 
 
 def _permutation(network: Network, current: str, wanted: str) -> tuple[int, ...] | None:
-    """Return how modes are reordered; None if only modes of size 1 move, for a reshape does it."""
+    """Return how modes are reordered; None if only modes of size 1 move (a reshape suffices)."""
 
     def lying(modes: str) -> list[str]:
         return [mode for mode in modes if network.sizes[mode] > 1]
@@ -208,7 +208,7 @@ def _permutation(network: Network, current: str, wanted: str) -> tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pairwise:
-    """A fixed list of two-operand einsums: operand positions and the equation of each."""
+    """A fixed list of two-operand einsums: the operand positions and equation of each."""
 
     steps: tuple[tuple[tuple[int, ...], str], ...]
     macs: int
@@ -223,7 +223,7 @@ class Pairwise:
 
 
 def pairwise(network: Network) -> Pairwise:
-    """Plan how the factors are contracted with each other into a table of all open modes.
+    """Plan how to contract the factors with each other into one tensor of all open modes.
 
     Example:
         >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 6, "a": 2, "i": 5})
@@ -232,7 +232,7 @@ def pairwise(network: Network) -> Pairwise:
     """
     terms = list(network.factors.values())
     shapes = [network.shape_of(factor) for factor in network.factors]
-    # "optimal" tries every order, which takes minutes for nine factors; "dp" milliseconds.
+    # "optimal" tries every order, which takes minutes for nine factors; "dp" takes milliseconds.
     search = "optimal" if len(terms) <= 6 else "dp"
     path, _ = opt_einsum.contract_path(network.equation, *shapes, shapes=True, optimize=search)
     steps, macs = [], 0

@@ -1,4 +1,4 @@
-"""What a network of factors costs: parameters, multiply-adds, and the largest useful rank."""
+"""Costs of a tensor network: multiply-adds, and the largest useful rank."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tnlm.tensors.network import Network
 def macs(network: Network) -> int:
     """Return the multiply-adds per token of the cheapest way to apply a network.
 
-    A table of rows (an embedding, whose row mode may stand in several factors) is priced as the
-    rows it builds: the cost of one row.
+    The cost of a table (an embedding whose row mode is in several factors) is that of building one
+    row.
     """
     return row_macs(network) if is_table(network) else chain(network).macs
 
@@ -24,22 +24,22 @@ def row_macs(network: Network) -> int:
 
 
 def is_table(network: Network) -> bool:
-    """Tell whether one mode numbers the rows and stands in several factors: only rows are built.
+    """Return whether a single row mode is in several factors, so that only rows are built.
 
-    Where the rows split into several modes, as in a block tensor train, those that several factors
-    hold only number blocks, and an activation passes through the factors.
+    If the rows split into several modes, as in a block tensor train, modes in several factors only
+    index blocks, and an activation passes through the factors.
     """
     return len(network.out) == 1 and sum(network.out in m for m in network.factors.values()) > 1
 
 
 def max_rank(network: Network) -> int:
-    """Return the rank that the matrix of a network has for almost all values of its factors.
+    """Return the rank of a network's matrix for almost all values of its factors.
 
-    It is the smallest cut: however the factors are put on the side of the rows or that of the
-    columns, the rank is at most the product of the modes that the two sides share.
+    It is the minimum cut: for any division of the factors into a row side and a column side, the
+    rank is at most the product of the modes that the sides share.
 
-    Source: quantum max-flow/min-cut, Cui et al. 2016, arXiv 1508.04644, where equality may fail for
-    special sizes; for the formats here it holds.
+    Source: quantum max-flow/min-cut, Cui et al. 2016, arXiv 1508.04644. Equality may fail for
+    special sizes, but holds for the formats here.
 
     Example:
         >>> max_rank(Network({"left": "or", "right": "ri"}, "o", "i", {"o": 6, "r": 2, "i": 5}))

@@ -11,29 +11,29 @@ from torch import Tensor
 from tnlm.errors import ModelError, OptionError
 
 LARGE = 512
-"""Below this size all eigenvectors are found at once, in no more time."""
+"""Below this size, computing all eigenvectors takes no more time."""
 MOST = 0.6
-"""Share of the eigenvectors above which all of them take no more time."""
+"""Above this fraction of the eigenvectors, computing all takes no more time."""
 LOSS = 1e-4
-"""Relative excess of the discarded energy that single precision may cause."""
+"""Relative excess of discarded energy that single precision may cause."""
 _ROUNDING = 10 * float(torch.finfo(torch.float32).eps)
 
 
 def leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the largest eigenvalues of a symmetric matrix and their vectors, in float64.
+    """Return the largest eigenvalues of a symmetric matrix and their eigenvectors, in float64.
 
-    LAPACK finds a part of the spectrum in less time than all of it; where most of it is asked for,
-    the matrix is small, or not in the processor's memory, all of it is computed.
+    LAPACK computes a part of the spectrum in less time than all of it. If the matrix is small or
+    not on the CPU, or most of the spectrum is needed, all of it is computed.
 
     Args:
         gram: ``(n, n)``, symmetric, float64.
-        rank: how many, 1 to n.
+        rank: number of eigenvalues, 1 to n.
 
     Returns:
         ``(rank,)``, largest first, and ``(n, rank)`` with orthonormal columns.
 
     Raises:
-        OptionError: for a rank outside 1..n.
+        OptionError: if the rank is outside 1..n.
         ModelError: if the matrix is not finite.
 
     Example:
@@ -51,19 +51,19 @@ def leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Return an orthonormal basis ``(n, rank)``, float64, of the leading eigenvectors.
 
-    Large matrices are solved in single precision where that leaves out at most ``1 + LOSS`` times
-    the energy that must be left out, so that an error, its square root, grows by half of that. By
-    the backward stability of the solver it finds the eigenvectors of a matrix that differs by
-    ``10 eps |gram|_F`` at most, and the energy in a subspace of rank r of the two by at most
-    ``sqrt(2 r)`` times that. Where this is too much, as with a few directions that outweigh all
-    others, double precision is taken.
+    Large matrices are solved in single precision if the discarded energy is then at most
+    ``1 + LOSS`` times the minimum; an error, its square root, grows by half of that. Because the
+    solver is backward stable, it finds the eigenvectors of a matrix that differs by at most
+    ``10 eps |gram|_F``, and the energy in a subspace of rank r differs by at most ``sqrt(2 r)``
+    times that. If this bound is too large, as when a few directions dominate, double precision is
+    used.
 
     Args:
         gram: ``(n, n)``, symmetric, positive semi-definite, float64.
-        rank: how many, 1 to n.
+        rank: number of eigenvectors, 1 to n.
 
     Raises:
-        OptionError: for a rank outside 1..n.
+        OptionError: if the rank is outside 1..n.
         ModelError: if the matrix is not finite.
 
     Example:
@@ -85,19 +85,20 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
 def leading_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return leading left singular vectors U of a wide matrix, and ``U.T @ matrix``, in float64.
 
-    The energy left out is at most ``1 + LOSS`` times the least, as in :func:`leading_eigenvectors`.
-    Here the Gram matrix is of single precision, too: what that does to the energy in the subspace
-    found is measured in double precision, and as much is allowed for in the best one.
+    The discarded energy is at most ``1 + LOSS`` times the minimum, as in
+    :func:`leading_eigenvectors`. Here the Gram matrix is in single precision too. Its effect on the
+    energy in the subspace found is measured in double precision, and the same effect is assumed for
+    the best subspace.
 
     Args:
-        matrix: ``(m, n)``, float64, with m at most n for the least work.
-        rank: how many, 1 to m.
+        matrix: ``(m, n)``, float64; cheapest if m is at most n.
+        rank: number of singular vectors, 1 to m.
 
     Returns:
         ``(m, rank)`` with orthonormal columns, and ``(rank, n)``.
 
     Raises:
-        OptionError: for a rank outside 1..m.
+        OptionError: if the rank is outside 1..m.
         ModelError: if the matrix is not finite.
 
     Example:
@@ -123,7 +124,9 @@ def leading_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _check(gram: Tensor, rank: int) -> None:
     if not 1 <= rank <= len(gram):
-        raise OptionError(f"rank={rank} of a {len(gram)}x{len(gram)} matrix; allowed: 1 and more")
+        raise OptionError(
+            f"rank={rank} of a {len(gram)}x{len(gram)} matrix; allowed: 1 to {len(gram)}"
+        )
     if not bool(gram.isfinite().all()):
         raise ModelError("a matrix to decompose is not finite")
 
@@ -138,14 +141,14 @@ def _lapack(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, vectors = scipy.linalg.eigh(
         gram.numpy(), subset_by_index=[size - rank, size - 1], driver="evr", check_finite=False
     )
-    if len(values) < rank:  # it may lose some where many are equal
+    if len(values) < rank:  # LAPACK may miss some if many are equal
         whole, basis = torch.linalg.eigh(gram)
         return whole.flip(0)[:rank], basis.flip(1)[:, :rank]
     return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    """Make columns that are so to single precision orthonormal to double (Cholesky QR)."""
+    """Refine columns orthonormal in single precision to double precision (Cholesky QR)."""
     root = torch.linalg.cholesky(basis.T @ basis)
     found: Tensor = torch.linalg.solve_triangular(root.T, basis, upper=True, left=False)
     return found

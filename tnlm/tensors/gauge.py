@@ -1,10 +1,10 @@
-"""Gauge-fixed storage: one factor of a bond is kept with an identity block that is not stored.
+"""Gauge-fixed storage: one factor of a bond has an identity block, which is not stored.
 
-A product ``F @ G`` with inner size r is unchanged by ``F @ X, inverse(X) @ G``: r**2 of its
-numbers are redundant. Take r pivot rows P of F; then
-``F @ G = (F @ inverse(F[P])) @ (F[P] @ G)``, where the first factor has an identity at P and the
-second holds rows of the product itself. Source: the pivoting of PIFA (arXiv 2501.19090) and the
-junction matrix of LatentLLM (arXiv 2505.18413), here for any bond of any network.
+A product ``F @ G`` with inner size r does not change under ``F @ X, inverse(X) @ G``, so r**2 of
+its parameters are redundant. With r pivot rows P of F,
+``F @ G = (F @ inverse(F[P])) @ (F[P] @ G)``; the first factor has an identity at P, and the second
+holds rows of the product itself. Source: the pivoting of PIFA (arXiv 2501.19090) and the junction
+matrix of LatentLLM (arXiv 2505.18413), here for any bond of any network.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from tnlm.tensors.linalg import pivot_rows
 from tnlm.tensors.network import Factors, Network
 
 ORDER = "_order"
-"""Suffix of the name under which the row order of a gauge-fixed factor is stored."""
+"""Suffix of the tensor that stores the row order of a gauge-fixed factor."""
 
 
 def fix(network: Network, factors: Factors) -> Factors:
-    """Return the tensors to store: an identity block taken out of the network's gauged bond.
+    """Fix the gauge of a network's factors, and return the tensors to store.
 
     Args:
-        network: names the gauge; without one the factors are returned as they are.
-        factors: every factor in full, float64 for full accuracy.
+        network: names the gauge; without one, the factors are returned unchanged.
+        factors: all full factors, in float64 for full accuracy.
 
     Returns:
-        The factors; the gauged one as its free rows ``(rows - r, r)``, with ``<factor>_order``
-        (int64, one entry a row) beside it. No free coefficient exceeds 2.
+        The factors; the gauged one as its free rows ``(rows - r, r)`` with ``<factor>_order``
+        (int64, one entry per row). No free coefficient exceeds 2.
 
     Example:
         >>> from tnlm.tensors.network import Gauge, Network
@@ -63,7 +63,7 @@ def fix(network: Network, factors: Factors) -> Factors:
 
 
 def expand(network: Network, stored: Factors) -> Factors:
-    """Return every factor in full, the inverse of :func:`fix` up to the gauge."""
+    """Return all full factors: the inverse of :func:`fix`, up to the gauge."""
     if network.gauge is None:
         return stored
     name, bond = network.gauge.factor, network.gauge.bond

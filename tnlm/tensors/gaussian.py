@@ -1,4 +1,4 @@
-"""Random factors whose product has a given standard deviation, to train from scratch."""
+"""Random factors whose product has a given standard deviation, for training from scratch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tnlm.tensors.network import Factors, Network
 def gaussian(network: Network, std: float, generator: torch.Generator | None = None) -> Factors:
     """Draw every factor from a normal distribution, so that the matrix has mean 0 and ``std``.
 
-    An entry of the matrix is a sum over all values of the bonds of products of one number from
-    each factor, independent and of mean 0. With p such values and k factors of standard deviation
-    s, its variance is ``p * s**(2 * k)``, hence ``s = (std**2 / p)**(1 / (2 * k))``. Each factor is
-    scaled to have s exactly as its root mean square: some hold two numbers only.
+    An entry of the matrix is a sum, over all p values of the bonds, of products of k independent
+    entries with mean 0, one from each factor. If these have standard deviation s, the variance is
+    ``p * s**(2 * k)``, hence ``s = (std**2 / p)**(1 / (2 * k))``. Each factor is scaled to have
+    exactly s as its root mean square, since some factors have only two entries.
 
     Args:
-        network: of the matrix.
-        std: standard deviation of an entry.
-        generator: on the CPU.
+        network: network of the matrix.
+        std: standard deviation of the matrix's entries.
+        generator: a CPU generator.
 
     Returns:
-        Every factor in full, float64.
+        All full factors, float64.
 
     Example:
         >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 300, "a": 8, "i": 200})

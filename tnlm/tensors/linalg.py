@@ -1,4 +1,4 @@
-"""Truncated SVD and the row selection that gauge fixing rests on."""
+"""Truncated SVD, and the selection of pivot rows for gauge fixing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from tnlm.errors import ModelError, OptionError
 from tnlm.tensors.eigen import leading_left
 
 EXACT_BELOW = 32
-"""Up to this smaller side LAPACK's full SVD is as fast as the Gram matrix, and exact."""
+"""Up to this size of the smaller side, LAPACK's full SVD is as fast as the Gram route, and exact.
+"""
 
 
 class SVD(NamedTuple):
-    """A truncated SVD and the squared Frobenius norm of what it leaves out."""
+    """A truncated SVD, with the squared Frobenius norm of the discarded part."""
 
     u: Tensor
     s: Tensor
@@ -38,13 +39,13 @@ def truncated_svd(
         tolerance: instead of ``rank``, the relative error allowed: the smallest rank whose
             discarded energy is at most ``(tolerance * norm) ** 2``.
         method: ``"exact"`` (LAPACK), ``"gram"`` (eigenvectors of the smaller Gram matrix) or
-            ``"auto"``. The Gram route is faster, most at a small rank; its product ``u * s @ vh``
-            is an exact projection of ``matrix``, whose error is at most 1.00005 times the least
-            (see :func:`tnlm.tensors.eigen.leading_left`), but singular values below 1e-8
-            of the largest, and the larger-side vectors that belong to them, are not accurate.
+            ``"auto"``. The Gram route is faster, especially at small rank. Its product
+            ``u * s @ vh`` is an exact projection of ``matrix``, with an error at most 1.00005
+            times the minimum (see :func:`tnlm.tensors.eigen.leading_left`), but singular values
+            below 1e-8 of the largest, and their vectors on the larger side, are inaccurate.
 
     Raises:
-        OptionError: for a rank outside 1..min(m, n) or an unknown method.
+        OptionError: if the rank is outside 1..min(m, n), or the method is unknown.
 
     Source: Eckart and Young, 1936.
 
@@ -77,7 +78,7 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = _gram_svd(matrix.T, rank)
         return vh.T, s, u.T
     u, scaled = leading_left(matrix, rank)
-    if rank < len(matrix):  # any basis of the subspace so far; its own singular vectors now
+    if rank < len(matrix):  # u is any basis of the subspace: rotate it to singular vectors
         turn = torch.linalg.eigh(scaled @ scaled.T)[1].flip(-1)
         u, scaled = u @ turn, turn.T @ scaled
     s = scaled.norm(dim=1)
@@ -95,7 +96,7 @@ def _fix_signs(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def energies(gram: Tensor) -> Tensor:
-    """Return the eigenvalues of a Gram matrix, largest first, none negative."""
+    """Return the eigenvalues of a Gram matrix, largest first, clamped at 0."""
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.flip(0).clamp_min(0.0)
 
@@ -111,8 +112,8 @@ def rank_for(energy: Tensor, tolerance: float, total: float | None = None) -> in
 
     Args:
         energy: squared singular values, largest first.
-        tolerance: relative error, so that tail energy <= tolerance**2 * total.
-        total: all the energy; the sum of ``energy`` when not given.
+        tolerance: relative error: the tail is at most ``tolerance**2 * total``.
+        total: total energy; by default, the sum of ``energy``.
 
     Example:
         >>> rank_for(torch.tensor([9.0, 4.0, 1.0]), tolerance=0.3)
@@ -133,25 +134,25 @@ def tails(energy: Tensor) -> Tensor:
 def pivot_rows(basis: Tensor, bound: float = 2.0) -> Tensor:
     """Choose rows of a tall matrix that span all its rows with small coefficients.
 
-    LU with partial pivoting gives the start; rows are then swapped while any coefficient of
+    Start from LU with partial pivoting, then swap rows while any coefficient of
     ``basis @ inverse(basis[rows])`` exceeds ``bound``. Every swap multiplies the volume of the
-    chosen block by more than ``bound``, so the loop ends.
+    chosen block by more than ``bound``, so the loop terminates.
 
     Args:
         basis: ``(m, r)`` with orthonormal columns, ``m >= r``.
         bound: largest coefficient allowed, above 1.
 
     Returns:
-        ``r`` row numbers.
+        ``r`` row indices.
 
     Raises:
-        ModelError: if the basis holds NaN or infinity, for which no choice would end.
+        ModelError: if the basis has NaN or infinity, for which the loop would not terminate.
 
     Source: Goreinov, Oseledets, Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good
     submatrix", 2010 (maxvol).
     """
     if not bool(basis.isfinite().all()):
-        raise ModelError("the factors are not finite: no rows can be chosen")
+        raise ModelError("the factors are not finite, so no pivot rows can be chosen")
     rank = basis.shape[1]
     pivots = torch.linalg.lu_factor(basis)[1]
     permutation = torch.arange(basis.shape[0], device=basis.device)

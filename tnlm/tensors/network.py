@@ -1,4 +1,4 @@
-"""The tensor network that stands for a matrix: named factors, their modes, and what they cost."""
+"""The tensor network of a matrix: named factors, their modes, and their cost."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from functools import cached_property
 from torch import Tensor
 
 Factors = dict[str, Tensor]
-"""Factor name to tensor; the axes of each tensor are the modes that the network names."""
+"""Tensors by factor name; the axes of each are the factor's modes in the network."""
 
 
 @dataclass(frozen=True)
 class Gauge:
-    """Where the identity block of a gauge-fixed bond is kept.
+    """The place of the identity block of a gauge-fixed bond.
 
-    ``factor``, unfolded as (all its other modes, ``bond``), is stored without the rows that
-    form an identity, so that ``size(bond)**2`` numbers are never written (see `tnlm.gauge`).
+    ``factor``, unfolded as (all its other modes, ``bond``), is stored without the rows that form an
+    identity, which saves ``size(bond)**2`` parameters (see `tnlm.tensors.gauge`).
     """
 
     factor: str
@@ -30,16 +30,16 @@ class Network:
     """A matrix of shape (out, in) as an einsum over named factors.
 
     Args:
-        factors: factor name to its modes, one letter each, e.g. ``{"left": "oa", "right": "ai"}``.
+        factors: the modes of each factor, one letter each, e.g. ``{"left": "oa", "right": "ai"}``.
         out: the open modes that make up the rows, outermost first.
         inp: the open modes that make up the columns, outermost first.
         sizes: the size of every mode.
         gauge: the bond that is stored with an identity block, if any.
 
-    A mode stands in two factors (a bond, summed over), or in one factor and ``out`` or ``inp`` (an
-    open mode). An open mode may also stand in several factors: it then numbers blocks, which meet
-    only their equals. Such is the row of a table, as in a per-token MPS, and such are the modes
-    that both factors of a block tensor train share.
+    A mode is either a bond, in two factors and summed over, or an open mode, in one factor and in
+    ``out`` or ``inp``. An open mode may also be in several factors; it then indexes blocks, and
+    each block interacts only with blocks of the same index. Examples are the row of a table, as in
+    a per-token MPS, and the modes shared by both factors of a block tensor train.
 
     Example:
         >>> low_rank = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 6, "a": 2, "i": 5})
@@ -55,7 +55,7 @@ class Network:
 
     @cached_property
     def equation(self) -> str:
-        """The einsum equation that rebuilds the matrix, with one axis per open mode."""
+        """The einsum equation of the matrix, with one axis per open mode."""
         return ",".join(self.factors.values()) + "->" + self.out + self.inp
 
     @cached_property
@@ -65,7 +65,7 @@ class Network:
 
     @cached_property
     def params(self) -> int:
-        """Numbers stored: all factors, less the identity block of a gauge-fixed bond."""
+        """Parameters stored: all factors without the identity block of a gauge-fixed bond."""
         saved = self.sizes[self.gauge.bond] ** 2 if self.gauge else 0
         return sum(self.size(modes) for modes in self.factors.values()) - saved
 
@@ -92,7 +92,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a matrix costs: numbers stored, bytes on disk, multiply-adds per token."""
+    """The cost of a matrix: parameters, bytes on disk, multiply-adds per token."""
 
     params: int
     bytes: int

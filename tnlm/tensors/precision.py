@@ -1,4 +1,4 @@
-"""Factors in the precision in which a model stores them: all finite, or an error."""
+"""Converts factors to the precision of a model: all finite, or an error."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tnlm.tensors.network import Factors, Network
 
 
 def is_half(dtype: torch.dtype) -> bool:
-    """Tell whether numbers of a dtype have fewer bits than float32."""
+    """Return whether a dtype has fewer bits than float32."""
     return torch.finfo(dtype).bits < 32
 
 
 def as_stored(network: Network, factors: Factors, dtype: torch.dtype, name: str) -> Factors:
-    """Return factors in a dtype; orders of rows stay whole numbers.
+    """Convert factors to a dtype; row orders stay integers.
 
-    Where one is too large for the dtype, scale moves between the factors first: all get the same
-    largest entry. A gauge-fixed factor keeps its scale, as it stands beside an identity.
+    If a factor is too large for the dtype, the factors are first rescaled to the same largest
+    entry. A gauge-fixed factor keeps its scale, which its identity block fixes.
 
     Args:
-        network: what the factors belong to.
+        network: network of the factors.
         factors: the tensors to store, float64.
-        dtype: of the model's weight.
-        name: of the matrix, for the error.
+        dtype: dtype of the model's weight.
+        name: name of the matrix, for the error.
 
     Raises:
-        ModelError: if a factor is too large all the same.
+        ModelError: if a factor is still too large.
 
     Example:
         >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 1, "a": 1, "i": 1})
@@ -48,22 +48,22 @@ def as_stored(network: Network, factors: Factors, dtype: torch.dtype, name: str)
 
 
 def widened(factors: Factors) -> Factors:
-    """Return factors in float64; orders of rows stay whole numbers."""
+    """Convert factors to float64; row orders stay integers."""
     return {k: f.double() if f.is_floating_point() else f for k, f in factors.items()}
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """Return a tensor in a dtype.
+    """Convert a tensor to a dtype.
 
     Raises:
-        ModelError: if a number is too large for it, or not finite.
+        ModelError: if a value is too large for the dtype, or not finite.
     """
     made = tensor.to(dtype)
     if bool(made.isfinite().all()):
         return made
     largest, limit = float(tensor.abs().max()), torch.finfo(dtype).max
     raise ModelError(
-        f"{what} reaches {largest:.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+        f"{what} reaches {largest:.3g}, but the largest {str(dtype).removeprefix('torch.')} is "
         f"{limit:.3g}; load the model in bfloat16 or float32, or ignore this matrix"
     )
 
@@ -73,7 +73,7 @@ def _fits(factor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _evened(network: Network, factors: Factors) -> Factors:
-    """Return the same network with equal largest entries in all factors that may be scaled."""
+    """Rescale all factors except a gauge-fixed one to the same largest entry."""
     fixed = network.gauge.factor if network.gauge else None
     free = {n: float(factors[n].abs().max()) for n in network.factors if n != fixed}
     if len(free) < 2 or not all(0 < size < math.inf for size in free.values()):

@@ -10,7 +10,7 @@ Split = tuple[int, int]
 
 
 def rearrange(weight: Tensor, out_split: Sequence[int], in_split: Sequence[int]) -> Tensor:
-    """Return R(W), whose rows are the flattened blocks of W.
+    """Rearrange W into R(W), whose rows are the flattened blocks of W.
 
     Args:
         weight: ``(o0*o1, i0*i1)``.
@@ -18,7 +18,7 @@ def rearrange(weight: Tensor, out_split: Sequence[int], in_split: Sequence[int])
         in_split: ``(i0, i1)``.
 
     Returns:
-        ``(o0*i0, o1*i1)``, such that R(kron(A, B)) = vec(A) vec(B).T for A of ``(o0, i0)``.
+        ``(o0*i0, o1*i1)``, such that R(kron(A, B)) = vec(A) vec(B).T for A of shape ``(o0, i0)``.
 
     Source: Van Loan and Pitsianis, "Approximation with Kronecker products", 1993.
 
@@ -48,7 +48,7 @@ def sample(weight: Tensor, out_split: Split, in_split: Split, keep: int) -> Tens
 
 
 def divisor_pairs(size: int) -> Iterator[Split]:
-    """Yield every (outer, inner) pair of whole numbers whose product is ``size``.
+    """Yield every pair (outer, inner) of whole numbers whose product is ``size``.
 
     Example:
         >>> list(divisor_pairs(6))

@@ -1,1 +1,1 @@
-"""Helpers that any part of the library may use; they import none of it but the errors."""
+"""Helpers for all parts of the library; they import nothing of it but the errors."""

@@ -19,14 +19,14 @@ def check_whole(
     """Raise an error unless a value is a whole number within bounds; ``True`` is not one.
 
     Args:
-        argument: what the error calls the value.
-        value: what the user gave.
+        argument: name of the value in the error.
+        value: the value given.
         least: the smallest value allowed.
         most: the largest value allowed, if there is one.
         error: the class to raise.
 
     Raises:
-        OptionError: or the class given, for any other value.
+        OptionError: or ``error``, for any other value.
 
     Example:
         >>> check_whole("groups", 0)
@@ -43,7 +43,7 @@ def check_whole(
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Tell whether a value is a whole number; ``True`` is not one.
+    """Return whether a value is a whole number; ``True`` is not one.
 
     Example:
         >>> is_whole(3), is_whole(3.0), is_whole(True)
@@ -53,7 +53,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Tell whether a value is a finite number; ``True`` is not one.
+    """Return whether a value is a finite number; ``True`` is not one.
 
     Example:
         >>> is_real(3), is_real(0.5), is_real(float("nan")), is_real(True)

@@ -1,4 +1,4 @@
-"""Folders for work in progress that are known to be forsaken when their process is gone."""
+"""Folders for work in progress, recognised as abandoned once their process is gone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PREFIX = ".tnlm-work-"
 
 
 class Claim:
-    """A folder of a name of its own, which this process has locked.
+    """A uniquely named folder, locked by this process.
 
-    Making one removes those beside it whose processes are gone.
+    Making one removes its siblings whose processes are gone.
 
     Args:
-        parent: a folder that is there.
+        parent: an existing folder.
 
     Raises:
         OSError: if no folder can be made there.
@@ -43,7 +43,7 @@ class Claim:
         sweep(parent)
         self._made: list[Path] = []
         self._locks: list[Lock] = []
-        weakref.finalize(self, _remove, self._made, self._locks)  # if nobody drops it
+        weakref.finalize(self, _remove, self._made, self._locks)  # in case nobody drops it
         while True:
             self._made.append(parent / f"{PREFIX}{uuid.uuid4().hex[:12]}")
             self._locks.append(Lock(self.folder / "lock"))
@@ -51,7 +51,7 @@ class Claim:
             try:
                 if self.lock.take():
                     return
-            except FileNotFoundError:  # another process has swept it just now
+            except FileNotFoundError:  # another process has just swept it
                 continue
 
     @property
@@ -61,11 +61,11 @@ class Claim:
 
     @property
     def lock(self) -> Lock:
-        """What keeps others from removing it."""
+        """The lock that keeps others from removing the folder."""
         return self._locks[-1]
 
     def drop(self) -> None:
-        """Remove the folder, if it still has this name."""
+        """Remove the folder, unless it was renamed."""
         _remove(self._made, self._locks)
 
 
@@ -92,7 +92,7 @@ def sweep(parent: Path) -> None:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Give a block a folder in the temporary directory; the next one sweeps what a kill leaves.
+    """Yield a folder in the temporary directory; what a killed process leaves is swept later.
 
     Example:
         >>> with temporary_folder() as folder:

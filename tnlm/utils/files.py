@@ -1,4 +1,4 @@
-"""Single files that are written whole or not at all."""
+"""Writes single files completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tnlm.utils.undo import attempt
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file aside, in UTF-8, and give it its name when it is complete.
+    """Write a text file in UTF-8 atomically: elsewhere first, then moved into place.
 
-    A file that stood there is then replaced; a link to a file stays one.
+    An existing file is replaced; a link to a file stays a link.
 
     Raises:
-        OSError: if it cannot be written; what stood there is as it was.
+        OSError: if it cannot be written; an existing file is then unchanged.
 
     Example:
         >>> import tempfile
@@ -41,7 +41,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def check_names(*paths: Path) -> None:
-    """Raise `CheckpointError` for a path that the system cannot even look for.
+    """Raise `CheckpointError` for a path that the file system cannot represent.
 
     Example:
         >>> check_names(Path("no-such-file"))

@@ -1,4 +1,4 @@
-"""Names a model by its config and weights."""
+"""A hash of a model's config and weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
-"""What a config says about where a model comes from, not what it computes."""
+"""Config fields about a model's origin, not its computation."""
 
 
 def model_hash(model: PreTrainedModel) -> str:
-    """Name a model by its config and weights.
+    """Return a hash of a model's config and weights.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

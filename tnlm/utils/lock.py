@@ -1,4 +1,4 @@
-"""Locks that die with their process: who can lock a file knows that its writer is gone."""
+"""Locks that die with their process: a file that can be locked has no living writer."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ else:
 
 BUSY = {errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 UNKNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What file systems without locks say; who signed a file then counts as its holder."""
+"""Errors of file systems without locks; the process that signed a file then counts as holder."""
 
 
 class Lock:
-    """A file that one process at a time can hold.
+    """A lock file that one process at a time can hold.
 
     Args:
-        path: in a folder that is there; made when the lock is taken, and never removed by it.
+        path: in an existing folder; created when the lock is taken, and never removed by it.
 
     Example:
         >>> import tempfile
@@ -44,16 +44,16 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        """Hold nothing yet."""
+        """Start without the lock."""
         self.path = path
         self._handles: list[int] = []
         weakref.finalize(self, _close, self._handles)
 
     def take(self, *, wait: bool = False) -> bool:
-        """Take the lock, until it is closed, and sign it; return False if another has it.
+        """Take the lock and sign the file; return False if another process holds it.
 
         Raises:
-            OSError: if the file cannot be made.
+            OSError: if the file cannot be created.
         """
         while True:
             self._handles.append(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666))
@@ -62,7 +62,7 @@ class Lock:
                 return False
             if self.stands():
                 break
-            self.close()  # who held it has removed or replaced the file: a new one is made
+            self.close()  # its last holder removed or replaced the file: try again
         os.truncate(self.path, 0)
         os.write(self._handles[-1], f"process {os.getpid()} on {socket.gethostname()}".encode())
         return True
@@ -79,7 +79,7 @@ class Lock:
         return True
 
     def stands(self) -> bool:
-        """Whether this holds the lock, and its file still has its name."""
+        """Return whether this holds the lock, and the file still exists under its name."""
         try:
             return bool(self._handles) and os.path.samestat(
                 os.fstat(self._handles[-1]), self.path.stat()
@@ -88,13 +88,13 @@ class Lock:
             return False
 
     def holder(self) -> str:
-        """Return who took the lock last."""
+        """Return the name of the process that took the lock last."""
         with contextlib.suppress(OSError, ValueError):
             return self.path.read_text(encoding="utf-8") or "another process"
         return "another process"
 
     def _lives(self) -> bool:
-        """Whether the one who signed may still run, as far as this host can tell."""
+        """Return whether the process that signed may still run, as far as this host knows."""
         words = self.holder().split(maxsplit=3)
         if len(words) < 4 or words[3] != socket.gethostname():
             return len(words) == 4
@@ -105,7 +105,7 @@ class Lock:
         return True
 
     def close(self) -> None:
-        """Let others take it."""
+        """Release the lock."""
         _close(self._handles)
 
 

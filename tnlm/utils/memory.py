@@ -1,4 +1,4 @@
-"""Gives freed memory back to the operating system."""
+"""Returns freed memory to the operating system."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 def release() -> None:
     """Return freed heap pages to the system, where the C library can (glibc).
 
-    Fitting makes large short-lived tensors between small long-lived ones; glibc then keeps the
-    gaps, which add up to more than the model itself.
+    Fits allocate large short-lived tensors between small long-lived ones; glibc keeps the gaps,
+    which add up to more than the model itself.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -24,11 +24,11 @@ def release() -> None:
 
 
 def unmap(model: nn.Module) -> None:
-    """Copy a model's weights out of the checkpoint file that they may be mapped from.
+    """Copy a model's weights out of a memory-mapped checkpoint file.
 
-    Tensors loaded from safetensors share one mapping of the whole file, which stays resident as
-    long as any of them is alive. Call it when the large weights have been moved away: what remains
-    is copied one by one, and the mapping goes.
+    Tensors loaded from safetensors share one mapping of the whole file, which stays resident while
+    any of them is alive. Call this once the large weights are gone: it copies the remaining ones,
+    so that the mapping can be released.
     """
     parameters = list(model.parameters())
     uses = Counter(p.untyped_storage().data_ptr() for p in parameters)

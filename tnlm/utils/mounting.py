@@ -10,10 +10,10 @@ from torch import nn
 
 @contextmanager
 def modules_kept(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Module]]:
-    """Restore modules of a model after a block, also when it fails.
+    """Restore modules of a model after a block, even if it fails.
 
     Args:
-        model: may have these modules replaced in the block.
+        model: the block may replace these modules of it.
         names: dotted names of the modules.
 
     Yields:

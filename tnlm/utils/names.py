@@ -1,4 +1,4 @@
-"""Reads the dotted names of matrices: which block they are in, and their kind in every block."""
+"""Parses dotted names of matrices: the block they are in, and their kind within a block."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _BLOCK = re.compile(r"(^|\.)(\d+)(?=\.)")
 
 
 def split_at_block(name: str) -> tuple[str, int, str] | None:
-    """Split a dotted name into what stands before its block number, the number, and what follows.
+    """Split a dotted name at its block number, into prefix, number and suffix.
 
-    The first number that is a part of its own counts; None if there is none.
+    The block number is the first part that is a number; return None if there is none.
 
     Example:
         >>> split_at_block("model.layers.3.experts.0.up_proj"), split_at_block("lm_head")
@@ -24,7 +24,7 @@ def split_at_block(name: str) -> tuple[str, int, str] | None:
 
 
 def block_of(name: str) -> int | None:
-    """Return the number of the block that a module is in, or is itself; None outside of blocks.
+    """Return the number of the block that a module is, or is in; None outside of blocks.
 
     Example:
         >>> block_of("model.layers.12.mlp.up_proj"), block_of("h.3"), block_of("lm_head")
@@ -35,7 +35,7 @@ def block_of(name: str) -> int | None:
 
 
 def place(name: str) -> tuple[str, int]:
-    """Return a matrix's kind, which is its name without the block, and its block, -1 if none.
+    """Return a matrix's kind (its name without the block number) and its block (-1 if none).
 
     Example:
         >>> place("model.layers.3.mlp.up_proj"), place("lm_head")
@@ -81,7 +81,7 @@ def unprefixed(names: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(kinds: Sequence[str]) -> dict[str, str]:
-    """Return short names of kinds: without the shared prefix; of joined kinds, the last words.
+    """Return short names of kinds: without the shared prefix; for joined kinds, the last parts.
 
     Example:
         >>> shortened(["mlp.up", "mlp.down", "mlp.gate+mlp.up"])

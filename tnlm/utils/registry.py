@@ -1,4 +1,4 @@
-"""Finds what a package holds by looking: one object a file, no list to keep."""
+"""Discovers the objects of a package: one per file, with no list to maintain."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """The objects that the modules of a package keep under a name, and those added from outside.
+    """The named objects that a package's modules define, and those added from outside.
 
     Args:
         package: dotted name, e.g. ``"tnlm.schemes"``.
-        attribute: the module-level name looked for, e.g. ``"SCHEME"``, of one object or a tuple of
-            them; modules without it are helpers and are passed over.
-        kind: what the objects are called in errors.
+        attribute: module-level name of an object or a tuple of objects, e.g. ``"SCHEME"``; modules
+            without it are skipped as helpers.
+        kind: what errors call the objects.
 
     Example:
         >>> schemes = Registry("tnlm.schemes", "SCHEME", "scheme")
@@ -29,7 +29,7 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, package: str, attribute: str, kind: str) -> None:
-        """Look at nothing yet; see the class for the arguments."""
+        """Import nothing yet; see the class for the arguments."""
         self._package, self._attribute, self.kind = package, attribute, kind
         self._added: dict[str, T] = {}
 
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
             yield from held if isinstance(held, tuple) else (held,)
 
     def all(self) -> dict[str, T]:
-        """Return the objects by their own ``name``, sorted.
+        """Return the objects by ``name``, sorted.
 
         Raises:
             OptionError: if two modules use the same name.
@@ -60,7 +60,7 @@ class Registry(Generic[T]):
         """Return an object by name.
 
         Raises:
-            OptionError: for an unknown name, with the close and the allowed ones.
+            OptionError: if the name is unknown.
         """
         items = self.all()
         if not isinstance(name, str) or name not in items:
@@ -71,19 +71,19 @@ class Registry(Generic[T]):
         """Add an object, until the process ends or it is removed.
 
         Raises:
-            OptionError: if its name is taken, or is none.
+            OptionError: if its name is taken or invalid.
         """
         if not isinstance(item.name, str) or not item.name:
-            raise OptionError(f"a {self.kind} named {item.name!r}; allowed: a text")
+            raise OptionError(f"a {self.kind} named {item.name!r}; allowed: a non-empty string")
         if item.name in self.all():
             raise OptionError(f"a {self.kind} named {item.name!r} exists already; choose another")
         self._added[item.name] = item
 
     def remove(self, name: str) -> None:
-        """Take out an object that was added.
+        """Remove an object that was added.
 
         Raises:
-            OptionError: if none of this name was.
+            OptionError: if no object of this name was added.
         """
         if name not in self._added:
             raise OptionError(f"no {self.kind} {name!r} was added{did_you_mean(name, self._added)}")

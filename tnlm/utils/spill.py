@@ -1,4 +1,4 @@
-"""Tensors that wait on the disk, in a file that has no name and so never outlives the process."""
+"""Keeps tensors on disk, in an unnamed file that never outlives the process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnlm.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor lies in a `Spill`."""
+    """The place of a tensor in a `Spill`."""
 
     offset: int
     shape: torch.Size
@@ -24,9 +24,9 @@ class Slot:
 
 
 class Spill:
-    """One temporary file for many tensors, made when the first one comes.
+    """One temporary file for many tensors, created for the first one.
 
-    The system frees its space with the last reference, also if the process is killed.
+    The system frees its space with the last reference, even if the process is killed.
 
     Example:
         >>> spill = Spill()
@@ -48,7 +48,7 @@ class Spill:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         rest = flat.numpy().data
         try:
-            if self._file is None:  # unbuffered, so that a full disk is met here and not later
+            if self._file is None:  # unbuffered, so that a full disk fails here and not later
                 self._file = tempfile.TemporaryFile(prefix="tnlm-", buffering=0)  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
             offset = self._file.seek(0, 2)
@@ -61,9 +61,9 @@ class Spill:
             ) from error
         return Slot(offset, tensor.shape, tensor.dtype, tensor.device)
 
-    @torch.inference_mode(False)  # what is read may enter graphs later
+    @torch.inference_mode(False)  # the tensor may enter graphs later
     def take(self, slot: Slot) -> Tensor:
-        """Return a copy of what was put there, on the device where it was.
+        """Return a copy of a tensor, on its original device.
 
         Raises:
             CheckpointError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""Choices between values that differ by rounding alone: the first counts, on any machine."""
+"""Breaks ties between values that differ only by rounding: the first wins, on any machine."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 RELATIVE = 1e-9
-"""Values are equal that differ by less than this share."""
+"""Relative difference below which values count as equal."""
 
 EXACT = 1e-8
-"""Relative errors up to here are rounding: roots of what is left of squares."""
+"""Relative errors up to this size are rounding: square roots of cancelled squares."""
 
 
 def least(values: Sequence[float], exact: float = 0.0) -> int:
-    """Return the index of the least value, of the first among equal ones.
+    """Return the index of the smallest value, the first among equal ones.
 
     Args:
         values: at least one.
-        exact: values that differ by no more than this are equal, too.
+        exact: absolute difference up to which values also count as equal.
 
     Example:
         >>> least([0.5, 0.4 + 1e-16, 0.4]), least([1e-9, 1e-12]), least([1e-9, 1e-12], EXACT)
@@ -32,7 +32,7 @@ def least(values: Sequence[float], exact: float = 0.0) -> int:
 
 
 def significant(value: float) -> float:
-    """Return a value to ten digits, as a key to sort by.
+    """Return a value rounded to ten digits, as a sort key.
 
     Example:
         >>> significant(0.1 + 0.2) == significant(0.3)
@@ -42,11 +42,11 @@ def significant(value: float) -> float:
 
 
 def greatest(values: Tensor, count: int) -> Tensor:
-    """Return the indices of the greatest values, the first of equal ones first.
+    """Return the indices of the largest values; equal ones in their order.
 
     Args:
         values: ``(n,)``; those that are not positive come last, in their order.
-        count: how many are wanted.
+        count: how many indices to return.
 
     Example:
         >>> greatest(torch.tensor([1.0, 3.0, 3.0 + 1e-12, 2.0]).double(), 2).tolist()

@@ -1,4 +1,4 @@
-"""Training flags of modules: left as they were, whatever a block of code does to them."""
+"""Restores the training flags of modules after a block of code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Restore every module's training flag after a block, also when it fails.
+    """Restore every module's training flag after a block, even if it fails.
 
     Example:
         >>> from torch import nn

@@ -1,4 +1,4 @@
-"""All or nothing: what was begun is undone, even if the undoing is interrupted."""
+"""All or nothing: failed work is undone, even if the undoing is interrupted."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _HOLDERS = (nn.Module, PreTrainedConfig, GenerationConfig, QuantizationConfigMixin)
-"""What a model is made of: objects whose attributes are noted, and not only their identity."""
+"""The objects that make up a model, whose attributes a snapshot records."""
 
 
 def attempt(work: Callable[[], T], undo: Callable[[], None]) -> T:
-    """Return what ``work`` returns; if it fails, undo it and raise the error.
+    """Run ``work`` and return its result; if it fails, undo it and raise the error.
 
     A ``with`` block cannot do this: an interruption may come between its end and the first line
-    of ``__exit__``. Here every line that may fail stands within a ``try``.
+    of ``__exit__``. Here, every line that may fail is inside a ``try``.
 
     Args:
-        work: all of it; nothing runs after it.
-        undo: is run twice, so that a second interruption does not keep it from its end. It must
-            do no harm when there is nothing (more) to undo.
+        work: all of the work; nothing runs after it.
+        undo: runs twice, so that it completes despite a second interruption. It must do nothing
+            if there is nothing (left) to undo.
 
     Example:
         >>> done = []
@@ -58,10 +58,10 @@ def attempt(work: Callable[[], T], undo: Callable[[], None]) -> T:
 
 
 def _end(error: BaseException) -> None:
-    """Let go of the frames of a failure, with all that waits in them.
+    """Clear the frames of a failure, with all pending work in them.
 
-    A context manager whose end was interrupted is a generator that waits in its frame, and would
-    run its ``finally`` when the error is forgotten: after the undo.
+    A context manager whose end was interrupted is a suspended generator in such a frame; it would
+    run its ``finally`` when the error is freed, which is after the undo.
     """
     found: BaseException | None = error
     while found is not None:
@@ -70,7 +70,7 @@ def _end(error: BaseException) -> None:
 
 
 class _Later:
-    """A signal handler that only counts; the handler it stands for is called afterwards."""
+    """A signal handler that only counts; the original handler is called afterwards."""
 
     def __init__(self, before: Any) -> None:
         self.before, self.count = before, 0
@@ -81,16 +81,16 @@ class _Later:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let Ctrl-C and termination wait until a block is through, if this is the main thread.
+    """Defer Ctrl-C and termination until a block ends, in the main thread.
 
-    Signals that the program leaves to the system's own handling are not touched.
+    Signals that are left to the system's default handling are not deferred.
     """
     held: dict[signal.Signals, _Later] = {}
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
-                if callable(before):  # a handler of ours may be left by an interrupted end
+                if callable(before):  # it may be ours, left by an interrupted end
                     held[number] = _Later(getattr(before, "before", before))
                     signal.signal(number, held[number])
         yield
@@ -103,10 +103,10 @@ def signals_held() -> Iterator[None]:
 
 
 class Snapshot:
-    """Notes all that a model is but the values of its tensors, and puts it back.
+    """Records everything about a model but the values of its tensors, and restores it.
 
     Modules, their attributes and hooks, configs, training flags, ``requires_grad`` and gradients
-    are what they were, the same objects; what was added is gone.
+    become the same objects as before; anything added is removed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -119,7 +119,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Note a model."""
+        """Record a model."""
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, bool, Tensor | None]] = []
         seen: set[int] = set()
@@ -138,7 +138,7 @@ class Snapshot:
                 self._tensors.append((found, found.requires_grad, found.grad))
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         for container, before in self._containers:
             container.clear()
             container.extend(before) if isinstance(container, list) else container.update(before)
@@ -150,9 +150,9 @@ class Snapshot:
 
 
 def leaves_model(function: Callable[P, T]) -> Callable[P, T]:
-    """Leave every model that a function is given as it was, if the function fails.
+    """Restore every model passed to a function if the function fails.
 
-    Values of tensors are the function's own care, see `tnlm.layers.swap.Swap`.
+    The function itself must restore values of tensors, see `tnlm.layers.swap.Swap`.
     """
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Kinds of entries: what a checkpoint can say of a module, one file each, found by looking."""
+"""Kinds of entries by which a checkpoint describes a module: one file each, discovered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of a kind of entry, and what entries of matrices have in common."""
+"""The interface of kinds of entries, and the base of those for matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tnlm.layers.shapes import shape_of
 from tnlm.tensors.network import Network
 
 Entry = dict[str, Any]
-"""What a checkpoint says about one module, in plain values."""
+"""A checkpoint's description of one module, in plain values."""
 Device = torch.device | str | None
 
 
@@ -34,7 +34,7 @@ class EntryKind(ABC):
     def check(self, entry: Entry, module: nn.Module) -> None:
         """Raise `CheckpointError` unless an entry fits the module it replaces.
 
-        Shapes must be the model's own, so that no entry can ask for more memory than the dense
+        Shapes must match the model's, so that no entry can ask for more memory than the dense
         model. Lookup, type and value errors count as a broken entry.
         """
 
@@ -46,7 +46,7 @@ class EntryKind(ABC):
 
     @abstractmethod
     def dense(self, entry: Entry, module: Any) -> nn.Module:
-        """Return the ordinary module, with the same weights, that a built module stands for."""
+        """Return an ordinary dense module with the weights of a built one."""
 
 
 class MatrixKind(EntryKind):
@@ -61,12 +61,12 @@ class MatrixKind(EntryKind):
     partial: ClassVar[bool] = False
 
     def check(self, entry: Entry, module: nn.Module) -> None:
-        """Compare the type, the shape and the bias with those of the module."""
+        """Check the type, the shape and the bias against those of the module."""
         if isinstance(module, nn.Embedding) != self.table:
             raise CheckpointError(f"kind={self.name!r}, but the model has {type(module).__name__}")
         if bool(entry.get("conv1d")) != isinstance(module, Conv1D):
             raise CheckpointError(
-                f"conv1d={entry.get('conv1d')!r}; {type(module).__name__} is there"
+                f"conv1d={entry.get('conv1d')!r}, but the model has {type(module).__name__}"
             )
         shape = self.shape(entry)
         if shape != shape_of(module):
@@ -74,18 +74,18 @@ class MatrixKind(EntryKind):
         self.check_part(entry, getattr(module, "bias", None) is not None)
 
     def shape(self, entry: Entry) -> tuple[int, int]:
-        """Return the ``(out, in)`` shape of the matrix that is replaced."""
+        """Return the ``(out, in)`` shape of the replaced matrix."""
         return sizes(entry["shape"])
 
     def check_part(self, entry: Entry, biased: bool) -> None:
-        """Raise `CheckpointError` for what does not depend on where in a module the matrix is."""
+        """Raise `CheckpointError` unless an entry is valid, as a whole module or as a part."""
         added = entry.get("bias_added") is True and not biased
         if entry["bias"] is not (biased or added):
             has = "a" if biased else "no"
             raise CheckpointError(f"bias={entry['bias']!r}, but the model has {has} bias there")
 
     def dense(self, entry: Entry, module: Any) -> nn.Module:
-        """Return a linear layer with the weight that the module stands for."""
+        """Return a linear layer with the module's dense weight."""
         return plain(entry, module.to_dense().detach(), module.bias, trained(module))
 
 
@@ -93,7 +93,7 @@ def network_of(entry: Mapping[str, Any]) -> Network:
     """Return the network that an entry describes.
 
     Raises:
-        TnlmError: for an unknown format or option, or a spec that the shape cannot have.
+        TnlmError: if the format or an option is unknown, or the spec does not fit the shape.
     """
     structure = get_format(entry["format"])
     rows, columns = entry["shape"]
@@ -101,18 +101,18 @@ def network_of(entry: Mapping[str, Any]) -> Network:
 
 
 def check_network(entry: Entry, wanted: str) -> None:
-    """Raise `CheckpointError` unless a format can replace what is wanted, by something smaller."""
+    """Raise `CheckpointError` unless the format can replace a module, and with fewer parameters."""
     if wanted not in get_format(entry["format"]).kinds:
-        raise CheckpointError(f"a {entry['format']} cannot replace a {wanted}")
+        raise CheckpointError(f"{entry['format']} cannot replace a {wanted} module")
     network = network_of(entry)
-    if entry.get("shared") is True:  # its input factor is counted once, in one of several blocks
+    if entry.get("shared") is True:  # several blocks share the input factor, which counts once
         return
     if network.params > network.shape[0] * network.shape[1]:
         raise CheckpointError(f"{entry['options']} is larger than the dense matrix")
 
 
 def plain(entry: Entry, weight: torch.Tensor, bias: nn.Parameter | None, learns: bool) -> nn.Module:
-    """Return an ordinary linear layer, a Conv1D where the model had one."""
+    """Return an ordinary linear layer, or a Conv1D if the model had one."""
     rows, columns = weight.shape
     if entry.get("conv1d"):
         dense: nn.Module = Conv1D(rows, columns)
@@ -126,14 +126,14 @@ def plain(entry: Entry, weight: torch.Tensor, bias: nn.Parameter | None, learns:
 
 
 def trained(module: nn.Module) -> bool:
-    """Return whether any parameter of a module but a bias is trainable."""
+    """Return whether any parameter of a module, other than a bias, is trainable."""
     return any(
         p.requires_grad for name, p in module.named_parameters() if not name.endswith("bias")
     )
 
 
 def sizes(given: Sequence[Any]) -> tuple[int, int]:
-    """Return two sizes that a file holds, checked."""
+    """Check that a file's shape has two sizes, and return them."""
     if len(given) != 2 or not all(type(size) is int and size >= 1 for size in given):
         raise CheckpointError(f"shape={given!r}; allowed: two whole numbers >= 1")
     rows, columns = given
@@ -141,5 +141,5 @@ def sizes(given: Sequence[Any]) -> tuple[int, int]:
 
 
 def by(shape: tuple[int, int]) -> str:
-    """Return a shape in words."""
+    """Return a shape as text."""
     return f"{shape[0]}x{shape[1]}"

@@ -1,4 +1,4 @@
-"""A linear layer that stayed as it was, beside parts that did not or with a bias of its own."""
+"""A linear layer kept dense: a part of a fused module, or one with an added bias."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tnlm.layers.arranged import linear
 
 
 class Dense(MatrixKind):
-    """A matrix as it is."""
+    """A dense matrix."""
 
     name = "dense"
     partial = True

@@ -19,7 +19,7 @@ from tnlm.layers.embedding import FactorizedEmbedding
 
 
 class Embedding(MatrixKind):
-    """A table as a network, and the row that is padding."""
+    """A table as a network, with its padding row."""
 
     name = "embedding"
     table = True

@@ -1,4 +1,4 @@
-"""Several matrices of one module, side by side, each with an entry of its own."""
+"""Several matrices side by side in one module, each with its own entry."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Fused(MatrixKind):
         shapes = [_kind(part).shape(part) for part in parts]
         widths, names = {columns for _, columns in shapes}, {part.get("name") for part in parts}
         if len(widths) != 1 or len(names) != len(parts):
-            raise CheckpointError("its parts must be there, of one width, and of different names")
+            raise CheckpointError("its parts must have one width and different names")
         return sum(rows for rows, _ in shapes), widths.pop()
 
     def check_part(self, entry: Entry, biased: bool) -> None:

@@ -10,7 +10,7 @@ from tnlm.layers.embedding import FactorizedHead
 
 
 class Head(MatrixKind):
-    """A tied head: what is said of its table, and its own bias."""
+    """A tied head: the entry of its table, and its own bias."""
 
     name = "head"
 

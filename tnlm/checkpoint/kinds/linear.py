@@ -1,4 +1,4 @@
-"""A linear layer of a network's factors."""
+"""A linear layer whose weight is a network."""
 
 from __future__ import annotations
 

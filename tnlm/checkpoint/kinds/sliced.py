@@ -1,4 +1,4 @@
-"""A linear layer that lost rows or columns: the channels of a feed-forward layer."""
+"""A linear layer without some rows or columns, such as dropped feed-forward channels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tnlm.layers.arranged import linear
 
 
 class Sliced(MatrixKind):
-    """A smaller matrix: its ``shape``, the ``full`` one, and which side is ``cut``."""
+    """A smaller matrix: its ``shape``, the ``full`` shape, and the side that is ``cut``."""
 
     name = "sliced"
     partial = True
 
     def shape(self, entry: Entry) -> tuple[int, int]:
-        """Return the shape that the matrix had."""
+        """Return the original shape of the matrix."""
         shape, full = sizes(entry["shape"]), sizes(entry["full"])
         axis = {"rows": 0, "columns": 1}[entry["cut"]]
         if shape[axis] > full[axis] or shape[1 - axis] != full[1 - axis]:
-            raise CheckpointError(f"{by(shape)} is no cut of {entry['cut']} of {by(full)}")
+            raise CheckpointError(f"{by(shape)} is not {by(full)} with fewer {entry['cut']}")
         return full
 
     def build(
@@ -34,7 +34,7 @@ class Sliced(MatrixKind):
         return linear(rows, columns, bias=entry["bias"], device=device, dtype=dtype)
 
     def dense(self, entry: Entry, module: Any) -> nn.Module:
-        """Return a layer of the full size; channels that were dropped are zero."""
+        """Return a layer of the full size, with zeros for dropped channels."""
         rows, columns = entry["full"]
         weight = _padded(module.weight, rows, columns)
         bias = None

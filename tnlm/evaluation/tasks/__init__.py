@@ -1,4 +1,4 @@
-"""Benchmarks: one file for each, found by the registry."""
+"""Benchmarks: one file each, discovered automatically."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def get_task(name: str) -> Task:
     """Return a task by name.
 
     Raises:
-        OptionError: for an unknown name, with the close and the allowed ones.
+        OptionError: if the name is unknown.
     """
     return TASKS.get(name)

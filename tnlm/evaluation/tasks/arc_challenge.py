@@ -1,4 +1,4 @@
-"""ARC-Challenge: the questions of ARC that word counts do not answer."""
+"""ARC-Challenge: questions of ARC that simple word statistics do not answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ARC-Easy: school science questions that word counts already answer."""
+"""ARC-Easy: school science questions that simple word statistics already answer."""
 
 from __future__ import annotations
 

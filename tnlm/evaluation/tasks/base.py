@@ -1,4 +1,4 @@
-"""What a task is: rows, the lm-evaluation-harness configuration that reads them, and metrics."""
+"""The class of tasks: rows, the lm-evaluation-harness configuration for them, and metrics."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of one continuation.
+    """A model's score of one continuation.
 
     Attributes:
-        loglikelihood: of the continuation after its context, in nats.
+        loglikelihood: log-likelihood of the continuation after its context, in nats.
         tokens: number of tokens in the continuation.
     """
 
@@ -25,13 +25,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """How the scores of all items become one figure.
+    """A figure computed from the scores of all items.
 
     Attributes:
-        name: of the figure; without ``aggregate`` also of the score that it is the mean of.
-        higher_is_better: None where neither is, as for a preference that should be a half.
-        aggregate: computes the figure from the scores of the items, or returns None where they do
-            not suffice; without it, the figure is the mean over the items that have the score.
+        name: name of the figure; without ``aggregate``, also of the score that is averaged.
+        higher_is_better: None if neither direction is, as for a preference whose ideal is 0.5.
+        aggregate: computes the figure from the items' scores, or returns None if they are not
+            sufficient; without it, the figure is the mean over the items that have the score.
     """
 
     name: str
@@ -48,22 +48,22 @@ class Task:
     """A benchmark as data and small functions.
 
     Attributes:
-        name: what users write; lm-evaluation-harness' own name where it has the task.
+        name: the name that users write; that of lm-evaluation-harness if it has the task.
         source: paper and protocol.
-        metrics: figures that are reported.
-        adapt: maps a row of any accepted layout to the columns that ``config`` reads, and raises
-            EvaluationError for a row that cannot be asked.
-        config: the lm-evaluation-harness configuration that reads adapted rows: prompt, choices,
-            target. It is empty for a task that measures the perplexity of a text.
-        score: computes the scores of an item from its adapted row and the answers to its choices;
-            None leaves that to lm-eval.
-        file: the beginning of the names of the task's data files; the task's name if empty.
-        online: folder and name of the task in lm-eval, which fetches its data where none is given;
+        metrics: the figures to report.
+        adapt: converts a row of any accepted layout to the columns that ``config`` reads, and
+            raises EvaluationError for an invalid row.
+        config: the lm-evaluation-harness configuration that reads converted rows: prompt, choices,
+            target; empty for a task that measures the perplexity of a text.
+        score: computes the scores of an item from its converted row and the answers to its
+            choices; if None, lm-eval computes them.
+        file: prefix of the names of the task's data files; the task's name if empty.
+        online: folder and name of the task in lm-eval, which downloads its data if none is given;
             empty if lm-eval does not have the task.
-        num_fewshot: examples before an item unless the user says otherwise.
+        num_fewshot: default number of examples for each item.
         split_by: column whose values are separate tasks in lm-eval, e.g. MMLU's subject.
-        balance: column whose values share a limit evenly, as both parts of WinoBias must.
-        right: the score, 0 or 1, that says whether an item was answered; empty if there is none.
+        balance: column whose values must share a limit evenly, as the parts of WinoBias.
+        right: the score, 0 or 1, that shows whether an item is answered correctly; empty if none.
 
     Example:
         >>> Task("mine", "none", (ACC,), adapt=dict, config=multiple_choice("query")).right
@@ -85,11 +85,11 @@ class Task:
 
 
 def multiple_choice(prompt: str, **more: Any) -> dict[str, Any]:
-    """Return the configuration that compares the likelihoods of each row's ``choices``.
+    """Return a configuration that compares the likelihoods of each row's ``choices``.
 
     Args:
         prompt: a column, or a Jinja template of the text before the choices.
-        more: further keys of an lm-eval configuration, or other values for those set here.
+        more: further keys of an lm-eval configuration; they override those set here.
 
     Example:
         >>> multiple_choice("Q: {{query}}")["doc_to_choice"]

@@ -1,4 +1,4 @@
-"""Checked columns of rows; what is wrong with one is an error that says how to mend it."""
+"""Reads and checks columns of rows; errors say what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def texts_of(row: Row, column: str) -> list[str]:
 
 
 def answers_of(row: Row, column: str, labels: Sequence[int]) -> tuple[list[str], list[int]]:
-    """Return answers with their labels, without the empty ones that a split at ``;`` leaves.
+    """Return answers with their labels, without empty answers, which a split at ``;`` leaves.
 
     Example:
         >>> answers_of({"choices": ["yes", "", "no"]}, "choices", [1, 0, 0])
@@ -51,7 +51,7 @@ def answers_of(row: Row, column: str, labels: Sequence[int]) -> tuple[list[str],
 
 
 def gold_of(value: Any, choices: Sequence[str]) -> int:
-    """Return the number of the right choice, or raise if the row does not say it.
+    """Return the index of the right choice; raise `EvaluationError` if the row has none.
 
     Example:
         >>> gold_of("1", ["yes", "no"])
@@ -67,7 +67,7 @@ def gold_of(value: Any, choices: Sequence[str]) -> int:
 
 
 def labelled(value: Any, labels: Sequence[str], choices: Sequence[str]) -> int:
-    """Return the number of the choice that carries the label, as ``"B"`` in ARC."""
+    """Return the index of the choice with a label, such as ``"B"`` in ARC."""
     if value is None or value == "":
         raise EvaluationError("no gold answer; leave out rows without one")
     if str(value).strip() not in labels:
@@ -76,7 +76,7 @@ def labelled(value: Any, labels: Sequence[str], choices: Sequence[str]) -> int:
 
 
 def plain(row: Row) -> Row:
-    """Return the columns ``query``, ``choices`` and ``gold``, checked."""
+    """Check the columns ``query``, ``choices`` and ``gold``, and return them."""
     choices = texts_of(row, "choices")
     gold = gold_of(row["gold"], choices)
     return {"query": text_of(row, "query"), "choices": choices, "gold": gold}

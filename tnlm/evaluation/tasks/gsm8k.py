@@ -1,4 +1,4 @@
-"""GSM8K: school arithmetic in words, answered by generated text."""
+"""GSM8K: school arithmetic word problems, answered by generated text."""
 
 from __future__ import annotations
 

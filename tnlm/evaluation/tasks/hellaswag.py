@@ -1,4 +1,4 @@
-"""HellaSwag: how a description goes on."""
+"""HellaSwag: the most plausible continuation of a description."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tnlm.evaluation.tasks.columns import gold_of, plain, text_of, texts_of
 
 
 def clean(text: str) -> str:
-    """Remove the marks that WikiHow left in the texts, as lm-eval does.
+    """Remove WikiHow's markup from a text, as lm-eval does.
 
     Example:
         >>> clean("Cut it. [substeps] Then  fold [title] Iron it")
@@ -22,7 +22,7 @@ def clean(text: str) -> str:
 def adapt(row: Row) -> Row:
     """Read the plain columns, or those of the published data set.
 
-    They are ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings`` and ``label``.
+    The latter are ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings`` and ``label``.
     """
     if "query" in row:
         return plain(row)

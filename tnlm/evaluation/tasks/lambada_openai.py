@@ -25,7 +25,7 @@ def adapt(row: Row) -> Row:
 
 
 def perplexity(scores: Sequence[Scores]) -> float:
-    """Return the perplexity of a whole target, not of its tokens.
+    """Return the perplexity per target, not per token.
 
     Example:
         >>> round(perplexity([{"loglikelihood": -2.0}, {"loglikelihood": -4.0}]), 3)

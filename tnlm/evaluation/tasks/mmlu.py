@@ -1,4 +1,4 @@
-"""MMLU: exam questions of 57 subjects, answered by a letter."""
+"""MMLU: exam questions in 57 subjects, answered by a letter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenBookQA: elementary science, beyond looking it up."""
+"""OpenBookQA: elementary science questions that take more than a lookup."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from tnlm.evaluation.tasks.base import Scores, Task, TaskMetric
 
 
 def perplexity(scores: Sequence[Scores]) -> float:
-    """Return the exponential of the mean loss over windows, which are all of one length.
+    """Return the exponential of the mean loss over windows of equal length.
 
     Example:
         >>> perplexity([{"loss": 0.0}, {"loss": 0.0}])

@@ -1,4 +1,4 @@
-"""PIQA: which of two ways reaches a goal."""
+"""PIQA: which of two methods reaches a goal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TruthfulQA, one right answer: questions that people answer wrongly."""
+"""TruthfulQA with one right answer: questions that people often answer wrongly."""
 
 from __future__ import annotations
 

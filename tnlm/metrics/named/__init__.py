@@ -1,4 +1,4 @@
-"""Named metrics: one file for each family, found by looking."""
+"""Named metrics: one file per family, discovered automatically."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ METRICS: Registry[Measure] = Registry(__name__, "MEASURES", "metric")
 
 
 def measures() -> dict[str, Measure]:
-    """Return every named metric, by name.
+    """Return all metrics by name.
 
     Example:
         >>> "two-sided" in measures()
@@ -22,7 +22,7 @@ def get_measure(name: str) -> Measure:
     """Return a named metric.
 
     Raises:
-        OptionError: for an unknown name, with the close and the allowed ones.
+        OptionError: if the name is unknown.
 
     Example:
         >>> sorted(get_measure("two-sided").needs)

@@ -1,4 +1,4 @@
-"""Metrics that look at the Fisher information of weights."""
+"""Metrics from the Fisher information of weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _sides(rows: bool, columns: bool) -> Callable[[Gathered, float], Metric]:
         fisher = of("fisher").double()
         outputs = Side(fisher.mean(1), damping) if rows else None
         inputs = fisher.mean(0)
-        if outputs is not None:  # the scale once, not squared
+        if outputs is not None:  # so that the scale counts once, not twice
             inputs = inputs / outputs.mean
         return Metric(outputs, Side(inputs, damping) if columns else None)
 
@@ -26,7 +26,7 @@ def _mean(of: Gathered) -> float:
 
 
 def _any(of: Gathered) -> float:
-    """Return 1, as the metric is the effect itself; 0 where the data shows none."""
+    """Return 1, since the metric already is the effect on the loss; 0 if the data shows none."""
     return float(_mean(of) > 0)
 
 

@@ -1,4 +1,4 @@
-"""Metrics that look at the inputs of a matrix."""
+"""Metrics from the inputs of a matrix."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tnlm.metrics.metric import InputMoment, Metric
 from tnlm.metrics.sides import Side
 
 CONSTANT = 1e-12
-"""An input is constant if its variance is at most this part of its mean square."""
+"""An input is constant if its variance is at most this fraction of its mean square."""
 
 
 def _covariance(of: Gathered, damping: float) -> Metric:
     mean, moment = of("mean").double(), of("moment").double()
     centered = moment - torch.outer(mean, mean)
-    # What rounding leaves where an input is constant is no information.
+    # The variance of a constant input is only rounding.
     constant = centered.diagonal() <= CONSTANT * moment.diagonal()
     centered[constant] = 0.0
     centered[:, constant] = 0.0
@@ -43,7 +43,7 @@ MEASURES = (
     ),
     Measure(
         "covariance",
-        "error of the output about its mean; the mean error is left as it is (LLM-ROM's code)",
+        "error of the output about its mean; the mean error is ignored (LLM-ROM's code)",
         build=_covariance,
         importance=effect("moment"),
         needs=frozenset({INPUTS}),

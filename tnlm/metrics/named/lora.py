@@ -1,4 +1,4 @@
-"""Metrics that estimate Fisher information from the gradients of a LoRA."""
+"""Metrics from Fisher information estimated by the gradients of a LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _inputs(of: Gathered, damping: float) -> Metric:
 
 def _both(of: Gathered, damping: float) -> Metric:
     outputs = Side(of("lora_outputs"), damping)
-    # The scale once, not squared.
+    # Divided so that the scale counts once, not twice.
     return Metric(outputs, Side(of("lora_inputs").double() / outputs.mean, damping))
 
 

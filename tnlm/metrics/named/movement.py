@@ -1,4 +1,4 @@
-"""Metrics of matrices that are pruned first, by where training moves their weights."""
+"""Metrics of matrices that are first pruned by the movement of their weights in training."""
 
 from tnlm.metrics.measure import MOVEMENT, Measure, effect
 from tnlm.metrics.metric import Metric
@@ -7,7 +7,7 @@ from tnlm.metrics.sides import Side
 MEASURES = (
     Measure(
         "movement",
-        "columns weighted by where training moves their weights, of pruned matrices (LPAF)",
+        "columns of pruned matrices weighted by the movement of their weights (LPAF)",
         build=lambda of, damping: Metric(inputs=Side(of("movement"), damping)),
         importance=effect("movement"),
         needs=frozenset({MOVEMENT}),

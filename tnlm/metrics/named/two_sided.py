@@ -1,4 +1,4 @@
-"""The metric that looks at inputs and at the gradients of outputs (K-FAC)."""
+"""The metric from inputs and output gradients (K-FAC)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 
 GRADIENT_SHRINK = 0.3
-"""Share of an output-gradient moment that is replaced by its mean diagonal (LEMS's choice)."""
+"""Fraction of an output-gradient moment replaced by its mean diagonal (as in LEMS)."""
 
 
 def _build(of: Gathered, damping: float) -> Metric:
@@ -15,7 +15,7 @@ def _build(of: Gathered, damping: float) -> Metric:
 
 
 def _importance(of: Gathered) -> float:
-    """Return 1, as the metric is the effect itself; 0 where the data shows none."""
+    """Return 1, since the metric already is the effect on the loss; 0 if the data shows none."""
     gradient = float(of("gradient").diagonal().mean())
     return float(gradient * float(of("moment").diagonal().mean()) > 0)
 

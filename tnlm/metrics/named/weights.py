@@ -1,4 +1,4 @@
-"""The metric that looks at no data: the Frobenius norm."""
+"""The metric that needs no data: the Frobenius norm."""
 
 from tnlm.metrics.measure import Measure, effect
 from tnlm.metrics.metric import Metric
