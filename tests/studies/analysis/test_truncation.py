@@ -263,7 +263,7 @@ def test_options_are_checked_before_any_work(make_model, monkeypatch):
             truncate(model, IDS, window=window)
     with pytest.raises(OptionError, match="score is a float; allowed: a function"):
         truncate(model, 3.0)
-    with pytest.raises(CalibrationError, match=r"scheme 'fwsvd' .* looks at data"):
+    with pytest.raises(CalibrationError, match=r"scheme 'fwsvd' .* needs data"):
         truncate(model, energy_of, weighting="fwsvd")
     with pytest.raises(OptionError, match="calibration= has no effect on scheme 'svd'"):
         truncate(model, energy_of, calibration=IDS)
