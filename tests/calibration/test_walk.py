@@ -5,7 +5,14 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 
 from tnlm.calibration import walk
 from tnlm.calibration.data import token_batches
@@ -86,9 +93,16 @@ def walked(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "masked-bert"])
+def first_gpt():
+    """Its blocks return lists."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "masked-bert", "openai-gpt"])
 def test_walking_shows_what_whole_passes_show(kind, make_model, walked):
-    model = make_model(kind)
+    model = first_gpt() if kind == "openai-gpt" else make_model(kind)
     expected = whole_passes(model)
     seen, masks, done = inputs(model)
     assert walked == [2]
@@ -140,6 +154,18 @@ def test_blocks_that_depend_on_more_fall_back_to_whole_passes(make_model, walked
     assert seen.keys() == expected.keys()
     for name, rows in seen.items():
         assert torch.equal(rows, expected[name])
+
+
+def test_blocks_that_are_given_a_cache_fall_back_to_whole_passes(walked):
+    """XLM's are, whatever its config says of caches."""
+    torch.manual_seed(0)
+    sizes = {"n_words": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 4}
+    model = XLMWithLMHeadModel(XLMConfig(**sizes, max_position_embeddings=32)).eval()
+    seen, _, _ = inputs(model)
+    assert walked == []
+    expected = whole_passes(model)
+    for name, rows in seen.items():
+        torch.testing.assert_close(rows, expected[name])
 
 
 def test_blocks_that_are_called_in_parts_fall_back_to_whole_passes(make_model, walked):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tnlm.calibration.blocks import Blocks
+from tnlm.calibration.blocks import Blocks, state_of
 from tnlm.calibration.inputs import TEXT
 from tnlm.calibration.loss import Task, make_tasks
 from tnlm.calibration.padding import Padding, padding_of
@@ -159,8 +159,8 @@ def _top(model: PreTrainedModel, blocks: Blocks, task: Task) -> tuple[list[Tenso
             states.append(state.detach().clone())  # a block may work in place
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        whole = isinstance(output, tuple)
-        leaves.append(_leaf(output[0] if whole else output))
+        leaves.append(_leaf(state_of(output)))
+        whole = isinstance(output, tuple | list)
         return (leaves[0].clone(), *output[1:]) if whole else leaves[0].clone()
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for _, block in blocks]

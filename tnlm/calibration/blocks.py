@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -31,6 +32,16 @@ def find_blocks(model: nn.Module, modules: Sequence[str]) -> Blocks:
     """Return the blocks of the one list that holds watched modules, or nothing if not just one."""
     stacks = find_stacks(model, modules)
     return stacks[0] if len(stacks) == 1 else []
+
+
+def state_of(output: Any) -> Any:
+    """Return the hidden state in a block's output, which is the first where there are several.
+
+    Example:
+        >>> state_of(("state", "attention")), state_of(["state"]), state_of("state")
+        ('state', 'state', 'state')
+    """
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def split(modules: Sequence[str], blocks: Blocks) -> tuple[list[str], list[str]]:

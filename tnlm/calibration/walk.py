@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from tnlm.calibration.blocks import Blocks, find_stacks, split
+from tnlm.calibration.blocks import Blocks, find_stacks, split, state_of
 from tnlm.calibration.caching import caches_kept
 from tnlm.calibration.inputs import TEXT
 from tnlm.calibration.padding import Padding, padding_of
@@ -183,12 +183,13 @@ def record(
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal first, known
         state, call = take_state(args, kwargs)
-        known = known and state is not None
+        cached = any(isinstance(each, Cache) for each in (*call[0], *call[1].values()))
+        known = known and state is not None and not cached  # a cache would grow with every call
         first = state if not calls else first  # one of them: together they are large
         calls.append(call)
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
-        last.append(output[0] if isinstance(output, tuple) else output)
+        last.append(state_of(output))
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for _, block in blocks]
     handles.append(blocks[-1][1].register_forward_hook(after))
@@ -239,8 +240,7 @@ def take_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | 
 
 def call_block(block: nn.Module, state: Tensor, call: Call) -> Tensor:
     """Run a block on a hidden state and return the next one."""
-    output = block(state, *call[0], **call[1])
-    result: Tensor = output[0] if isinstance(output, tuple | list) else output
+    result: Tensor = state_of(block(state, *call[0], **call[1]))
     return result
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tnlm.calibration.blocks import Blocks, find_blocks
+from tnlm.calibration.blocks import Blocks, find_blocks, state_of
 from tnlm.errors import ModelError
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -207,6 +207,6 @@ def _watch(module: nn.Module, keep: Callable[[Tensor], None]) -> Callable[[], No
     """Show a module's outputs to a function, until what is returned is called."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        keep(output[0] if isinstance(output, tuple) else output)
+        keep(state_of(output))
 
     return module.register_forward_hook(hook).remove
