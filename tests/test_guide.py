@@ -178,4 +178,4 @@ def test_every_block_on_extending_runs(tmp_path, monkeypatch, tiny_llama):
 
 def test_every_block_on_calibration_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_blocks("calibration.md") == 2
+    assert run_blocks("calibration.md") == 3

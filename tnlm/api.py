@@ -55,8 +55,9 @@ def compress(
         ignore: matrices to leave alone, in the same form.
         keep: fraction of the whole model's parameters to keep, tied ones counted once.
         keep_targets: fraction of the targets' parameters to keep (0.8 if no size is given).
-        calibration: a list of strings, a text or JSONL file, token ids, a DataLoader or a
-            ``datasets.Dataset``; or a :class:`Calibration`, which also sets how it is cut.
+        calibration: a list of strings, a text or JSONL file, token ids, batches of a processor, a
+            DataLoader or a ``datasets.Dataset``; ``"self"`` for text that the model writes; or a
+            :class:`Calibration`, which also sets how it is cut.
         tokenizer: turns texts into token ids.
         budget: further limits, see :class:`Budget`.
         recovery: training after the fit, see :class:`Recovery`.

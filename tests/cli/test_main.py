@@ -391,3 +391,16 @@ def test_set_gives_options_of_formats_only(item):
 def test_set_does_not_override_an_option():
     with pytest.raises(OptionError, match="'rank' is given elsewhere"):
         asked({"rank": 3, "set_": ["rank=4"]})
+
+
+def test_the_model_writes_its_own_calibration_text(source, tmp_path):
+    cut = ("--num-samples", 4, "--max-length", 16, "--temperature", 0.9)
+    data = ("--calibration", "self", *cut)
+    report = run("compress", source, tmp_path / "out", "--scheme", "kron", "--terms", 2, *data)
+    assert report["data"]["temperature"] == 0.9
+    for name, what in (("misspelt.txt", "does not exist"), (tmp_path, "is a directory")):
+        result = CliRunner().invoke(
+            cli.app, ["plan", str(source), "--scheme", "svd-llm", "--calibration", str(name)]
+        )
+        assert result.exit_code == 2
+        assert what in re.sub(r"[│\s]+", " ", result.output)

@@ -63,12 +63,18 @@ def test_a_scheme_says_what_it_is_and_where_it_is_from(name):
 
 @every_scheme
 def test_a_scheme_asks_for_what_it_looks_at_and_no_more(name, make_model):
-    if schemes()[name].needs == "nothing":
+    scheme, model = schemes()[name], make_model("llama")
+    if scheme.with_data:
+        decided = tnlm.plan(model, name, keep_targets=0.5, progress=False, **DATA)
+        assert decided.metric == scheme.with_data
         with pytest.raises(OptionError, match="calibration= has no effect"):
-            tnlm.compress(make_model("llama"), name, **DATA)
+            tnlm.compress(model, name, metric="identity", **DATA)
+    elif scheme.needs == "nothing":
+        with pytest.raises(OptionError, match="calibration= has no effect"):
+            tnlm.compress(model, name, **DATA)
     else:
         with pytest.raises(CalibrationError, match="pass calibration="):
-            tnlm.compress(make_model("llama"), name)
+            tnlm.compress(model, name)
 
 
 @pytest.mark.parametrize("needs", PUBLISHED)

@@ -77,11 +77,15 @@ def _check_ids(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
             f"the calibration data has the token id {largest}, but the model knows {known} tokens; "
             "use the tokenizer that belongs to the model"
         )
-    longest = max(ids.shape[1] for ids in texts)
+    check_length(model, max(ids.shape[1] for ids in texts))
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise `CalibrationError` if a sequence has more tokens than the model has positions."""
     room = positions_of(model)
-    if room is not None and longest > room:
+    if room is not None and length > room:
         raise CalibrationError(
-            f"the calibration data has sequences of {longest} tokens, but the model has {room} "
+            f"the calibration data has sequences of {length} tokens, but the model has {room} "
             f"positions; use max_length<={room}",
             argument="max_length",
         )

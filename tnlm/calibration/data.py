@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tnlm.calibration.generated import is_self, own_samples
 from tnlm.calibration.inputs import IGNORED, TEXT, check_main, main_input, token_ids
 from tnlm.calibration.pairs import is_pairs, pair_samples
 from tnlm.calibration.sequences import ALLOWED, Batch, collated, samples_of
@@ -38,6 +40,8 @@ def token_batches(
     batch_size: int = 1,
     seed: int = 0,
     bos: bool | str = AUTO,
+    temperature: float | None = None,
+    cache_dir: str | Path | None = None,
     model: PreTrainedModel | None = None,
 ) -> list[Batch]:
     """Turn calibration data of any accepted kind into batches on the CPU.
@@ -55,16 +59,19 @@ def token_batches(
     counts as one sample.
 
     Args:
-        calibration: texts, pairs of texts, the path of a text or ``.jsonl`` file, ids, or a loader
-            or dataset. A string is a text only if it cannot be meant as a file's name; give texts
-            as a list.
+        calibration: texts, pairs of texts, the path of a text or ``.jsonl`` file, ids, a loader or
+            dataset, or ``"self"`` for text that the model writes. Any other string is a text only
+            if it cannot be meant as a file's name; give texts as a list.
         tokenizer: needed for text only.
         num_samples: sequences drawn at most, in the data's order; a DataLoader gives its first.
         max_length: tokens of a window, and at most of a row or of either side of a pair.
         batch_size: sequences of text in a batch; shorter rows are padded on the right and masked.
         seed: chooses the sequences when there are more than ``num_samples``.
         bos: whether a window of text begins with BOS: ``"auto"``, True or False; see
-            :func:`tnlm.calibration.text.start_token`.
+            :func:`tnlm.calibration.text.start_token`, and for ``"self"``
+            :func:`tnlm.calibration.generated.own_samples`.
+        temperature: of the text that the model writes itself; 1 if not given.
+        cache_dir: keeps that text.
         model: that the data is for, whose ``main_input_name`` must be among the columns. Columns
             that it does not take are passed over, unless they are images, sound or embeddings.
             Without one, only token ids with their masks and classes are taken.
@@ -81,8 +88,22 @@ def token_batches(
     _check_positive(num_samples=num_samples, max_length=max_length, batch_size=batch_size)
     check_whole("seed", seed, -(2**63), 2**63 - 1)
     check_bos(bos)
-    source = text_of(calibration)
-    if source is not None:
+    if is_self(calibration):
+        samples = own_samples(
+            model,
+            num_samples,
+            max_length,
+            seed=seed,
+            bos=bos,
+            temperature=1.0 if temperature is None else temperature,
+            cache_dir=cache_dir,
+        )
+    elif temperature is not None:
+        raise OptionError(
+            "temperature= is for calibration='self', text that the model writes",
+            argument=("temperature", "calibration"),
+        )
+    elif (source := text_of(calibration)) is not None:
         samples = text_windows(source, tokenizer, max_length, num_samples, seed, bos)
     elif bos is True:
         raise OptionError("bos=True is for text; token ids are taken as they are", argument="bos")
@@ -181,6 +202,8 @@ def is_text(data: Any) -> bool:
         >>> is_text("text.txt"), is_text(["a text"]), is_text([1, 2])
         (True, True, False)
     """
+    if is_self(data):
+        return False
     if isinstance(data, list | tuple):
         return any(isinstance(item, str) for item in data)
     columns = () if isinstance(data, Mapping) else getattr(data, "column_names", None) or ()

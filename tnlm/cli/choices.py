@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from tnlm.cli.options import (
-    FILE,
+    DATA,
     Gauge,
     InSplit,
     OutSplit,
@@ -42,7 +42,7 @@ TYPES: Mapping[str, Any] = {
     "str | None": str | None,
     "bool | str | None": bool | None,
     "str | Path | None": Path | None,
-    "Any": Path | None,
+    "Any": Any,
 }
 """The type of an option for each annotation; an option not given is None."""
 FORMAT_OPTIONS: Mapping[str, Any] = {
@@ -90,7 +90,7 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 def _annotation(each: Choice) -> Any:
     flag = f"--{each.keyword.replace('_', '-')}"
     names = [f"{flag}/--no-{flag[2:]}"] if "bool" in each.type else [flag]
-    read = FILE if each.type == "Any" else {}
+    read = DATA if each.type == "Any" else {}
     panel = PANELS[each.group]
     option = typer.Option(*names, help=each.text, rich_help_panel=panel, **read)
     return Annotated[TYPES[each.type], option]

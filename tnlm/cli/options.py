@@ -11,6 +11,27 @@ FILE: Any = {"exists": True, "dir_okay": False}
 FOLDER: Any = {"exists": True, "file_okay": False}
 """For options that name an input: check that it exists before any work."""
 
+
+def data_file(text: str) -> Path | str:
+    """Return the file that an option names, or the word ``self``.
+
+    Example:
+        >>> data_file("self")
+        'self'
+    """
+    path = Path(text)
+    if text == "self":
+        return text
+    if not path.exists():
+        raise typer.BadParameter(f"File {text!r} does not exist.")
+    if path.is_dir():
+        raise typer.BadParameter(f"File {text!r} is a directory.")
+    return path
+
+
+DATA: Any = {"parser": data_file, "metavar": "FILE"}
+"""For options that name data, which the model may write itself."""
+
 Model = Annotated[str, typer.Argument(help="A model directory, a .gguf file, or a hub id.")]
 SchemeName = Annotated[str, typer.Option("--scheme", "-s", help="A name from `tnlm schemes`.")]
 Terms = Annotated[int | None, typer.Option(help="Kronecker products to sum.")]
@@ -56,8 +77,11 @@ GradientSamples = Annotated[
     int | None, typer.Option(help="Windows used for gradients; 16 by default.")
 ]
 Calibration = Annotated[
-    Path | None,
-    typer.Option(help="Calibration data: a text or JSONL file.", **FILE),
+    Any,
+    typer.Option(
+        help="Calibration data: a text or JSONL file, or self for text that the model writes.",
+        **DATA,
+    ),
 ]
 NumSamples = Annotated[int | None, typer.Option(help="Calibration windows; 64 by default.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens per window.")]

@@ -27,7 +27,11 @@ class Calibration:
         (7, 512)
     """
 
-    data: Any = choice(None, "Calibration data: a text or JSONL file.", keyword="calibration")
+    data: Any = choice(
+        None,
+        "Calibration data: a text or JSONL file, or self for text that the model writes.",
+        keyword="calibration",
+    )
     tokenizer: Any = choice(None, "Turns texts into token ids.", shell=False)
     num_samples: int | None = choice(None, "Calibration windows; 64 by default.")
     max_length: int | None = choice(None, "Tokens per window; 512 by default.")
@@ -37,6 +41,9 @@ class Calibration:
     gradient_samples: int | None = choice(None, "Windows used for gradients; 16 by default.")
     cache_dir: str | Path | None = choice(None, "Keeps calibration statistics between runs.")
     seed: int | None = choice(None, "Seed for the windows and other random choices; 0 by default.")
+    temperature: float | None = choice(
+        None, "Temperature of text that the model writes, for calibration self; 1 by default."
+    )
 
     @property
     def cut(self) -> Cut:
@@ -191,6 +198,9 @@ def gather_choices(scheme: str | Scheme, given: Mapping[str, Any]) -> Asked:
                 "give one"
             )
         fields[each.group][each.field] = value
+    named: Scheme = base["scheme"]
+    if base["calibration"].data is not None and named.with_data and named.metric == "identity":
+        fields["scheme"].setdefault("metric", named.with_data)
     made = {group: dataclasses.replace(base[group], **fields[group]) for group in GROUPS}
     return Asked(**made, options=left)
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.cache import check_cache
 from tnlm.calibration.data import begins, token_batches
+from tnlm.calibration.generated import is_self
 from tnlm.calibration.inputs import TEXT
 from tnlm.calibration.sequences import Batch
 from tnlm.compression.choices import Calibration, choices_of
@@ -47,18 +48,22 @@ def _cut(calibration: Calibration, source: Any, count: int, model: PreTrainedMod
         max_length=cut.max_length,
         seed=cut.seed,
         bos=cut.bos,
+        temperature=calibration.temperature if is_self(source) else None,
+        cache_dir=calibration.cache_dir,
         model=model,
     )
 
 
-def drawn(calibration: Calibration, training: Any) -> dict[str, int]:
+def drawn(calibration: Calibration, training: Any) -> dict[str, float]:
     """Return the arguments that determine which data is used."""
     cut = calibration.cut
     names = ("num_samples", "max_length", "gradient_samples", "seed")
-    found: dict[str, int] = {name: getattr(cut, name) for name in names}
+    found: dict[str, float] = {name: getattr(cut, name) for name in names}
     sources = (calibration.data, training)
     if any(begins(source, calibration.tokenizer, cut.bos) for source in sources):
         found["bos"] = True
+    if any(map(is_self, sources)):
+        found["temperature"] = 1.0 if calibration.temperature is None else calibration.temperature
     return found
 
 
@@ -74,8 +79,8 @@ def check_data(request: Request, data: Calibration) -> None:
         )
     if request.looks_at_data and not given:
         raise CalibrationError(
-            f"scheme {scheme!r} with metric={metric!r} needs data; pass "
-            "calibration= (texts, a file, token ids) and tokenizer=",
+            f"scheme {scheme!r} with metric={metric!r} needs data; pass calibration= (texts, a "
+            "file, token ids) and tokenizer=, or calibration='self' for the model's own text",
             argument=("metric", "calibration", "tokenizer"),
         )
     if not request.looks_at_data and data.data is not None:
@@ -97,6 +102,11 @@ def check_data(request: Request, data: Calibration) -> None:
             argument=("training", "recover"),
         )
     check_unused(request, data)
+    if data.temperature is not None and not any(map(is_self, (data.data, training))):
+        raise OptionError(
+            "temperature= is for calibration='self', text that the model writes",
+            argument=("temperature", "calibration"),
+        )
     samples = data.cut.gradient_samples
     if not is_whole(samples) or samples < 1:
         raise OptionError(

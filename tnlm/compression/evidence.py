@@ -41,7 +41,7 @@ class Evidence:
     source: PreTrainedModel | None = None
     batches: Sequence[Batch] = ()
     lessons: Sequence[Batch] = ()
-    drawn: Mapping[str, int] = field(default_factory=dict)
+    drawn: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -50,7 +50,7 @@ class Report:
     plan: Plan
     seconds: Mapping[str, float]
     tokens: int = 0
-    data: Mapping[str, int] = field(default_factory=dict)
+    data: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=versions)
 

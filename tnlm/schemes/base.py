@@ -42,6 +42,8 @@ class Scheme:
         distillation: what ``recover="distill"`` compares; a preset of `tnlm.recovery.lessons`.
         keep_targets: fraction of the targets' parameters to keep if the call sets no size.
         defaults: default values of the formats' options.
+        with_data: the metric if calibration data is given and the call names no metric; None for
+            a scheme that ignores data by definition, and so refuses it.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Scheme:
     distillation: str = "logits"
     keep_targets: float = 0.8
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    with_data: str | None = None
 
     @property
     def needs(self) -> str:

@@ -7,4 +7,5 @@ SCHEME = Scheme(
     title="block tensor train (Monarch), nearest to the weights",
     formats=("block-train",),
     source="Monarch, Dao et al. 2022, arXiv 2204.00595; BTT, Qiu et al. 2024, arXiv 2406.06248",
+    with_data="input",
 )

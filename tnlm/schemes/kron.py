@@ -7,4 +7,5 @@ SCHEME = Scheme(
     title="sum of Kronecker products, nearest to the weights",
     formats=("kronecker",),
     source="Van Loan and Pitsianis 1993; KnGPT2, Edalati et al. 2022, arXiv 2110.08152",
+    with_data="input",
 )

@@ -7,4 +7,5 @@ SCHEME = Scheme(
     title="tensor ring of the weights",
     formats=("tensor-ring",),
     source="Zhao et al. 2016, arXiv 1606.05535",
+    with_data="input",
 )

@@ -7,4 +7,5 @@ SCHEME = Scheme(
     title="tensor train (MPO) of the weights",
     formats=("tensor-train",),
     source="Oseledets 2011; Novikov et al. 2015, arXiv 1509.06569",
+    with_data="input",
 )

@@ -8,6 +8,7 @@ SCHEME = Scheme(
     title="Tucker (HOSVD, then HOOI) of the reshaped weights",
     formats=("tucker",),
     source="Tucker 1966; De Lathauwer et al. 2000; Moar et al. 2024, arXiv 2405.06626",
+    with_data="input",
 )
 
 

@@ -101,7 +101,7 @@ def analyze(
     inputs = None
     protocol: dict[str, Any] = {"model": type(model).__name__, "formats": list(formats)}
     if calibration is not None:
-        cut: dict[str, int] = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
+        cut: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
         batches = token_batches(calibration, tokenizer, **cut, bos=bos, model=model)
         check_batches(model, batches)
         modules = list(dict.fromkeys(t.module for t in chosen if t.kind == "linear"))
