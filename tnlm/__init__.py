@@ -12,40 +12,51 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from tnlm.api import compress, plan, report, to_dense
-    from tnlm.calibration.labelled import labelled
-    from tnlm.checkpoint.loading import load
-    from tnlm.checkpoint.saving import save
-    from tnlm.checkpoint.sums import verify
-    from tnlm.checkpoint.vocabulary import set_rows
-    from tnlm.compression.choices import Budget, Calibration, Recovery, scheme
-    from tnlm.compression.register import register, unregister
-    from tnlm.compression.scratch import from_config
-    from tnlm.errors import TnlmError
-    from tnlm.evaluation import Efficiency, Evaluation, efficiency, evaluate, perplexity
-    from tnlm.evaluation.predicted_speed import predict_speed
-    from tnlm.layers.arranged import arrange
-    from tnlm.layers.peft_names import adaptable
-    from tnlm.layers.rebuilt import keep_rebuilt
-    from tnlm.plans.plan import Plan
-    from tnlm.plans.report import Report
-    from tnlm.recovery.distillation import distill
-    from tnlm.recovery.heal import heal
-    from tnlm.recovery.pruning.prune import prune
-    from tnlm.recovery.training import finetune
-    from tnlm.runtimes.export import export
-    from tnlm.schemes import list_schemes
-    from tnlm.studies.analysis.analyze import analyze
-    from tnlm.studies.analysis.intrinsic import intrinsic_dimension
-    from tnlm.studies.analysis.result import Analysis
-    from tnlm.studies.analysis.truncation import truncate_groups
-    from tnlm.studies.design.configuration import Configuration
-    from tnlm.studies.design.rules import Rule
-    from tnlm.studies.design.search import search
-    from tnlm.studies.design.space import DesignSpace
-    from tnlm.studies.design.sweep import sweep
-    from tnlm.studies.page.write import write_page
-    from tnlm.studies.rank_search.search import rank_search
+    from tnlm.api import compress as compress
+    from tnlm.api import plan as plan
+    from tnlm.api import report as report
+    from tnlm.api import to_dense as to_dense
+    from tnlm.calibration.labelled import labelled as labelled
+    from tnlm.checkpoint.loading import load as load
+    from tnlm.checkpoint.saving import save as save
+    from tnlm.checkpoint.sums import verify as verify
+    from tnlm.checkpoint.vocabulary import set_rows as set_rows
+    from tnlm.compression.choices import Budget as Budget
+    from tnlm.compression.choices import Calibration as Calibration
+    from tnlm.compression.choices import Recovery as Recovery
+    from tnlm.compression.choices import scheme as scheme
+    from tnlm.compression.register import register as register
+    from tnlm.compression.register import unregister as unregister
+    from tnlm.compression.scratch import from_config as from_config
+    from tnlm.errors import TnlmError as TnlmError
+    from tnlm.evaluation import Efficiency as Efficiency
+    from tnlm.evaluation import Evaluation as Evaluation
+    from tnlm.evaluation import efficiency as efficiency
+    from tnlm.evaluation import evaluate as evaluate
+    from tnlm.evaluation import perplexity as perplexity
+    from tnlm.evaluation.predicted_speed import predict_speed as predict_speed
+    from tnlm.layers.arranged import arrange as arrange
+    from tnlm.layers.peft_names import adaptable as adaptable
+    from tnlm.layers.rebuilt import keep_rebuilt as keep_rebuilt
+    from tnlm.plans.plan import Plan as Plan
+    from tnlm.plans.report import Report as Report
+    from tnlm.recovery.distillation import distill as distill
+    from tnlm.recovery.heal import heal as heal
+    from tnlm.recovery.pruning.prune import prune as prune
+    from tnlm.recovery.training import finetune as finetune
+    from tnlm.runtimes.export import export as export
+    from tnlm.schemes import list_schemes as list_schemes
+    from tnlm.studies.analysis.analyze import analyze as analyze
+    from tnlm.studies.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
+    from tnlm.studies.analysis.result import Analysis as Analysis
+    from tnlm.studies.analysis.truncation import truncate_groups as truncate_groups
+    from tnlm.studies.design.configuration import Configuration as Configuration
+    from tnlm.studies.design.rules import Rule as Rule
+    from tnlm.studies.design.search import search as search
+    from tnlm.studies.design.space import DesignSpace as DesignSpace
+    from tnlm.studies.design.sweep import sweep as sweep
+    from tnlm.studies.page.write import write_page as write_page
+    from tnlm.studies.rank_search.search import rank_search as rank_search
 
 __version__ = "0.1.0"
 
@@ -99,53 +110,7 @@ _HOMES = {
     "verify": "tnlm.checkpoint.sums",
 }
 
-__all__ = [
-    "Analysis",
-    "Budget",
-    "Calibration",
-    "Configuration",
-    "DesignSpace",
-    "Efficiency",
-    "Evaluation",
-    "Plan",
-    "Recovery",
-    "Report",
-    "Rule",
-    "TnlmError",
-    "adaptable",
-    "analyze",
-    "arrange",
-    "compress",
-    "distill",
-    "efficiency",
-    "evaluate",
-    "export",
-    "finetune",
-    "from_config",
-    "heal",
-    "intrinsic_dimension",
-    "keep_rebuilt",
-    "labelled",
-    "list_schemes",
-    "load",
-    "perplexity",
-    "plan",
-    "predict_speed",
-    "prune",
-    "rank_search",
-    "register",
-    "report",
-    "save",
-    "scheme",
-    "search",
-    "set_rows",
-    "sweep",
-    "to_dense",
-    "truncate_groups",
-    "unregister",
-    "verify",
-    "write_page",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from tnlm.allocation.base import Problem
-from tnlm.allocation.uniform import name_target, options_for, stay_dense
+from tnlm.allocation.uniform import curve_of, stay_dense
 from tnlm.decompositions.base import to_dict
-from tnlm.errors import BudgetError, OptionError
+from tnlm.errors import BudgetError
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Target
@@ -138,13 +138,7 @@ def _candidates(
     for structure in problem.formats:
         if target.kind not in structure.kinds:
             continue
-        options = options_for(target, structure, limits)
-        try:
-            sampled = structure.curve(weight, metric, options, macs)
-        except OptionError as wrong:
-            raise name_target(target, wrong) from wrong
-        for spec, error in sampled:
-            network = structure.network(target.shape, spec)
+        for spec, network, error in curve_of(target, weight, metric, structure, limits, macs):
             after = target.cost(network, size, extra)
             if after.params > target.most or after.macs > macs * target.share:
                 continue

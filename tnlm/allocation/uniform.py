@@ -18,6 +18,7 @@ from tnlm.errors import OptionError
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Target
+from tnlm.tensors.network import Network
 from tnlm.utils.ties import EXACT, least
 
 
@@ -83,6 +84,27 @@ def name_target(target: Target, error: OptionError) -> OptionError:
         f"{target.name}: {error}; choose options that fit all targets, or name it in ignore=",
         argument=(*error.arguments, "ignore"),
     )
+
+
+def curve_of(
+    target: Target,
+    weight: Tensor,
+    metric: Metric,
+    structure: Format[Any],
+    limits: Limits,
+    macs: float,
+) -> list[tuple[Any, Network, float]]:
+    """Return specs of growing size for a target, with their networks and relative errors.
+
+    Raises:
+        OptionError: if the target cannot have the options; names it.
+    """
+    options = options_for(target, structure, limits)
+    try:
+        sampled = structure.curve(weight, metric, options, macs)
+    except OptionError as wrong:
+        raise name_target(target, wrong) from wrong
+    return [(spec, structure.network(target.shape, spec), error) for spec, error in sampled]
 
 
 def stay_dense(target: Target, weight: Tensor, note: str) -> LayerPlan:

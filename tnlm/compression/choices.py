@@ -6,12 +6,15 @@ The call, the command line, the checks and the record in the report are derived 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tnlm.allocation import allocations
 from tnlm.errors import OptionError
+from tnlm.metrics.named import measures
+from tnlm.recovery.kinds import recoveries
 from tnlm.schemes import get_scheme
 from tnlm.schemes.base import Scheme, choice
 
@@ -83,11 +86,7 @@ class Budget:
 class Recovery:
     """Training that recovers quality after fitting."""
 
-    kind: str | None = choice(
-        None,
-        "Training after fitting: lora, distill, finetune, mixed-rank, mixed-rank-frozen or none.",
-        keyword="recover",
-    )
+    kind: str | None = choice(None, "Training after fitting: {names} or none.", keyword="recover")
     tokens: int | None = choice(
         None,
         "Tokens to train on, also for metrics that prune; 200,000 by default.",
@@ -106,6 +105,12 @@ GROUPS: Mapping[str, type] = {
     "recovery": Recovery,
 }
 """The classes that hold the choices, by the keyword that takes an instance."""
+NAMES: Mapping[str, Callable[[], Iterable[str]]] = {
+    "metric": measures,
+    "allocation": allocations,
+    "recover": recoveries,
+}
+"""What stands for ``{names}`` in a help text: all that is registered, by keyword."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,8 @@ def choices_of(*groups: str) -> Iterator[Choice]:
             if "text" in item.metadata:
                 given = dict(item.metadata)
                 keyword = given.pop("keyword") or item.name
+                if keyword in NAMES:
+                    given["text"] = given["text"].format(names=", ".join(NAMES[keyword]()))
                 yield Choice(keyword, group, item.name, str(item.type), item.default, **given)
 
 

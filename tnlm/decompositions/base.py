@@ -197,6 +197,17 @@ def check_split(name: str, split: Sequence[int], size: int) -> None:
         )
 
 
+def check_pairs(shape: Shape, out_split: Sequence[int], in_split: Sequence[int]) -> None:
+    """Raise `RankError` unless rows and columns each split into two modes."""
+    if len(out_split) != 2 or len(in_split) != 2:
+        raise RankError(
+            f"out_split={out_split}, in_split={in_split}; allowed: two sizes each",
+            argument=("out_split", "in_split"),
+        )
+    check_split("out_split", out_split, shape[0])
+    check_split("in_split", in_split, shape[1])
+
+
 def given_split(
     name: str, options: Mapping[str, Any], size: int, modes: Sequence[int]
 ) -> tuple[int, ...] | None:

@@ -17,7 +17,7 @@ from tnlm.decompositions.base import (
     Format,
     Shape,
     as_tensor,
-    check_split,
+    check_pairs,
     given_split,
     matrix_shape,
 )
@@ -77,13 +77,7 @@ class BlockTrain(Format[BlockTrainSpec]):
 
     def network(self, shape: Shape, spec: BlockTrainSpec) -> Network:
         """Return ``abcr,bcrd->abcd``, where b and c index the blocks."""
-        if len(spec.out_split) != 2 or len(spec.in_split) != 2:
-            raise RankError(
-                f"out_split={spec.out_split}, in_split={spec.in_split}; allowed: two sizes each",
-                argument=("out_split", "in_split"),
-            )
-        check_split("out_split", spec.out_split, shape[0])
-        check_split("in_split", spec.in_split, shape[1])
+        check_pairs(shape, spec.out_split, spec.in_split)
         (a, b), (c, d) = spec.out_split, spec.in_split
         if spec.rank > min(a, d):
             raise RankError(

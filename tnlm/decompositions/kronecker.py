@@ -17,7 +17,7 @@ from tnlm.decompositions.base import (
     Format,
     Shape,
     as_tensor,
-    check_split,
+    check_pairs,
     given_split,
     matrix_shape,
 )
@@ -78,13 +78,7 @@ class Kronecker(Format[KroneckerSpec]):
 
     def network(self, shape: Shape, spec: KroneckerSpec) -> Network:
         """Return ``tac,tbd->abcd``, gauge-fixed on the smaller factor."""
-        if len(spec.out_split) != 2 or len(spec.in_split) != 2:
-            raise RankError(
-                f"out_split={spec.out_split}, in_split={spec.in_split}; allowed: two sizes each",
-                argument=("out_split", "in_split"),
-            )
-        check_split("out_split", spec.out_split, shape[0])
-        check_split("in_split", spec.in_split, shape[1])
+        check_pairs(shape, spec.out_split, spec.in_split)
         (a, b), (c, d) = spec.out_split, spec.in_split
         if spec.terms > min(a * c, b * d):
             raise RankError(

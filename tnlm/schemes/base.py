@@ -52,13 +52,10 @@ class Scheme:
     source: str
     metric: str = choice(
         "identity",
-        "How errors are measured: identity, diagonal, input, covariance, centered, two-sided, "
-        "fisher-inputs, fisher-outputs, fisher-both, fisher-elements, lora-fisher, lora-taylor, "
-        "lora-both, movement or pruned; the last two train and prune a copy of the model first.",
+        "How errors are measured: {names}; movement and pruned train and prune a copy of the model "
+        "first.",
     )
-    allocation: str = choice(
-        "uniform", "How the budget is split: uniform, even, loss, energy, last or truncation."
-    )
+    allocation: str = choice("uniform", "How the budget is split: {names}.")
     cascade: str = choice(
         "none", "How fits account for earlier ones: none, sequential or anchored."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from tnlm.metrics.measure import FISHER, Gathered, Measure
 from tnlm.metrics.metric import Elementwise, Metric
@@ -30,34 +31,29 @@ def _any(of: Gathered) -> float:
     return float(_mean(of) > 0)
 
 
+fisher = partial(Measure, importance=_any, needs=frozenset({FISHER}))
+
 MEASURES = (
-    Measure(
+    fisher(
         "fisher-inputs",
         "columns weighted by their Fisher information (FWSVD)",
-        build=_sides(rows=False, columns=True),
-        importance=_any,
-        needs=frozenset({FISHER}),
+        _sides(rows=False, columns=True),
     ),
-    Measure(
+    fisher(
         "fisher-outputs",
         "rows weighted by their Fisher information",
-        build=_sides(rows=True, columns=False),
-        importance=_any,
-        needs=frozenset({FISHER}),
+        _sides(rows=True, columns=False),
     ),
-    Measure(
+    fisher(
         "fisher-both",
         "rows and columns weighted by their Fisher information",
-        build=_sides(rows=True, columns=True),
-        importance=_any,
-        needs=frozenset({FISHER}),
+        _sides(rows=True, columns=True),
     ),
-    Measure(
+    fisher(
         "fisher-elements",
         "every entry weighted by its Fisher information (TFWSVD)",
-        build=lambda of, damping: Elementwise(of("fisher"), damping),
+        lambda of, damping: Elementwise(of("fisher"), damping),
         importance=_mean,  # its weights are scaled to mean 1
-        needs=frozenset({FISHER}),
         elementwise=True,
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tnlm.metrics.measure import INPUTS, Gathered, Measure, effect
@@ -26,34 +28,29 @@ def _centered(of: Gathered, damping: float) -> Metric:
     return Metric(inputs=_covariance(of, damping).inputs, mean=of("mean"))
 
 
+inputs = partial(Measure, importance=effect("moment"), needs=frozenset({INPUTS}))
+
 MEASURES = (
-    Measure(
+    inputs(
         "diagonal",
         "columns weighted by the mean magnitude of their input (ASVD)",
-        build=lambda of, damping: Metric(inputs=Side(of("magnitude"), damping)),
+        lambda of, damping: Metric(inputs=Side(of("magnitude"), damping)),
         importance=effect("magnitude"),  # not their squares
-        needs=frozenset({INPUTS}),
     ),
-    Measure(
+    inputs(
         "input",
         "error of the output on data (whitening)",
-        build=lambda of, damping: InputMoment(of("moment"), damping),
-        importance=effect("moment"),
-        needs=frozenset({INPUTS}),
+        lambda of, damping: InputMoment(of("moment"), damping),
     ),
-    Measure(
+    inputs(
         "covariance",
         "error of the output about its mean; the mean error is ignored (LLM-ROM's code)",
-        build=_covariance,
-        importance=effect("moment"),
-        needs=frozenset({INPUTS}),
+        _covariance,
     ),
-    Measure(
+    inputs(
         "centered",
         "error of the output about its mean; the mean error goes into a bias (AFM)",
-        build=_centered,
-        importance=effect("moment"),
-        needs=frozenset({INPUTS}),
+        _centered,
         adds_bias=True,
     ),
 )

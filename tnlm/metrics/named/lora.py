@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tnlm.metrics.measure import LORA, Gathered, Measure, effect
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
@@ -17,28 +19,24 @@ def _both(of: Gathered, damping: float) -> Metric:
     return Metric(outputs, Side(of("lora_inputs").double() / outputs.mean, damping))
 
 
+lora = partial(Measure, importance=effect("lora_inputs"), needs=frozenset({LORA}))
+
 MEASURES = (
-    Measure(
+    lora(
         "lora-fisher",
         "columns weighted by their Fisher information, estimated from a LoRA's gradients",
-        build=_inputs,
-        importance=effect("lora_inputs"),
-        needs=frozenset({LORA}),
+        _inputs,
     ),
-    Measure(
+    lora(
         "lora-taylor",
         "columns weighted by squared gradient times weight, estimated from a LoRA's gradients",
-        build=_inputs,
-        importance=effect("lora_inputs"),
-        needs=frozenset({LORA}),
+        _inputs,
         gathering={LORA: {"kind": "taylor"}},
     ),
-    Measure(
+    lora(
         "lora-both",
         "rows and columns weighted by their Fisher information, estimated from a LoRA's gradients",
-        build=_both,
-        importance=effect("lora_inputs"),
-        needs=frozenset({LORA}),
+        _both,
         gathering={LORA: {"outputs": True}},
     ),
 )

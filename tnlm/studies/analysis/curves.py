@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from tnlm.allocation.base import Limits
-from tnlm.allocation.uniform import name_target, options_for
+from tnlm.allocation.uniform import curve_of
 from tnlm.decompositions.base import Format, to_dict
-from tnlm.errors import OptionError
 from tnlm.metrics.metric import Metric
 from tnlm.targets.base import Target
 
@@ -80,14 +79,9 @@ def curve_rows(
     for structure in formats:
         if target.kind not in structure.kinds:
             continue
-        options = options_for(target, structure, Limits(keep=1.0))
         for name, metric in metrics.items():
-            try:
-                sampled = structure.curve(weight, metric, options, macs)
-            except OptionError as wrong:
-                raise name_target(target, wrong) from wrong
-            for spec, error in sampled:
-                network = structure.network(target.shape, spec)
+            found = curve_of(target, weight, metric, structure, Limits(keep=1.0), macs)
+            for spec, network, error in found:
                 cost = target.cost(network, weight.element_size())
                 if cost.params > target.most or cost.macs > macs:
                     continue
