@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tnlm.decompositions.als import als
 from tnlm.decompositions.base import Ceiling, as_tensor
 from tnlm.decompositions.hooi import unfold
-from tnlm.decompositions.stack_tucker import StackTucker, StackTuckerSpec
+from tnlm.decompositions.stack_tucker import FORMAT, StackTuckerSpec
 from tnlm.decompositions.tucker import realisable
 from tnlm.decompositions.whitening import rebuild, whiten
 from tnlm.errors import RankError
@@ -19,17 +19,16 @@ from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 from tnlm.metrics.stacked import Stacked
 
-FORMAT = StackTucker()
 SLICES, HEIGHT, WIDTH = 4, 5, 6
 SHAPE, DIMS = (SLICES * HEIGHT, WIDTH), (SLICES, HEIGHT, WIDTH)
-FIXED = {"slices": SLICES, "stack": SLICES}
+FIXED = {"slices": SLICES, "stack": SLICES, "gauge": False}
 seeds = st.integers(0, 20)
 ranks = st.tuples(*(st.integers(1, size) for size in DIMS)).map(lambda r: realisable(DIMS, r))
 close = {"rtol": 1e-8, "atol": 1e-8}
 
 
-def spec_of(found, slices=SLICES):
-    return StackTuckerSpec(tuple(found), slices, SLICES)
+def spec_of(found, slices=SLICES, gauge=False):
+    return StackTuckerSpec(tuple(found), slices, SLICES, gauge)
 
 
 def moment(gaussian, size, seed):

@@ -102,6 +102,11 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
     "channels": (llama, "modegpt", TEXT),
     "added-bias": (llama, "afm", TEXT),
     "shared-factors": (lambda: llama(num_hidden_layers=2), "basis-sharing", TEXT),
+    "stacks": (
+        lambda: llama(num_hidden_layers=2),
+        "stack-tucker",
+        {"metric": "identity", "allocation": "uniform", "keep_targets": 0.6},
+    ),
     "tied-table": (lambda: llama(tie_word_embeddings=True), "albert", {}),
     "token-mps": (lambda: llama(tie_word_embeddings=True), "tensorgpt", {}),
     "kronecker-rows": (gpt2, "shapeshifter", {"keep_targets": 0.5}),

@@ -126,11 +126,13 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
         structure = get_format(layer.format)
         if target.kind not in structure.kinds:
             raise OptionError(f"{structure.name} cannot replace a {target.kind} target")
-        network = structure.network(target.shape, from_dict(structure.spec, layer.spec))
-        if network.gauge is not None and target.whole:
-            raise OptionError(
-                "gauge=true; allowed for an embedding or a stack: false", argument="gauge"
-            )
+        spec = from_dict(structure.spec, layer.spec)
+        network = structure.network(target.shape, spec)
+        for name, allowed in target.fixed.items():
+            if getattr(spec, name, allowed) != allowed:
+                raise OptionError(
+                    f"{name}={getattr(spec, name)!r}; allowed here: {allowed!r}", argument=name
+                )
         if target.cost(network, 1).params > target.most:
             raise OptionError(f"{dict(layer.spec)} is not smaller than the dense matrix")
     except OptionError as error:
@@ -143,8 +145,8 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
 def options_for(target: Target, structure: Format[Any], limits: Limits) -> dict[str, Any]:
     """Return the options of a format that apply to a target."""
     fields = {item.name for item in dataclasses.fields(structure.spec)}
-    options = {name: value for name, value in limits.options.items() if name in fields}
-    return options | ({"gauge": False} if target.whole else {})
+    options = {**limits.options, **target.fixed}
+    return {name: value for name, value in options.items() if name in fields}
 
 
 def _specs(

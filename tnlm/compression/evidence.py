@@ -78,7 +78,7 @@ class Evidence:
             target: the matrix.
             newer: statistics that replace those of the dense model.
         """
-        return target.metric(self._measured(target.measured, newer))
+        return target.metric(lambda measured: self._measured(measured, newer))
 
     def _measured(self, target: Target, newer: Mapping[str, Tensor] | None) -> Metric:
         def gathered(name: str) -> Tensor:

@@ -89,14 +89,15 @@ class Fitting:
     def take(self, block: str) -> dict[str, nn.Module]:
         """Take the fitted modules of a block off the shelf, by module name."""
         self._taken = {}
-        found = {}
+        found, tied = {}, {*self.ties, *self.ties.values()}
         for group in by_module(self._job.selection.targets):
             module = group[0].module
             if module.startswith(block + ".") and group[0].name in self.entries:
                 parts = {target.name: self._shelf.take(target.name) for target in group}
                 for target in group:
-                    if self.entries[target.name].get("shared"):  # with blocks not tuned now
-                        parts[target.name].get_submodule("right").requires_grad_(False)
+                    for name, parameter in parts[target.name].named_parameters():
+                        if f"{target.path}.{name}" in tied:  # with blocks not tuned now
+                            parameter.requires_grad_(False)
                 self._taken.update(parts)
                 found[module] = group[0].assemble(group, parts)
         return found

@@ -17,6 +17,7 @@ from tnlm.compression.rules import (
     check_channels,
     check_damping,
     check_fitting,
+    check_joint,
     check_measure,
     check_options,
     check_recover,
@@ -204,6 +205,7 @@ def request_of(asked: Asked) -> Request:
     check_damping(measure, named.damping)
     check_cascade(measure, named.cascade)
     check_channels(structures, measure, named.cascade)
+    check_joint(structures, measure, named.cascade)
     check_share(structures, measure, named.cascade, named.share)
     check_refine(recovery.refine)
     after = named.recover if recovery.kind is None else recovery.kind

@@ -50,8 +50,9 @@ def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping
     """Raise `OptionError` unless every option belongs to a format and has a valid value."""
     known: set[str] = set()
     for structure in structures:
-        fields = {item.name: _placeholder(item) for item in dataclasses.fields(structure.spec)}
-        known |= fields.keys()
+        items = dataclasses.fields(structure.spec)
+        fields = {item.name: _placeholder(item) for item in items}
+        known |= {item.name for item in items if "fixed" not in item.metadata}
         from_dict(structure.spec, fields | {k: v for k, v in given.items() if k in fields})
     keywords = {each.keyword for each in choices_of()} | {"targets", "ignore", "progress"}
     for name in given:
@@ -118,6 +119,17 @@ def check_channels(structures: Sequence[Format[Any]], measure: Measure, cascade:
         raise OptionError(
             f"metric={measure.name!r} and cascade={cascade!r} cannot select channels; "
             "allowed: metric='input' or 'two-sided', and cascade='none'",
+            argument=("metric", "cascade"),
+        )
+
+
+def check_joint(structures: Sequence[Format[Any]], measure: Measure, cascade: str) -> None:
+    """Raise `OptionError` unless matrices can be replaced together by the formats that do so."""
+    joint = [structure.name for structure in structures if structure.made_of]
+    if joint and (cascade != "none" or measure.adds_bias):
+        raise OptionError(
+            f"cascade={cascade!r} and metric={measure.name!r} with a {joint[0]}, which replaces "
+            "several matrices together; allowed: cascade='none', and a metric that adds no bias",
             argument=("metric", "cascade"),
         )
 

@@ -28,6 +28,8 @@ QUIET = types.MappingProxyType({"quiet": True})
 """Metadata of spec fields that do not affect the network: files omit them at their defaults."""
 FITTING = types.MappingProxyType({**QUIET, "fitting": True})
 """Metadata of such fields that only control elementwise-weighted fits."""
+FIXED = types.MappingProxyType({"fixed": True})
+"""Metadata of spec fields that the target sets: users cannot."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,11 @@ class Stacked(Metric):
                 )
         self.members, self.rows = tuple(members), tuple(rows)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no member has a side, so that this is the Frobenius norm."""
+        return all(member.outputs is None and member.inputs is None for member in self.members)
+
     def pull(self, error: Tensor) -> Tensor:
         """Return ``G_s E_s C_s`` of all members, stacked."""
         return torch.cat([member.pull(part) for member, part in self._parts(error)])
@@ -59,7 +64,7 @@ class Stacked(Metric):
 
     def start(self) -> Metric:
         """Return the metric of the pooled sides; G is block-diagonal over the members."""
-        if all(member.outputs is None and member.inputs is None for member in self.members):
+        if self.is_plain:
             return Metric()
         outputs = [_outputs(m, rows) for m, rows in zip(self.members, self.rows, strict=True)]
         return Metric(Side(_block_diagonal(outputs)), self._inputs())
@@ -68,8 +73,7 @@ class Stacked(Metric):
         """Return the side of every mode; for outputs split into slices, from small blocks."""
         slices = [rows // out_split[-1] for rows in self.rows]
         even = all(n * out_split[-1] == rows for n, rows in zip(slices, self.rows, strict=True))
-        plain = all(member.outputs is None and member.inputs is None for member in self.members)
-        if len(out_split) != 2 or not even or plain:
+        if len(out_split) != 2 or not even or self.is_plain:
             return super().modes(out_split, in_split)
         outer, inner = [], []
         for member, count, rows in zip(self.members, slices, self.rows, strict=True):

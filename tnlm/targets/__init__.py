@@ -18,9 +18,17 @@ def joint_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
 
 
 def usable_targets(model: nn.Module, found: Sequence[Target], kinds: Set[str]) -> list[Target]:
-    """Return the joint targets of some kinds that may really be used."""
+    """Return the joint targets of some kinds that may really be used; no two share a matrix.
+
+    Where several could replace a matrix, the first kind by name does.
+    """
     used: list[Target] = []
+    taken: set[str] = set()
     for name, finder in FINDERS.all().items():
         if name in kinds:
-            used += finder.usable(model, [each for each in found if each.kind == name])
+            for each in finder.usable(model, [each for each in found if each.kind == name]):
+                names = {member.name for member in each.members}
+                if not names & taken:
+                    used.append(each)
+                    taken |= names
     return used

@@ -55,7 +55,6 @@ class Target(ABC):
         share: of the tokens that meet it: k of E for one of E experts.
         kind: what a format must be able to replace, e.g. ``"linear"``.
         unmeasured: why calibration data cannot measure targets of this kind; empty if it can.
-        whole: whether factors are stored whole, without an identity block.
     """
 
     name: str
@@ -65,7 +64,6 @@ class Target(ABC):
 
     kind: ClassVar[str]
     unmeasured: ClassVar[str] = ""
-    whole: ClassVar[bool] = False
 
     @property
     def members(self) -> tuple[Target, ...]:
@@ -99,9 +97,14 @@ class Target(ABC):
         """The target whose inputs and gradients are measured."""
         return self
 
-    def metric(self, measured: Metric) -> Metric:
-        """Return the metric of this target's matrix, given that of the measured one."""
-        return measured
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """Options of formats that the target decides: users and plans cannot."""
+        return {}
+
+    def metric(self, of: Callable[[Target], Metric]) -> Metric:
+        """Return the metric of this target's matrix, given what returns that of a measured one."""
+        return of(self.measured)
 
     @abstractmethod
     def statistic(self, name: str, read: Read) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,9 @@ class FeedForward(Target):
         """The consumer, whose inputs are the channels."""
         return self.consumer
 
-    def metric(self, measured: Metric) -> Metric:
+    def metric(self, of: Callable[[Target], Metric]) -> Metric:
         """Weigh channels by their second moment, and outputs as the consumer's metric does."""
+        measured = of(self.consumer)
         return Metric(measured.inputs, measured.outputs)
 
     def statistic(self, name: str, read: Read) -> Tensor:

@@ -12,7 +12,7 @@ from tnlm.layers.arranged import filled
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.tensors.gauge import expand, fix
-from tnlm.tensors.network import Factors
+from tnlm.tensors.network import Factors, Network
 from tnlm.tensors.precision import as_stored, is_half, rounded, widened
 
 
@@ -46,16 +46,11 @@ def fit_matrix(
     """
     if layer.format is None:
         return filled(weight, bias), 0.0
-    structure = get_format(layer.format)
     network = network_of(entry)
     # Built before fitting: long-lived tensors first, so that the heap stays compact.
     module = build(entry | {"padding_idx": None}, device=weight.device, dtype=weight.dtype)
-    spec = from_dict(structure.spec, layer.spec)
     with torch.no_grad():
-        stored = fix(network, factors or structure.fit(weight, metric, spec))
-        kept = as_stored(network, stored, weight.dtype, layer.name)
-        seen = kept if is_half(weight.dtype) else stored
-        rebuilt = structure.reconstruct(layer.shape, spec, expand(network, widened(seen)))
+        kept, rebuilt = fit_factors(network, weight, metric, layer, factors)
         error = metric.relative(weight, rebuilt)
         if metric.mean is not None:
             wanted = weight.double() @ metric.mean if output is None else output
@@ -64,3 +59,23 @@ def fit_matrix(
             bias = rounded(shift, weight.dtype, f"the bias of {layer.name}")
         module.store(kept, bias)  # type: ignore[operator]
     return module, error
+
+
+def fit_factors(
+    network: Network,
+    weight: Tensor,
+    metric: Metric,
+    layer: LayerPlan,
+    factors: Factors | None = None,
+) -> tuple[Factors, Tensor]:
+    """Return the factors as they are stored, in the weight's dtype, and the matrix they give.
+
+    See :func:`fit_matrix` for the arguments; the matrix is float64, of what is stored in half
+    precision.
+    """
+    structure = get_format(str(layer.format))
+    spec = from_dict(structure.spec, layer.spec)
+    stored = fix(network, factors or structure.fit(weight, metric, spec))
+    kept = as_stored(network, stored, weight.dtype, layer.name)
+    seen = kept if is_half(weight.dtype) else stored
+    return kept, structure.reconstruct(layer.shape, spec, expand(network, widened(seen)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,11 @@ class Stack(Target):
     matrices: tuple[MatrixTarget, ...]
 
     kind = "linear"
-    whole = True  # the factors are cut into the members'
+
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """Store no identity block: the factors are cut into the members'."""
+        return {"gauge": False}
 
     @property
     def members(self) -> tuple[MatrixTarget, ...]:

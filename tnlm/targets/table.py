@@ -34,7 +34,11 @@ class TableTarget(Member):
 
     kind = "embedding"
     unmeasured = "an embedding has no input to measure; use metric='identity'"
-    whole = True  # rows of a gauge-fixed table could not be looked up
+
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """Store no identity block: rows of such a table could not be looked up."""
+        return {"gauge": False}
 
     def bias(self, model: nn.Module) -> Tensor | None:
         """Return None: a table has no bias."""

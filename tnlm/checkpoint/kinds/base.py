@@ -102,10 +102,13 @@ def network_of(entry: Mapping[str, Any]) -> Network:
 
 def check_network(entry: Entry, wanted: str) -> None:
     """Raise `CheckpointError` unless the format can replace a module, and with fewer parameters."""
-    if wanted not in get_format(entry["format"]).kinds:
+    structure = get_format(entry["format"])
+    if wanted not in structure.kinds | structure.made_of:
         raise CheckpointError(f"{entry['format']} cannot replace a {wanted} module")
     network = network_of(entry)
-    if entry.get("shared") is True:  # several blocks share the input factor, which counts once
+    if network.shape != tuple(entry["shape"]):
+        raise CheckpointError(f"{entry['options']} is no {by(sizes(entry['shape']))} matrix")
+    if entry.get("shared") is True:  # several blocks share factors, which count once
         return
     if network.params > network.shape[0] * network.shape[1]:
         raise CheckpointError(f"{entry['options']} is larger than the dense matrix")

@@ -1,0 +1,140 @@
+"""Tensor stacks: the same matrix of consecutive blocks as the slices of a third-order tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnlm.checkpoint.entries import build
+from tnlm.decompositions import get_format
+from tnlm.decompositions.base import Ceiling, from_dict
+from tnlm.decompositions.stack_tucker import SLICE
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.stacked import Stacked
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Finder, Fitted, Target
+from tnlm.targets.fit import fit_factors
+from tnlm.targets.matrix import MatrixTarget, share_of
+from tnlm.targets.stacks import Stack
+from tnlm.tensors.contraction import chain
+from tnlm.tensors.network import Cost, Factors, Network
+from tnlm.utils.names import split_at_block
+
+BLOCKS = 2
+"""Consecutive blocks whose matrices are stacked."""
+
+
+@dataclass(frozen=True)
+class TensorStack(Stack):
+    """Matrices of one shape, each a slice with a metric of its own.
+
+    Fitted together, they share the factors that number no slices; each then executes as a network
+    of its own.
+    """
+
+    kind = "stack"
+
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """Decide how many slices there are."""
+        return {"slices": len(self.members), "stack": len(self.members)}
+
+    @property
+    def most(self) -> int:
+        """Fewer parameters than the matrices themselves."""
+        return self.params - 1
+
+    def metric(self, of: Callable[[Target], Metric]) -> Metric:
+        """Measure the error of each matrix in its own metric."""
+        members = [of(member) for member in self.members]
+        return Stacked(members, [member.shape[0] for member in self.members])
+
+    def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
+        """Return what the factors cost: what is shared is stored once, and applied everywhere."""
+        one = replace(network, sizes={**network.sizes, SLICE: 1})
+        copies = len(self.members)
+        size = (network.params + extra) * itemsize + copies * one.index_bytes
+        return Cost(network.params + extra, size, self.met(copies * chain(one).macs))
+
+    def budget(
+        self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
+    ) -> Ceiling:
+        """Return the most that the factors may have together."""
+        return share_of(self, keep, max_macs, unit, extra)
+
+    def fit(
+        self,
+        model: nn.Module,
+        layer: LayerPlan,
+        metric: Metric,
+        weight: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> Fitted:
+        """Fit all slices, and give each matrix its own part of the factors."""
+        structure = get_format(str(layer.format))
+        network = structure.network(self.shape, from_dict(structure.spec, layer.spec))
+        whole = self.weight(model)
+        with torch.no_grad():
+            kept, rebuilt = fit_factors(network, whole, metric, layer)
+        pieces = []
+        for index, member in enumerate(self.members):
+            bias = member.bias(model)
+            own = replace(layer, spec={**layer.spec, "slices": 1})
+            entry = member.entry(own, biased=bias is not None) | {"shared": True}
+            module: Any = build(entry, device=whole.device, dtype=whole.dtype)
+            pieces.append((member, entry, module.store(_slice(network, kept, index), bias)))
+        return Fitted(pieces, metric.relative(whole, rebuilt), self._ties(network))
+
+    def _ties(self, network: Network) -> dict[str, str]:
+        """Return the parameters that the members share: name to the name it shares."""
+        first, *others = (member.path for member in self.members)
+        shared = [name for name, modes in network.factors.items() if SLICE not in modes]
+        return {f"{path}.{n}.weight": f"{first}.{n}.weight" for path in others for n in shared}
+
+
+def _slice(network: Network, kept: Factors, index: int) -> Factors:
+    """Return the stored factors of one slice."""
+    found = dict(kept)
+    for name, modes in network.factors.items():
+        if SLICE in modes:
+            found[name] = kept[name].narrow(modes.index(SLICE), index, 1)
+    return found
+
+
+def across_blocks(model: nn.Module, targets: Sequence[Target]) -> list[TensorStack]:
+    """Return the stacks of the same matrix in every ``BLOCKS`` consecutive blocks.
+
+    Example:
+        >>> four = [MatrixTarget(f"h.{i}.up", f"h.{i}.up", (8, 4)) for i in range(4)]
+        >>> [stack.name for stack in across_blocks(nn.Module(), four)]
+        ['h.0.up+h.1.up', 'h.2.up+h.3.up']
+    """
+    groups: dict[tuple[str, str, int], list[MatrixTarget]] = {}
+    for target in targets:
+        found = split_at_block(target.name)
+        if isinstance(target, MatrixTarget) and found is not None:
+            before, block, after = found
+            groups.setdefault((before, after, block // BLOCKS), []).append(target)
+    return [
+        _stacked(members)
+        for members in groups.values()
+        if len(members) == BLOCKS and len({member.shape for member in members}) == 1
+    ]
+
+
+def _stacked(members: Sequence[MatrixTarget]) -> TensorStack:
+    first = members[0]
+    return TensorStack(
+        "+".join(member.name for member in members),
+        first.module,
+        (first.shape[0] * len(members), first.shape[1]),
+        tuple(members),
+        share=first.share,
+    )
+
+
+FINDER = Finder("stack", across_blocks)
