@@ -217,7 +217,7 @@ class _Start:
         return kept if side is None else side.unscale(kept.T).T
 
     def best(self, fits: Callable[[Ranks], bool]) -> Ranks | None:
-        """Return the ranks with the least error in the whitened tensor among those that fit, or None.
+        """Return the ranks that fit with the least error in the whitened tensor, or None.
 
         Numbers of cores and row ranks are on a grid; each pair determines the largest column rank.
         """
