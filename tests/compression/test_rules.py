@@ -28,14 +28,14 @@ def refused(check, *arguments, error=OptionError):
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=lambda m: m.name)
 @pytest.mark.parametrize("structure", formats().values(), ids=lambda s: s.name)
 def test_a_format_is_fitted_only_under_what_it_says(measure, structure):
-    kind = "elementwise" if measure.elementwise else "separable"
-    if not measure.needs or kind in structure.metrics:
+    plain = structure.name != "experts"
+    if (not measure.needs and plain) or measure.form in structure.metrics:
         rules.check_measure("scheme", [structure], measure)
         return
     text = refused(rules.check_measure, "scheme", [structure], measure)
     assert f"metric={measure.name!r} with scheme 'scheme': {structure.name}" in text
     allowed = text.partition("fitted only under ")[2].split(", ")
-    assert "identity" in allowed
+    assert ("identity" if plain else "reap") in allowed
     for name in allowed:  # what it allows is allowed
         rules.check_measure("scheme", [structure], get_measure(name))
 

@@ -11,7 +11,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.metrics.named import get_measure, measures
 from tnlm.metrics.named.two_sided import GRADIENT_SHRINK
 
-MEASURES = measures()
+MEASURES = {name: each for name, each in measures().items() if name != "reap"}  # of experts
 
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
 NAMES |= {"gradient": GRADIENTS, "fisher": FISHER}

@@ -140,6 +140,8 @@ def _candidates(
             continue
         for spec, network, error in curve_of(target, weight, metric, structure, limits, macs):
             after = target.cost(network, size, extra)
+            if network.params < target.least:
+                continue
             if after.params > target.most or after.macs > macs * target.share:
                 continue
             layer = replace(

@@ -7,7 +7,8 @@ file of `tnlm.checkpoint.kinds`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from tnlm.checkpoint.kinds.base import Entry as Entry
 from tnlm.checkpoint.kinds.base import network_of as network_of
 from tnlm.errors import CheckpointError, TnlmError
 
+if TYPE_CHECKING:  # whose import imports the plug-in, and that this file
+    from transformers import PreTrainedModel
+
 
 def check_entry(name: str, entry: Any, module: nn.Module) -> None:
     """Raise `CheckpointError` unless an entry fits the module it replaces.
@@ -25,7 +29,7 @@ def check_entry(name: str, entry: Any, module: nn.Module) -> None:
     """
     try:
         KINDS.get(entry["kind"]).check(entry, module)
-        build(entry, device="meta")  # finds any other fault
+        build(entry, device="meta", old=module)  # finds any other fault
     except TnlmError as error:
         raise CheckpointError(f"config.json does not fit the model at {name}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -33,10 +37,26 @@ def check_entry(name: str, entry: Any, module: nn.Module) -> None:
 
 
 def build(
-    entry: Entry, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    entry: Entry,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    old: nn.Module | None = None,
 ) -> nn.Module:
-    """Return the (uninitialised) module that an entry describes."""
-    return KINDS.get(entry["kind"]).build(entry, device=device, dtype=dtype)
+    """Return the (uninitialised) module that an entry describes, in the place of an old one."""
+    return KINDS.get(entry["kind"]).build(entry, device=device, dtype=dtype, old=old)
+
+
+def before_dense(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
+    """Change what the whole model says of its modules before they are made dense.
+
+    Raises:
+        ModelError: if the model's class has no place for what they are.
+    """
+    for name, kind in KINDS.all().items():
+        own = {module: entry for module, entry in entries.items() if entry["kind"] == name}
+        if own:
+            kind.before_dense(model, own)
 
 
 def dense_module(entry: Entry, module: nn.Module) -> nn.Module:

@@ -57,7 +57,7 @@ def _check_bare(model: nn.Module) -> None:
 
 def _check_module(name: str, entry: dict[str, Any], module: nn.Module) -> None:
     """Raise `CheckpointError` unless a module holds the tensors that its entry names."""
-    made = build(entry, device="meta")
+    made = build(entry, device="meta", old=module)
     expected = {key: tensor.shape for key, tensor in made.state_dict().items()}
     found = {key: getattr(tensor, "shape", None) for key, tensor in module.state_dict().items()}
     if found != expected:

@@ -19,7 +19,7 @@ from tnlm.checkpoint.configs import GUARD as GUARD
 from tnlm.checkpoint.configs import METHOD as METHOD
 from tnlm.checkpoint.configs import clear_guard, own_config
 from tnlm.checkpoint.description import FORMAT_VERSION, READABLE, TnlmConfig
-from tnlm.checkpoint.entries import build, check_entry, dense_module
+from tnlm.checkpoint.entries import before_dense, build, check_entry, dense_module
 from tnlm.checkpoint.naming import has, names_in, owner_of, rename, rename_in, with_wildcards
 from tnlm.checkpoint.parts import PART, around, describe_parts, submodels
 from tnlm.checkpoint.tensors import Arrivals
@@ -97,13 +97,19 @@ class TnlmQuantizer(HfQuantizer):
                 "weights of the model are offloaded, so it cannot be made dense; load it without "
                 "device_map, or with one that keeps all weights in memory"
             )
-        added = [n for n, e in self.quantization_config.modules.items() if e.get("bias_added")]
+        added = [
+            name
+            for name, entry in self.quantization_config.modules.items()
+            if any(part.get("bias_added") for part in entry.get("parts", [entry]))
+        ]
         if added:
             raise ModelError(
                 f"{type(model).__name__} has no place for the bias that was added to {added[0]} "
                 f"and {len(added) - 1} others, so a dense copy could not be loaded again. Keep the "
                 "model compressed, or compress with a metric that adds no bias, such as 'input'"
             )
+        modules = self.quantization_config.modules
+        before_dense(model, {name: entry for name, entry in modules.items() if has(model, name)})
         uninstall(model)
         for name, entry in self.quantization_config.modules.items():
             if not has(model, name):
@@ -145,8 +151,9 @@ def place(model: PreTrainedModel, config: TnlmConfig) -> None:
     for name, entry in found.items():
         check_entry(name, entry, model.get_submodule(names[name] or ""))
     for name, entry in found.items():
-        old = next(model.get_submodule(names[name] or "").parameters())
-        made = build(entry, device=old.device, dtype=old.dtype)
+        old = model.get_submodule(names[name] or "")
+        like = next(old.parameters())
+        made = build(entry, device=like.device, dtype=like.dtype, old=old)
         model.set_submodule(names[name] or "", made)
     tied = {
         rename(names, target): rename(names, source)

@@ -74,7 +74,7 @@ def prepare(
     check_model(model)
     check_data(request, data)
     selection = select(model, request.scheme.targets if targets is None else targets, ignore)
-    _check_kinds(request, selection)
+    _check_kinds(model, request, selection)
     check_weights(model, selection.targets)
     groups = joint_targets(model, selection.targets)
     usable = usable_targets(model, groups, request.kinds)
@@ -107,8 +107,8 @@ def _in_words(**given: Selector | None) -> dict[str, Any]:
     }
 
 
-def _check_kinds(request: Request, selection: Selection) -> None:
-    """Skip targets that the formats or the metric do not support."""
+def _check_kinds(model: PreTrainedModel, request: Request, selection: Selection) -> None:
+    """Skip targets that the formats or the metric do not support, or that fail their trial."""
     allowed = request.kinds
     for target in list(selection.targets):
         if target.kind not in allowed:
@@ -117,7 +117,11 @@ def _check_kinds(request: Request, selection: Selection) -> None:
         elif target.unmeasured and request.looks_at_data:
             reason = target.unmeasured
         else:
-            continue
+            found = target.tried(model)
+            if not isinstance(found, str):
+                selection.targets[selection.targets.index(target)] = found
+                continue
+            reason = found
         selection.targets.remove(target)
         selection.skipped[target.name] = reason
     if not selection.targets:

@@ -26,10 +26,10 @@ def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measu
 
     Beside other formats, those for embeddings only are not checked: data gives them no metric.
     """
-    kind = "elementwise" if measure.elementwise else "separable"
     fitted = [structure for structure in structures if structure.kinds != {"embedding"}]
     for structure in fitted or structures:
-        if measure.needs and kind not in structure.metrics:
+        asked = measure.needs or "experts" in structure.metrics
+        if asked and measure.form not in structure.metrics:
             raise OptionError(
                 f"metric={measure.name!r} with scheme {scheme!r}: {structure.name} can be fitted "
                 f"only under {_allowed(structure)}",
@@ -38,11 +38,9 @@ def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measu
 
 
 def _allowed(structure: Format[Any]) -> str:
-    kinds = {m.name for m in measures().values() if not m.needs}
-    for measure in measures().values():
-        kind = "elementwise" if measure.elementwise else "separable"
-        if kind in structure.metrics:
-            kinds.add(measure.name)
+    plain = "experts" not in structure.metrics
+    kinds = {m.name for m in measures().values() if not m.needs and plain}
+    kinds |= {m.name for m in measures().values() if m.form in structure.metrics}
     return ", ".join(sorted(kinds))
 
 

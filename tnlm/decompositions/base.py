@@ -34,14 +34,16 @@ FIXED = types.MappingProxyType({"fixed": True})
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """The most that one matrix may cost: parameters, and multiply-adds per token."""
+    """What one matrix may cost: parameters stored, at most and at least, and multiply-adds."""
 
     params: float = math.inf
     macs: float = math.inf
+    least: int = 0
 
     def allows(self, network: Network) -> bool:
-        """Return whether a network is within both limits."""
-        return network.params <= self.params and macs(network) <= self.macs
+        """Return whether a network is within all limits."""
+        within = self.least <= network.params <= self.params
+        return within and macs(network) <= self.macs
 
 
 class Format(ABC, Generic[S]):

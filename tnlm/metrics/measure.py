@@ -58,6 +58,7 @@ class Measure:
         damping: default fraction of an input moment replaced by its mean diagonal.
         adds_bias: whether the mean error is moved into a bias.
         elementwise: whether every entry has its own weight, so that no closed form exists.
+        weighs_experts: it weighs the experts of a block, not the entries of a matrix.
     """
 
     name: str
@@ -69,3 +70,11 @@ class Measure:
     damping: float = 1e-6
     adds_bias: bool = False
     elementwise: bool = False
+    weighs_experts: bool = False
+
+    @property
+    def form(self) -> str:
+        """What a format must be fitted under: elementwise, separable or experts."""
+        if self.elementwise:
+            return "elementwise"
+        return "experts" if self.weighs_experts else "separable"

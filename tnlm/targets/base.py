@@ -76,6 +76,11 @@ class Target(ABC):
         return self.shape[0] * self.shape[1]
 
     @property
+    def least(self) -> int:
+        """Parameters that a network in its place must have at least."""
+        return 0
+
+    @property
     def most(self) -> int:
         """Parameters that a replacement may have at most: fewer than the matrix itself."""
         return self.params - 1
@@ -83,6 +88,11 @@ class Target(ABC):
     @abstractmethod
     def weight(self, model: nn.Module) -> Tensor:
         """Return the ``(out, in)`` matrix in a model."""
+
+    def held(self, model: nn.Module) -> Sequence[Tensor]:
+        """Return the tensors that are replaced."""
+        weight: Any = model.get_submodule(self.module).weight
+        return [weight]
 
     @abstractmethod
     def bias(self, model: nn.Module) -> Tensor | None:
@@ -200,6 +210,10 @@ class Member(Target):
     def path(self) -> str:
         """Dotted name of the module that will hold the factors."""
         return self.module
+
+    def tried(self, model: nn.Module) -> Member | str:
+        """Return the target as it may really be used, or why it may not, where that takes work."""
+        return self
 
     @abstractmethod
     def entry(self, layer: LayerPlan, *, biased: bool) -> Entry:

@@ -18,22 +18,26 @@ from tnlm.targets.base import Target
 def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
     """Raise `ModelError` if a target is empty, on the meta device, quantized, or not finite."""
     for target in targets:
-        held = model.get_submodule(target.module).weight
-        if type(held) not in (nn.Parameter, Tensor):  # of torchao, or of a distributed model
-            raise ModelError(
-                f"{target.name} is a {type(held).__name__} and no plain tensor; load the model "
-                "unquantized and on one device"
-            )
-        weight = target.weight(model)
-        if weight.is_meta:
-            raise ModelError(f"{target.name} has no data (meta device); load the weights first")
-        if not weight.is_floating_point() or weight.element_size() == 1:  # of 8 bits
-            raise ModelError(f"{target.name} is {weight.dtype}; load the model unquantized")
-        if not bool(torch.isfinite(weight).all()):
-            count = int((~torch.isfinite(weight)).sum())
-            raise ModelError(
-                f"{target.name} holds {count} NaN or infinite weights; nothing was changed"
-            )
+        for held in target.held(model):
+            _check_weight(target, held)
+
+
+def _check_weight(target: Target, held: Tensor) -> None:
+    if type(held) not in (nn.Parameter, Tensor):  # of torchao, or of a distributed model
+        raise ModelError(
+            f"{target.name} is a {type(held).__name__} and no plain tensor; load the model "
+            "unquantized and on one device"
+        )
+    weight = held.detach()
+    if weight.is_meta:
+        raise ModelError(f"{target.name} has no data (meta device); load the weights first")
+    if not weight.is_floating_point() or weight.element_size() == 1:  # of 8 bits
+        raise ModelError(f"{target.name} is {weight.dtype}; load the model unquantized")
+    if not bool(torch.isfinite(weight).all()):
+        count = int((~torch.isfinite(weight)).sum())
+        raise ModelError(
+            f"{target.name} holds {count} NaN or infinite weights; nothing was changed"
+        )
 
 
 def check_model(model: Any) -> None:

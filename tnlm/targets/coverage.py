@@ -69,12 +69,14 @@ def _planned(
     replaced: dict[int, int] = {}
     kept: dict[int, str] = {}
     for target in targets:
-        weight = id(model.get_submodule(target.module).weight)
-        layer = decided.get(target.name)
-        if layer is None or layer.format is None:
-            kept[weight] = (layer and layer.note) or LEFT_OUT
-        else:
-            replaced[weight] = replaced.get(weight, 0) + target.params
+        weights, layer = target.held(model), decided.get(target.name)
+        whole = sum(weight.numel() for weight in weights)
+        for weight in weights:
+            if layer is None or layer.format is None:
+                kept[id(weight)] = (layer and layer.note) or LEFT_OUT
+            else:
+                own = weight.numel() * target.params // whole
+                replaced[id(weight)] = replaced.get(id(weight), 0) + own
     return replaced, kept
 
 

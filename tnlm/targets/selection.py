@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tnlm.errors import TargetError, did_you_mean
 from tnlm.targets.base import Matrix, Member, Selector
 from tnlm.targets.blocks import in_blocks
+from tnlm.targets.dropping import droppable
 from tnlm.targets.ends import input_table, output_head
 from tnlm.targets.matrix import matrices_of
 from tnlm.targets.mixtures import expert_shares
@@ -21,9 +22,10 @@ from tnlm.targets.table import TableTarget
 from tnlm.utils.names import block_of
 
 ALL_LINEAR = "all-linear"
+EXPERTS = "experts"
 EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
 ODD_BLOCKS = "odd-blocks"
-WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS)
+WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS, EXPERTS)
 
 AROUND = "outside the model's blocks, as heads are; name it in targets= to compress it"
 UNNAMED, IGNORED = "targets= does not choose it", "ignore= names it"
@@ -54,7 +56,8 @@ def select(
         targets: ``"all-linear"`` (every linear weight in the model's blocks: no heads, poolers or
             projections around them; where there are no blocks, every one but the output head),
             ``"embeddings"``, ``"token-embeddings"`` (without those of positions and types),
-            ``"odd-blocks"`` (linear weights of every second block), a regular expression that a
+            ``"odd-blocks"`` (linear weights of every second block), ``"experts"`` (the routed
+            experts of every block, of which some may be dropped), a regular expression that a
             module's name must match in full, a list of names or of their endings (as in PEFT) or of
             these words, or a module class.
         ignore: modules left alone, in the same words.
@@ -98,6 +101,9 @@ def select(
             claimed.add(_weight_id(module))
             share = shares.get(name, 1.0)
             selection.targets.extend(replace(target, share=share) for target in found)
+    selection.targets += [
+        t for t in droppable(model) if _names(targets, t) and not (ignore and _names(ignore, t))
+    ]
     if all_linear:
         selection.skipped |= _stacked(model)
     if not selection.targets:
@@ -194,6 +200,17 @@ def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> boo
         or name.endswith("." + word)
         or word.startswith(name + ".")  # a part of a fused module
         for word in wanted
+    )
+
+
+def _names(wanted: Selector, target: Member) -> bool:
+    """Tell whether the experts of a block are named, by a word, a name or a pattern."""
+    words = [wanted] if isinstance(wanted, str | type) else wanted
+    if isinstance(wanted, str) and wanted not in WORDS:
+        return _fits(wanted, target.module)
+    names = [word for word in words if isinstance(word, str)]
+    return EXPERTS in names or any(
+        target.module == name or target.module.endswith(f".{name}") for name in names
     )
 
 

@@ -22,7 +22,7 @@ class Doubling(EntryKind):
         if entry["size"] != module.in_features:
             raise CheckpointError(f"size={entry['size']}; the model has {module.in_features}")
 
-    def build(self, entry, *, device=None, dtype=None):
+    def build(self, entry, *, device=None, dtype=None, old=None):
         """Return the halved layer."""
         return nn.Linear(entry["size"], entry["size"], device=device, dtype=dtype)
 

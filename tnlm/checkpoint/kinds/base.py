@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from tnlm.decompositions.base import from_dict
 from tnlm.errors import CheckpointError
 from tnlm.layers.shapes import shape_of
 from tnlm.tensors.network import Network
+
+if TYPE_CHECKING:  # whose import imports the plug-in, and that this file
+    from transformers import PreTrainedModel
 
 Entry = dict[str, Any]
 """A checkpoint's description of one module, in plain values."""
@@ -40,13 +43,39 @@ class EntryKind(ABC):
 
     @abstractmethod
     def build(
-        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        entry: Entry,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        old: nn.Module | None = None,
     ) -> nn.Module:
-        """Return the (uninitialised) module that an entry describes."""
+        """Return the (uninitialised) module that an entry describes.
+
+        Args:
+            entry: checked.
+            device: of its tensors.
+            dtype: of its tensors.
+            old: the module in whose place it stands, dense or built before: what an entry does not
+                say, such as an activation, is taken over from it.
+        """
 
     @abstractmethod
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return an ordinary dense module with the weights of a built one."""
+
+    def before_dense(  # noqa: B027 - most kinds have nothing to change
+        self, model: PreTrainedModel, entries: Mapping[str, Entry]
+    ) -> None:
+        """Change what the whole model says of modules of this kind before they are made dense.
+
+        Args:
+            model: still compressed.
+            entries: all that are of this kind, by the names of their modules; at least one.
+
+        Raises:
+            ModelError: if the model's class has no place for what they are.
+        """
 
 
 class MatrixKind(EntryKind):

@@ -18,7 +18,12 @@ class Dense(MatrixKind):
     partial = True
 
     def build(
-        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        entry: Entry,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        old: nn.Module | None = None,
     ) -> nn.Module:
         """Return a linear layer."""
         rows, columns = entry["shape"]

@@ -30,7 +30,12 @@ class Embedding(MatrixKind):
         check_network(entry, "embedding")
 
     def build(
-        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        entry: Entry,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        old: nn.Module | None = None,
     ) -> nn.Module:
         """Return a `FactorizedEmbedding`."""
         table = FactorizedEmbedding(network_of(entry), device=device, dtype=dtype)

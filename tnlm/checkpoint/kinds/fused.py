@@ -33,7 +33,12 @@ class Fused(MatrixKind):
             _kind(part).check_part(part, biased)
 
     def build(
-        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        entry: Entry,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        old: nn.Module | None = None,
     ) -> nn.Module:
         """Return a `FusedLinear` of the parts."""
         return FusedLinear(

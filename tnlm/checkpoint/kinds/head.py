@@ -20,7 +20,12 @@ class Head(MatrixKind):
         check_network(entry, "embedding")
 
     def build(
-        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        entry: Entry,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        old: nn.Module | None = None,
     ) -> nn.Module:
         """Return a `FactorizedHead`."""
         bias = entry["bias"]

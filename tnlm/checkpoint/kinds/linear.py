@@ -21,7 +21,12 @@ class Linear(MatrixKind):
         check_network(entry, "linear")
 
     def build(
-        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        entry: Entry,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        old: nn.Module | None = None,
     ) -> nn.Module:
         """Return a `FactorizedLinear`."""
         network, order = network_of(entry), entry["order"]

@@ -27,7 +27,12 @@ class Sliced(MatrixKind):
         return full
 
     def build(
-        self, entry: Entry, *, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        entry: Entry,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        old: nn.Module | None = None,
     ) -> nn.Module:
         """Return a linear layer of the smaller shape."""
         rows, columns = entry["shape"]
