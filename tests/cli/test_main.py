@@ -15,8 +15,6 @@ from typer.testing import CliRunner
 
 import tnlm
 from tnlm.cli import main as cli
-from tnlm.cli.choices import asked
-from tnlm.errors import OptionError
 from tnlm.evaluation import Perplexity
 from tnlm.utils.claim import temporary_folder
 
@@ -378,19 +376,6 @@ def test_outputs_and_caches_that_cannot_be_are_refused_before_the_model_loads(tm
         (tmp_path / "out", text, "is a file"),
     ):
         assert told in fails("compress", "no/such", out, "-s", "svd-llm", *more)
-
-
-@pytest.mark.parametrize(
-    "item", ["progress=true", 'scheme="kron"', "model=1", "targets=1", "tokenizer=1", "keep=2"]
-)
-def test_set_gives_options_of_formats_only(item):
-    with pytest.raises(OptionError, match=f"--set {item}"):
-        asked({"set_": [item]})
-
-
-def test_set_does_not_override_an_option():
-    with pytest.raises(OptionError, match="'rank' is given elsewhere"):
-        asked({"rank": 3, "set_": ["rank=4"]})
 
 
 def test_the_model_writes_its_own_calibration_text(source, tmp_path):

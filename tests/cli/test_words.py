@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 
 from tnlm.cli.words import in_options
-from tnlm.errors import CheckpointError, OptionError, TnlmError
+from tnlm.errors import TnlmError
 
 NAMES = ("calibration", "keep", "keep_targets", "tolerance", "metric", "rank", "ranks", "out_split")
 NAMES += (
@@ -72,9 +70,3 @@ def test_a_path_is_no_argument():
     said = "my runs/keep=0.8/x and keep=0.8 are not empty; pass overwrite=True"
     shown = "my runs/keep=0.8/x and keep=0.8 are not empty; pass --overwrite"
     assert in_options(TnlmError(said, argument="overwrite"), OPTIONS) == shown
-
-
-@pytest.mark.parametrize("kind", [TnlmError, OptionError, CheckpointError])
-def test_errors_are_pickled_with_their_arguments(kind):
-    error = pickle.loads(pickle.dumps(kind("keep=2", argument=("keep", "rank"))))
-    assert (type(error), str(error), error.arguments) == (kind, "keep=2", ("keep", "rank"))

@@ -54,8 +54,7 @@ def test_compiled_gradients_are_the_same(pair, gaussian):
     torch.testing.assert_close(*found, atol=1e-7, rtol=ATOL)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("scheme", ["svd", "kron"])
+@pytest.mark.parametrize(("kind", "scheme"), [("llama", "svd"), ("gpt2", "kron")])
 def test_a_compressed_model_is_one_graph_for_every_length(kind, scheme, small_model):
     model = small_model(kind, scheme)
 

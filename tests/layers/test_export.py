@@ -43,8 +43,7 @@ def test_a_program_is_read_without_the_library(pair, gaussian):
 
 
 @pytest.mark.filterwarnings("ignore:.treespec.children_specs:FutureWarning")
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("scheme", ["svd", "kron"])
+@pytest.mark.parametrize(("kind", "scheme"), [("llama", "svd"), ("gpt2", "kron")])
 def test_transformers_exports_a_compressed_model(kind, scheme, small_model):
     model = small_model(kind, scheme)
     exported = DynamoExporter().export(model, prompt(2, 5), config=DynamoConfig(dynamic=True))
