@@ -43,6 +43,17 @@ def make_problem(gaussian) -> Callable[..., Problem]:
     return make
 
 
+class Pair(nn.Module):
+    """A feed-forward layer."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = (nn.Linear(*s, bias=False) for s in ((width, hidden), (hidden, width)))
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x).relu())
+
+
 @pytest.fixture(scope="session")
 def make_pairs(gaussian) -> Callable[..., Problem]:
     """Make a problem of feed-forward pairs, whose channels may go, and a matrix that stands alone.
@@ -54,8 +65,8 @@ def make_pairs(gaussian) -> Callable[..., Problem]:
         model = nn.ModuleDict({"h": nn.ModuleList(), "head": nn.Linear(width, width, bias=False)})
         moments = {}
         for index in range(count):
-            up, down = (nn.Linear(*s, bias=False) for s in ((width, hidden), (hidden, width)))
-            model["h"].append(nn.ModuleDict({"fc1": up, "fc2": down}))
+            model["h"].append(Pair(width, hidden))
+            up, down = model["h"][index].fc1, model["h"][index].fc2
             up.weight = nn.Parameter(gaussian(hidden, width, seed=seed + 2 * index))
             down.weight = nn.Parameter(gaussian(width, hidden, seed=seed + 2 * index + 1))
             rank = 2 if index in alike else hidden

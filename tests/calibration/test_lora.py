@@ -137,6 +137,10 @@ def test_at_full_rank_a_model_gives_its_own_fisher(kind, name, make_model):
     torch.testing.assert_close(found[name]["inputs"].float(), fisher.sum(0), rtol=1e-3, atol=1e-9)
 
 
+def blocks(rows, parts):
+    return [slice(start, start + rows // parts) for start in range(0, rows, rows // parts)]
+
+
 @pytest.mark.parametrize(("kind", "name", "parts"), [("llama", UP, 1), ("gpt2", FUSED, 3)])
 def test_a_lora_that_sees_inputs_gives_their_fisher_at_full_rank(kind, name, parts, make_model):
     model = make_model(kind)
@@ -146,7 +150,12 @@ def test_a_lora_that_sees_inputs_gives_their_fisher_at_full_rank(kind, name, par
     rank = len(fisher) // parts if parts > 1 else min(fisher.shape)
     if rank * parts > min(fisher.shape):
         rank = min(fisher.shape) // parts
-    options = {"rank": rank, "alpha": 7.0, "sees": "inputs", "parts": {name: parts}}
+    options = {
+        "rank": rank,
+        "alpha": 7.0,
+        "sees": "inputs",
+        "parts": {name: blocks(len(fisher), parts)},
+    }
     found, loras = collect(model, [name], with_labels(model, BATCHES), **options)
     assert not loras[name].A.any()
     expected = torch.stack([part.sum(0) for part in fisher.chunk(parts)]).squeeze(0)
@@ -179,12 +188,14 @@ def test_statistics_are_right_on_average(make_model):
     fisher = collect_gradients(
         model, [UP], BATCHES, fisher=True, labels="data", progress=False
     ).tensor(UP, "fisher")
-    store = lora_statistics(model, {UP: 1}, BATCHES, outputs=True, rank=8, progress=False)
+    store = lora_statistics(
+        model, {UP: [slice(None)]}, BATCHES, outputs=True, rank=8, progress=False
+    )
     for side, axis in (("inputs", 0), ("outputs", 1)):
         found = store.tensor(UP, f"lora_{side}")
         assert found.shape == fisher.sum(axis).shape
         assert 0.5 < float(found.sum() / fisher.sum()) < 2.0
-    only = lora_statistics(model, {UP: 1}, BATCHES, progress=False)
+    only = lora_statistics(model, {UP: [slice(None)]}, BATCHES, progress=False)
     with pytest.raises(CalibrationError, match="lora_outputs"):
         only.tensor(UP, "lora_outputs")
 
@@ -193,10 +204,23 @@ def test_a_fused_module_has_columns_of_its_parts(make_model):
     model = make_model("gpt2")
     data = with_labels(model, BATCHES)
     together, _ = collect(model, [FUSED], data)
-    apart, _ = collect(model, [FUSED], data, parts={FUSED: 3})
+    apart, _ = collect(model, [FUSED], data, parts={FUSED: blocks(96, 3)})
     assert apart[FUSED]["inputs"].shape == (3, 32)
     torch.testing.assert_close(apart[FUSED]["inputs"].sum(0), together[FUSED]["inputs"])
     torch.testing.assert_close(apart[FUSED]["outputs"], together[FUSED]["outputs"])
+
+
+def test_parts_may_be_unequal_and_alternate(make_model):
+    model = make_model("gpt2")
+    data = with_labels(model, BATCHES)
+    together, _ = collect(model, [FUSED], data)
+    rows = torch.arange(96)
+    parts = [rows[rows % 4 == 0], rows[rows % 4 > 0]]
+    apart, _ = collect(model, [FUSED], data, parts={FUSED: parts})
+    torch.testing.assert_close(apart[FUSED]["inputs"].sum(0), together[FUSED]["inputs"])
+    torch.testing.assert_close(apart[FUSED]["outputs"], together[FUSED]["outputs"])
+    store = lora_statistics(model, {FUSED: parts}, BATCHES, outputs=True, progress=False)
+    assert store.tensor(FUSED, "lora_inputs").shape == (2, 32)
 
 
 @pytest.mark.parametrize("kind", ["fisher", "taylor"])

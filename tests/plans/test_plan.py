@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import tnlm
-from tnlm.errors import CheckpointError, OptionError, TargetError
+from tnlm.errors import CheckpointError, OptionError
 from tnlm.plans.plan import LayerPlan, Plan
 from tnlm.tensors.network import Cost
 
@@ -128,11 +129,15 @@ def test_a_plan_may_be_changed_by_hand(make_model):
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
 
 
-def test_a_part_of_a_fused_module_cannot_be_left_out(make_model):
-    plan = tnlm.plan(make_model("gpt2"), "svd", rank=4)
+def test_a_part_of_a_fused_module_that_is_left_out_stays_as_it_is(make_model):
+    dense, model = make_model("gpt2"), make_model("gpt2")
+    plan = tnlm.plan(model, "svd", rank=4)
     some = tuple(layer for layer in plan.layers if not layer.name.endswith("c_attn.k"))
-    with pytest.raises(TargetError, match=r"h\.0\.attn\.c_attn\.k.*format.*null"):
-        tnlm.compress(make_model("gpt2"), dataclasses.replace(plan, layers=some))
+    tnlm.compress(model, dataclasses.replace(plan, layers=some))
+    fused, own = (m.transformer.h[0].attn.c_attn for m in (model, dense))
+    assert torch.equal(fused.k.weight, own.weight[:, 32:64].T)
+    assert torch.equal(fused.k.bias, own.bias[32:64])
+    assert fused.q.right.out_features == 4
 
 
 @pytest.mark.parametrize(

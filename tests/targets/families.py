@@ -61,7 +61,17 @@ MIXED = {
     "bitnet": ("BitNetForCausalLM", GROUPED),  # a norm between
     "gemma3n": ("Gemma3nForCausalLM", GEMMA3N),  # the first layer is sparse: mean and deviation
 }
-FAMILIES = PLAIN | CONCATENATED | MIXED
+FUSED = {
+    "new-falcon": ("FalconForCausalLM",
+                   {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "old-falcon": ("FalconForCausalLM", {**FALCON, "multi_query": False, "alibi": True}),
+    "codegen": ("CodeGenForCausalLM", {**GPT2, "rotary_dim": 4}),
+    "bigcode": ("GPTBigCodeForCausalLM", GPT2),
+    "headed-bigcode": ("GPTBigCodeForCausalLM", {**GPT2, "multi_query": False}),
+    "persimmon": ("PersimmonForCausalLM", SIZES),
+}  # fmt: skip
+"""More whose queries, keys and values are one matrix."""
+FAMILIES = PLAIN | CONCATENATED | MIXED | FUSED
 
 
 def make(family, dtype=torch.float32):

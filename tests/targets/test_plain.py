@@ -140,7 +140,7 @@ def test_a_falcon_is_compressed_saved_and_made_dense(falcon, scheme, tmp_path):
     data = {} if scheme in ("svd", "kron") else {"calibration": ids.repeat(9, 2), "max_length": 16}
     tnlm.compress(model, scheme, keep_targets=0.6, progress=False, **data)
     names = [layer.name.rpartition(".")[2] for layer in tnlm.report(model).plan.layers]
-    assert names == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"] * 2
+    assert names == ["q", "k", "v", "dense", "dense_h_to_4h", "dense_4h_to_h"] * 2
     logits = model(ids).logits
     tnlm.save(model, tmp_path / "out")
     assert torch.equal(tnlm.load(tmp_path / "out")(ids).logits, logits)

@@ -17,7 +17,16 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.labels import check_labels, count_predictions, examples, with_labels
-from tnlm.calibration.lora_sums import Importance, Sums, check_kind, importance_sums, lora_gradient
+from tnlm.calibration.lora_sums import (
+    WHOLE,
+    Importance,
+    Parts,
+    Sums,
+    check_kind,
+    heights_of,
+    importance_sums,
+    lora_gradient,
+)
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
@@ -43,7 +52,7 @@ def collect_lora(
     steps: int = 0,
     learning_rate: float = 1e-4,
     decay: float | None = None,
-    parts: Mapping[str, int] | None = None,
+    parts: Mapping[str, Parts] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Importance, dict[str, Lora]]:
@@ -72,7 +81,7 @@ def collect_lora(
         learning_rate: of Adam.
         decay: weight of the past in a moving average over examples, in (0, 1); None for a plain
             mean.
-        parts: how many matrices stand in a fused module, in equal blocks of rows, if not one.
+        parts: where the rows of each matrix are in a fused module, by its name.
         seed: draws what does not start at zero.
         progress: show a progress bar.
 
@@ -103,10 +112,10 @@ def collect_lora(
     _check_numbers_of_lora(rank, alpha)
     if sees not in SEEN:
         raise OptionError(f"sees={sees!r}{did_you_mean(str(sees), SEEN)}")
-    counts = {name: (parts or {}).get(name, 1) for name in modules}
+    fused = {name: (parts or {}).get(name, WHOLE) for name in modules}
     # A fused module's matrices get a block of B each, so that none is seen through another.
-    ranks = {name: rank * (counts[name] if sees == "inputs" else 1) for name in modules}
-    sums = Sums(kind, step, decay, counts)
+    ranks = {name: rank * (len(fused[name]) if sees == "inputs" else 1) for name in modules}
+    sums = Sums(kind, step, decay, fused)
     count = max(len(batches), steps)
     with (
         attached(model, ranks, alpha / rank, seed) as adapters,
@@ -115,7 +124,7 @@ def collect_lora(
         torch.enable_grad(),
     ):
         if sees == "inputs":
-            _mirror(adapters, counts, seed)
+            _mirror(adapters, fused, seed)
         trainer = _Trainer(adapters, learning_rate)
         rounds = tqdm(
             islice(cycle(batches), count),
@@ -137,16 +146,15 @@ def collect_lora(
         return sums.means(adapters), {name: found.lora() for name, found in adapters.items()}
 
 
-def _mirror(adapters: Mapping[str, Adapter], counts: Mapping[str, int], seed: int) -> None:
+def _mirror(adapters: Mapping[str, Adapter], fused: Mapping[str, Parts], seed: int) -> None:
     """Start with A at zero and B orthonormal, in a block for each matrix of a fused module."""
     generator = torch.Generator().manual_seed(seed)
     for name, adapter in adapters.items():
-        (rows, rank), count = adapter.B.shape, counts[name]
-        drawn = [
-            torch.randn(rows // count, rank // count, generator=generator, dtype=torch.float64)
-            for _ in range(count)
-        ]
-        B = torch.block_diag(*(torch.linalg.qr(block)[0] for block in drawn))
+        B = torch.zeros(adapter.B.shape, dtype=torch.float64)
+        rank = B.shape[1] // len(fused[name])
+        for part, rows in enumerate(fused[name]):
+            drawn = torch.randn(len(B[rows]), rank, generator=generator, dtype=torch.float64)
+            B[rows, part * rank : (part + 1) * rank] = torch.linalg.qr(drawn)[0]
         adapter.fill(Lora(torch.zeros_like(adapter.A), B, adapter.scaling))
 
 
@@ -194,7 +202,7 @@ def _backward(
 
 def lora_statistics(
     model: PreTrainedModel,
-    modules: Mapping[str, int],
+    modules: Mapping[str, Parts],
     batches: Sequence[Batch],
     *,
     kind: str = "fisher",
@@ -211,7 +219,7 @@ def lora_statistics(
 
     Args:
         model: see :func:`collect_lora`.
-        modules: how many matrices stand in each module, by its name.
+        modules: where the rows of each matrix are in each module, by its name.
         batches: token batches; the labels are their own tokens.
         kind: ``"fisher"`` or ``"taylor"``.
         outputs: gather those of rows too, in a second pass.
@@ -221,9 +229,10 @@ def lora_statistics(
         progress: show a progress bar.
     """
     sizes = {name: size_of(model.get_submodule(name)) for name in modules}
-    rank = min(rank, *(min(r // modules[n], c // modules[n]) for n, (r, c) in sizes.items()))
+    heights = {name: heights_of(modules[name], rows) for name, (rows, _) in sizes.items()}
+    rank = min(rank, *(min(*h, sizes[name][1] // len(h)) for name, h in heights.items()))
     tokens = count_tokens(batches)
-    settings = ("lora", kind, rank, outputs, seed)
+    settings = ("lora", kind, rank, outputs, seed, *heights.values())
     store = open_store(cache_dir, tokens, model, list(modules), batches, settings)
     if store.complete:
         return store
@@ -242,9 +251,10 @@ def lora_statistics(
             progress=progress,
         )
         for name, sums in found.items():
-            rows, columns = sizes[name]
-            lost = (rows / modules[name] if sees == "inputs" else columns) / rank
-            tensors[name][f"lora_{sees}"] = sums[sees] * lost
+            tall = torch.tensor(heights[name], dtype=torch.float64)
+            lost = tall.unsqueeze(1) if sees == "inputs" and len(tall) > 1 else tall
+            lost = lost if sees == "inputs" else torch.tensor(float(sizes[name][1]))
+            tensors[name][f"lora_{sees}"] = sums[sees] * (lost / rank)
     for name, held in tensors.items():
         if held:
             store.put(name, [name], held)

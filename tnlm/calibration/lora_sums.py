@@ -15,7 +15,7 @@ LoRAPrune (Zhang et al. 2024, arXiv 2305.18403).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,11 @@ KINDS = ("fisher", "taylor")
 
 BLOCK = 2**18
 """Entries of a matrix that are worked out at once."""
+
+Parts = Sequence[slice | Tensor]
+"""Where the rows of each matrix are that stands in one module."""
+WHOLE: Parts = (slice(None),)
+"""Those of a module that holds one."""
 
 Importance = dict[str, dict[str, Tensor]]
 """Module name to ``outputs`` and ``inputs``: sums over rows and over columns."""
@@ -117,7 +122,7 @@ def importance_sums(
 class Sums:
     """Sums of importances over examples, by module."""
 
-    def __init__(self, kind: str, step: float, decay: float | None, parts: Mapping[str, int]):
+    def __init__(self, kind: str, step: float, decay: float | None, parts: Mapping[str, Parts]):
         self._kind, self._step, self._decay, self._parts = kind, step, decay, parts
         self._examples = 0
         self._sums: Importance = {}
@@ -149,27 +154,23 @@ class Sums:
     def _of(
         self, name: str, adapter: Adapter, grad_A: Tensor, grad_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        count = self._parts.get(name, 1)
         weight = weight_of(adapter.base) if self._kind == "taylor" else None
-        height = len(adapter.B) // count
+        sums = torch.zeros(len(adapter.B), dtype=torch.float64, device=adapter.B.device)
         found = []
-        for start in range(0, len(adapter.B), height):
-            rows = slice(start, start + height)
+        for rows in self._parts.get(name, WHOLE):
             held = None if weight is None else weight[rows]
-            found.append(
-                importance_sums(
-                    adapter.A,
-                    adapter.B[rows],
-                    grad_A,
-                    grad_B[rows],
-                    held,
-                    scaling=adapter.scaling,
-                    step=self._step,
-                    kind=self._kind,
-                )
+            sums[rows], columns = importance_sums(
+                adapter.A,
+                adapter.B[rows],
+                grad_A,
+                grad_B[rows],
+                held,
+                scaling=adapter.scaling,
+                step=self._step,
+                kind=self._kind,
             )
-        columns = torch.stack([part[1] for part in found])
-        return torch.cat([part[0] for part in found]), columns if count > 1 else columns[0]
+            found.append(columns)
+        return sums, torch.stack(found) if len(found) > 1 else found[0]
 
     def means(self, adapters: Mapping[str, Adapter]) -> Importance:
         """Return means over examples, of gradients that are the weight's, not the LoRA's."""
@@ -186,6 +187,16 @@ class Sums:
             name: {k: (v / (weight * adapters[name].scaling ** 2)).cpu() for k, v in sums.items()}
             for name, sums in self._sums.items()
         }
+
+
+def heights_of(parts: Parts, rows: int) -> list[int]:
+    """Return how many of a module's rows each of its matrices has.
+
+    Example:
+        >>> heights_of([slice(0, 2), torch.tensor([2, 4, 3])], 5)
+        [2, 3]
+    """
+    return [len(torch.arange(rows)[part]) for part in parts]
 
 
 def weight_of(module: Any) -> Tensor:

@@ -40,6 +40,7 @@ TYPES: Mapping[str, Any] = {
     "float | None": float | None,
     "str": str | None,
     "str | None": str | None,
+    "bool": bool | None,
     "bool | str | None": bool | None,
     "str | Path | None": Path | None,
     "Any": Any,

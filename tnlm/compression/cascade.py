@@ -139,13 +139,13 @@ class _Pair:
         if fitted is None:
             return
         module: Any = self._clone.get_submodule(self._local(target.module))
-        target.view(module).copy_(fitted.weight)
+        target.write(module, module.weight.detach(), fitted.weight)
         if fitted.bias is None:
             return
         if module.bias is None:
             module.bias = nn.Parameter(fitted.bias.clone(), requires_grad=False)
         else:
-            module.bias[target.rows].copy_(fitted.bias)
+            module.bias.detach()[target.rows] = fitted.bias.to(module.bias)
 
     def groups(self, targets: Sequence[Member], state: Tensor) -> Iterator[list[Member]]:
         """Yield the targets that share an input, in execution order.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from tnlm.allocation.uniform import stay_dense
 from tnlm.checkpoint.entries import Entry
 from tnlm.compression.cascade import Output
 from tnlm.compression.job import Job
 from tnlm.compression.moments import Moved
 from tnlm.layers.swap import Shelf
+from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan, Plan
 from tnlm.targets.base import Fitted, Member, Target
 
@@ -47,12 +48,15 @@ class Fitting:
             for member in unit.members
         }
         # A fused module is replaced whole, so its dense parts are kept beside the fitted ones.
-        self._replaced = {
-            target.name
+        replaced = {
+            target.name: target
             for group in by_module(job.selection.targets)
             if any(self.shrinks(target) for target in group)
             for target in group
         }
+        self._replaced = frozenset(replaced)
+        decided_on = {member.name for unit in self.units for member in unit.members}
+        self._beside = [target for name, target in replaced.items() if name not in decided_on]
 
     def shrinks(self, target: Target) -> bool:
         """Return whether the plan gives a target a format."""
@@ -72,6 +76,13 @@ class Fitting:
         dense = None if moved is None else _dense(fitted.pieces[0][2])
         self._put(unit, layer, fitted)
         return dense
+
+    def fit_beside(self) -> None:
+        """Keep the parts of replaced modules that the plan does not name as they are."""
+        for target in self._beside:
+            layer = stay_dense(target, target.weight(self._model), "not chosen")
+            self._put(target, layer, target.fit(self._model, layer, Metric()))
+            del self.errors[layer.name]
 
     def _fit(self, unit: Target, layer: LayerPlan, moved: Moved | None) -> Fitted:
         metric = self._job.evidence.metric(unit, moved.statistics if moved else None)
@@ -110,10 +121,9 @@ class Fitting:
         self.norms.update({name: m for name, m in tuned.items() if name not in modules})
 
 
-def by_module(targets: Sequence[Member]) -> Iterator[list[Member]]:
-    """Yield the targets grouped by module, in order."""
-    for _, group in groupby(targets, key=lambda target: target.module):
-        yield list(group)
+def by_module(targets: Sequence[Member]) -> Iterator[Sequence[Member]]:
+    """Yield all that each of the targets' modules holds, chosen or not, in order."""
+    yield from dict.fromkeys(target.siblings for target in targets)
 
 
 def _dense(module: Any) -> Output:

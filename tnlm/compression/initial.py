@@ -111,6 +111,9 @@ def draw(
                 "learn from zeros; name it in ignore=",
                 argument="ignore",
             )
+        if isinstance(module, nn.Linear):  # a dense part of a fused module
+            module.weight.normal_(std=std, generator=generator)
+            continue
         factors = gaussian(module.network, std, generator)
         if getattr(module, "padding_idx", None) is not None:
             _clear(module.network, factors, module.padding_idx)

@@ -73,7 +73,8 @@ def prepare(
     """Check the model, choose targets, and gather the statistics that the request needs."""
     check_model(model)
     check_data(request, data)
-    selection = select(model, request.scheme.targets if targets is None else targets, ignore)
+    chosen = request.scheme.targets if targets is None else targets
+    selection = select(model, chosen, ignore, split=request.scheme.split)
     _check_kinds(model, request, selection)
     check_weights(model, selection.targets)
     groups = joint_targets(model, selection.targets)

@@ -39,7 +39,7 @@ from tnlm.utils.memory import release, unmap
 from tnlm.utils.undo import attempt
 
 logger = logging.getLogger("tnlm")
-RESUMED = ("cascade", "damping", "refine", "recover_tokens")
+RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens")
 """Keywords of later steps that a plan records."""
 
 
@@ -133,15 +133,8 @@ def resume(
                 f"the plan has {name} of {shape}; the model has {has}{why.rstrip(': ')}"
             )
     chosen = [found[name] for name in wanted]
-    covered = {member.name: member.module for unit in chosen for member in unit.members}
-    modules = set(covered.values())
+    modules = {member.module for unit in chosen for member in unit.members}
     job.selection.targets = [t for t in job.selection.targets if t.module in modules]
-    for target in job.selection.targets:
-        if target.name not in covered:
-            raise TargetError(
-                f"the plan lacks {target.name}, a part of {target.module}, which is replaced as a "
-                "whole; list it, with format null to leave it dense"
-            )
     job.seconds["plan"] = 0.0
     layers = {layer.name: layer for layer in decided.layers}
     read = job.evidence.weights_of(model)
@@ -259,6 +252,7 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool)
         if unit.members[0].name not in fitting.entries:
             fitting.fit(unit)
             release()
+    fitting.fit_beside()
 
 
 def _refine_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool) -> None:

@@ -163,6 +163,7 @@ class Request:
             "damping": self.damping if self.measure.needs else None,
             "refine": self.refine or None,
             "share": self.share if self.share > 1 else None,
+            "split": self.scheme.split and None,
             "recover": self.recover if self.recover != "none" else None,
             "recover_tokens": self.recover_tokens if self.trains else None,
             "unit": self.unit,

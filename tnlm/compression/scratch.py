@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tnlm.allocation.uniform import stay_dense
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach, place
 from tnlm.compression.evidence import Evidence
@@ -107,12 +108,18 @@ def _make(
 ) -> PreTrainedModel:
     start = time.perf_counter()
     model = skeleton(config, model_class, dtype)
-    selection = select(model, request.scheme.targets if targets is None else targets, ignore)
+    chosen = request.scheme.targets if targets is None else targets
+    selection = select(model, chosen, ignore, split=request.scheme.split)
     known = Evidence(request.measure, request.damping)
     job = Job(request, selection, selection.targets, [], [], known)
     decided = settle(model, job, predict=False, progress=False)
     described = _describe(model, selection.targets, decided)
-    replaced = [target for target in selection.targets if target.module in described.modules]
+    replaced = [
+        target
+        for group in by_module(selection.targets)
+        if group[0].module in described.modules
+        for target in group
+    ]
     device = torch.get_default_device()
     stds = initialize(model, replaced, described, device, seed)
     place(model, described)
@@ -186,11 +193,15 @@ def _describe(model: PreTrainedModel, targets: Sequence[Member], decided: Plan) 
     layers = {layer.name: layer for layer in decided.layers}
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
     for group in by_module(targets):
-        if layers[group[0].name].format is None:  # then so are all parts: they have one shape
+        decisions = [
+            layers.get(target.name) or stay_dense(target, target.weight(model), "not chosen")
+            for target in group
+        ]
+        if all(layer.format is None for layer in decisions):
             continue
         entries = {
-            target.name: target.entry(layers[target.name], biased=target.bias(model) is not None)
-            for target in group
+            target.name: target.entry(layer, biased=target.bias(model) is not None)
+            for target, layer in zip(group, decisions, strict=True)
         }
         found, ties = group[0].describe(model, group, entries)
         config.modules.update(found)

@@ -37,6 +37,7 @@ class Scheme:
         targets: the default choice of matrices.
         damping: fraction of a second moment replaced by its mean diagonal; the metric's default
             if None.
+        split: whether fused projections are several matrices, or one each.
         share: consecutive blocks whose matrices share their input factor.
         recover: how the whole model is trained after fitting; see `tnlm.recovery`.
         distillation: what ``recover="distill"`` compares; a preset of `tnlm.recovery.lessons`.
@@ -61,6 +62,9 @@ class Scheme:
     )
     damping: float | None = choice(None, "Fraction of a moment replaced by its mean diagonal.")
     targets: Selector = "all-linear"
+    split: bool = choice(
+        True, "Take fused projections as several matrices: q, k and v; gate and up."
+    )
     share: int = choice(1, "Consecutive blocks that share an input factor (low rank only).")
     recover: str = "none"
     distillation: str = "logits"

@@ -18,7 +18,7 @@ def mounting(model: nn.Module, targets: Sequence[Member]) -> Iterator[Mounted]:
 
     Args:
         model: any model; its own modules are left untouched.
-        targets: the matrices that may be replaced. All parts of a fused module must be listed.
+        targets: the matrices that may be replaced.
 
     Yields:
         What mounts and removes the replacements.
@@ -68,7 +68,8 @@ class Mounted:
         """Mount all replacements of one module; its other parts keep their values."""
         own, model = self._own[module], self._model
         model.set_submodule(module, own)
-        group = [target for target in self._targets.values() if target.module == module]
+        chosen = next(each for each in self._targets.values() if each.module == module)
+        group = chosen.siblings
         if not any(target.name in self._replacements for target in group):
             return
         parts = {

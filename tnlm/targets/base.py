@@ -181,30 +181,34 @@ class Member(Target):
     """
 
     @property
-    def rows(self) -> slice:
-        """The target's rows in its module."""
+    def rows(self) -> slice | Tensor:
+        """Where the target's rows are in its module: a slice or an index."""
         return slice(0, self.shape[0])
+
+    @property
+    def siblings(self) -> tuple[Member, ...]:
+        """All that its module holds, the target among them."""
+        return (self,)
 
     def part_of(self, module: nn.Module, stored: Tensor) -> Tensor:
         """Return the target's ``(out, in)`` part of a tensor laid out like the module's weight."""
         return stored[self.rows]
 
+    def write(self, module: nn.Module, stored: Tensor, values: Tensor) -> None:
+        """Put values into the target's part of a tensor laid out like the module's weight."""
+        stored[self.rows] = values.to(stored)
+
     def view(self, module: Any) -> Tensor:
-        """Return the ``(out, in)`` matrix in a module like the target's, a view of its tensor."""
+        """Return the ``(out, in)`` matrix in a module like the target's."""
         return self.part_of(module, module.weight.detach())
 
     def weight(self, model: nn.Module) -> Tensor:
-        """Return the ``(out, in)`` matrix, a view of the model's own tensor."""
+        """Return the ``(out, in)`` matrix; a view of the model's own tensor, if its rows adjoin."""
         return self.view(model.get_submodule(self.module))
 
     def statistic(self, name: str, read: Read) -> Tensor:
         """Return the part of its module's statistic that belongs to the target."""
         return read(self, name)
-
-    @property
-    def blocks(self) -> int:
-        """How many targets its module holds side by side."""
-        return 1
 
     @property
     def path(self) -> str:

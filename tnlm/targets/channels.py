@@ -20,6 +20,7 @@ from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Finder, Fitted, Read, Target
 from tnlm.targets.feed_forward import Layer, feed_forward_layers
 from tnlm.targets.matrix import MatrixTarget
+from tnlm.targets.trial import Slabs
 from tnlm.tensors.network import Cost, Factors, Network
 from tnlm.tensors.precision import is_half, rounded
 
@@ -33,12 +34,14 @@ class FeedForward(Target):
     Attributes:
         producers: the targets whose rows are the channels.
         consumer: the target whose columns are the channels.
-        biases: how many producers have a bias, which loses channels as well.
+        slabs: where a channel is in the rows of each producer.
+        biases: how many biases a channel has in the producers, which it loses as well.
         reason: why channels cannot be cut, or None.
     """
 
     producers: tuple[MatrixTarget, ...]
     consumer: MatrixTarget
+    slabs: tuple[Slabs, ...]
     biases: int = 0
     reason: str | None = None
 
@@ -130,27 +133,39 @@ def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
     for target in targets:
         if isinstance(target, MatrixTarget):
             held.setdefault(target.module, []).append(target)
-    return [
-        _pair(model, layer, held)
-        for layer in feed_forward_layers(model)
-        if all(name in held for name in (*layer.producers, layer.reader))
-        and not layer.gates  # both in one matrix
-    ]
+    found = (_pair(model, layer, held) for layer in feed_forward_layers(model))
+    return [pair for pair in found if pair is not None]
 
 
 def _pair(
     model: nn.Module, layer: Layer, held: Mapping[str, Sequence[MatrixTarget]]
-) -> FeedForward:
-    producers = [target for name in layer.producers for target in held[name]]
-    (consumer,) = held[layer.reader]
+) -> FeedForward | None:
+    """Return a layer as a target, if all its matrices are targets."""
+    producers: list[MatrixTarget] = []
+    slabs: list[Slabs] = []
+    for name, whole in zip(layer.producers, layer.hidden.producers.values(), strict=True):
+        parts = held.get(name, ())
+        if sum(part.shape[0] for part in parts) != whole.each * layer.hidden.count:
+            return None
+        producers += parts
+        slabs += [whole] if len(parts) == 1 else [Slabs()] * len(parts)
+    readers = held.get(layer.reader, ())
+    if len(readers) != 1:
+        return None
+    (consumer,) = readers
     return FeedForward(
         "+".join(member.name for member in (*producers, consumer)),
         consumer.module,
         (consumer.shape[1], consumer.shape[0]),
         producers=tuple(producers),
         consumer=consumer,
+        slabs=tuple(slabs),
         share=consumer.share,
-        biases=sum(producer.bias(model) is not None for producer in producers),
+        biases=sum(
+            each.each
+            for producer, each in zip(producers, slabs, strict=True)
+            if producer.bias(model) is not None
+        ),
         reason=layer.reason,
     )
 
@@ -184,11 +199,11 @@ def sliced(
     """Return every member with the entry and the module that replace it."""
     kept = factors["kept"]
     found: list[tuple[MatrixTarget, Entry, nn.Module]] = []
-    for member in unit.producers:
-        bias = member.bias(model)
-        rows = None if bias is None else bias[kept]
-        module = filled(member.weight(model)[kept], rows)
-        found.append((member, _entry(member, module, "rows"), module))
+    for member, slabs in zip(unit.producers, unit.slabs, strict=True):
+        bias, rows = member.bias(model), slabs.rows(kept, unit.shape[0])
+        module = filled(member.weight(model)[rows], None if bias is None else bias[rows])
+        parts = {"slabs": slabs.parts} if slabs.parts > 1 else {}
+        found.append((member, _entry(member, module, "rows") | parts, module))
     like, bias = unit.consumer.weight(model), unit.consumer.bias(model)
     module = filled(factors["rows"].T.to(like), None if bias is None else bias)
     found.append((unit.consumer, _entry(unit.consumer, module, "columns"), module))

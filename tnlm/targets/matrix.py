@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,55 +13,69 @@ from transformers.pytorch_utils import Conv1D
 
 from tnlm.checkpoint.entries import Entry, network_of
 from tnlm.decompositions.base import Ceiling
-from tnlm.layers.fused import FusedLinear
+from tnlm.layers.arranged import filled
+from tnlm.layers.fused import FusedLinear, Layout, joined
 from tnlm.layers.swap import Swap
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Fitted, Member, Read
 from tnlm.targets.fit import fit_matrix
+from tnlm.targets.stubs import widths
 from tnlm.tensors.contraction import chain
 from tnlm.tensors.costs import macs
 from tnlm.tensors.network import Cost, Factors, Network
 
-FUSED = {"c_attn": {3: ("q", "k", "v"), 2: ("k", "v")}}
-"""Modules that hold several matrices side by side: by name, then by how many fit."""
 BY_OUTPUT = ("gradient", "fisher", "lora_outputs")
 """Statistics whose rows are those of the weight."""
 
 
 @dataclass(frozen=True)
 class MatrixTarget(Member):
-    """The weight of a linear module, or one of several equal blocks of its rows.
+    """The weight of a linear module, or some rows of it that are a matrix of their own.
 
     Attributes:
-        part: which of the module's ``parts`` this is.
-        parts: names of the blocks of a fused module, empty for an ordinary one.
+        part: which of a fused module's parts this is.
+        layout: how these lie in the module; None for an ordinary one.
     """
 
     part: int = 0
-    parts: tuple[str, ...] = ()
+    layout: Layout | None = None
 
     kind = "linear"
 
     @property
-    def blocks(self) -> int:
-        """How many targets its module holds side by side."""
-        return len(self.parts) or 1
+    def siblings(self) -> tuple[MatrixTarget, ...]:
+        """All parts of the module, this one among them."""
+        if self.layout is None:
+            return (self,)
+        return tuple(
+            replace(self, name=f"{self.module}.{name}", shape=(rows, self.shape[1]), part=part)
+            for part, (name, rows) in enumerate(
+                zip(self.layout.parts, self.layout.sizes, strict=True)
+            )
+        )
 
     @property
     def path(self) -> str:
         """Dotted name of the module that will hold the factors."""
-        return f"{self.module}.{self.parts[self.part]}" if self.parts else self.module
+        return self.module if self.layout is None else f"{self.module}.{self._part_name}"
 
     @property
-    def rows(self) -> slice:
-        """The target's rows in its module."""
-        return slice(self.part * self.shape[0], (self.part + 1) * self.shape[0])
+    def _part_name(self) -> str:
+        return "" if self.layout is None else self.layout.parts[self.part]
+
+    @property
+    def rows(self) -> slice | Tensor:
+        """Where the target's rows are in its module."""
+        return slice(None) if self.layout is None else self.layout.rows(self.part)
 
     def part_of(self, module: nn.Module, stored: Tensor) -> Tensor:
         """Return the target's ``(out, in)`` part of a tensor laid out like the module's weight."""
-        turned = stored.T if isinstance(module, Conv1D) else stored  # GPT-2 stores (in, out)
-        return turned[self.rows]
+        return _turned(module, stored)[self.rows]
+
+    def write(self, module: nn.Module, stored: Tensor, values: Tensor) -> None:
+        """Put values into the target's part of a tensor laid out like the module's weight."""
+        _turned(module, stored)[self.rows] = values.to(stored)
 
     def bias(self, model: nn.Module) -> Tensor | None:
         """Return the bias that belongs to the matrix, if any."""
@@ -78,8 +92,8 @@ class MatrixTarget(Member):
         if name == "movement":  # is kept by the target
             return tensor
         if name == "gradient" and tensor.dim() == 2:
-            return tensor[self.rows, self.rows]
-        if name == "lora_inputs" and self.parts:
+            return tensor[self.rows][:, self.rows]
+        if name == "lora_inputs" and self.layout is not None:
             return tensor[self.part]
         return tensor[self.rows] if name in BY_OUTPUT else tensor
 
@@ -138,20 +152,19 @@ class MatrixTarget(Member):
         return Fitted([(self, entry, module)], error)
 
     def assemble(self, group: Sequence[Member], modules: Mapping[str, nn.Module]) -> nn.Module:
-        """Return the target's module, or that of all parts side by side."""
-        if not self.parts:
+        """Return the target's module, or that of all parts together."""
+        if self.layout is None:
             return modules[self.name]
-        names = (member.path.rpartition(".")[2] for member in group)
-        return FusedLinear(dict(zip(names, (modules[m.name] for m in group), strict=True)))
+        parts = zip(self.layout.parts, (modules[m.name] for m in group), strict=True)
+        return FusedLinear(dict(parts), self.layout.runs if self.layout.groups > 1 else ())
 
     def describe(
         self, model: nn.Module, group: Sequence[Member], entries: Mapping[str, Entry]
     ) -> tuple[dict[str, Entry], dict[str, str]]:
         """Return what a checkpoint says of the module."""
         entry = dict(entries[self.name])
-        if self.parts:
-            named = zip(self.parts, (entries[member.name] for member in group), strict=True)
-            entry = {"kind": "fused", "parts": [{"name": n, **part} for n, part in named]}
+        if self.layout is not None:
+            entry = _fused(self.layout, [entries[member.name] for member in group])
         if isinstance(model.get_submodule(self.module), Conv1D):
             entry["conv1d"] = True
         return {self.module: entry}, {}
@@ -160,10 +173,12 @@ class MatrixTarget(Member):
         self, model: nn.Module, swap: Swap, module: nn.Module, entries: Mapping[str, Entry]
     ) -> None:
         """Put the module in its place; a bias that did not change stays the same parameter."""
+        if isinstance(module, FusedLinear) and entries[self.module]["kind"] == "sliced":
+            module = _merged(module)
         bias = getattr(model.get_submodule(self.module), "bias", None)
         own = getattr(module, "bias", None)
         super().install(model, swap, module, entries)
-        if not self.parts and bias is not None and own is not None and torch.equal(bias, own):
+        if self.layout is None and bias is not None and own is not None and torch.equal(bias, own):
             module.bias = bias  # which other modules may share
 
 
@@ -187,20 +202,40 @@ def share_of(
     return Ceiling(params - extra, speed * target.params * once)
 
 
-def matrices_of(name: str, module: nn.Linear | Conv1D) -> Iterator[MatrixTarget]:
+def _turned(module: nn.Module, stored: Tensor) -> Tensor:
+    """Return a tensor laid out like a module's weight as ``(out, in)``."""
+    return stored.T if isinstance(module, Conv1D) else stored  # GPT-2 stores (in, out)
+
+
+def _fused(layout: Layout, parts: Sequence[Entry]) -> Entry:
+    """Return what a checkpoint says of a fused module: one layer, if its parts are plain slices."""
+    if all(part["kind"] == "sliced" for part in parts):
+        shape, full = (
+            [sum(p[key][0] for p in parts), parts[0][key][1]] for key in ("shape", "full")
+        )
+        entry: Entry = {**parts[0], "shape": shape, "full": full}
+        return entry | ({"slabs": len(parts)} if layout.groups == 1 else {})
+    named = [{"name": name, **part} for name, part in zip(layout.parts, parts, strict=True)]
+    runs = {"runs": list(layout.runs)} if layout.groups > 1 else {}
+    return {"kind": "fused", "parts": named, **runs}
+
+
+def _merged(module: FusedLinear) -> nn.Module:
+    """Return one layer in place of plain ones."""
+    biases = [module.get_submodule(name).bias for name in module.parts]
+    present: list[Any] = [bias for bias in biases if bias is not None]
+    return filled(module.to_dense(), joined(present, module.runs) if present else None)
+
+
+def matrices_of(
+    name: str, module: nn.Linear | Conv1D, layout: Layout | None = None
+) -> Iterator[MatrixTarget]:
     """Yield the matrices that a linear module holds.
 
     Example:
-        >>> [target.name for target in matrices_of("h.0.attn.c_attn", Conv1D(24, 8))]
+        >>> layout = Layout(("q", "k", "v"), (8, 8, 8))
+        >>> [target.name for target in matrices_of("h.0.attn.c_attn", Conv1D(24, 8), layout)]
         ['h.0.attn.c_attn.q', 'h.0.attn.c_attn.k', 'h.0.attn.c_attn.v']
     """
-    rows, columns = module.weight.shape
-    if isinstance(module, Conv1D):
-        rows, columns = columns, rows
-        parts = FUSED.get(name.rpartition(".")[2], {}).get(rows // columns, ())
-        if parts and rows % columns == 0:
-            for index, part in enumerate(parts):
-                shape = (rows // len(parts), columns)
-                yield MatrixTarget(f"{name}.{part}", name, shape, part=index, parts=parts)
-            return
-    yield MatrixTarget(name, name, (rows, columns))
+    whole = MatrixTarget(name, name, widths(module), layout=layout)
+    yield from whole.siblings

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.errors import TargetError, did_you_mean
+from tnlm.layers.fused import Layout
 from tnlm.targets.base import Matrix, Member, Selector
 from tnlm.targets.blocks import in_blocks
 from tnlm.targets.dropping import droppable
 from tnlm.targets.ends import input_table, output_head
 from tnlm.targets.matrix import matrices_of
 from tnlm.targets.mixtures import expert_shares
+from tnlm.targets.parts import fused_layouts
 from tnlm.targets.plain import oddity
 from tnlm.targets.table import TableTarget
 from tnlm.utils.names import block_of
@@ -47,7 +49,11 @@ class Selection:
 
 
 def select(
-    model: PreTrainedModel, targets: Selector = ALL_LINEAR, ignore: Selector | None = None
+    model: PreTrainedModel,
+    targets: Selector = ALL_LINEAR,
+    ignore: Selector | None = None,
+    *,
+    split: bool = True,
 ) -> Selection:
     """Choose the matrices of a model.
 
@@ -61,6 +67,8 @@ def select(
             module's name must match in full, a list of names or of their endings (as in PEFT) or of
             these words, or a module class.
         ignore: modules left alone, in the same words.
+        split: take fused projections as several matrices, called as parts of their modules, e.g.
+            ``qkv_proj.q``; if not, as one each. A module's name chooses all its parts.
 
     Returns:
         The targets in the model's order.
@@ -82,6 +90,7 @@ def select(
     ends = _Ends.of(model)
     shares = expert_shares(model)
     all_linear = ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets)
+    layouts = fused_layouts(model) if split else {}
     claimed: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, Matrix):
@@ -89,18 +98,26 @@ def select(
         if ignore and _matches(name, module, ignore, ends):
             selection.unwanted[name] = IGNORED
             continue
-        if not _matches(name, module, targets, ends):
+        whole, layout = _matches(name, module, targets, ends), layouts.get(name)
+        parts = [] if layout is None else [f"{name}.{part}" for part in layout.parts]
+        chosen = {part for part in parts if whole or _is_named(part, targets)}
+        ignored = {part for part in chosen if ignore and _is_named(part, ignore)}
+        if not whole and not chosen:
             if all_linear and ends.is_around(name, module):
                 selection.skipped[name] = AROUND
             selection.unwanted[name] = UNNAMED
             continue
-        found = _describe(name, module, uses[_weight_id(module)], model)
+        found = _describe(name, module, uses[_weight_id(module)], model, layout)
         if isinstance(found, str):
             selection.skipped[name] = found
         elif _weight_id(module) not in claimed:
             claimed.add(_weight_id(module))
             share = shares.get(name, 1.0)
-            selection.targets.extend(replace(target, share=share) for target in found)
+            for target in found:
+                if not parts or target.name in chosen - ignored:
+                    selection.targets.append(replace(target, share=share))
+                else:
+                    selection.unwanted[name] = IGNORED if target.name in ignored else UNNAMED
     selection.targets += [
         t for t in droppable(model) if _names(targets, t) and not (ignore and _names(ignore, t))
     ]
@@ -109,7 +126,7 @@ def select(
     if not selection.targets:
         raise _nothing(model, targets, ignore, selection.skipped)
     if ignore:
-        _check_ignored(model, ignore, ends)
+        _check_ignored(model, ignore, ends, layouts)
     return selection
 
 
@@ -129,12 +146,17 @@ def check_selectors(**given: Any) -> None:
             )
 
 
-def _check_ignored(model: nn.Module, ignore: Selector, ends: _Ends) -> None:
+def _check_ignored(
+    model: nn.Module, ignore: Selector, ends: _Ends, layouts: Mapping[str, Layout]
+) -> None:
     """Raise `TargetError` if ``ignore`` matches nothing: it is probably a slip."""
     matrices = [
         (name, module) for name, module in model.named_modules() if isinstance(module, Matrix)
     ]
-    if not any(_matches(name, module, ignore, ends) for name, module in matrices):
+    parts = [f"{name}.{part}" for name, layout in layouts.items() for part in layout.parts]
+    if not any(_matches(name, module, ignore, ends) for name, module in matrices) and not any(
+        _is_named(part, ignore) for part in parts
+    ):
         endings = {name.rpartition(".")[2] for name, _ in matrices}
         hint = did_you_mean(str(ignore), endings)
         raise TargetError(f"ignore={ignore!r} matches no matrix{hint}", argument="ignore")
@@ -198,7 +220,6 @@ def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> boo
         else (word in WORDS and _matches(name, module, word, ends))
         or name == word
         or name.endswith("." + word)
-        or word.startswith(name + ".")  # a part of a fused module
         for word in wanted
     )
 
@@ -214,6 +235,17 @@ def _names(wanted: Selector, target: Member) -> bool:
     )
 
 
+def _is_named(part: str, wanted: Selector) -> bool:
+    """Tell whether a part of a fused module is chosen by its own name."""
+    if isinstance(wanted, type):
+        return False
+    if isinstance(wanted, str):
+        return wanted not in WORDS and _fits(wanted, part)
+    return any(
+        isinstance(word, str) and (part == word or part.endswith("." + word)) for word in wanted
+    )
+
+
 def _fits(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
@@ -224,7 +256,7 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def _describe(
-    name: str, module: Matrix, users: list[str], model: nn.Module
+    name: str, module: Matrix, users: list[str], model: nn.Module, layout: Layout | None
 ) -> Sequence[Member] | str:
     """Return the matrices that a module holds, or why it is left alone."""
     modules = [model.get_submodule(user) for user in users]
@@ -240,7 +272,7 @@ def _describe(
     if not embeddings:
         if len(users) > 1:
             return f"its weight is shared with {', '.join(u for u in users if u != name)}"
-        return list(matrices_of(name, module))  # type: ignore[arg-type]  # no embedding is left
+        return list(matrices_of(name, module, layout))  # type: ignore[arg-type]  # none is a table
     table = model.get_submodule(embeddings[0])
     if len(embeddings) > 1:
         return f"several embeddings share the weight: {', '.join(embeddings)}"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tnlm.checkpoint.kinds import KINDS
 from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, plain, trained
 from tnlm.errors import CheckpointError
-from tnlm.layers.fused import FusedLinear
+from tnlm.layers.fused import FusedLinear, joined
 
 
 class Fused(MatrixKind):
-    """A list of ``parts``: entries of matrices, each with a ``name``."""
+    """A list of ``parts``: entries of matrices, each with a ``name``.
+
+    Their rows follow one another, or so many of each in turn as ``runs`` says.
+    """
 
     name = "fused"
 
@@ -25,6 +29,9 @@ class Fused(MatrixKind):
         widths, names = {columns for _, columns in shapes}, {part.get("name") for part in parts}
         if len(widths) != 1 or len(names) != len(parts):
             raise CheckpointError("its parts must have one width and different names")
+        if "runs" in entry:
+            _check_runs(entry["runs"], [part["shape"][0] for part in parts])
+            _check_runs(entry["runs"], [rows for rows, _ in shapes])
         return sum(rows for rows, _ in shapes), widths.pop()
 
     def check_part(self, entry: Entry, biased: bool) -> None:
@@ -45,17 +52,19 @@ class Fused(MatrixKind):
             {
                 part["name"]: _kind(part).build(part, device=device, dtype=dtype)
                 for part in entry["parts"]
-            }
+            },
+            entry.get("runs", ()),
         )
 
     def dense(self, entry: Entry, module: Any) -> nn.Module:
-        """Return one layer with the weights of all parts, one below the other."""
+        """Return one layer with the weights of all parts."""
         parts: list[Any] = [
             _kind(part).dense({**part, "conv1d": False}, getattr(module, part["name"]))
             for part in entry["parts"]
         ]
-        weight = torch.cat([part.weight.detach() for part in parts])
-        bias = _joined([part.bias for part in parts])
+        runs = entry.get("runs", ())
+        weight = joined([part.weight.detach() for part in parts], runs, 0)
+        bias = _bias(parts, runs)
         return plain(entry, weight, bias, trained(module))
 
 
@@ -66,12 +75,26 @@ def _kind(part: Entry) -> MatrixKind:
     return kind
 
 
-def _joined(biases: list[Tensor | None]) -> nn.Parameter | None:
-    found = [bias for bias in biases if bias is not None]
-    if len(found) < len(biases):
+def _check_runs(runs: Sequence[Any], rows: Sequence[int]) -> None:
+    """Raise `CheckpointError` unless all parts have as many runs."""
+    whole = len(runs) == len(rows) and all(type(run) is int and run >= 1 for run in runs)
+    counts = {divmod(size, run) for size, run in zip(rows, runs, strict=True)} if whole else set()
+    if len(counts) != 1 or counts.pop()[1]:
+        raise CheckpointError(f"runs={runs!r} do not divide parts of {list(rows)} rows alike")
+
+
+def _bias(parts: Sequence[Any], runs: Sequence[int]) -> nn.Parameter | None:
+    """Return the bias of all parts, zero where one has none."""
+    biases = [part.bias for part in parts]
+    present = [bias for bias in biases if bias is not None]
+    if not present:
         return None
-    learns = any(bias.requires_grad for bias in found)
-    return nn.Parameter(torch.cat([bias.detach() for bias in found]), requires_grad=learns)
+    whole = [
+        part.weight.new_zeros(len(part.weight)) if bias is None else bias.detach()
+        for part, bias in zip(parts, biases, strict=True)
+    ]
+    learns = any(bias.requires_grad for bias in present)
+    return nn.Parameter(joined(whole, runs), requires_grad=learns)
 
 
 KIND = Fused()

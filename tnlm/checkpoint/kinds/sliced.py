@@ -13,7 +13,10 @@ from tnlm.layers.arranged import linear
 
 
 class Sliced(MatrixKind):
-    """A smaller matrix: its ``shape``, the ``full`` shape, and the side that is ``cut``."""
+    """A smaller matrix: its ``shape``, the ``full`` shape, and the side that is ``cut``.
+
+    Rows may be several equal ``slabs``, such as concatenated gates and values, cut alike.
+    """
 
     name = "sliced"
     partial = True
@@ -24,6 +27,9 @@ class Sliced(MatrixKind):
         axis = {"rows": 0, "columns": 1}[entry["cut"]]
         if shape[axis] > full[axis] or shape[1 - axis] != full[1 - axis]:
             raise CheckpointError(f"{by(shape)} is not {by(full)} with fewer {entry['cut']}")
+        parts = entry.get("slabs", 1)
+        if type(parts) is not int or parts < 1 or shape[0] % parts or full[0] % parts:
+            raise CheckpointError(f"slabs={parts!r} do not divide {shape[0]} of {full[0]} rows")
         return full
 
     def build(
@@ -41,18 +47,20 @@ class Sliced(MatrixKind):
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return a layer of the full size, with zeros for dropped channels."""
         rows, columns = entry["full"]
-        weight = _padded(module.weight, rows, columns)
+        parts = entry.get("slabs", 1)
+        weight = _padded(module.weight, rows, columns, parts)
         bias = None
         if module.bias is not None:
-            padded = _padded(module.bias.unsqueeze(1), rows, 1).squeeze(1)
+            padded = _padded(module.bias.unsqueeze(1), rows, 1, parts).squeeze(1)
             bias = nn.Parameter(padded, requires_grad=module.bias.requires_grad)
         return plain(entry, weight, bias, module.weight.requires_grad)
 
 
-def _padded(small: Tensor, rows: int, columns: int) -> Tensor:
-    full = small.new_zeros(rows, columns)
-    full[: small.shape[0], : small.shape[1]] = small.detach()
-    return full
+def _padded(small: Tensor, rows: int, columns: int, parts: int) -> Tensor:
+    """Return a matrix with zeros at the end of its columns, and of the rows of each part."""
+    full = small.new_zeros(parts, rows // parts, columns)
+    full[:, : len(small) // parts, : small.shape[1]] = small.detach().unflatten(0, (parts, -1))
+    return full.flatten(0, 1)
 
 
 KIND = Sliced()

@@ -8,7 +8,7 @@ def _gather(task: Task, kind: str = "fisher", outputs: bool = False) -> Found:
     return by_module(
         lora_statistics(
             task.model,
-            {target.module: target.blocks for target in task.targets},
+            {target.module: [each.rows for each in target.siblings] for target in task.targets},
             task.few,
             kind=kind,
             outputs=outputs,

@@ -174,7 +174,8 @@ class Entries:
                     f"a score of {target.name} is not finite; try a lower learning_rate"
                 )
             self.masks[target.name] = highest(scores, share)
-            self._part(target, self._masked[target.module].mask).copy_(self.masks[target.name])
+            module = self._model.get_submodule(target.module)
+            target.write(module, self._masked[target.module].mask, self.masks[target.name])
 
     def write(self, like: PreTrainedModel) -> None:
         """Set masked weights to zero, and require the gradients that another model does."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tnlm.allocation.uniform import stay_dense
-from tnlm.api import compress, plan
+from tnlm.api import compress
 from tnlm.errors import OptionError, RankError, TargetError, did_you_mean
 from tnlm.studies.design.configuration import DENSE, Configuration
 from tnlm.studies.design.forms import (
@@ -24,7 +22,7 @@ from tnlm.studies.design.forms import (
 from tnlm.studies.design.matrices import choices, matrices
 from tnlm.studies.design.rules import LayerSets, Rule
 from tnlm.targets.base import Selector, Target
-from tnlm.targets.selection import ALL_LINEAR, select
+from tnlm.targets.selection import ALL_LINEAR
 from tnlm.tensors.network import Cost
 from tnlm.utils.checks import check_whole
 
@@ -243,17 +241,7 @@ class DesignSpace:
             raise TargetError(f"the configuration decomposes no matrix: {configuration}")
         options = options_of(configuration.format, configuration.rank)
         scheme = SCHEMES[configuration.format]
-        found = {target.name: target for target in select(model, names).targets}
-        if found.keys() <= set(names):
-            return compress(model, scheme, targets=names, progress=progress, **options)
-        # A fused module is replaced whole: a plan says which of its parts stay dense.
-        decided = plan(model, scheme, targets=names, progress=progress, **options)
-        layers = [
-            layer if layer.name in names else stay_dense(target, target.weight(model), "not chosen")
-            for layer in decided.layers
-            for target in [found[layer.name]]
-        ]
-        return compress(model, replace(decided, layers=tuple(layers)), progress=progress)
+        return compress(model, scheme, targets=names, progress=progress, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the space and the shapes that it depends on as plain JSON values."""
