@@ -338,3 +338,12 @@ def test_training_the_mixture_goes_on_where_it_stopped(python_pieces, monkeypatc
         losses[name] = json.loads((folder / "training_loss.json").read_text())
         assert not (folder / "partial.pt").exists()
     assert losses["stopped"] == losses["whole"]
+
+
+def test_experts_are_decoded_beside_the_dense_ones(tmp_path):
+    module = runpy.run_path(str(BENCHMARKS / "experts.py"))
+    sizes = "--hidden 16 --inner 24 --experts 4 --tokens 1 3 --rounds 2"
+    rows = module["main"]([str(tmp_path), *sizes.split()])
+    assert [row["tokens"] for row in rows] == [1, 3]
+    assert all(row[way] > 0 for row in rows for way in ("eager", "grouped_mm", "factored"))
+    assert (tmp_path / "experts.jsonl").read_text().count("\n") == 2

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from tnlm.checkpoint.describing import saved_report
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.compression.choices import Budget, Recovery, choices_of, gather_choices
+from tnlm.compression.folding import unfold_for
 from tnlm.compression.job import prepare
 from tnlm.compression.pipeline import carry_out, resume, settle
 from tnlm.compression.request import request_of
 from tnlm.errors import ModelError, OptionError, did_you_mean
+from tnlm.layers.unfolded import refold
 from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report
 from tnlm.schemes.base import Scheme
@@ -103,7 +105,9 @@ def compress(
             decided, job = resume(model, scheme, given, progress)
         else:
             asked = gather_choices(scheme, given)
-            job = prepare(model, request_of(asked), targets, ignore, asked.calibration, progress)
+            request = request_of(asked)
+            unfold_for(model, request)
+            job = prepare(model, request, targets, ignore, asked.calibration, progress)
             decided = settle(model, job, predict=False, progress=progress)
         return carry_out(model, job, decided, progress)
 
@@ -136,8 +140,12 @@ def plan(
     """
     asked = gather_choices(scheme, choices)
     with torch.inference_mode(False):
-        job = prepare(model, request_of(asked), targets, ignore, asked.calibration, progress)
-        return settle(model, job, predict=True, progress=progress)
+        request = request_of(asked)
+        unfold_for(model, request)
+        job = prepare(model, request, targets, ignore, asked.calibration, progress)
+        decided = settle(model, job, predict=True, progress=progress)
+        refold(model)
+        return decided
 
 
 def report(model: PreTrainedModel | str | Path) -> Report:

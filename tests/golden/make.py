@@ -60,6 +60,10 @@ def mixtral() -> PreTrainedModel:
     return make("Mixtral", **SIZES, num_local_experts=2, num_experts_per_tok=1)
 
 
+def gpt_oss() -> PreTrainedModel:
+    return make("GptOss", **SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+
+
 def nomic() -> PreTrainedModel:
     return make("NomicBert", kind="Model", **SIZES, type_vocab_size=1)
 
@@ -113,7 +117,10 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
     "fused": (gpt2, "svd", {}),
     "part-dense": (half_simple, "svd", {"tolerance": 1e-3, "targets": ["c_attn"]}),
     "body": (bert, "svd", {}),
-    "experts": (mixtral, "svd", {}),
+    "experts": (mixtral, "svd", {"ignore": ["experts"]}),
+    "stacked-experts": (gpt_oss, "svd", {}),
+    "kronecker-experts": (mixtral, "kron", {}),
+    "dropped-experts": (mixtral, "reap", {"keep_targets": 0.5, **TEXT}),
     "renamed": (nomic, "svd", {}),
     "prefixed": (llava, "svd", {}),
     "shards": (llama, "svd", {}),

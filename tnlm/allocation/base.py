@@ -74,7 +74,9 @@ class Problem:
     @property
     def replaced(self) -> dict[str, Target]:
         """The joint target that could replace a target, by the target's name."""
-        return {member.name: unit for unit in self.joint for member in unit.members}
+        taken = {member.name: unit for unit in self.joint for member in unit.members}
+        places = [(target, taken.get(target.members[0].name)) for target in self.targets]
+        return {target.name: unit for target, unit in places if unit is not None}
 
     def each(self) -> Iterator[tuple[Target, Tensor, Metric]]:
         """Yield every target with its weight and metric, with a progress bar."""

@@ -71,13 +71,17 @@ def curves(
     combine = together or by_multiplier
     alone = {each[0].name: _front(_candidates(problem, *each), harm) for each in problem.each()}
     replaced = problem.replaced
+    parts: dict[str, list[Curve]] = {}
+    for target in problem.targets:
+        if target.name in replaced:
+            parts.setdefault(replaced[target.name].name, []).append(alone[target.name])
     found: dict[str, Curve] = {}
     for target in problem.targets:
         unit = replaced.get(target.name)
         if unit is None:
             found[target.name] = alone[target.name]
         elif unit.name not in found:
-            apart = combine([alone[member.name] for member in unit.members])
+            apart = combine(parts[unit.name])
             joined = [c for c in alone[unit.name] if c.layers[0].format is not None]
             found[unit.name] = _front([*apart, *joined], harm)
     return list(found.values())

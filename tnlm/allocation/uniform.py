@@ -47,6 +47,7 @@ def decide(
         RankError: if the matrix cannot have the options; the message names the target.
     """
     before = target.dense_cost(weight.element_size())
+    structure = target.taken(structure)
     try:
         specs = _specs(target, weight, metric, structure, limits, extra)
         if not specs:
@@ -101,7 +102,7 @@ def curve_of(
     """
     options = options_for(target, structure, limits)
     try:
-        sampled = structure.curve(weight, metric, options, macs)
+        sampled = target.taken(structure).curve(weight, metric, options, macs)
     except OptionError as wrong:
         raise name_target(target, wrong) from wrong
     return [(spec, structure.network(target.shape, spec), error) for spec, error in sampled]
@@ -137,7 +138,7 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
             raise OptionError(f"{dict(layer.spec)} is not smaller than the dense matrix")
     except OptionError as error:
         raise type(error)(f"{target.name}: {error}") from error
-    extra = target.shape[0] if layer.bias else 0
+    extra = len(target.alike) * target.shape[0] if layer.bias else 0
     after = target.cost(network, weight.element_size(), extra)
     return replace(layer, kind=target.kind, before=before, after=after)
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,6 +53,8 @@ class Statistics:
         self._spill = Spill()
         self._slots: dict[str, dict[str, Slot]] = {}
         self._latest: tuple[str, InputMoment] | None = None
+        self._lent: dict[str, tuple[str, float]] = {}
+        self.pools: set[str] = set()
 
     def put(self, leader: str, members: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under their leader, for all modules that share them.
@@ -86,11 +89,34 @@ class Statistics:
         found, names = self._find(leader, name)
         if found is None:
             raise CalibrationError(f"{name!r} of {module} was not gathered, only {names}")
+        if leader in self._lent and name != "count":
+            pool, share = self._lent[leader]
+            return torch.lerp(found, self._memory[pool][name].to(found), share)
         return found
+
+    def names(self, module: str) -> tuple[str, ...]:
+        """Return the names of a module's tensors."""
+        return tuple(self._find(self.leaders[module], "")[1].split(", "))
+
+    def count(self, module: str) -> int:
+        """Return how many inputs of a module were seen; 0 if all it has is lent."""
+        return 0 if self.leaders[module] in self.pools else int(self.tensor(module, "count"))
+
+    def pool(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Hold tensors that :meth:`lend` gives to modules; they are not kept in a cache."""
+        self._memory[name] = tensors
+        self.pools.add(name)
+
+    def lend(self, module: str, pool: str, share: float) -> None:
+        """Let a module have a share of a pool's tensors; all of them if it has none of its own."""
+        if module in self.leaders:
+            self._lent[self.leaders[module]] = pool, share
+        else:
+            self.leaders[module] = pool
 
     def _find(self, leader: str, name: str) -> tuple[Tensor | None, str]:
         """Return a tensor, and the names of all that are there if there is no such one."""
-        if self._folder is not None:
+        if self._folder is not None and leader not in self.pools:
             found = self._folder.tensor(leader, name)
             return found, "" if found is not None else ", ".join(self._folder.names(leader))
         if leader in self._memory:

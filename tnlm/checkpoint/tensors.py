@@ -190,6 +190,10 @@ def check_order(name: str, order: Tensor) -> None:
         Traceback (most recent call last):
         tnlm.errors.CheckpointError: left_order is no permutation of 3 rows: 1 is missing
     """
+    if order.dim() == 2:  # of every expert
+        for number, each in enumerate(order):
+            check_order(f"{name}[{number}]", each)
+        return
     if order.dtype != torch.int64 or order.dim() != 1:
         raise CheckpointError(
             f"{name} is {order.dtype} of shape {tuple(order.shape)}, not a row order"

@@ -15,6 +15,7 @@ from tnlm.compression.gatherers.base import Found, Gatherer
 from tnlm.errors import CalibrationError
 from tnlm.metrics.measure import INPUTS, Measure
 from tnlm.metrics.metric import Metric
+from tnlm.metrics.several import Several
 from tnlm.targets.base import Member, Target
 
 
@@ -32,6 +33,7 @@ class Evidence:
         drawn: the arguments by which data was drawn; empty if no data was used.
         fingerprint: hash of the tokens drawn.
         skipped: matrices that no data reaches, with the reason.
+        borrowed: modules of experts that few tokens reach, and that use the statistics of others.
         seconds: wall time by stage.
     """
 
@@ -44,6 +46,7 @@ class Evidence:
     drawn: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
+    borrowed: dict[str, None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _latest: tuple[str, Metric] | None = field(default=None, repr=False)
 
@@ -78,7 +81,21 @@ class Evidence:
             target: the matrix.
             newer: statistics that replace those of the dense model.
         """
+        if len(target.alike) > 1:
+            parts = [partial(self.metric, one) for one in target.alike]
+            return Several(parts, self._scales(target.alike))
         return target.metric(lambda measured: self._measured(measured, newer))
+
+    def _scales(self, targets: Sequence[Target]) -> list[float]:
+        """Return how much a squared error of each target counts: by the loss, or by its tokens."""
+        if self.weighs_loss:
+            scales = [self.importance(target) for target in targets]
+        elif self.inputs is not None:
+            counts = [self.inputs.count(target.measured.module) for target in targets]
+            scales = [max(count, 1) / max(self.tokens, 1) for count in counts]
+        else:
+            scales = []
+        return scales if any(scales) else [1.0] * len(targets)
 
     def _measured(self, target: Target, newer: Mapping[str, Tensor] | None) -> Metric:
         def gathered(name: str) -> Tensor:
@@ -100,6 +117,8 @@ class Evidence:
         """
         if not self.weighs_loss:
             return 1.0
+        if len(target.alike) > 1:  # in its metric already
+            return float(any(self.importance(one) for one in target.alike))
         return self.measure.importance(partial(self.statistic, target.measured))
 
     def forget(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ class Fitting:
     def __init__(self, model: PreTrainedModel, job: Job, decided: Plan, shelf: Shelf) -> None:
         """Start with nothing fitted."""
         self._model, self._job, self._shelf = model, job, shelf
-        self._layers = {layer.name: layer for layer in decided.layers}
+        layers = {layer.name: layer for layer in decided.layers}
+        self._squares: dict[str, list[float]] = {}
         self.errors: dict[str, float] = {}
         self.entries: dict[str, Entry] = {}
         self.norms: dict[str, nn.Module] = {}
@@ -41,6 +43,8 @@ class Fitting:
         self._taken: dict[str, nn.Module] = {}
         known = {unit.name: unit for unit in (*job.units, *job.joint)}
         self.units = [known[layer.name] for layer in decided.layers]
+        alone = {one.name: layers[unit.name] for unit in self.units for one in unit.alike}
+        self._layers = alone | layers
         self._shrinks = {
             member.name
             for unit in self.units
@@ -91,7 +95,9 @@ class Fitting:
         return unit.fit(self._model, layer, metric, moved.weight, moved.output)
 
     def _put(self, unit: Target, layer: LayerPlan, fitted: Fitted) -> None:
-        self.errors[layer.name] = fitted.error
+        squares = self._squares.setdefault(layer.name, [])
+        squares.append(fitted.error**2)
+        self.errors[layer.name] = math.sqrt(sum(squares) / len(squares))
         self.ties.update(fitted.ties)
         for target, entry, module in fitted.pieces:
             self.entries[target.name] = entry

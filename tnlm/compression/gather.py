@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import fingerprint
+from tnlm.calibration.pooling import lend
 from tnlm.compression.choices import Calibration
 from tnlm.compression.data import drawn, lessons, windows
 from tnlm.compression.evidence import Evidence
 from tnlm.compression.gatherers import gatherers
 from tnlm.compression.gatherers.base import Found, Task
 from tnlm.compression.request import Request
+from tnlm.targets.alike import alike
 from tnlm.targets.base import Member
 from tnlm.utils.memory import release
 
@@ -59,6 +61,13 @@ def gather(
         if found.model is not None:
             known.seconds["prune"] = time.perf_counter() - start
     _warn(known, len(targets))
+    if known.borrowed:
+        logger.warning(
+            "%d matrices of experts are reached by fewer tokens than they have columns, and borrow "
+            "what they lack from the other experts of their layer (%s); use more text",
+            len(known.borrowed),
+            ", ".join(list(known.borrowed)[:3]) + (", ..." if len(known.borrowed) > 3 else ""),
+        )
     release()
     known.seconds["calibrate"] = time.perf_counter() - start - sum(known.seconds.values())
     return known
@@ -68,6 +77,9 @@ def _reached(task: Task, found: Found, known: Evidence) -> Sequence[Member]:
     """Return the targets that data reaches, and record the others as skipped."""
     if found.store is None:
         return task.targets
+    units = [unit for unit in alike(task.model, task.targets) if len(unit.alike) > 1]
+    groups = [[member.module for member in unit.members] for unit in units]
+    known.borrowed |= dict.fromkeys(lend(found.store, groups))
     leaders = found.store.leaders
     gone = [target for target in task.targets if target.module not in leaders]
     known.skipped |= {target.name: UNREACHED for target in gone}

@@ -16,6 +16,7 @@ from tnlm.compression.gather import gather
 from tnlm.compression.request import Request
 from tnlm.errors import TargetError
 from tnlm.targets import joint_targets, usable_targets
+from tnlm.targets.alike import alike
 from tnlm.targets.base import Fitted, Selector, Target
 from tnlm.targets.checks import check_model, check_weights
 from tnlm.targets.selection import Selection, select
@@ -56,7 +57,8 @@ class Job:
         A block's last addition to the residual stream has the same gradient as the stream.
         """
         for group in self.groups:
-            if group.module.startswith(block + ".") and self.evidence.weighs_loss:
+            alone = len(group.alike) == 1
+            if alone and group.module.startswith(block + ".") and self.evidence.weighs_loss:
                 side = self.evidence.metric(group.measured).outputs
                 return None if side is None or side.is_diagonal else side.root
         return None
@@ -78,18 +80,19 @@ def prepare(
     _check_kinds(model, request, selection)
     check_weights(model, selection.targets)
     groups = joint_targets(model, selection.targets)
-    usable = usable_targets(model, groups, request.kinds)
+    usable = alike(model, usable_targets(model, groups, request.kinds))
     evidence = Evidence(request.measure, request.damping)
     if request.looks_at_data:
         evidence = gather(model, request, selection.targets, data, progress)
     reached = [target for target in selection.targets if target.name not in evidence.skipped]
     if evidence.skipped:
         groups = joint_targets(model, reached)
+    groups = alike(model, groups)
     names = {group.name for group in groups}
     return Job(
         request,
         replace(selection, targets=reached, skipped={**selection.skipped, **evidence.skipped}),
-        stack(reached, request.share),
+        stack(alike(model, reached), request.share),
         groups,
         [each for each in usable if each.name in names],
         evidence,

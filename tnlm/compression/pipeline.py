@@ -22,6 +22,7 @@ from tnlm.compression.cascade import cascade
 from tnlm.compression.choices import gather_choices
 from tnlm.compression.covered import with_coverage
 from tnlm.compression.fitting import Fitting, by_module
+from tnlm.compression.folding import fold, unfold_for
 from tnlm.compression.install import install, replace_norm
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.refine import refine
@@ -123,7 +124,9 @@ def resume(
     asked = gather_choices(decided.scheme, {**choices, **data})
     wanted = {layer.name: layer.shape for layer in decided.layers}
     names = [name for joined in wanted for name in joined.split("+")]
-    job = prepare(model, request_of(asked), names, None, asked.calibration, progress)
+    request = request_of(asked)
+    unfold_for(model, request)
+    job = prepare(model, request, names, None, asked.calibration, progress)
     found = {target.name: target for target in (*job.units, *job.joint)}
     for name, shape in wanted.items():
         if name not in found or found[name].shape != shape:
@@ -190,6 +193,7 @@ def _swap_in(
     for name, norm in fitting.norms.items():
         replace_norm(model, swap, name, norm)
     tie(model, fitting.ties)
+    fold(model, config)
     config.tied.update(fitting.ties)
     attach(model, config)
 
@@ -203,10 +207,12 @@ def _report(job: Job, done: Plan) -> Report:
 
 def _dense_weights(read: PreTrainedModel, job: Job, fitting: Fitting) -> dict[str, Tensor]:
     """Return the dense weights of the factorized layers."""
+    alone = {m.name for unit in job.units if len(unit.alike) == 1 for m in unit.members}
     weights = {
         target.name: target.weight(read)
         for target in job.selection.targets
-        if {"format", "order"} <= fitting.entries.get(target.name, {}).keys()
+        if target.name in alone  # experts are put together
+        and {"format", "order"} <= fitting.entries.get(target.name, {}).keys()
     }
     if job.evidence.source is not None:
         return weights

@@ -15,7 +15,23 @@ SMALL = 2**14
 """Numbers below which a weight's order in memory makes no difference that can be measured."""
 
 
-class ArrangedLinear(nn.Linear):
+class Arranged(nn.Module):
+    """A module that puts its weights into the order in memory that suits this machine."""
+
+    def arrange(self) -> None:
+        """Put every matrix, or stack of matrices, into the order that suits it."""
+        for parameter in self.parameters(recurse=False):
+            if parameter.dim() > 1:
+                parameter.data = _in_order(parameter.data)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Called by .to(), .half(), .cuda(): another dtype or device may want another order.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.arrange()
+        return self
+
+
+class ArrangedLinear(Arranged, nn.Linear):
     """A linear map that stores a tall weight by columns where that is read faster.
 
     At one token a product reads every weight once. CPU libraries read it along its rows, one dot
@@ -28,16 +44,6 @@ class ArrangedLinear(nn.Linear):
         >>> layer.weight.shape
         torch.Size([3, 2])
     """
-
-    def arrange(self) -> None:
-        """Put the weight into the order that suits its shape, dtype and device."""
-        self.weight.data = _in_order(self.weight.data)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Called by .to(), .half(), .cuda(): another dtype or device may want another order.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.arrange()
-        return self
 
 
 def arrange(model: nn.Module) -> nn.Module:
@@ -70,7 +76,7 @@ def arrange(model: nn.Module) -> nn.Module:
 def arrange_made(model: nn.Module) -> None:
     """Arrange the layers that tnlm made, after their weights were filled in."""
     for module in model.modules():
-        if isinstance(module, ArrangedLinear):
+        if isinstance(module, Arranged):
             module.arrange()
 
 
@@ -117,14 +123,14 @@ def filled(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def _in_order(weight: Tensor) -> Tensor:
-    """Return a weight, by columns if that is read faster."""
-    rows, columns = weight.shape
+    """Return a matrix, or a stack ``(..., out, in)``, by columns if that is read faster."""
+    rows, columns = weight.shape[-2:]
     if not _is_plain(weight):
         return weight
-    large = weight.numel() >= SMALL
+    large = rows * columns >= SMALL
     if rows <= columns or not large or not machine(weight.dtype).column_major:
         return weight.contiguous()
-    return weight.t().contiguous().t() if weight.is_contiguous() else weight
+    return weight.mT.contiguous().mT if weight.is_contiguous() else weight
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -17,11 +17,13 @@ class Made:
         name: dotted; of a fused module's part, with the part's name at the end.
         module: the layer.
         entry: what `config.json` says of it.
+        experts: how many experts have such a layer, stacked in this one; 0 for one of its own.
     """
 
     name: str
     module: nn.Module
     entry: Mapping[str, Any]
+    experts: int = 0
 
     @property
     def approximated(self) -> bool:
@@ -30,8 +32,8 @@ class Made:
 
     @property
     def linear(self) -> bool:
-        """Whether it is a linear map, of factors or of fewer channels; else of the vocabulary."""
-        return self.entry["kind"] not in ("embedding", "head")
+        """Whether it is one linear map: neither of the vocabulary, nor of several experts."""
+        return not self.experts and self.entry["kind"] not in ("embedding", "head")
 
 
 def made_layers(model: nn.Module) -> Iterator[Made]:
@@ -51,4 +53,4 @@ def made_layers(model: nn.Module) -> Iterator[Made]:
     for name, entry in entries.items():
         for part in entry.get("parts", [entry]):
             full = name if part is entry else f"{name}.{part['name']}"
-            yield Made(full, model.get_submodule(full), part)
+            yield Made(full, model.get_submodule(full), part, entry.get("experts", 0))

@@ -169,12 +169,20 @@ def unfold(model: nn.Module) -> dict[str, str]:
         layout = layout_of(module)
         if not isinstance(layout, ExpertLayout):
             continue
-        reason = _held(module) or _difference(module, layout)
+        reason = objection(module)
         if reason is None:
             model.set_submodule(name, UnfoldedExperts(module, layout))
         else:
             left[name] = reason
     return left
+
+
+def objection(module: nn.Module) -> str | None:
+    """Return why experts of a known layout are left as they are, or None if they unfold."""
+    layout = layout_of(module)
+    if not isinstance(layout, ExpertLayout):
+        return layout
+    return _held(module) or _difference(module, layout)
 
 
 def refold(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.checkpoint.entries import Entry
-from tnlm.decompositions.base import Ceiling
+from tnlm.decompositions.base import Ceiling, Format
 from tnlm.layers.swap import Swap
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
@@ -69,6 +69,15 @@ class Target(ABC):
     def members(self) -> tuple[Target, ...]:
         """The targets that this one stands for: itself, unless it stands for several."""
         return (self,)
+
+    @property
+    def alike(self) -> tuple[Target, ...]:
+        """The targets that are decided together and fitted one by one: itself alone, usually."""
+        return (self,)
+
+    def taken(self, structure: Format[Any]) -> Format[Any]:
+        """Return a format as the target takes it: as it is, unless it stands for several."""
+        return structure
 
     @property
     def params(self) -> int:

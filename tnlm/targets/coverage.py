@@ -9,8 +9,10 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from tnlm.layers.unfolded import unfolded
 from tnlm.plans.coverage import KEPT, Coverage, Left
 from tnlm.plans.plan import LayerPlan
+from tnlm.targets.alike import together
 from tnlm.targets.base import Matrix, Member
 from tnlm.targets.blocks import in_blocks
 from tnlm.targets.ends import output_head
@@ -66,10 +68,11 @@ def _planned(
 ) -> tuple[dict[int, int], dict[int, str]]:
     """Return how many parameters of each weight are replaced, and why targets in it are kept."""
     decided = {name: layer for layer in layers for name in layer.name.split("+")}
+    places = [name for name, _ in unfolded(model)]
     replaced: dict[int, int] = {}
     kept: dict[int, str] = {}
     for target in targets:
-        weights, layer = target.held(model), decided.get(target.name)
+        weights, layer = target.held(model), decided.get(together(places, target.name))
         whole = sum(weight.numel() for weight in weights)
         for weight in weights:
             if layer is None or layer.format is None:

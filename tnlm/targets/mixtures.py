@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from tnlm.layers.unfolded import UnfoldedExperts
+
 ACTIVE = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -41,7 +43,8 @@ def expert_shares(model: nn.Module) -> dict[str, float]:
     """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and _is_routed(name):
+        listed = isinstance(module, nn.ModuleList | nn.ModuleDict) and _is_routed(name)
+        if listed or isinstance(module, UnfoldedExperts):
             matrices = {
                 n: sum(p.dim() > 1 for p in c.parameters()) for n, c in module.named_children()
             }

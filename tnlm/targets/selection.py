@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.errors import TargetError, did_you_mean
+from tnlm.layers.expert_layout import ExpertLayout, layout_of
 from tnlm.layers.fused import Layout
+from tnlm.layers.unfolded import objection
+from tnlm.targets.alike import aliases, incomplete
 from tnlm.targets.base import Matrix, Member, Selector
 from tnlm.targets.blocks import in_blocks
 from tnlm.targets.dropping import droppable
@@ -127,7 +130,17 @@ def select(
         raise _nothing(model, targets, ignore, selection.skipped)
     if ignore:
         _check_ignored(model, ignore, ends, layouts)
+    _check_experts(model, selection)
     return selection
+
+
+def _check_experts(model: nn.Module, selection: Selection) -> None:
+    """Raise `TargetError` if a matrix is chosen of some experts of a module, and not of others."""
+    for name, count, total in incomplete(model, [t.module for t in selection.targets]):
+        raise TargetError(
+            f"{count} of {total} experts are chosen for {name}; the experts of a module are "
+            f"compressed together: name {name} in targets= or ignore=, or none of it"
+        )
 
 
 def check_selectors(**given: Any) -> None:
@@ -184,10 +197,15 @@ class _Ends:
     table: nn.Module | None
     head: nn.Module | None
     blocks: frozenset[str] = frozenset()
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Ends:
-        return cls(input_table(model), output_head(model), in_blocks(model))
+        return cls(input_table(model), output_head(model), in_blocks(model), aliases(model))
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """Return all names of a module: one of an expert has those of all experts as well."""
+        return name, *self.aliases.get(name, ())
 
     def is_around(self, name: str, module: nn.Module) -> bool:
         """Tell whether a linear weight stands beside the blocks, and is not the output head."""
@@ -213,13 +231,12 @@ def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> boo
         if wanted == ODD_BLOCKS:
             linear = not isinstance(module, nn.Embedding)
             return linear and (block_of(name) or 0) % 2 == 1
-        return _fits(wanted, name)
+        return any(_fits(wanted, each) for each in ends.names(name))
     return any(
         isinstance(module, word)
         if isinstance(word, type)
         else (word in WORDS and _matches(name, module, word, ends))
-        or name == word
-        or name.endswith("." + word)
+        or any(each == word or each.endswith("." + word) for each in ends.names(name))
         for word in wanted
     )
 
@@ -286,7 +303,7 @@ def _describe(
 def _stacked(model: nn.Module) -> dict[str, str]:
     """Return the 3-D parameters, as those of experts, and why they are left."""
     return {
-        f"{name}.{part}": "a 3-D parameter; only modules whose weight is a matrix are replaced"
+        f"{name}.{part}": _why_stacked(module)
         for name, module in model.named_modules()
         if not type(module).__module__.startswith("torch.")  # kernels of convolutions
         for part, parameter in module.named_parameters(recurse=False)
@@ -294,10 +311,19 @@ def _stacked(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _why_stacked(module: nn.Module) -> str:
+    """Return why a module's 3-D parameters are no matrices."""
+    layout = layout_of(module)
+    if not isinstance(layout, ExpertLayout):
+        return f"a 3-D parameter; {layout}"
+    return objection(module) or "a 3-D parameter of experts, which compress and plan unfold"
+
+
 def _nothing(
     model: nn.Module, targets: Selector, ignore: Selector | None, skipped: dict[str, str]
 ) -> TargetError:
     endings = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, Matrix)}
+    endings |= {n.rpartition(".")[2] for names in aliases(model).values() for n in names}
     hint = did_you_mean(targets if isinstance(targets, str) else "", endings)
     if isinstance(targets, str) and targets in endings:  # a pattern must match the whole name
         hint = f"; use [{targets!r}], a list of endings"

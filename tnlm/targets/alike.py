@@ -1,0 +1,223 @@
+"""The same matrix, or feed-forward layer, of all experts of a module: one decision for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnlm.decompositions.alike import Alike as AlikeFormat
+from tnlm.decompositions.base import Ceiling, Format
+from tnlm.layers.unfolded import unfolded
+from tnlm.metrics.metric import Metric
+from tnlm.metrics.several import Several
+from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Fitted, Read, Target
+from tnlm.tensors.network import Cost, Network
+
+
+@dataclass(frozen=True)
+class Alike(Target):
+    """Targets of one shape that take one format in one size, each fitted by itself.
+
+    Attributes:
+        each: the targets, one an expert.
+    """
+
+    each: tuple[Target, ...]
+
+    @property
+    def alike(self) -> tuple[Target, ...]:
+        """The targets, one an expert."""
+        return self.each
+
+    @property
+    def members(self) -> tuple[Target, ...]:
+        """All matrices."""
+        return tuple(member for one in self.each for member in one.members)
+
+    @property
+    def params(self) -> int:
+        """Parameters of all matrices."""
+        return sum(one.params for one in self.each)
+
+    def taken(self, structure: Format[Any]) -> Format[Any]:
+        """Return the format for a stack of matrices."""
+        return AlikeFormat(structure)
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """Return all matrices, ``(count, out, in)``, a view where they lie in one parameter."""
+        return _as_one([one.weight(model) for one in self.each])
+
+    def bias(self, model: nn.Module) -> Tensor | None:
+        """Return None: each has its own."""
+        return None
+
+    def added_bias(self, model: nn.Module) -> int:
+        """Return the size of the biases that the matrices lack."""
+        return sum(one.added_bias(model) for one in self.each)
+
+    def statistic(self, name: str, read: Read) -> Tensor:
+        """Return the mean of a statistic."""
+        return torch.stack([one.statistic(name, read) for one in self.each]).mean(0)
+
+    def input_group(self, leaders: Mapping[str, str]) -> str:
+        """Return the name: no other targets share all the inputs."""
+        return self.name
+
+    def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
+        """Return what the factors of all cost; a token meets its share of them."""
+        count = len(self.each)
+        one = replace(self.each[0], share=1.0).cost(network, itemsize, extra // count)
+        return Cost(count * one.params, count * one.bytes, self.met(count * one.macs))
+
+    def budget(
+        self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
+    ) -> Ceiling:
+        """Return the most that one network may have."""
+        own = extra // len(self.each)
+        return self.each[0].budget(keep, max_macs, unit=unit, extra=own)
+
+    def fit(
+        self,
+        model: nn.Module,
+        layer: LayerPlan,
+        metric: Metric,
+        weight: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> Fitted:
+        """Fit each by itself; the error is that of all together."""
+        if not isinstance(metric, Several):
+            raise TypeError("alike targets are measured by Several")
+        pieces: list[Any] = []
+        total = squares = 0.0
+        for one, part, scale in zip(self.each, metric.parts, metric.scales, strict=True):
+            own = part()
+            fitted = one.fit(model, replace(layer, name=one.name), own)
+            energy = scale * own.norm(one.weight(model)) ** 2
+            total, squares = total + energy, squares + energy * fitted.error**2
+            pieces += fitted.pieces
+        return Fitted(pieces, math.sqrt(squares / total) if total else 0.0)
+
+
+@dataclass(frozen=True)
+class AlikeMatrices(Alike):
+    """The same matrix of all experts, of one rank, or of one format and size."""
+
+    kind = "linear"
+
+
+@dataclass(frozen=True)
+class AlikeLayers(Alike):
+    """The feed-forward layers of all experts, narrowed to one width."""
+
+    kind = "channels"
+
+
+UNITS: Mapping[str, type[Alike]] = {"linear": AlikeMatrices, "channels": AlikeLayers}
+"""What stands for the targets of all experts, by their kind."""
+
+
+def alike(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
+    """Return the targets, with the same of all experts of a module as one.
+
+    Targets of other kinds that take in a matrix of an expert are left out: experts would no longer
+    be alike.
+
+    Example:
+        >>> from transformers import MixtralConfig, MixtralModel
+        >>> from tnlm.layers.unfolded import unfold
+        >>> from tnlm.targets.selection import select
+        >>> model = MixtralModel(MixtralConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        ...     num_local_experts=2))
+        >>> _ = unfold(model)
+        >>> [unit.name for unit in alike(model, select(model, ["experts"]).targets)]
+        ['layers.0.mlp.experts.gate_proj', 'layers.0.mlp.experts.up_proj', ...]
+    """
+    places = [name for name, _ in unfolded(model)]
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(together(places, target.name), []).append(target)
+    units: list[Target] = []
+    for name, group in groups.items():
+        if name == group[0].name:
+            units.append(group[0])
+        elif group[0].kind in UNITS:
+            units.append(_made(name, group))
+    return units
+
+
+def together(places: Sequence[str], name: str) -> str:
+    """Return the name that a target of an expert has together with those of the other experts.
+
+    Example:
+        >>> together(["mlp.experts"], "mlp.experts.3.up_proj+mlp.experts.3.down_proj")
+        'mlp.experts.up_proj+mlp.experts.down_proj'
+    """
+    return "+".join(_without_number(places, part) for part in name.split("+"))
+
+
+def _without_number(places: Sequence[str], name: str) -> str:
+    for place in places:
+        number, _, inner = name.removeprefix(f"{place}.").partition(".")
+        if name.startswith(f"{place}.") and number.isdigit():
+            return f"{place}.{inner}"
+    return name
+
+
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return further names by which matrices of experts may be chosen.
+
+    These are the module of all experts, the same matrix of all, and the parameter it lies in.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for place, experts in unfolded(model):
+        for projection in experts.layout.shapes:
+            parameter = f"{place}.{experts.layout.holder(projection)}"
+            names = tuple(dict.fromkeys((place, f"{place}.{projection}", parameter)))
+            for number in range(len(experts)):
+                found[f"{place}.{number}.{projection}"] = names
+    return found
+
+
+def incomplete(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield matrices of which some experts' are named: their name, how many are, and how many all.
+
+    Args:
+        model: unfolded.
+        names: of modules.
+    """
+    chosen = set(names)
+    for place, experts in unfolded(model):
+        for projection in experts.layout.shapes:
+            all_of = [f"{place}.{number}.{projection}" for number in range(len(experts))]
+            count = sum(name in chosen for name in all_of)
+            if 0 < count < len(all_of):
+                yield f"{place}.{projection}", count, len(all_of)
+
+
+def _made(name: str, group: list[Target]) -> Alike:
+    first = group[0]
+    return UNITS[first.kind](name, first.module, first.shape, tuple(group), share=first.share)
+
+
+def _as_one(matrices: Sequence[Tensor]) -> Tensor:
+    """Return matrices as one tensor: a view if they lie at equal distances in one storage."""
+    first = matrices[0]
+    starts = [matrix.storage_offset() for matrix in matrices]
+    step = starts[1] - starts[0] if len(starts) > 1 else first.numel()
+    place = first.untyped_storage().data_ptr()
+    alone = any(
+        matrix.untyped_storage().data_ptr() != place
+        or matrix.stride() != first.stride()
+        or start != starts[0] + number * step
+        for number, (matrix, start) in enumerate(zip(matrices, starts, strict=True))
+    )
+    if alone or first.is_meta or step <= 0:
+        return torch.stack(list(matrices))
+    return first.as_strided((len(matrices), *first.shape), (step, *first.stride()), starts[0])
