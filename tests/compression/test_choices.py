@@ -26,6 +26,8 @@ VALUES = {
     "gradient_samples": 2,
     "cache_dir": "cache",
     "seed": 3,
+    "temperature": 0.5,
+    "split": False,
     "keep": 0.5,
     "keep_targets": 0.4,
     "tolerance": 0.1,
