@@ -103,6 +103,10 @@ class Target(ABC):
         weight: Any = model.get_submodule(self.module).weight
         return [weight]
 
+    def values(self, model: nn.Module) -> Sequence[Tensor]:
+        """Return the parts of those tensors that are the target's own."""
+        return [self.weight(model)]
+
     @abstractmethod
     def bias(self, model: nn.Module) -> Tensor | None:
         """Return the bias that belongs to the matrix, if any."""

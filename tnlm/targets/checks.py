@@ -19,10 +19,12 @@ def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
     """Raise `ModelError` if a target is empty, on the meta device, quantized, or not finite."""
     for target in targets:
         for held in target.held(model):
-            _check_weight(target, held)
+            _check_plain(target, held)
+        for values in target.values(model):
+            _check_finite(target, values.detach())
 
 
-def _check_weight(target: Target, held: Tensor) -> None:
+def _check_plain(target: Target, held: Tensor) -> None:
     if type(held) not in (nn.Parameter, Tensor):  # of torchao, or of a distributed model
         raise ModelError(
             f"{target.name} is a {type(held).__name__} and no plain tensor; load the model "
@@ -33,6 +35,9 @@ def _check_weight(target: Target, held: Tensor) -> None:
         raise ModelError(f"{target.name} has no data (meta device); load the weights first")
     if not weight.is_floating_point() or weight.element_size() == 1:  # of 8 bits
         raise ModelError(f"{target.name} is {weight.dtype}; load the model unquantized")
+
+
+def _check_finite(target: Target, weight: Tensor) -> None:
     if not bool(torch.isfinite(weight).all()):
         count = int((~torch.isfinite(weight)).sum())
         raise ModelError(

@@ -58,6 +58,10 @@ class ExpertsTarget(Member):
         experts = list(model.get_submodule(self.module).parameters())
         return experts if self.mixture is None else experts + self._rows(model)
 
+    def values(self, model: nn.Module) -> Sequence[Tensor]:
+        """Return all that it holds."""
+        return self.held(model)
+
     def _rows(self, model: nn.Module) -> list[nn.Parameter]:
         """Return the router's parameters that have a row for each expert."""
         router = model.get_submodule(self._router)

@@ -130,6 +130,10 @@ def _plain(module: Any) -> bool:
 
 
 def _is_callable(module: nn.Module) -> bool:
-    """Tell whether a module can be called with hidden states: no list, and no model."""
+    """Tell whether a module can be called with hidden states: no list, and no model.
+
+    One that accelerate dispatched has a forward that calls the module itself, not its copy.
+    """
     has_forward = type(module).forward is not nn.Module.forward
-    return has_forward and not isinstance(module, PreTrainedModel)
+    dispatched = hasattr(module, "_hf_hook")
+    return has_forward and not dispatched and not isinstance(module, PreTrainedModel)
