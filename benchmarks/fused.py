@@ -51,8 +51,8 @@ def main() -> None:
             **data,
         )
         after = perplexity(model, asked.test, tokenizer, window=256, windows=asked.test_windows)
-        ratio = after.value / before.value
-        print(f"{type(model).__name__}: {before.value:.4f} to {after.value:.4f}, ratio {ratio:.5f}")
+        old, new = before.perplexity, after.perplexity
+        print(f"{type(model).__name__}: {old:.4f} to {new:.4f}, ratio {new / old:.5f}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -107,7 +107,8 @@ def test_model_measures_a_real_and_a_random_model(run, tmp_path, tiny_llama):
 
 
 @pytest.mark.parametrize(
-    "name", ["timing", "random_layers", "other_libraries", "layers", "fit", "mixture"]
+    "name",
+    ["timing", "random_layers", "other_libraries", "layers", "fit", "mixture", "encoder_channels"],
 )
 def test_examples_in_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
@@ -347,3 +348,27 @@ def test_experts_are_decoded_beside_the_dense_ones(tmp_path):
     assert [row["tokens"] for row in rows] == [1, 3]
     assert all(row[way] > 0 for row in rows for way in ("eager", "grouped_mm", "factored"))
     assert (tmp_path / "experts.jsonl").read_text().count("\n") == 2
+
+
+def test_fused_projections_make_no_difference_to_auto(
+    start, tiny_llama, word_tokenizer, word_text, tmp_path, capsys
+):
+    tiny_llama(max_position_embeddings=512).save_pretrained(tmp_path / "m")
+    word_tokenizer.save_pretrained(tmp_path / "m")
+    text = tmp_path / "text.txt"
+    text.write_text(word_text(1200, seed=1))
+    start("fused", tmp_path / "m", text, text, "--length", 64, "--test-windows", 1)
+    found = re.findall(r"(\w+): .* ratio ([\d.]+)", capsys.readouterr().out)
+    (llama, plain), (phi, split) = found
+    assert (llama, phi) == ("LlamaForCausalLM", "Phi3ForCausalLM")
+    assert float(split) == pytest.approx(float(plain), abs=1e-3)
+
+
+def test_encoders_are_measured_with_and_without_channels(start, classifier, tmp_path, capsys):
+    rows = [{"text": f"word{i} word{i % 7}", "label": i % 2} for i in range(24)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    start("encoder_channels", tmp_path / "m", file, file, "--keep", 0.6, "--samples", 8)
+    printed = capsys.readouterr().out
+    assert "keep 0.6, with channels: " in printed
+    assert "keep 0.6, without: " in printed
