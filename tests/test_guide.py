@@ -176,6 +176,7 @@ def test_every_block_on_extending_runs(tmp_path, monkeypatch, tiny_llama):
     assert run_blocks("extend.md") == 9
 
 
-def test_every_block_on_calibration_runs(tmp_path, monkeypatch):
+def test_every_block_on_calibration_runs(tmp_path, monkeypatch, word_tokenizer):
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    assert run_blocks("calibration.md") == 3
+    assert run_blocks("calibration.md") == 4

@@ -17,6 +17,7 @@ from tnlm.calibration.files import file_meant
 from tnlm.calibration.sources import File, Memory, drawn_windows, first_ids, open_source
 from tnlm.calibration.text import read_text, tokenize
 from tnlm.errors import CalibrationError, EvaluationError, TnlmError, TrainingError
+from tnlm.recovery.examples import training_set
 
 MISSING = ["missing.txt", "my data/missing file.jsonl", "./missing", "~/missing", "missing"]
 PATHS = [*MISSING, Path("missing.txt"), Path("missing text without suffix")]
@@ -128,7 +129,7 @@ def test_broken_files_are_named(name, content, message, tmp_path, word_tokenizer
     with pytest.raises(CalibrationError, match=message):
         token_batches(path, word_tokenizer, max_length=4)
     with pytest.raises(TrainingError):
-        tnlm.recovery.examples.training_set(path, word_tokenizer, max_length=4)
+        training_set(path, word_tokenizer, max_length=4)
 
 
 def test_up_to_the_limit_windows_are_those_of_the_whole(files, paragraphs, word_tokenizer):

@@ -6,20 +6,20 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from tnlm.calibration.at_hand import drawn, samples_at_hand
+from tnlm.calibration.columns import Column, check_column, table_samples, tabular
 from tnlm.calibration.generated import is_self, own_samples
-from tnlm.calibration.inputs import IGNORED, TEXT, check_main, main_input, token_ids
+from tnlm.calibration.inputs import IGNORED, TEXT, check_main, main_input
 from tnlm.calibration.pairs import is_pairs, pair_samples
-from tnlm.calibration.sequences import ALLOWED, Batch, collated, samples_of
+from tnlm.calibration.sequences import ALLOWED, Batch, collated
 from tnlm.calibration.sources import Memory, Source, open_source
 from tnlm.calibration.text import AUTO, check_bos, read_text, start_token
-from tnlm.calibration.windows import id_windows, text_windows
+from tnlm.calibration.windows import text_windows
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.utils.checks import check_whole, is_whole
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Batch", "count_tokens", "fingerprint", "read_text", "token_batches"]
-
-_T = TypeVar("_T")
 
 
 def token_batches(
@@ -40,6 +38,7 @@ def token_batches(
     batch_size: int = 1,
     seed: int = 0,
     bos: bool | str = AUTO,
+    column: Column = None,
     temperature: float | None = None,
     cache_dir: str | Path | None = None,
     model: PreTrainedModel | None = None,
@@ -52,6 +51,10 @@ def token_batches(
     begins with the BOS token, in place of its last, if the tokenizer does so by itself. Sequences
     (2-D ids, lists, DataLoaders, an ``input_ids`` column) stay rows, with their masks and, where
     ``labels`` holds one class for each sequence, with that.
+
+    Rows with named columns (a list of dicts, a parquet file, a stream of ``datasets``,
+    conversations) are drawn in random order, of a stream from a buffer, until there are enough
+    windows.
 
     Batches of a processor's output (images, sound, or these beside text) and pairs for an encoder
     and a decoder carry all that the model's ``forward`` takes. Each image, clip and pair is a batch
@@ -70,6 +73,9 @@ def token_batches(
         bos: whether a window of text begins with BOS: ``"auto"``, True or False; see
             :func:`tnlm.calibration.text.start_token`, and for ``"self"``
             :func:`tnlm.calibration.generated.own_samples`.
+        column: of texts, where data has rows with named columns; two of them for pairs. If not
+            given, rows are the model's main input, or else ``text``, or else ``messages``, which
+            the tokenizer's chat template turns into text.
         temperature: of the text that the model writes itself; 1 if not given.
         cache_dir: keeps that text.
         model: that the data is for, whose ``main_input_name`` must be among the columns. Columns
@@ -88,6 +94,7 @@ def token_batches(
     _check_positive(num_samples=num_samples, max_length=max_length, batch_size=batch_size)
     check_whole("seed", seed, -(2**63), 2**63 - 1)
     check_bos(bos)
+    check_column(column)
     if is_self(calibration):
         samples = own_samples(
             model,
@@ -103,22 +110,29 @@ def token_batches(
             "temperature= is for calibration='self', text that the model writes",
             argument=("temperature", "calibration"),
         )
+    elif (table := tabular(calibration, column, main_input(model))) is not None:
+        samples = table_samples(
+            table,
+            tokenizer,
+            count=num_samples,
+            max_length=max_length,
+            seed=seed,
+            bos=bos,
+            column=column,
+            model=model,
+        )
     elif (source := text_of(calibration)) is not None:
         samples = text_windows(source, tokenizer, max_length, num_samples, seed, bos)
     elif bos is True:
         raise OptionError("bos=True is for text; token ids are taken as they are", argument="bos")
     elif is_pairs(calibration):
         samples = pair_samples(calibration, tokenizer, max_length, model)
-    elif isinstance(calibration, DataLoader):
-        samples = _first(calibration, num_samples, max_length, model)
-    elif hasattr(calibration, "column_names") and not isinstance(calibration, Mapping):
-        samples = _of_dataset(calibration, num_samples, max_length, seed, model)
     else:
-        samples = _at_hand(calibration, max_length, model)
+        samples = samples_at_hand(calibration, num_samples, max_length, seed, model)
     if not samples:
         raise CalibrationError(f"calibration holds no tokens; give {ALLOWED}")
     check_main(samples[0], model)
-    return collated(_draw(samples, num_samples, seed), batch_size)
+    return collated(drawn(samples, num_samples, seed), batch_size)
 
 
 def count_tokens(batches: Iterable[Batch]) -> int:
@@ -221,19 +235,6 @@ def begins(data: Any, tokenizer: PreTrainedTokenizerBase | None, bos: bool | str
     return tokenizer is not None and is_text(data) and start_token(tokenizer, bos) is not None
 
 
-def _at_hand(data: Any, max_length: int, model: PreTrainedModel | None) -> list[Batch]:
-    """Return the sequences of data that is at hand: ids, images, clips, or a list of batches."""
-    if isinstance(data, Mapping):
-        return samples_of(data, max_length, model)
-    if isinstance(data, list | tuple) and not all(isinstance(i, int | np.integer) for i in data):
-        return [sample for item in data for sample in samples_of(item, max_length, model)]
-    if not isinstance(data, list | tuple | np.ndarray | Tensor):
-        raise CalibrationError(f"calibration is a {type(data).__name__}, but must be {ALLOWED}")
-    if main_input(model) == "input_ids" and np.ndim(data) == 1:
-        return id_windows(token_ids(data), max_length)
-    return samples_of(data, max_length, model)
-
-
 def _join(texts: Sequence[Any]) -> str:
     """Join texts by blank lines."""
     for text in texts:
@@ -242,42 +243,3 @@ def _join(texts: Sequence[Any]) -> str:
                 f"calibration mixes strings with a {type(text).__name__}; give strings only"
             )
     return "\n\n".join(texts)
-
-
-def _first(
-    loader: DataLoader[Any], count: int, max_length: int, model: PreTrainedModel | None
-) -> list[Batch]:
-    """Return the first sequences of a DataLoader, and read no further."""
-    samples: list[Batch] = []
-    for item in loader:
-        samples += samples_of(item, max_length, model)
-        if len(samples) >= count:
-            break
-    return samples[:count]
-
-
-def _of_dataset(
-    dataset: Any, count: int, max_length: int, seed: int, model: PreTrainedModel | None
-) -> list[Batch]:
-    """Return sequences of a ``datasets.Dataset``; only the rows drawn are read."""
-    columns, wanted = dataset.column_names or [], main_input(model)
-    if not hasattr(dataset, "__len__"):
-        raise CalibrationError(
-            "calibration is a streamed dataset; give a list, e.g. [row['text'] for row in "
-            "dataset.take(1000)]"
-        )
-    if wanted in columns or (len(dataset) and wanted in dataset[0]):  # a transform makes columns
-        drawn = _draw(range(len(dataset)), count, seed)
-        return [row for i in drawn for row in samples_of(dataset[i], max_length, model)]
-    raise CalibrationError(
-        f"the calibration dataset has the columns {columns}; it needs {wanted!r} or 'text'"
-    )
-
-
-def _draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
-    """Draw at most ``count`` items without replacement, in their own order."""
-    if len(items) <= count:
-        return list(items)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(items), generator=generator)[:count].sort().values
-    return [items[i] for i in chosen.tolist()]

@@ -149,6 +149,21 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, An
             yield f"{path}:{number}", json_row(line, f"{path}:{number}")
 
 
+def first_row(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the first object of a ``.jsonl`` file, and read little more; empty if there is none.
+
+    Raises:
+        CalibrationError: for a file that cannot be read, or a line that is no JSON object.
+    """
+    try:
+        with open_text(path) as file:
+            lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            number, line = next(lines, (1, "{}"))
+    except _READ_ERRORS as err:
+        raise CalibrationError(f"{path}: not a readable UTF-8 text file: {err}") from err
+    return json_row(line, f"{path}:{number}")
+
+
 def json_row(line: str, where: str) -> dict[str, Any]:
     """Return the JSON object that a line holds; errors name the place."""
     try:

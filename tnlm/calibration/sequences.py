@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALLOWED = (
-    "a list of strings, the path of a text or .jsonl file, a tensor or list of token ids, "
-    "a DataLoader, or a datasets.Dataset with a column 'input_ids' or 'text'"
+    "a list of strings, the path of a text, .jsonl or parquet file, a tensor or list of token ids, "
+    "a DataLoader, or rows or a datasets.Dataset with a column 'input_ids', 'text' or 'messages'"
 )
 
 Batch = dict[str, Tensor]

@@ -41,6 +41,7 @@ TYPES: Mapping[str, Any] = {
     "str": str | None,
     "str | None": str | None,
     "bool": bool | None,
+    "str | tuple[str, str] | None": str | None,
     "bool | str | None": bool | None,
     "str | Path | None": Path | None,
     "Any": Any,

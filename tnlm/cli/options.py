@@ -79,7 +79,8 @@ GradientSamples = Annotated[
 Calibration = Annotated[
     Any,
     typer.Option(
-        help="Calibration data: a text or JSONL file, or self for text that the model writes.",
+        help="Calibration data: a text, JSONL or parquet file, or self for text that the model "
+        "writes.",
         **DATA,
     ),
 ]

@@ -32,7 +32,7 @@ class Calibration:
 
     data: Any = choice(
         None,
-        "Calibration data: a text or JSONL file, or self for text that the model writes.",
+        "Calibration data: a text, JSONL or parquet file, or self for text that the model writes.",
         keyword="calibration",
     )
     tokenizer: Any = choice(None, "Turns texts into token ids.", shell=False)
@@ -44,6 +44,9 @@ class Calibration:
     gradient_samples: int | None = choice(None, "Windows used for gradients; 16 by default.")
     cache_dir: str | Path | None = choice(None, "Keeps calibration statistics between runs.")
     seed: int | None = choice(None, "Seed for the windows and other random choices; 0 by default.")
+    column: str | tuple[str, str] | None = choice(
+        None, "Column of texts, in data with named columns; in Python two of them for pairs."
+    )
     temperature: float | None = choice(
         None, "Temperature of text that the model writes, for calibration self; 1 by default."
     )

@@ -48,6 +48,7 @@ def _cut(calibration: Calibration, source: Any, count: int, model: PreTrainedMod
         max_length=cut.max_length,
         seed=cut.seed,
         bos=cut.bos,
+        column=calibration.column if source is calibration.data else None,
         temperature=calibration.temperature if is_self(source) else None,
         cache_dir=calibration.cache_dir,
         model=model,

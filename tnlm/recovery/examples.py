@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from tnlm.calibration.columns import MESSAGES, conversation
 from tnlm.calibration.data import Batch, token_batches
 from tnlm.calibration.files import file_meant, is_lines
 from tnlm.calibration.inputs import IGNORED
 from tnlm.calibration.rows import Rows, check_rows, class_at, read_rows, text_at
 from tnlm.calibration.sources import is_long
+from tnlm.calibration.tables import is_parquet, is_streamed, open_table
 from tnlm.calibration.text import AUTO
 from tnlm.errors import CalibrationError, OptionError, TrainingError
 
@@ -93,16 +95,21 @@ def training_set(
     """
     check_tokens(max_tokens)
     try:
-        long = is_long(data)
+        long = is_read_in_part(data)
+        if is_streamed(data) and max_tokens is None:
+            raise CalibrationError(
+                "a stream may have no end; say how much of it is wanted: tokens=", argument="tokens"
+            )
         # A long file of plain texts is not read as rows: few of its lines are needed.
         rows = None if long and label is None and text == "text" else _rows(data)
         if rows is not None and label is not None and any(label in row for row in rows):
             items = _classified(rows, tokenizer, max_length, text, label)
             return Examples(draw(items, max_tokens, seed), classes=True)
         if rows is not None and not any("input_ids" in row for row in rows):
-            data = [text_at(row, index, text) for index, row in enumerate(rows)]
+            data = _texts(rows, tokenizer, text)
         most = -(-max_tokens // max_length) if max_tokens and long else sys.maxsize
-        found = _sequences(data, tokenizer, max_length, most, seed, bos)
+        column = text if is_streamed(data) and text != "text" else None
+        found = _sequences(data, tokenizer, max_length, most, seed, bos, column)
         sequences = draw(found, max_tokens, seed)
     except CalibrationError as err:
         raise TrainingError(f"training data: {err}", argument=err.arguments) from err
@@ -147,6 +154,19 @@ def batches(dataset: Dataset[Example], batch_size: int, pad: int = 0) -> list[Ba
     return [collate(items[i : i + batch_size], pad) for i in range(0, len(items), batch_size)]
 
 
+def is_read_in_part(data: Any) -> bool:
+    """Whether no more of the data is read than is trained on: a long text, or a stream.
+
+    Example:
+        >>> is_read_in_part(["a text"])
+        False
+    """
+    path = file_meant(data) if isinstance(data, str | os.PathLike) else None
+    if path is not None and is_parquet(path):
+        return False
+    return is_streamed(data) or is_long(data)
+
+
 def check_tokens(most: int | None) -> None:
     """Refuse a number of tokens that is no positive integer, unless it is None."""
     if most is not None and (not isinstance(most, int) or most < 1):
@@ -159,10 +179,21 @@ def _rows(data: Any) -> Rows | None:
         return list(data) if hasattr(data, "__len__") else None
     if isinstance(data, str | os.PathLike):
         path = file_meant(data)
+        if path is not None and is_parquet(path):
+            table = open_table(path)
+            return None if table is None else list(table.rows(0))
         return read_rows(path) if path is not None and is_lines(path) else None
     if isinstance(data, list | tuple) and any(isinstance(item, Mapping) for item in data):
         return check_rows(data)
     return None
+
+
+def _texts(rows: Rows, tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[str]:
+    """Return the texts of rows, or their conversations."""
+    first = rows[0] if rows else {}
+    if tokenizer is not None and text not in first and MESSAGES in first:
+        return [conversation(row.get(MESSAGES), tokenizer) for row in rows]
+    return [text_at(row, index, text) for index, row in enumerate(rows)]
 
 
 def _classified(
@@ -198,9 +229,16 @@ def _sequences(
     most: int,
     seed: int,
     bos: bool | str,
+    column: str | None,
 ) -> list[Example]:
     made = token_batches(
-        data, tokenizer, num_samples=most, max_length=max_length, seed=seed, bos=bos
+        data,
+        tokenizer,
+        num_samples=most,
+        max_length=max_length,
+        seed=seed,
+        bos=bos,
+        column=column,
     )
     return [{"input_ids": b["input_ids"][0][b["attention_mask"][0].bool()]} for b in made]
 

@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from tnlm.calibration.sources import is_long
 from tnlm.calibration.text import AUTO
 from tnlm.errors import ModelError, OptionError, TrainingError
 from tnlm.evaluation.mode import room_of
-from tnlm.recovery.examples import Examples, check_tokens, draw, training_set
+from tnlm.recovery.examples import (
+    Examples,
+    check_tokens,
+    draw,
+    is_read_in_part,
+    training_set,
+)
 from tnlm.targets.ends import vocabulary_of
 
 if TYPE_CHECKING:
@@ -44,6 +49,7 @@ def examples_for(
             f"max_length={max_length}, but the model has {most} positions; use at most these",
             argument="max_length",
         )
+    read = max_tokens if is_read_in_part(data) else None  # a short text is checked as a whole
     made = training_set(
         data,
         tokenizer,
@@ -51,7 +57,7 @@ def examples_for(
         text=text,
         label=label if classes else None,
         masked=kind == "masked",
-        max_tokens=max_tokens if is_long(data) else None,  # a short text is checked as a whole
+        max_tokens=read,
         seed=seed,
         bos=bos,
     )
