@@ -108,7 +108,16 @@ def test_model_measures_a_real_and_a_random_model(run, tmp_path, tiny_llama):
 
 @pytest.mark.parametrize(
     "name",
-    ["timing", "random_layers", "other_libraries", "layers", "fit", "mixture", "encoder_channels"],
+    [
+        "timing",
+        "random_layers",
+        "other_libraries",
+        "layers",
+        "fit",
+        "mixture",
+        "encoder_channels",
+        "mixture_methods",
+    ],
 )
 def test_examples_in_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
@@ -372,3 +381,18 @@ def test_encoders_are_measured_with_and_without_channels(start, classifier, tmp_
     printed = capsys.readouterr().out
     assert "keep 0.6, with channels: " in printed
     assert "keep 0.6, without: " in printed
+
+
+def test_methods_for_experts_are_compared_and_resumed(start, python_pieces, monkeypatch, tmp_path):
+    monkeypatch.setattr(python_pieces, "WINDOW", 32)
+    options = ["mixture_methods", "--steps", 1, "--windows", 2, "--out", tmp_path / "out"]
+    options += ["--scheme", "reap", "--keep-targets", 0.5]
+    start(*options)
+    rows = json.loads((tmp_path / "out" / "mixture_methods.json").read_text())["rows"]
+    assert [row["scheme"] for row in rows] == ["dense", "reap"]
+    assert rows[1]["keep_targets"] == 0.5
+    assert all(len(row["losses"]) == 2 for row in rows)
+    assert "| reap | 0.500 |" in (tmp_path / "out" / "mixture_methods.md").read_text()
+    monkeypatch.setattr("tnlm.compress", None)  # it is not called again
+    start(*options)
+    assert json.loads((tmp_path / "out" / "mixture_methods.json").read_text())["rows"] == rows

@@ -27,6 +27,7 @@ VALUES = {
     "cache_dir": "cache",
     "seed": 3,
     "temperature": 0.5,
+    "column": "text",
     "split": False,
     "keep": 0.5,
     "keep_targets": 0.4,

@@ -1,0 +1,120 @@
+"""Methods for experts on the trained mixture, at equal parameters of the experts; resumable.
+
+    python benchmarks/mixture_methods.py --out docs/benchmarks
+
+``svd-llm`` is low rank of every expert's matrices, ``reap`` drops experts, ``auto`` chooses between
+low rank and fewer channels under one loss-aware budget. All are calibrated on the training text and
+measured on held-out documents. Finished rows are kept beside the model, in the user's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mixture_model import STEPS, WINDOW, trained_mixture
+from timing import table, write
+from transformers import AutoModelForCausalLM
+
+import tnlm
+from tnlm.evaluation.perplexity import window_losses
+from tnlm.studies.journal import Journal
+
+CALIBRATION = {"num_samples": 128, "max_length": WINDOW}
+GRADIENTS = 64
+"""Windows that gradients are taken of."""
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    asked = _arguments()
+    _, tokenizer, folder = trained_mixture(asked.steps)
+    about = {"windows": asked.windows, **CALIBRATION, "gradients": GRADIENTS}
+    journal = Journal(folder / "methods.jsonl", about)
+    for scheme, keep in [
+        ("dense", 1.0),
+        *((s, k) for k in asked.keep_targets for s in asked.scheme),
+    ]:
+        if f"{scheme} {keep}" not in journal.rows:
+            print(f"{scheme} at {keep:g} ...", file=sys.stderr, flush=True)
+            found = measure(folder, tokenizer, scheme, keep, asked.windows)
+            journal.add(f"{scheme} {keep}", {"scheme": scheme, "asked": keep, **found})
+    write(
+        asked.out, "mixture_methods", {"rows": list(journal.rows.values())}, as_text(journal.rows)
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scheme", nargs="+", default=["svd-llm", "reap", "auto"])
+    parser.add_argument("--keep-targets", type=float, nargs="+", default=[0.75, 0.5])
+    parser.add_argument("--windows", type=int, default=128, help="of 256 tokens, to measure on")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training")
+    parser.add_argument("--out", type=Path, help="folder for the JSON and Markdown files")
+    return parser.parse_args()
+
+
+def measure(folder: Path, tokenizer: Any, scheme: str, keep: float, windows: int) -> Row:
+    """Compress the experts, and return the loss of every held-out window."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    row: Row = {}
+    if scheme != "dense":
+        start = time.perf_counter()
+        gradients = {"gradient_samples": GRADIENTS} if scheme == "auto" else {}
+        data = {"calibration": folder / "training.jsonl", "tokenizer": tokenizer}
+        options = {**data, **CALIBRATION, **gradients, "targets": ["experts"]}
+        tnlm.compress(model, scheme, keep_targets=keep, progress=False, **options)
+        plan = tnlm.report(model).plan
+        row["keep_targets"] = plan.targets_after.params / plan.targets_before.params
+        row["keep_macs"] = plan.targets_after.macs / plan.targets_before.macs
+        row["seconds"] = time.perf_counter() - start
+    row["parameters"] = model.num_parameters()
+    text = folder / "held_out.jsonl"
+    _, losses = window_losses(model, text, tokenizer, window=WINDOW, windows=windows)
+    return row | {"losses": [loss / (WINDOW - 1) for loss in losses]}
+
+
+def as_text(rows: dict[str, Row]) -> str:
+    """Return the table: perplexities, and ratios to dense with their paired standard errors."""
+    dense = rows["dense 1.0"]
+    head = ["scheme", "experts' parameters", "multiply-adds", "parameters", "perplexity"]
+    head += ["ratio to dense", "seconds"]
+    lines = []
+    for row in rows.values():
+        mean, error = paired(row["losses"], dense["losses"])
+        lines.append(
+            [
+                row["scheme"],
+                *(f"{row.get(key, 1.0):.3f}" for key in ("keep_targets", "keep_macs")),
+                f"{row['parameters']:,}",
+                f"{math.exp(statistics.fmean(row['losses'])):.2f}",
+                f"{math.exp(mean):.4f} ± {math.exp(mean) * error:.4f}",
+                f"{row['seconds']:.0f}" if "seconds" in row else "",
+            ]
+        )
+    return table(head, lines)
+
+
+def paired(losses: list[float], others: list[float]) -> tuple[float, float]:
+    """Return the mean difference of two lists, and its standard error.
+
+    Example:
+        >>> paired([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+        (1.0, 0.5773502691896258)
+    """
+    differences = [a - b for a, b in zip(losses, others, strict=True)]
+    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    return statistics.fmean(differences), spread / math.sqrt(len(differences))
+
+
+if __name__ == "__main__":
+    main()
