@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-fast test-serving hostile demo docs linkcheck bench clean
+.PHONY: help install lint test test-fast test-serving hostile demo docs linkcheck families bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ docs: .venv/.installed-docs  ## Build the documentation into docs/_build/html
 
 linkcheck: .venv/.installed-docs  ## Try every link that leads out of the documentation (takes the net)
 	$(BIN)/sphinx-build -b linkcheck docs docs/_build/linkcheck
+
+families: install  ## Try every family of transformers under five schemes (about an hour, and goes on where it stopped)
+	$(BIN)/python benchmarks/families.py
 
 bench: install  ## Measure speed of layers and models; each benchmarks/*.py has a --help
 	$(BIN)/python benchmarks/layers.py

@@ -13,6 +13,8 @@ from transformers import (
     MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    VJEPA2Config,
+    VJEPA2ForVideoClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -419,6 +421,20 @@ def test_a_classifier_without_labels_or_with_others_says_so(make):
         gather(model, RAGGED, [name])
     with pytest.raises(CalibrationError, match="a label is 2; the model has 2 classes"):
         gather(model, token_batches(CLASSES), [name])
+
+
+def test_blocks_of_a_body_that_its_head_does_not_call_are_left_out():
+    """V-JEPA 2 has a predictor, which its classifier of clips passes over."""
+    torch.manual_seed(0)
+    sizes = {"crop_size": 16, "patch_size": 8, "frames_per_clip": 2, "num_labels": 3}
+    sizes |= {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "mlp_ratio": 1}
+    sizes |= {f"pred_{name}": sizes[name] for name in list(sizes) if name.startswith(("h", "n"))}
+    model = VJEPA2ForVideoClassification(VJEPA2Config(**sizes, num_pooler_layers=1)).eval()
+    batch = {"pixel_values_videos": torch.randn(2, 2, 3, 16, 16)}
+    modules = list(dict.fromkeys(target.module for target in select(model).targets))
+    found = gather(model, [batch], modules, labels="sampled")
+    reached = {name for name in modules if name in found.leaders}
+    assert reached == {name for name in modules if ".predictor." not in name}
 
 
 def test_modules_never_reached_are_left_out_and_those_without_vectors_named(make):

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    PvtV2Config,
+    PvtV2ForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     XLMConfig,
@@ -123,6 +127,21 @@ def test_walking_runs_every_block_once_a_batch_and_no_head(make_model):
     assert "head" not in runs
 
 
+def test_a_base_model_that_takes_no_main_input_is_not_run_alone(walked):
+    """What DINOv3 names as such is its encoder, which takes hidden states."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    model = DINOv3ViTModel(DINOv3ViTConfig(**sizes)).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    seen = {}
+    modules = modules_of(model)
+    for _ in stream(model, modules, [batch], lambda name, *_: seen.setdefault(name, True)):
+        pass
+    assert seen.keys() == set(modules)
+    assert walked == [2]
+
+
 def test_modules_outside_the_blocks_are_seen_too(make_model, walked):
     model = make_model("llama")
     modules = ["model.layers.1.mlp.up_proj", "lm_head"]
@@ -154,6 +173,22 @@ def test_blocks_that_depend_on_more_fall_back_to_whole_passes(make_model, walked
     assert seen.keys() == expected.keys()
     for name, rows in seen.items():
         assert torch.equal(rows, expected[name])
+
+
+def test_stages_that_are_joined_by_other_code_fall_back_to_whole_passes(walked):
+    """Those of PVT give a tuple in a tuple, and their sides beside it."""
+    torch.manual_seed(0)
+    one = [1, 1]
+    config = PvtV2Config(image_size=32, num_encoder_blocks=2, depths=one, hidden_sizes=[16, 16],
+                         num_attention_heads=[2, 2], sr_ratios=[2, 1], mlp_ratios=one,
+                         patch_sizes=[7, 3], strides=[4, 2])  # fmt: skip
+    model = PvtV2ForImageClassification(config).eval()
+    modules, seen = modules_of(model), set()
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    for _ in stream(model, modules, [batch], lambda name, *_: seen.add(name)):
+        pass
+    assert seen == set(modules)
+    assert walked == []
 
 
 def test_blocks_that_are_given_a_cache_fall_back_to_whole_passes(walked):

@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     LlamaForCausalLM,
 )
 from transformers.trainer_utils import validate_quantization_for_training
@@ -177,6 +179,17 @@ def test_a_loaded_model_trains_and_changes_dtype(compressed, tmp_path):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert model.half().dtype == torch.float16
     assert model.float().dtype == torch.float32
+
+
+def test_a_loaded_model_computes_as_it_did_before_it_was_saved(tmp_path):
+    """Some models read a weight in place of calling its layer, unless they count as quantized."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "state_size": 8}
+    model = FalconMambaForCausalLM(FalconMambaConfig(vocab_size=64, time_step_rank=16, **sizes))
+    tnlm.compress(model.eval(), "svd", keep_targets=0.6).save_pretrained(tmp_path)
+    loaded, _ = read(FalconMambaForCausalLM, tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert not hasattr(loaded.config, "_is_quantized")
 
 
 def test_loading_does_not_compress(make_model, tmp_path):

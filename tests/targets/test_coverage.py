@@ -7,7 +7,12 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
 
 import tnlm
 from tests.integrations.families import FAMILIES, make
@@ -73,6 +78,18 @@ def test_experts_are_named_as_such(tiny_llama):
     [found] = [each for each in plan.coverage.left if each.kind == "experts"]
     assert (found.name, found.count) == ("model.layers.*.mlp.experts.stacked", 2)
     assert plan.coverage.share == pytest.approx(1 - 2 * 1024 / plan.coverage.body)
+
+
+def test_biases_of_experts_are_listed_as_their_own_model_holds_them():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=64, num_experts_per_tok=2, **sizes))
+    before = matrices(model)
+    plan = tnlm.plan(model, "svd", keep_targets=0.5)
+    assert replaced(plan) + sum(each.params for each in plan.coverage.left) == before
+    assert sum(e.params for e in plan.coverage.left if e.reason == "a bias of experts") == 4 * 96
+    assert plan.coverage.share > 0.9
 
 
 def test_convolutions_and_other_parameters_are_named():

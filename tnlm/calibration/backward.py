@@ -135,6 +135,8 @@ def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
     if calls is None:
         return False
     states, walked = _top(model, blocks, task)
+    if len(states) != len(blocks):  # the head does not call them all
+        return False
     for (_, block), call, state in reversed(list(zip(blocks, calls, states, strict=True))):
         walked = _pull(block, call, state, walked)
     return same(walked, _bottom(model, blocks, task))
@@ -170,7 +172,7 @@ def _top(model: PreTrainedModel, blocks: Blocks, task: Task) -> tuple[list[Tenso
     finally:
         for handle in handles:
             handle.remove()
-    return states, _gradient(leaves[0])
+    return states, _gradient(leaves[0]) if leaves else torch.zeros(0)
 
 
 def _bottom(model: PreTrainedModel, blocks: Blocks, task: Task) -> Tensor:

@@ -10,6 +10,7 @@ Anything else takes the plain way, whole forward passes with hooks on every modu
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from tnlm.calibration.blocks import Blocks, find_stacks, split, state_of
 from tnlm.calibration.caching import caches_kept
-from tnlm.calibration.inputs import TEXT
+from tnlm.calibration.inputs import TEXT, main_input
 from tnlm.calibration.padding import Padding, padding_of
 from tnlm.calibration.passes import run
 from tnlm.calibration.sequences import Batch
@@ -128,14 +129,24 @@ def check_walk(
     _, last, after_last = record(model, blocks, batches[-1])
     if calls is None or first is None or last is None or len(calls) != len(blocks):
         return None
-    states = [first, last]
-    for (_, block), call in zip(blocks, calls, strict=True):
-        states = [call_block(block, state, call) for state in states]
-    walked = same(states[0], after_first) and same(states[1], after_last)
+    states = _replayed(blocks, calls, [first, last])
+    walked = all(map(same, states, (after_first, after_last))) if states else False
     if walked and _calls_agree(model, blocks, batches, calls[0]):
         return calls
     logger.info("blocks depend on more than the hidden state: calibrating with whole passes")
     return None
+
+
+def _replayed(blocks: Blocks, calls: Sequence[Call], states: list[Tensor]) -> list[Tensor] | None:
+    """Return what blocks make of states, one after the other, or None if one does not take them."""
+    for (_, block), call in zip(blocks, calls, strict=True):
+        try:
+            states = [call_block(block, state, call) for state in states]
+        except Exception:  # code of others: whatever it raises, more than a state links its blocks
+            return None
+        if not all(isinstance(state, Tensor) for state in states):
+            return None
+    return states
 
 
 def _calls_agree(
@@ -246,8 +257,9 @@ def call_block(block: nn.Module, state: Tensor, call: Call) -> Tensor:
 
 def _body(model: PreTrainedModel, modules: Sequence[str]) -> nn.Module:
     """Return the model without its output head, unless a module is in the head."""
-    inner = f"{model.base_model_prefix}."
-    return model.base_model if all(name.startswith(inner) for name in modules) else model
+    inner, body = f"{model.base_model_prefix}.", model.base_model
+    reads = main_input(model) in inspect.signature(body.forward).parameters
+    return body if reads and all(name.startswith(inner) for name in modules) else model
 
 
 @contextlib.contextmanager

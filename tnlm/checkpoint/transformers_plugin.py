@@ -87,8 +87,10 @@ class TnlmQuantizer(HfQuantizer):
         vars(model).pop("_weight_conversions", None)  # they belong to this file
         describe_parts(model, self.quantization_config)
         install(model)
-        # .half() and .float() stay allowed.
+        # .half() and .float() stay allowed, and the model computes as it did before it was saved.
         model.is_quantized = False  # type: ignore[assignment]
+        for _, part in (("", model), *submodels(model)):
+            vars(part.config).pop("_is_quantized", None)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:

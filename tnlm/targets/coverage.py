@@ -23,7 +23,7 @@ EMBEDDING, HEAD = "embedding", "head"
 LINEAR = {AROUND: "around the blocks", UNNAMED: "not chosen", IGNORED: "ignored"}
 """Kinds of linear weights by why they were left; all others were passed over."""
 CONVOLUTION = nn.modules.conv._ConvNd
-OTHER = "a parameter of {}; the weights of linear modules and embeddings are replaced"
+OTHER = "a parameter of {}; only weights of linear modules and embeddings are replaced"
 LEFT_OUT = "the plan leaves it out"
 
 
@@ -84,10 +84,14 @@ def _planned(
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield every parameter of two or more dimensions once: its name, its module's, and itself."""
+    """Yield every parameter of two or more dimensions once: its name, its module's, and itself.
+
+    The biases of unfolded experts have two once they are folded.
+    """
     seen: set[int] = set()
+    experts = tuple(f"{place}." for place, _ in unfolded(model))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.dim() > 1 and id(parameter) not in seen:
+        if (parameter.dim() > 1 or name.startswith(experts)) and id(parameter) not in seen:
             seen.add(id(parameter))
             before, parametrized, _ = name.partition(".parametrizations.")
             yield name, before if parametrized else name.rpartition(".")[0], parameter
@@ -107,6 +111,8 @@ def _kind(name: str, module: nn.Module, experts: Collection[str]) -> str:
 def _reason(name: str, owner: str, module: nn.Module, selection: Selection) -> str:
     """Return why a parameter was left."""
     skipped = selection.skipped
+    if name.endswith(".bias") and isinstance(module, Matrix):
+        return "a bias of experts"
     if not isinstance(module, Matrix):
         return skipped.get(name) or OTHER.format(type(module).__name__)
     parts = (why for part, why in skipped.items() if part.startswith(f"{owner}."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -327,5 +328,18 @@ def _nothing(
     hint = did_you_mean(targets if isinstance(targets, str) else "", endings)
     if isinstance(targets, str) and targets in endings:  # a pattern must match the whole name
         hint = f"; use [{targets!r}], a list of endings"
+    if targets == ALL_LINEAR:
+        hint += _others(model)
     reasons = "".join(f"; {name}: {reason}" for name, reason in list(skipped.items())[:3])
     return TargetError(f"no matrix matches targets={targets!r}, ignore={ignore!r}{hint}{reasons}")
+
+
+def _others(model: nn.Module) -> str:
+    """Return which modules hold most parameters that are in no linear module or embedding."""
+    sizes: Counter[str] = Counter()
+    for module in model.modules():
+        if not isinstance(module, Matrix):
+            own = (p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+            sizes[type(module).__name__] += sum(own)
+    kinds = [kind for kind, size in sizes.most_common(2) if size]
+    return f"; most parameters are in {' and '.join(kinds)}, not linear modules" if kinds else ""
