@@ -44,7 +44,8 @@ def test_experts_are_compressed_saved_trained_and_made_dense(kind, scheme, tmp_p
     report = tnlm.report(model)
     assert report.plan.targets_after.params <= 0.6 * report.plan.targets_before.params
     assert report.plan.coverage.share >= 0.9
-    assert not any(".experts" in each.name for each in report.plan.coverage.left)
+    left = [each.name for each in report.plan.coverage.left if ".experts" in each.name]
+    assert all(name.endswith("bias") for name in left)  # biases are no matrices, but are listed
     held = sum(p.numel() for p in model.parameters())
     assert held == report.plan.model_after.params
 

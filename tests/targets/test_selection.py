@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 import tnlm
 from tnlm.errors import ModelError, TargetError
 from tnlm.targets.checks import check_model, check_weights
-from tnlm.targets.selection import ALL_LINEAR, EMBEDDINGS, select
+from tnlm.targets.matching import ALL_LINEAR, EMBEDDINGS
+from tnlm.targets.selection import select
 
 BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 BLOCK += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

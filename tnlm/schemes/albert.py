@@ -1,7 +1,7 @@
 """ALBERT's factorized embedding, V x E times E x H, from the trained table by SVD."""
 
 from tnlm.schemes.base import Scheme
-from tnlm.targets.selection import TOKEN_EMBEDDINGS
+from tnlm.targets.matching import TOKEN_EMBEDDINGS
 
 SCHEME = Scheme(
     name="albert",

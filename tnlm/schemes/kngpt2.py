@@ -1,7 +1,7 @@
 """KnGPT2's structure: one Kronecker product in every odd block and in the embedding, factor 2."""
 
 from tnlm.schemes.base import Scheme
-from tnlm.targets.selection import ODD_BLOCKS, TOKEN_EMBEDDINGS
+from tnlm.targets.matching import ODD_BLOCKS, TOKEN_EMBEDDINGS
 
 SCHEME = Scheme(
     name="kngpt2",

@@ -1,7 +1,7 @@
 """Shapeshifter: every matrix as a sum of Kronecker products, here from trained weights."""
 
 from tnlm.schemes.base import Scheme
-from tnlm.targets.selection import ALL_LINEAR, EMBEDDINGS
+from tnlm.targets.matching import ALL_LINEAR, EMBEDDINGS
 
 SCHEME = Scheme(
     name="shapeshifter",

@@ -1,7 +1,7 @@
 """TensorGPT: every token embedding as its own matrix product state."""
 
 from tnlm.schemes.base import Scheme
-from tnlm.targets.selection import TOKEN_EMBEDDINGS
+from tnlm.targets.matching import TOKEN_EMBEDDINGS
 
 SCHEME = Scheme(
     name="tensorgpt",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tnlm.errors import TargetError, did_you_mean
@@ -17,21 +15,20 @@ from tnlm.layers.fused import Layout
 from tnlm.layers.unfolded import objection
 from tnlm.targets.alike import aliases, incomplete
 from tnlm.targets.base import Matrix, Member, Selector
-from tnlm.targets.blocks import in_blocks
 from tnlm.targets.dropping import droppable
-from tnlm.targets.ends import input_table, output_head
+from tnlm.targets.matching import (
+    ALL_LINEAR,
+    Ends,
+    check_selectors,
+    matches,
+    names_part,
+    names_target,
+)
 from tnlm.targets.matrix import matrices_of
 from tnlm.targets.mixtures import expert_shares
 from tnlm.targets.parts import fused_layouts
 from tnlm.targets.plain import oddity
 from tnlm.targets.table import TableTarget
-from tnlm.utils.names import block_of
-
-ALL_LINEAR = "all-linear"
-EXPERTS = "experts"
-EMBEDDINGS, TOKEN_EMBEDDINGS = "embeddings", "token-embeddings"
-ODD_BLOCKS = "odd-blocks"
-WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS, EXPERTS)
 
 AROUND = "outside the model's blocks, as heads are; name it in targets= to compress it"
 UNNAMED, IGNORED = "targets= does not choose it", "ignore= names it"
@@ -91,7 +88,7 @@ def select(
     check_selectors(targets=targets, ignore=[] if ignore is None else ignore)
     selection = Selection()
     uses = _uses(model)
-    ends = _Ends.of(model)
+    ends = Ends.of(model)
     shares = expert_shares(model)
     all_linear = ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets)
     layouts = fused_layouts(model) if split else {}
@@ -99,13 +96,13 @@ def select(
     for name, module in model.named_modules():
         if not isinstance(module, Matrix):
             continue
-        if ignore and _matches(name, module, ignore, ends):
+        if ignore and matches(name, module, ignore, ends):
             selection.unwanted[name] = IGNORED
             continue
-        whole, layout = _matches(name, module, targets, ends), layouts.get(name)
+        whole, layout = matches(name, module, targets, ends), layouts.get(name)
         parts = [] if layout is None else [f"{name}.{part}" for part in layout.parts]
-        chosen = {part for part in parts if whole or _is_named(part, targets)}
-        ignored = {part for part in chosen if ignore and _is_named(part, ignore)}
+        chosen = {part for part in parts if whole or names_part(part, targets)}
+        ignored = {part for part in chosen if ignore and names_part(part, ignore)}
         if not whole and not chosen:
             if all_linear and ends.is_around(name, module):
                 selection.skipped[name] = AROUND
@@ -123,7 +120,9 @@ def select(
                 else:
                     selection.unwanted[name] = IGNORED if target.name in ignored else UNNAMED
     selection.targets += [
-        t for t in droppable(model) if _names(targets, t) and not (ignore and _names(ignore, t))
+        t
+        for t in droppable(model)
+        if names_target(targets, t) and not (ignore and names_target(ignore, t))
     ]
     if all_linear:
         selection.skipped |= _stacked(model)
@@ -144,32 +143,16 @@ def _check_experts(model: nn.Module, selection: Selection) -> None:
         )
 
 
-def check_selectors(**given: Any) -> None:
-    """Raise `TargetError` unless each is a word, a class, or a collection of these.
-
-    Example:
-        >>> check_selectors(targets=["q_proj"], ignore="lm_head")
-    """
-    for argument, value in given.items():
-        words = [value] if isinstance(value, str | type) else value
-        plain = isinstance(words, Collection) and not isinstance(words, bytes | Mapping | Tensor)
-        if not plain or not all(isinstance(word, str | type) for word in words):
-            raise TargetError(
-                f"{argument}={value!r}; allowed: a word such as 'all-linear', a regular "
-                "expression, a module class, or a list of names, words and classes"
-            )
-
-
 def _check_ignored(
-    model: nn.Module, ignore: Selector, ends: _Ends, layouts: Mapping[str, Layout]
+    model: nn.Module, ignore: Selector, ends: Ends, layouts: Mapping[str, Layout]
 ) -> None:
     """Raise `TargetError` if ``ignore`` matches nothing: it is probably a slip."""
     matrices = [
         (name, module) for name, module in model.named_modules() if isinstance(module, Matrix)
     ]
     parts = [f"{name}.{part}" for name, layout in layouts.items() for part in layout.parts]
-    if not any(_matches(name, module, ignore, ends) for name, module in matrices) and not any(
-        _is_named(part, ignore) for part in parts
+    if not any(matches(name, module, ignore, ends) for name, module in matrices) and not any(
+        names_part(part, ignore) for part in parts
     ):
         endings = {name.rpartition(".")[2] for name, _ in matrices}
         hint = did_you_mean(str(ignore), endings)
@@ -189,88 +172,6 @@ def _weight_id(module: nn.Module) -> int:
     """Name a weight; one that is computed anew whenever it is read is its module's own."""
     weight = module._parameters.get("weight")
     return id(module if weight is None else weight)
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Where tokens enter a model, where they leave it, and what stands in its blocks between."""
-
-    table: nn.Module | None
-    head: nn.Module | None
-    blocks: frozenset[str] = frozenset()
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _Ends:
-        return cls(input_table(model), output_head(model), in_blocks(model), aliases(model))
-
-    def names(self, name: str) -> tuple[str, ...]:
-        """Return all names of a module: one of an expert has those of all experts as well."""
-        return name, *self.aliases.get(name, ())
-
-    def is_around(self, name: str, module: nn.Module) -> bool:
-        """Tell whether a linear weight stands beside the blocks, and is not the output head."""
-        linear = _is_linear(module) and module is not self.head
-        return linear and bool(self.blocks) and name not in self.blocks
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, Matrix) and not isinstance(module, nn.Embedding)
-
-
-def _matches(name: str, module: nn.Module, wanted: Selector, ends: _Ends) -> bool:
-    if isinstance(wanted, type):
-        return isinstance(module, wanted)
-    if isinstance(wanted, str):
-        if wanted == ALL_LINEAR:
-            linear = _is_linear(module) and module is not ends.head
-            return linear and not ends.is_around(name, module)
-        if wanted == EMBEDDINGS:
-            return isinstance(module, nn.Embedding)
-        if wanted == TOKEN_EMBEDDINGS:
-            return isinstance(module, nn.Embedding) and module is ends.table
-        if wanted == ODD_BLOCKS:
-            linear = not isinstance(module, nn.Embedding)
-            return linear and (block_of(name) or 0) % 2 == 1
-        return any(_fits(wanted, each) for each in ends.names(name))
-    return any(
-        isinstance(module, word)
-        if isinstance(word, type)
-        else (word in WORDS and _matches(name, module, word, ends))
-        or any(each == word or each.endswith("." + word) for each in ends.names(name))
-        for word in wanted
-    )
-
-
-def _names(wanted: Selector, target: Member) -> bool:
-    """Tell whether the experts of a block are named, by a word, a name or a pattern."""
-    words = [wanted] if isinstance(wanted, str | type) else wanted
-    if isinstance(wanted, str) and wanted not in WORDS:
-        return _fits(wanted, target.module)
-    names = [word for word in words if isinstance(word, str)]
-    return EXPERTS in names or any(
-        target.module == name or target.module.endswith(f".{name}") for name in names
-    )
-
-
-def _is_named(part: str, wanted: Selector) -> bool:
-    """Tell whether a part of a fused module is chosen by its own name."""
-    if isinstance(wanted, type):
-        return False
-    if isinstance(wanted, str):
-        return wanted not in WORDS and _fits(wanted, part)
-    return any(
-        isinstance(word, str) and (part == word or part.endswith("." + word)) for word in wanted
-    )
-
-
-def _fits(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise TargetError(
-            f"{pattern!r} is not a regular expression: {error}; to name modules, use a list"
-        ) from error
 
 
 def _describe(

@@ -25,7 +25,8 @@ from tnlm.studies.analysis.result import Analysis
 from tnlm.studies.analysis.weights import WeightRow, weight_row
 from tnlm.targets.base import Selector, Target
 from tnlm.targets.checks import check_model, check_weights
-from tnlm.targets.selection import ALL_LINEAR, select
+from tnlm.targets.matching import ALL_LINEAR
+from tnlm.targets.selection import select
 from tnlm.utils.memory import release
 
 EMBEDDING = "features: an embedding has no inputs to measure"

@@ -22,7 +22,8 @@ from tnlm.studies.analysis.group_scores import make_score
 from tnlm.studies.analysis.groups import Truncation, check_groups
 from tnlm.targets.base import Selector
 from tnlm.targets.checks import check_model
-from tnlm.targets.selection import ALL_LINEAR, select
+from tnlm.targets.matching import ALL_LINEAR
+from tnlm.targets.selection import select
 from tnlm.utils.training_flags import modes_kept
 
 WEIGHTINGS = ("svd", "fwsvd")

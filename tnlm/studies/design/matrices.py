@@ -12,7 +12,8 @@ from tnlm.compression.scratch import skeleton
 from tnlm.errors import OptionError, TargetError, did_you_mean
 from tnlm.targets.base import Selector, Target
 from tnlm.targets.checks import check_model
-from tnlm.targets.selection import ALL_LINEAR, select
+from tnlm.targets.matching import ALL_LINEAR
+from tnlm.targets.selection import select
 from tnlm.tensors.network import Cost
 from tnlm.utils.names import split_at_block
 

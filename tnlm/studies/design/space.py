@@ -22,7 +22,7 @@ from tnlm.studies.design.forms import (
 from tnlm.studies.design.matrices import choices, matrices
 from tnlm.studies.design.rules import LayerSets, Rule
 from tnlm.targets.base import Selector, Target
-from tnlm.targets.selection import ALL_LINEAR
+from tnlm.targets.matching import ALL_LINEAR
 from tnlm.tensors.network import Cost
 from tnlm.utils.checks import check_whole
 
