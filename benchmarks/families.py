@@ -37,9 +37,6 @@ def main() -> None:
     lines.parent.mkdir(parents=True, exist_ok=True)
     done = {} if asked.again else {(row.family, row.scheme): row for row in read(lines)}
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("tnlm").setLevel(logging.ERROR)
     for family in asked.families or families():
         for scheme in asked.schemes:
             row = done.get((family, scheme)) or guarded(family, scheme)
@@ -79,6 +76,9 @@ def guarded(family: str, scheme: str) -> Row:
 def _report(family: str, scheme: str, sender: Any) -> None:
     with Path(os.devnull).open("w") as nothing:
         os.dup2(nothing.fileno(), 2)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("tnlm").setLevel(logging.ERROR)
     try:
         sender.send(check(family, scheme))
     except Exception as error:  # of the dense model: it cannot be made, or takes no input

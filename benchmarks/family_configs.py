@@ -28,7 +28,7 @@ TASKS = {
     "VIDEO_CLASSIFICATION": "AutoModelForVideoClassification",
     "": "AutoModel",
 }
-"""What a family is built for: the first of these that it can do."""
+"""Tasks and their Auto classes; a family is built for the first that it supports."""
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS, EXPERTS, RANK = 96, 32, 48, 2, 4, 4, 16
 HEAD = WIDTH // HEADS
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -138,8 +138,8 @@ def _missing(found: dict[str, Any]) -> str:
         return ""
     names = ", ".join(f"`{family}`" for family in found["not_made"])
     return (
-        "\n## Not in the table\n\nThe rules make no tiny model of these, or no input that it takes "
-        f"(`families.json` says why), or a package is missing: {names}.\n"
+        "\n## Not in the table\n\nFor these families the script cannot build a tiny model or an "
+        f"input, or a package is missing (`families.json` gives the reason): {names}.\n"
     )
 
 

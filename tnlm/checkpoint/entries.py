@@ -15,6 +15,7 @@ from torch import nn
 
 from tnlm.checkpoint.kinds import KINDS
 from tnlm.checkpoint.kinds.base import Entry as Entry
+from tnlm.checkpoint.kinds.base import Place
 from tnlm.checkpoint.kinds.base import network_of as network_of
 from tnlm.errors import CheckpointError, TnlmError
 
@@ -44,7 +45,7 @@ def build(
     old: nn.Module | None = None,
 ) -> nn.Module:
     """Return the (uninitialised) module that an entry describes, in the place of an old one."""
-    return KINDS.get(entry["kind"]).build(entry, device=device, dtype=dtype, old=old)
+    return KINDS.get(entry["kind"]).build(entry, Place(device, dtype, old))
 
 
 def before_dense(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:

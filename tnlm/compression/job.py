@@ -85,8 +85,8 @@ def prepare(
     if request.looks_at_data:
         evidence = gather(model, request, selection.targets, data, progress)
     reached = [target for target in selection.targets if target.name not in evidence.skipped]
-    if evidence.skipped:
-        groups = joint_targets(model, reached)
+    known = {target.name for target in reached}
+    groups = [each for each in groups if all(member.name in known for member in each.members)]
     groups = alike(model, groups)
     names = {group.name for group in groups}
     return Job(

@@ -22,9 +22,9 @@ class Doubling(EntryKind):
         if entry["size"] != module.in_features:
             raise CheckpointError(f"size={entry['size']}; the model has {module.in_features}")
 
-    def build(self, entry, *, device=None, dtype=None, old=None):
+    def build(self, entry, place):
         """Return the halved layer."""
-        return nn.Linear(entry["size"], entry["size"], device=device, dtype=dtype)
+        return nn.Linear(entry["size"], entry["size"], **place.tensors)
 
     def dense(self, entry, module):
         """Return the whole layer."""

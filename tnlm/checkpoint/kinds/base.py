@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,7 +22,27 @@ if TYPE_CHECKING:  # whose import imports the plug-in, and that this file
 
 Entry = dict[str, Any]
 """A checkpoint's description of one module, in plain values."""
-Device = torch.device | str | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a built module will stand.
+
+    Attributes:
+        device: of its tensors; the default one if None.
+        dtype: of its tensors; the default one if None.
+        old: the module that it replaces, dense or built before: what an entry does not say, such as
+            an activation, comes from it.
+    """
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    old: nn.Module | None = None
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Device and dtype, as keywords."""
+        return {"device": self.device, "dtype": self.dtype}
 
 
 class EntryKind(ABC):
@@ -42,22 +63,12 @@ class EntryKind(ABC):
         """
 
     @abstractmethod
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return the (uninitialised) module that an entry describes.
 
         Args:
             entry: checked.
-            device: of its tensors.
-            dtype: of its tensors.
-            old: the module in whose place it stands, dense or built before: what an entry does not
-                say, such as an activation, is taken over from it.
+            place: where it will stand.
         """
 
     @abstractmethod

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, plain, trained
+from tnlm.checkpoint.kinds.base import Entry, MatrixKind, Place, plain, trained
 from tnlm.layers.arranged import linear
 
 
@@ -17,17 +16,10 @@ class Dense(MatrixKind):
     name = "dense"
     partial = True
 
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return a linear layer."""
         rows, columns = entry["shape"]
-        return linear(rows, columns, bias=entry["bias"], device=device, dtype=dtype)
+        return linear(rows, columns, bias=entry["bias"], **place.tensors)
 
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return an ordinary layer with the same weight."""

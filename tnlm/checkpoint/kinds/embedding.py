@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from tnlm.checkpoint.kinds.base import (
-    Device,
     Entry,
     MatrixKind,
+    Place,
     check_network,
     network_of,
     trained,
@@ -29,16 +28,9 @@ class Embedding(MatrixKind):
         super().check_part(entry, biased)
         check_network(entry, "embedding")
 
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return a `FactorizedEmbedding`."""
-        table = FactorizedEmbedding(network_of(entry), device=device, dtype=dtype)
+        table = FactorizedEmbedding(network_of(entry), **place.tensors)
         table.padding_idx = entry["padding_idx"]
         return table
 

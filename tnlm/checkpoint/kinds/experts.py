@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tnlm.checkpoint.kinds import KINDS
-from tnlm.checkpoint.kinds.base import Device, Entry, EntryKind, MatrixKind, by, network_of
+from tnlm.checkpoint.kinds.base import Entry, EntryKind, MatrixKind, Place, by, network_of
 from tnlm.errors import CheckpointError
 from tnlm.layers.expert_layout import DOWN, GATE, UP, ExpertLayout, layout_of
 from tnlm.layers.experts import CHILD, FactorizedExperts, Stack, StackedFactors, StackedLinear
@@ -45,21 +45,14 @@ class Experts(EntryKind):
             kind.check_part(part, layout.biased)
         _check_channels({CHILD_OF[part["name"]]: part["shape"] for part in parts})
 
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return `FactorizedExperts`, with the code of the module that held the experts."""
-        if old is None:
+        if place.old is None:
             raise CheckpointError("experts take over the code of a module; none was given")
-        layout, owner = origin(old)
+        layout, owner = origin(place.old)
         count = entry["experts"]
-        made = {"device": device, "dtype": dtype}
-        stacks = {CHILD_OF[part["name"]]: _stack(count, part, **made) for part in entry["parts"]}
+        parts = {CHILD_OF[part["name"]]: part for part in entry["parts"]}
+        stacks = {name: _stack(count, part, **place.tensors) for name, part in parts.items()}
         return FactorizedExperts(replace(layout, experts=count), owner, stacks)
 
     def dense(self, entry: Entry, module: Any) -> nn.Module:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from tnlm.checkpoint.kinds import KINDS
-from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, plain, trained
+from tnlm.checkpoint.kinds.base import Entry, MatrixKind, Place, plain, trained
 from tnlm.errors import CheckpointError
 from tnlm.layers.fused import FusedLinear, joined
 
@@ -39,20 +38,10 @@ class Fused(MatrixKind):
         for part in entry["parts"]:
             _kind(part).check_part(part, biased)
 
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return a `FusedLinear` of the parts."""
         return FusedLinear(
-            {
-                part["name"]: _kind(part).build(part, device=device, dtype=dtype)
-                for part in entry["parts"]
-            },
+            {part["name"]: _kind(part).build(part, place) for part in entry["parts"]},
             entry.get("runs", ()),
         )
 

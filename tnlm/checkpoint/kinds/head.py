@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, check_network, network_of
+from tnlm.checkpoint.kinds.base import Entry, MatrixKind, Place, check_network, network_of
 from tnlm.layers.embedding import FactorizedHead
 
 
@@ -19,17 +18,10 @@ class Head(MatrixKind):
         super().check_part(entry, biased)
         check_network(entry, "embedding")
 
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return a `FactorizedHead`."""
         bias = entry["bias"]
-        return FactorizedHead(network_of(entry), bias=bias, device=device, dtype=dtype)
+        return FactorizedHead(network_of(entry), bias=bias, **place.tensors)
 
 
 KIND = Head()

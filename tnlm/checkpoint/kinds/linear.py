@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, check_network, network_of
+from tnlm.checkpoint.kinds.base import Entry, MatrixKind, Place, check_network, network_of
 from tnlm.layers.linear import FactorizedLinear
 
 
@@ -20,19 +19,10 @@ class Linear(MatrixKind):
         super().check_part(entry, biased)
         check_network(entry, "linear")
 
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return a `FactorizedLinear`."""
         network, order = network_of(entry), entry["order"]
-        return FactorizedLinear(
-            network, bias=entry["bias"], order=order, device=device, dtype=dtype
-        )
+        return FactorizedLinear(network, bias=entry["bias"], order=order, **place.tensors)
 
 
 KIND = Linear()

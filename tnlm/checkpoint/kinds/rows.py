@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from tnlm.checkpoint.kinds.base import Device, Entry, EntryKind
+from tnlm.checkpoint.kinds.base import Entry, EntryKind, Place
 from tnlm.errors import CheckpointError, ModelError
 from tnlm.layers.rows import COUNTS, set_counts, with_rows
 
@@ -34,21 +34,14 @@ class Rows(EntryKind):
             if shapes[name][0] != rows:
                 raise CheckpointError(f"{name} has {shapes[name][0]} rows, not {rows}")
 
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return the model's own module with the rows that are kept, where and as it is."""
-        if old is None:
+        if place.old is None:
             raise CheckpointError("rows are taken from a module; none was given")
-        whole = {k: t for k, t in old.state_dict().items() if k in entry["tensors"]}
+        whole = {k: t for k, t in place.old.state_dict().items() if k in entry["tensors"]}
         if whole and all(len(tensor) == len(entry["kept"]) for tensor in whole.values()):
-            return old  # built before
-        return with_rows(old, entry["tensors"], entry["rows"], torch.tensor(entry["kept"]))
+            return place.old  # built before
+        return with_rows(place.old, entry["tensors"], entry["rows"], torch.tensor(entry["kept"]))
 
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return the module as it is, of the model's own class."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tnlm.checkpoint.kinds.base import Device, Entry, MatrixKind, by, plain, sizes
+from tnlm.checkpoint.kinds.base import Entry, MatrixKind, Place, by, plain, sizes
 from tnlm.errors import CheckpointError
 from tnlm.layers.arranged import linear
 
@@ -32,17 +31,10 @@ class Sliced(MatrixKind):
             raise CheckpointError(f"slabs={parts!r} do not divide {shape[0]} of {full[0]} rows")
         return full
 
-    def build(
-        self,
-        entry: Entry,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        old: nn.Module | None = None,
-    ) -> nn.Module:
+    def build(self, entry: Entry, place: Place) -> nn.Module:
         """Return a linear layer of the smaller shape."""
         rows, columns = entry["shape"]
-        return linear(rows, columns, bias=entry["bias"], device=device, dtype=dtype)
+        return linear(rows, columns, bias=entry["bias"], **place.tensors)
 
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return a layer of the full size, with zeros for dropped channels."""
