@@ -128,5 +128,5 @@ def test_what_cannot_be_is_refused_before_anything_changes(make_model, monkeypat
         with pytest.raises(OptionError, match=r"pip install 'tnlm\[train\]'"):
             attach(model, {name: 2}, 1.0)
     attach(model, {name: 2}, 1.0)
-    with pytest.raises(ModelError, match="has adapters already"):
+    with pytest.raises(ModelError, match="already has adapters"):
         attach(model, {name: 2}, 1.0)

@@ -1,1 +1,1 @@
-"""Modules that execute tensor networks; they know no format by name."""
+"""Modules that execute tensor networks, independent of formats."""

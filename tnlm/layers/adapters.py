@@ -1,4 +1,4 @@
-"""LoRA adapters beside a model's linear layers: put on with PEFT, and taken off again."""
+"""LoRA adapters on a model's linear layers: attaches them with PEFT, and removes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADAPTER = "default"
 """The name that PEFT gives an adapter."""
 
 _KNOWN = ("Unsupported layer type", "fan_in_fan_out is set to")
-"""What PEFT warns of, and handles: layers that are no `nn.Linear`, and weights held (in, out)."""
+"""Warnings of PEFT about cases it handles: layers other than `nn.Linear`, (in, out) weights."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Lora:
     Attributes:
         A: ``(r, in)``.
         B: ``(out, r)``.
-        scaling: what the product is multiplied by, alpha / r.
+        scaling: factor of the product, alpha / r.
 
     Example:
         >>> lora = Lora(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)
@@ -46,7 +46,7 @@ class Lora:
 
     @property
     def params(self) -> int:
-        """Numbers in A and B, r * (in + out)."""
+        """Number of parameters in A and B, r * (in + out)."""
         return self.A.numel() + self.B.numel()
 
     def delta(self) -> Tensor:
@@ -56,13 +56,13 @@ class Lora:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA on one module, while it is there.
+    """The LoRA on one module, while it is attached.
 
     Attributes:
         base: the module.
         A: ``(r, in)``, trainable.
         B: ``(out, r)``, trainable.
-        scaling: what their product is multiplied by.
+        scaling: factor of their product.
     """
 
     base: nn.Module
@@ -71,7 +71,7 @@ class Adapter:
     scaling: float
 
     def fill(self, lora: Lora) -> None:
-        """Copy in A and B; they must have been made for this scaling."""
+        """Copy A and B from a LoRA with the same scaling."""
         with torch.no_grad():
             self.A.copy_(lora.A)
             self.B.copy_(lora.B)
@@ -82,12 +82,12 @@ class Adapter:
         return torch.addmm(matrix(self.base).to(B.dtype), B, A, alpha=self.scaling)
 
     def lora(self) -> Lora:
-        """Return copies of A and B as they are."""
+        """Return copies of A and B."""
         return Lora(self.A.detach().clone(), self.B.detach().clone(), self.scaling)
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """Return the weight of a linear map as ``(out, in)``, a view unless it is factorized.
+    """Return the weight of a linear module as ``(out, in)``, a view unless it is factorized.
 
     Example:
         >>> matrix(Conv1D(5, 3)).shape
@@ -99,7 +99,7 @@ def matrix(module: nn.Module) -> Tensor:
 
 
 def size_of(module: nn.Module) -> tuple[int, int]:
-    """Return the ``(out, in)`` shape of a linear map, whatever holds its weight.
+    """Return the ``(out, in)`` shape of a linear module of any kind.
 
     Example:
         >>> size_of(nn.Linear(3, 5))
@@ -115,12 +115,12 @@ def size_of(module: nn.Module) -> tuple[int, int]:
 def attached(
     model: nn.Module, ranks: Mapping[str, int], scaling: float, seed: int = 0
 ) -> Iterator[dict[str, Adapter]]:
-    """Put adapters on while a block runs; then the model is as before, bit for bit.
+    """Attach adapters while a block runs, then restore the model bit for bit.
 
     Args:
         model: everything but the adapters is frozen in the block.
-        ranks: rank of each adapter, by the dotted name of its module.
-        scaling: what the products are multiplied by.
+        ranks: rank of each adapter, by dotted module name.
+        scaling: factor of the products.
         seed: draws A.
 
     Yields:
@@ -150,16 +150,16 @@ def attached(
 def attach(
     model: nn.Module, ranks: Mapping[str, int], scaling: float, seed: int = 0
 ) -> dict[str, Adapter]:
-    """Put PEFT's LoRA on modules, in place, and freeze the rest; return what was put on.
+    """Attach PEFT's LoRA to modules in place, freeze the rest, and return the adapters.
 
-    B starts at zero, and the rows of A are orthonormal: the gradient of B then is the weight's,
-    seen through a projection onto r random directions. Both are at least float32.
+    B starts at zero, and the rows of A are orthonormal, so that the gradient of B is the weight's,
+    projected onto r random directions. Both are at least float32.
 
     Raises:
         OptionError: if PEFT is not installed.
-        ModelError: if the model has adapters already.
-        TargetError: if a module is not there, or PEFT puts no LoRA on it.
-        RankError: for a rank that a module cannot have.
+        ModelError: if the model already has adapters.
+        TargetError: if a module does not exist, or PEFT cannot attach a LoRA to it.
+        RankError: if a module cannot have its rank.
     """
     check(model, ranks)
     peft = _peft()
@@ -172,14 +172,14 @@ def attach(
         alpha_pattern={name: scaling * rank for name, rank in exact.items()},
     )
     config._register_custom_module({FactorizedLinear: peft.tuners.lora.Linear})
-    # PEFT draws weights of its own, which are overwritten.
+    # PEFT draws its own weights, which are overwritten.
     with torch.random.fork_rng(), warnings.catch_warnings():
         for message in _KNOWN:
             warnings.filterwarnings("ignore", message)
         try:
             peft.inject_adapter_in_model(config, model, ADAPTER)
-        except ValueError as error:  # of kinds of model where a module is read and not called
-            raise TargetError(f"PEFT puts no LoRA there: {error}; ignore such modules") from error
+        except ValueError as error:  # some models read a module's weight instead of calling it
+            raise TargetError(f"PEFT cannot attach a LoRA: {error}; ignore such modules") from error
     generator = torch.Generator().manual_seed(seed)
     return {name: _adapter(model.get_submodule(name), generator) for name in ranks}
 
@@ -197,11 +197,11 @@ def _adapter(layer: Any, generator: torch.Generator) -> Adapter:
 
 
 def check(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Raise what :func:`attach` would, before anything is changed."""
+    """Raise the errors of :func:`attach`, before anything is changed."""
     _peft()
     check_bare(model)
     if not ranks:
-        raise TargetError("LoRA needs a module to stand beside; none was given")
+        raise TargetError("LoRA needs at least one module; none was given")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, rank in ranks.items():
         if name not in modules:
@@ -214,7 +214,7 @@ def check(model: nn.Module, ranks: Mapping[str, int]) -> None:
 def check_bare(model: nn.Module) -> None:
     """Raise `ModelError` if a model has adapters."""
     if hasattr(model, "peft_config"):
-        raise ModelError("the model has adapters already; merge or unload them first")
+        raise ModelError("the model already has adapters; merge or unload them first")
 
 
 def _escape(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The weight that a factor applies, wherever it is kept and whatever was wrapped around it."""
+"""The weight that a factor applies, even if it is offloaded, quantized or wrapped."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from tnlm.layers.arranged import ArrangedLinear
 
 
 def applied_weight(child: nn.Linear) -> Tensor:
-    """Return the weight that a child applies, in memory.
+    """Return the weight that a child layer applies, in memory.
 
     Raises:
-        ModelError: if accelerate keeps it elsewhere, and does not bring it.
+        ModelError: if accelerate offloads it, and cannot load it here.
     """
     if not hasattr(child, "_hf_hook"):
         return _weight(child)
     from accelerate.utils import align_module_device
 
-    with align_module_device(child):  # an offloaded weight comes for the child's own call only
+    with align_module_device(child):  # offloaded weights are loaded only for the child's own call
         weight = _weight(child)
     if weight.is_meta:
         raise ModelError(
-            "weights of a layer are offloaded behind several hooks, through which they cannot be "
-            "brought; load the model without device_map, or with one that keeps all in memory"
+            "weights of a layer are offloaded behind several hooks and cannot be loaded through "
+            "them; load the model without device_map, or with one that keeps all weights in memory"
         )
     return weight
 
 
 def _weight(child: nn.Linear) -> Tensor:
-    """Return the weight, where it is; an adapter may have been wrapped around it."""
+    """Return the weight; if it is quantized or wrapped by an adapter, as the product with I."""
     plain = type(child) in (nn.Linear, ArrangedLinear)
-    if plain and not hasattr(child.weight, "__tensor_flatten__"):  # quantized: through its product
+    if plain and not hasattr(child.weight, "__tensor_flatten__"):  # not quantized
         return child.weight
     like: Tensor = child.weight
     if callable(like):  # packed by torch's dynamic quantization, whose layers take float32

@@ -1,4 +1,4 @@
-"""`ArrangedLinear`: an `nn.Linear` whose weight lies in memory as the machine reads it fastest."""
+"""`ArrangedLinear`: an `nn.Linear` with the memory layout that this machine reads fastest."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor, nn
 from tnlm.layers.machine import machine
 
 SMALL = 2**14
-"""Numbers below which a weight's order in memory makes no difference that can be measured."""
+"""Number of elements below which the memory layout of a weight makes no measurable difference."""
 
 
 class Arranged(nn.Module):
-    """A module that puts its weights into the order in memory that suits this machine."""
+    """A module that gives its weights the memory layout that suits this machine."""
 
     def arrange(self) -> None:
-        """Put every matrix, or stack of matrices, into the order that suits it."""
+        """Change the memory layout of every matrix, or stack of matrices, to the best one."""
         for parameter in self.parameters(recurse=False):
             if parameter.dim() > 1:
                 parameter.data = _in_order(parameter.data)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Called by .to(), .half(), .cuda(): another dtype or device may want another order.
+        # Called by .to(), .half(), .cuda(): the best layout depends on dtype and device.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.arrange()
         return self
 
 
 class ArrangedLinear(Arranged, nn.Linear):
-    """A linear map that stores a tall weight by columns where that is read faster.
+    """A linear layer that stores a tall weight in column-major order if that is read faster.
 
-    At one token a product reads every weight once. CPU libraries read it along its rows, one dot
-    product each; when the rows are short they reach half the speed of memory. The same matrix by
-    columns is read in long runs. Shape, values and name of the weight stay those of `nn.Linear`:
-    only its strides change, and a saved file holds it by rows as always.
+    With one token, a product reads every weight once. CPU libraries read it by rows, with one dot
+    product each; for short rows, they reach only half the memory bandwidth. A column-major matrix
+    is read in long runs. Shape, values and name of the weight are those of `nn.Linear`; only its
+    strides change, and saved files are row-major as always.
 
     Example:
         >>> layer = ArrangedLinear(2, 3, bias=False)
@@ -47,12 +47,12 @@ class ArrangedLinear(Arranged, nn.Linear):
 
 
 def arrange(model: nn.Module) -> nn.Module:
-    """Let every linear layer's weight lie in memory as this machine reads it fastest.
+    """Give every linear layer's weight the memory layout that this machine reads fastest.
 
-    Layers that tnlm made are arranged already, and again whenever they change dtype or device. This
-    is for the others: those that stayed dense, or a whole dense model. Values, names and saved
-    files are as before. Weights that several modules share, as a head's with the embedding, are
-    left alone. Call it again after a change of dtype.
+    Layers made by tnlm already have it, and update it whenever their dtype or device changes. This
+    is for other layers: those that stayed dense, or a whole dense model. Values, names and saved
+    files do not change. Weights shared by several modules, such as a tied head's, are left alone.
+    Call it again after a change of dtype.
 
     Args:
         model: changed in place.
@@ -74,7 +74,7 @@ def arrange(model: nn.Module) -> nn.Module:
 
 
 def arrange_made(model: nn.Module) -> None:
-    """Arrange the layers that tnlm made, after their weights were filled in."""
+    """Arrange the layers made by tnlm, after their weights are filled in."""
     for module in model.modules():
         if isinstance(module, Arranged):
             module.arrange()
@@ -83,13 +83,13 @@ def arrange_made(model: nn.Module) -> None:
 def linear(
     rows: int, columns: int, *, bias: bool = False, arranged: bool = True, **made: Any
 ) -> nn.Linear:
-    """Return an (uninitialised) layer; drawing random weights would be wasted.
+    """Return an uninitialised linear layer, without drawing random weights.
 
     Args:
-        rows: size of its outputs.
-        columns: size of its inputs.
-        bias: whether it has one.
-        arranged: whether it is an `ArrangedLinear`; a weight that is reshaped must lie by rows.
+        rows: size of the outputs.
+        columns: size of the inputs.
+        bias: whether it has a bias.
+        arranged: whether it is an `ArrangedLinear`; weights to be reshaped must be row-major.
         **made: device and dtype.
 
     Example:
@@ -105,7 +105,7 @@ def linear(
 
 
 def filled(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """Return a layer that holds copies of a weight and a bias.
+    """Return a layer with copies of a weight and a bias.
 
     Example:
         >>> filled(torch.ones(3, 2))
@@ -123,7 +123,7 @@ def filled(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def _in_order(weight: Tensor) -> Tensor:
-    """Return a matrix, or a stack ``(..., out, in)``, by columns if that is read faster."""
+    """Return a matrix, or a stack ``(..., out, in)``, column-major if that is read faster."""
     rows, columns = weight.shape[-2:]
     if not _is_plain(weight):
         return weight
@@ -134,5 +134,5 @@ def _in_order(weight: Tensor) -> Tensor:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Tell whether a weight is numbers in this machine's memory, not quantized nor elsewhere."""
+    """Return whether a weight is a plain tensor of floats in CPU memory."""
     return type(weight) is Tensor and weight.device.type == "cpu" and weight.is_floating_point()

@@ -1,4 +1,4 @@
-"""`FactorizedEmbedding` looks up rows without building the table; `FactorizedHead` is its head."""
+"""`FactorizedEmbedding` looks up rows without rebuilding the table; `FactorizedHead` shares it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tnlm.tensors.contraction import pairwise
 from tnlm.tensors.network import Factors, Network
 
 CHUNK_NUMBERS = 2**22
-"""Numbers of the table that a head rebuilds at once, when it has to rebuild."""
+"""Elements of the table that a head rebuilds at once, if it has to rebuild."""
 
 
 class _Table(nn.Module):
-    """A (vocabulary, width) matrix held as a network's factors, one `nn.Parameter` each."""
+    """A (vocabulary, width) matrix stored as a network's factors, one `nn.Parameter` each."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class _Table(nn.Module):
         return self
 
     def factors(self) -> Factors:
-        """Return every factor."""
+        """Return all factors."""
         return {name: getattr(self, name) for name in self.network.factors}
 
     def rows(self, ids: Tensor | slice) -> Tensor:
@@ -70,7 +70,7 @@ class _Table(nn.Module):
         """The dense ``(vocabulary, width)`` table; rebuilt at every access."""
         factors = list(self.factors().values())
         if any(factor.is_meta for factor in factors):
-            # While a model is loaded, transformers asks a head with a bias for its shape.
+            # While a model is loaded, transformers reads the weight's shape if a head has a bias.
             return torch.empty(self.network.shape, dtype=factors[0].dtype, device="meta")
         return self.to_dense()
 
@@ -91,14 +91,14 @@ class FactorizedEmbedding(_Table):
     """
 
     padding_idx: int | None = None
-    max_norm: float | None = None  # as nn.Embedding has them, for what stands beside it
+    max_norm: float | None = None  # attributes of nn.Embedding, which adapters read
     norm_type = 2.0
     scale_grad_by_freq = False
     sparse = False
 
     @property
     def in_features(self) -> int:
-        """The size of the vocabulary, as a LoRA of a table counts it."""
+        """The size of the vocabulary, which a LoRA of a table takes as its input size."""
         return self.num_embeddings
 
     @property
@@ -114,9 +114,9 @@ class FactorizedEmbedding(_Table):
 class FactorizedHead(_Table):
     """The output head that shares its factors with a `FactorizedEmbedding`.
 
-    When the vocabulary stands in one factor only, the hidden state passes through the factors:
-    first the shared one, (bond, last input mode), then (row, bond, other input modes). Otherwise
-    the table is rebuilt some rows at a time, never whole.
+    If the vocabulary is in one factor only, the hidden state passes through the factors: first the
+    shared one, (bond, last input mode), then (row, bond, other input modes). Otherwise the table is
+    rebuilt some rows at a time, never as a whole.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class FactorizedHead(_Table):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the factors, uninitialised, and the head's own bias."""
+        """Make the uninitialised factors, and the head's own bias."""
         super().__init__(network, device=device, dtype=dtype)
         self.out_features, self.in_features = network.shape
         empty = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None

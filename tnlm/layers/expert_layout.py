@@ -1,4 +1,4 @@
-"""How the experts of a mixture lie in the 3-D parameters of one module."""
+"""The layout of a mixture's experts in the 3-D parameters of one module."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 JOINT = "gate_up_proj"
-"""Name of the parameter that holds gates and ups together."""
+"""Name of the parameter that holds gate and up matrices together."""
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-"""What transformers' ``use_experts_implementation`` leaves on the modules of a class."""
+"""Attributes that transformers' ``use_experts_implementation`` sets on modules."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class ExpertLayout:
     """The experts of one module, all of one shape.
 
     Attributes:
-        experts: how many there are, E.
-        hidden: size of what an expert reads and writes.
-        inner: channels between its matrices.
-        gated: whether a gate stands beside ``up``; both then lie in one parameter.
-        transposed: parameters are ``(E, in, out)`` instead of ``(E, out, in)``.
-        concatenated: gates lie above ups; else row by row in turn.
-        biased: every matrix has a bias, ``(E, out)``.
+        experts: number of experts, E.
+        hidden: size of an expert's inputs and outputs.
+        inner: number of channels between its matrices.
+        gated: whether experts have a gate beside ``up``; one parameter then holds both.
+        transposed: whether parameters are ``(E, in, out)`` instead of ``(E, out, in)``.
+        concatenated: whether gates are above ups, instead of interleaved row by row.
+        biased: whether every matrix has a bias, ``(E, out)``.
 
     Example:
         >>> layout = ExpertLayout(experts=4, hidden=8, inner=6)
@@ -45,7 +45,7 @@ class ExpertLayout:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """The ``(out, in)`` shape of every matrix of an expert, by its name."""
+        """The ``(out, in)`` shape of every matrix of an expert, by name."""
         reads, writes = (self.inner, self.hidden), (self.hidden, self.inner)
         return ({GATE: reads} if self.gated else {}) | {UP: reads, DOWN: writes}
 
@@ -56,7 +56,7 @@ class ExpertLayout:
         return weights + tuple(f"{name}_bias" for name in weights if self.biased)
 
     def holder(self, projection: str) -> str:
-        """Return the name of the parameter that a matrix lies in.
+        """Return the name of the parameter that holds a matrix.
 
         Example:
             >>> ExpertLayout(experts=4, hidden=8, inner=6).holder("up_proj")
@@ -65,12 +65,12 @@ class ExpertLayout:
         return JOINT if self.gated and projection != DOWN else projection
 
     def weight(self, module: nn.Module, projection: str) -> Tensor:
-        """Return one matrix of every expert, ``(E, out, in)``, a view of the module's parameter."""
+        """Return one matrix of all experts, ``(E, out, in)``, as a view of the parameter."""
         held: Tensor = getattr(module, self.holder(projection)).detach()
         return self._rows(held.transpose(1, 2) if self.transposed else held, projection)
 
     def bias(self, module: nn.Module, projection: str) -> Tensor | None:
-        """Return one bias of every expert, ``(E, out)``, a view; None without biases."""
+        """Return one bias of all experts, ``(E, out)``, as a view, or None without biases."""
         if not self.biased:
             return None
         held: Tensor = getattr(module, f"{self.holder(projection)}_bias").detach()
@@ -85,7 +85,7 @@ class ExpertLayout:
         return held[:, self.inner :] if projection == UP else held[:, : self.inner]
 
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Return outputs ``(..., channels)`` of gates and ups as the module's own code has them.
+        """Join outputs ``(..., channels)`` of gates and ups in the order of the module's own code.
 
         Example:
             >>> layout = ExpertLayout(experts=4, hidden=8, inner=2, concatenated=False)
@@ -99,7 +99,7 @@ class ExpertLayout:
     def stacked(
         self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the module's parameters by name, given ``(E, out, in)`` matrices and biases."""
+        """Return the module's parameters by name, from ``(E, out, in)`` matrices and biases."""
         names = list(self.shapes)
         found = {}
         for parameter in self.parameters:
@@ -117,13 +117,13 @@ class ExpertLayout:
 
 
 def layout_of(module: nn.Module) -> ExpertLayout | str | None:
-    """Return how the experts of a module lie in it, or why that is not known.
+    """Return the layout of a module's experts, or why it is unknown.
 
-    Known are the classes that transformers marks with ``use_experts_implementation``.
+    It is known for classes that transformers marks with ``use_experts_implementation``.
 
     Returns:
-        The layout; the reason as a text for a module of experts of another kind; None for any
-        module without a 3-D parameter.
+        The layout; for experts of another kind, the reason as text; for modules without a 3-D
+        parameter, None.
     """
     held = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
     if not held:

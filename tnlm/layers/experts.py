@@ -1,4 +1,4 @@
-"""`FactorizedExperts`: the experts of a module, each matrix of theirs a stack of one structure."""
+"""`FactorizedExperts`: a module's experts, each of whose matrices is a stack of networks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tnlm.tensors.gauge import ORDER
 from tnlm.tensors.network import Network
 
 CHILD = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-"""Names of the stacks; others than in checkpoints, whose names transformers converts."""
+"""Names of the stacks; they differ from those in checkpoints, which transformers converts."""
 
 
 class StackedLinear(Arranged):
-    """The same matrix of every expert, as it is or of fewer channels.
+    """One matrix of every expert, dense or with fewer channels.
 
     Example:
         >>> stack = StackedLinear(3, (4, 2), bias=False).store([nn.Linear(2, 4)] * 3)
@@ -31,7 +31,7 @@ class StackedLinear(Arranged):
     """
 
     def __init__(self, experts: int, shape: tuple[int, int], *, bias: bool, **made: Any) -> None:
-        """Make the stack, uninitialised: of ``(out, in)`` matrices, on a device in a dtype."""
+        """Make an uninitialised stack of ``(out, in)`` matrices on a device, in a dtype."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, *shape, **made))
         self.bias = nn.Parameter(torch.empty(experts, shape[0], **made)) if bias else None
@@ -52,22 +52,22 @@ class StackedLinear(Arranged):
         return filled(self.weight[number].detach(), bias)
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Apply to ``(rows, in)``, each row to the matrix of its expert."""
+        """Multiply each row of ``(rows, in)`` by its expert's matrix."""
         output = groups.product(x.unsqueeze(1), self.weight.unsqueeze(1)).squeeze(1)
         return output if self.bias is None else output + self.bias[groups.ids]
 
 
 class StackedFactors(Arranged):
-    """The same matrix of every expert as networks of one structure, every factor a stack.
+    """One matrix of every expert as networks of the same structure, with factors in stacks.
 
-    It is executed as a `tnlm.layers.linear.FactorizedLinear` is, each step of its chain one product
-    of all rows with the matrices of their experts.
+    It is executed like a `tnlm.layers.linear.FactorizedLinear`: each step of the chain is one
+    product of all rows with their experts' matrices.
 
     Args:
-        experts: how many there are.
-        network: of one matrix.
+        experts: number of experts.
+        network: the network of one matrix.
         bias: whether there are biases.
-        order: the factors in the order in which they meet the activation.
+        order: order in which the factors are applied.
         **made: device and dtype of the (uninitialised) tensors.
     """
 
@@ -119,7 +119,7 @@ class StackedFactors(Arranged):
         return layer
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Apply to ``(rows, in)``, each row to the networks of its expert."""
+        """Apply its expert's network to each row of ``(rows, in)``."""
         rows = len(x)
         h = x.reshape(rows, *(self.network.sizes[mode] for mode in self.network.inp))
         for step in self.chain.steps:
@@ -135,7 +135,7 @@ class StackedFactors(Arranged):
         return h if bias is None else h + bias[groups.ids].to(h.dtype)
 
     def _multiply(self, step: Step, h: Tensor, groups: Groups) -> Tensor:
-        """Multiply ``(rows, blocks, width)`` by the factor of each row's expert."""
+        """Multiply each of ``(rows, blocks, width)`` by its expert's factor."""
         stack: Tensor = getattr(self, step.factor)
         if step.factor != self.gauged:
             return groups.product(h, stack.reshape(len(stack), step.blocks, -1, step.width))
@@ -150,7 +150,7 @@ class StackedFactors(Arranged):
         return groups.product(h, self._assembled(step, stack, orders))
 
     def _assembled(self, step: Step, stack: Tensor, orders: Tensor) -> Tensor:
-        """Return the gauge-fixed factor of every expert, identity included, as its step has it."""
+        """Return every expert's gauge-fixed factor with its identity, laid out for its step."""
         bond = self.network.gauge.bond if self.network.gauge else ""
         eye = torch.eye(self.bond, dtype=stack.dtype, device=stack.device)
         rows = torch.cat([eye.expand(len(stack), -1, -1), stack], dim=1)
@@ -171,33 +171,34 @@ Stack = StackedLinear | StackedFactors
 
 
 class FactorizedExperts(nn.Module):
-    """Experts whose matrices are stacks: rows are sorted by expert, and multiplied group by group.
+    """Experts whose matrices are stacks; rows are sorted by expert and multiplied in groups.
 
     Args:
-        layout: how the experts lay in the module that it replaces.
-        owner: that module without its parameters: its code makes what ``down_proj`` reads.
+        layout: the layout of the experts in the original module.
+        owner: the original module without its parameters; its code computes the input of
+            ``down_proj``.
         stacks: the matrices, by name.
     """
 
     def __init__(
         self, layout: ExpertLayout, owner: nn.Module | None, stacks: Mapping[str, Stack]
     ) -> None:
-        """Take the stacks; see the class for the arguments."""
+        """Store the stacks; see the class for the arguments."""
         super().__init__()
         self.layout = layout
-        self.__dict__["owner"] = owner  # no child: transformers would initialise it
+        self.__dict__["owner"] = owner  # not a child: transformers would initialise it
         for name, child in owner.named_children() if owner is not None else ():
             self.add_module(name, child)
         for name, stack in stacks.items():
             self.add_module(CHILD[name], stack)
 
     def stack(self, projection: str) -> Stack:
-        """Return a matrix of all experts."""
+        """Return the stack of one matrix of all experts."""
         found: Stack = getattr(self, CHILD[projection])
         return found
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Add up the outputs of the experts that each token is sent to, ``(tokens, hidden)``."""
+        """Sum the outputs of the experts to which each token is routed, ``(tokens, hidden)``."""
         count = top_k_index.shape[-1]
         ids, order = top_k_index.reshape(-1).sort(stable=True)
         groups = Groups.of(ids, self.layout.experts)
@@ -207,6 +208,6 @@ class FactorizedExperts(nn.Module):
         inner = activated(own.owner, self.layout, gate, own.up(x, groups))
         output = normed(own.owner, own.down(inner, groups))
         weights = top_k_weights.reshape(-1)[order].masked_fill(ids >= self.layout.experts, 0)
-        weighed = output * weights.unsqueeze(-1)
-        total = torch.empty_like(weighed).index_copy(0, order, weighed)
+        weighted = output * weights.unsqueeze(-1)
+        total = torch.empty_like(weighted).index_copy(0, order, weighted)
         return total.reshape(-1, count, x.shape[-1]).sum(1).to(hidden_states.dtype)

@@ -1,4 +1,4 @@
-"""`FusedLinear`: several maps of one input in one module, as GPT-2's ``c_attn``."""
+"""`FusedLinear`: several linear layers of one input in one module, like GPT-2's ``c_attn``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of several matrices lie in one module.
+    """The order of the rows of several matrices in one module.
 
-    The rows are those of all parts one after another; or, in several groups, a share of every
-    part's rows after another, as the heads in GPT-NeoX's ``query_key_value``.
+    The parts are concatenated, or interleaved in groups: each group has an equal share of every
+    part's rows, like the heads in GPT-NeoX's ``query_key_value``.
 
     Attributes:
-        parts: names of the matrices, in their order.
-        sizes: rows of each in all.
-        groups: in how many groups they alternate.
+        parts: names of the matrices, in order.
+        sizes: number of rows of each.
+        groups: number of groups; 1 if the parts are concatenated.
     """
 
     parts: tuple[str, ...]
@@ -28,11 +28,11 @@ class Layout:
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """Adjacent rows of each part."""
+        """Number of adjacent rows of each part."""
         return tuple(size // self.groups for size in self.sizes)
 
     def rows(self, part: int) -> slice | Tensor:
-        """Return where the rows of a part are: a slice, or an index if it has several groups.
+        """Return the rows of a part: a slice, or an index if there are several groups.
 
         Example:
             >>> Layout(("q", "k"), (4, 2)).rows(1)
@@ -48,7 +48,7 @@ class Layout:
 
 
 def joined(parts: Sequence[Tensor], runs: Sequence[int] = (), dim: int = -1) -> Tensor:
-    """Return tensors one after another, or so many entries of each in turn.
+    """Return tensors concatenated, or interleaved in runs of the given lengths.
 
     Example:
         >>> joined([torch.tensor([1, 2, 3, 4]), torch.tensor([8, 9])], runs=(2, 1)).tolist()
@@ -62,7 +62,7 @@ def joined(parts: Sequence[Tensor], runs: Sequence[int] = (), dim: int = -1) -> 
 
 
 class FusedLinear(nn.Module):
-    """Puts the outputs of its parts in one, each part a child under its own name.
+    """Joins the outputs of its parts, each of which is a child under its own name.
 
     Example:
         >>> layer = FusedLinear({"q": nn.Linear(4, 2), "k": nn.Linear(4, 3)})
@@ -71,11 +71,12 @@ class FusedLinear(nn.Module):
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], runs: Sequence[int] = ()) -> None:
-        """Take the parts, in the order of their outputs.
+        """Store the parts, in the order of their outputs.
 
         Args:
-            parts: the maps, by name.
-            runs: adjacent outputs of each part, where they alternate; else they are concatenated.
+            parts: the layers, by name.
+            runs: adjacent outputs of each part, if the parts' outputs alternate; empty if they are
+                concatenated.
         """
         super().__init__()
         self.parts, self.runs = tuple(parts), tuple(runs)
@@ -84,12 +85,12 @@ class FusedLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """Rows of all parts."""
+        """Total number of rows of the parts."""
         return sum(getattr(self, name).out_features for name in self.parts)
 
     @property
     def in_features(self) -> int:
-        """Columns, which all parts share."""
+        """Number of columns of every part."""
         width: int = getattr(self, self.parts[0]).in_features
         return width
 
@@ -98,7 +99,7 @@ class FusedLinear(nn.Module):
         return joined([self.get_submodule(name)(x) for name in self.parts], self.runs)
 
     def to_dense(self) -> Tensor:
-        """Return the ``(out, in)`` weight of the whole."""
+        """Return the joint ``(out, in)`` weight."""
         return joined([getattr(self, name).weight for name in self.parts], self.runs, 0)
 
     @property

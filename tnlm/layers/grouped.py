@@ -1,4 +1,4 @@
-"""Products of rows with the matrices of their experts, expert by expert."""
+"""Grouped products: multiplies rows, sorted by expert, by their experts' matrices."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Ends = Tensor | list[int]
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows that are sorted by expert.
+    """The groups of rows that are sorted by expert.
 
     Attributes:
-        ids: ``(rows,)``, the expert of each row; those that are no expert's stand last.
-        ends: for every expert, where its rows end; numbers where they need not be traced.
-        experts: how many there are.
+        ids: ``(rows,)``, the expert of each row; rows without an expert come last.
+        ends: the end of every expert's rows; plain integers unless they are traced.
+        experts: number of experts.
     """
 
     ids: Tensor
@@ -42,7 +42,7 @@ class Groups:
         return cls(ids.clamp(max=experts - 1), ends, experts)
 
     def times(self, count: int) -> Groups:
-        """Return the groups when every row stands ``count`` times."""
+        """Return the groups if every row is repeated ``count`` times."""
         if count == 1:
             return self
         ends = self.ends
@@ -50,7 +50,7 @@ class Groups:
         return replace(self, ids=self.ids.repeat_interleave(count), ends=many)
 
     def product(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Multiply every row by the matrices of its expert; 0 for rows of none.
+        """Multiply every row by its expert's matrices; rows without an expert give 0.
 
         Args:
             x: ``(rows, blocks, in)``.
@@ -73,7 +73,7 @@ class Groups:
         return found
 
     def reorder(self, x: Tensor, orders: Tensor) -> Tensor:
-        """Put the last axis of ``(rows, 1, n)`` into the order ``(experts, n)`` of its expert.
+        """Reorder the last axis of ``(rows, 1, n)`` by each row's expert in ``(experts, n)``.
 
         Example:
             >>> groups = Groups.of(torch.tensor([0, 1]), 2)
@@ -81,7 +81,7 @@ class Groups:
             >>> groups.reorder(x, torch.tensor([[0, 1], [1, 0]]))[:, 0].tolist()
             [[1, 2], [4, 3]]
         """
-        if isinstance(self.ends, Tensor):  # compiled: no index is made for every row
+        if isinstance(self.ends, Tensor):  # avoids an index per row when compiled
             return x.gather(-1, orders[self.ids].unsqueeze(1))
         starts = [0, *self.ends]
         sizes = [end - start for start, end in pairwise(starts)]
@@ -124,7 +124,7 @@ def _like(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def _backward(x: Tensor, weights: Tensor, ends: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the rows and of the matrices, given that of the products."""
+    """Return the gradients of the rows and of the matrices from that of the products."""
     of_rows, of_weights = torch.zeros_like(x), torch.zeros_like(weights)
     start = 0
     for number, end in enumerate(ends.tolist()):
@@ -151,7 +151,7 @@ def _derive(ctx: Any, output: Tensor) -> tuple[Tensor, Tensor, None]:
     return of_rows, of_weights, None
 
 
-# A loop over groups of unknown sizes cannot be traced; as an operator it need not be.
+# A loop over groups of unknown sizes cannot be traced, but a custom operator is opaque to tracing.
 torch.library.custom_op(
     "tnlm::grouped_product",
     _forward,

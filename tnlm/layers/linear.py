@@ -22,29 +22,29 @@ from tnlm.tensors.network import Factors, Network
 
 
 class FactorizedLinear(nn.Module):
-    """A linear map whose weight is a tensor network.
+    """A linear layer whose weight is a tensor network.
 
-    Every factor is an ``nn.Linear`` child under its own name, laid out for its step of the chain,
-    so that PEFT, quantizers and exporters meet ordinary linears. A factor with a matrix for every
-    block of the activation holds them stacked, and is applied by one batched product. The identity
-    block of a gauge-fixed factor costs no multiply-adds where it meets the bond alone: what it
-    contracts is copied to its rows, or the inputs at its columns are added to the result.
-    Elsewhere the factor is small and is put together from its free rows at each call.
+    Every factor is a named ``nn.Linear`` child, laid out for its step of the chain, so that PEFT,
+    quantizers and exporters see ordinary linear layers. A factor with one matrix per block of the
+    activation stores them stacked, and is applied by one batched product. The identity block of a
+    gauge-fixed factor costs no multiply-adds if it acts only on the bond: its inputs are copied to
+    its rows, or the inputs at its columns are added to the result. Otherwise the factor is small,
+    and is assembled from its free rows at each call.
 
-    Where it takes less time on this machine, the weight is rebuilt and multiplied at once. In
-    training, activations between the factors that would take more memory than a dense layer's are
-    computed again for the backward pass instead of being saved.
+    If it takes less time on this machine, the weight is rebuilt and multiplied at once. In
+    training, if activations between the factors would take more memory than a dense layer's, they
+    are recomputed in the backward pass instead of being saved.
 
     Args:
         network: the tensor network of the ``(out, in)`` weight.
-        bias: whether a bias is added.
-        order: the factors in the order in which they meet the activation; least MACs if not given.
-        device: where the (uninitialised) tensors are made.
+        bias: whether to add a bias.
+        order: order in which the factors are applied; by default, the one with the fewest MACs.
+        device: device of the (uninitialised) tensors.
         dtype: their dtype.
 
     Attributes:
-        crossing: token count from which the weight is rebuilt; priced at the first call if None.
-        rebuilt: keeps rebuilt weights, if `tnlm.keep_rebuilt` has set it.
+        crossing: token count from which the weight is rebuilt; if None, set at the first call.
+        rebuilt: cache of rebuilt weights, if set by `tnlm.keep_rebuilt`.
 
     Example:
         >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 6, "a": 2, "i": 5})
@@ -71,7 +71,7 @@ class FactorizedLinear(nn.Module):
         self.chain = chain(network, order)
         self.macs = self.chain.macs
         self.flat = self.chain.is_flat
-        # Two or three plain products of no more multiply-adds are faster at any length.
+        # Two or three plain products without more multiply-adds are faster at any length.
         plain = self.flat and self.macs <= self.out_features * self.in_features
         self.crossing: float | None = math.inf if plain else None
         self._plain = plain
@@ -118,7 +118,7 @@ class FactorizedLinear(nn.Module):
             weight.copy_(tensor.reshape(weight.shape))
         if gauge is not None:
             order = factors[gauge.factor + ORDER]
-            # Inputs are put in order before the product, outputs after it.
+            # Inputs are reordered before the product, outputs after it.
             order = order.argsort() if self._passes_in else order
             getattr(self, gauge.factor + ORDER).copy_(order)
         if self.bias is not None and bias is not None:
@@ -127,7 +127,7 @@ class FactorizedLinear(nn.Module):
         return self
 
     def factors(self) -> Factors:
-        """Return every factor in full, one axis per mode, identity blocks filled in."""
+        """Return all full factors, one axis per mode, with identity blocks filled in."""
         stored: Factors = {}
         gauge = self.network.gauge
         for step in self.chain.steps:
@@ -178,7 +178,7 @@ class FactorizedLinear(nn.Module):
         return crossing(self.network, self.chain, prices, x.element_size(), kept=kept)
 
     def keep_rebuilt(self, kept: RebuiltWeights | None) -> None:
-        """Keep rebuilt weights there from now on; priced anew, as they need not be rebuilt."""
+        """Set the cache of rebuilt weights, and update ``crossing`` at the next call."""
         self.rebuilt = kept
         if not self._plain:
             self.crossing = None
@@ -190,24 +190,24 @@ class FactorizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if not self._plain:
-            self.crossing = None  # another dtype or device has other prices
+            self.crossing = None  # it depends on dtype and device
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _pass_on(self, h: Tensor) -> Tensor:
-        """Run the chain when every step is a plain product on the last axis."""
+        """Run the chain if every step is a plain product on the last axis."""
         for step in self.chain.steps:
             h = self._multiply(step, h)
         return h
 
     def _pass_on_in_modes(self, x: Tensor) -> Tensor:
-        """Run the chain on the modes; in training, without saving what lies between the steps."""
+        """Run the chain on the modes; in training, possibly without saving activations."""
         if self._hoards and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             again: Tensor = checkpoint(self._reshape_and_pass_on, x, use_reentrant=False)
             return again
         return self._reshape_and_pass_on(x)
 
     def _reshape_and_pass_on(self, x: Tensor) -> Tensor:
-        """Run the chain, moving the modes that each step contracts to the end."""
+        """Run the chain, with the modes that each step contracts moved to the end."""
         lead = x.shape[:-1]
         axes = tuple(range(len(lead)))
         h = x.reshape(*lead, *(self.network.sizes[mode] for mode in self.network.inp))
@@ -224,8 +224,8 @@ class FactorizedLinear(nn.Module):
         return h.reshape(*lead, self.out_features)
 
     def _multiply(self, step: Step, h: Tensor) -> Tensor:
-        # The registries are read directly: nn.Module's attribute look-up costs as much as a small
-        # product, and decoding makes hundreds of them a token.
+        # Reads the registries directly: nn.Module's attribute lookup costs as much as a small
+        # product, and decoding makes hundreds of them per token.
         child: Any = self._modules[step.factor]
         if step.factor != self._gauged:
             applied: Tensor = child(h)
@@ -234,7 +234,7 @@ class FactorizedLinear(nn.Module):
         if self._passes_in:
             passed, rest = _reorder(h, order).split_with_sizes(self._split, dim=-1)
             fed: Tensor = child(rest)
-            return fed + passed.to(fed.dtype)  # under autocast they differ
+            return fed + passed.to(fed.dtype)  # the dtypes differ under autocast
         if self._passes_out:
             return _reorder(torch.cat((h, child(h)), dim=-1), order)
         return F.linear(h, self._assembled(step))
@@ -247,7 +247,7 @@ class FactorizedLinear(nn.Module):
         return torch.bmm(h.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
 
     def _assembled(self, step: Step) -> Tensor:
-        """Lay the gauge-fixed factor, identity included, out for its step."""
+        """Return the gauge-fixed factor with its identity, laid out for its step."""
         bond = self.network.gauge.bond if self.network.gauge else ""
         rows = with_identity(
             applied_weight(getattr(self, step.factor)), getattr(self, step.factor + ORDER)
@@ -269,10 +269,10 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
     """Return ``(..., n)`` with its last axis in the given order."""
     if x.numel() == order.numel() and not torch.compiler.is_compiling():
         return x.index_select(-1, order)
-    # On many rows index_select along the last axis is several times slower on the CPU.
+    # With many rows, index_select along the last axis is several times slower on the CPU.
     return x.gather(-1, order.expand(x.shape))
 
 
 def _saved_numbers(steps: Sequence[Step]) -> int:
-    """Return how many numbers per token the backward pass of the steps needs."""
+    """Return how many activations per token the backward pass of the steps needs."""
     return sum(math.prod(step.rest) * step.blocks * step.width for step in steps)

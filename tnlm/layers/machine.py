@@ -1,4 +1,4 @@
-"""What the parts of a matrix product take on this machine: measured once, then read from a file."""
+"""Times of the parts of a matrix product on this machine: measured once, then read from a file."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tnlm.utils.files import write_file
 logger = logging.getLogger("tnlm")
 
 HOME = "TNLM_HOME"
-"""Environment variable: the folder of the file of measurements; ``~/.cache/tnlm`` if not set."""
+"""Environment variable for the folder of the measurements; ``~/.cache/tnlm`` by default."""
 WIDTHS = (4, 16, 64, 256)
 """Inner sizes at which products are timed."""
-_STREAM = 2**26  # bytes of weights that a timing passes over, so that they come from memory
+_STREAM = 2**26  # bytes of weights read in a timing: too many for caches
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Machine:
     """Times in seconds, for one dtype, device and number of threads.
 
     Attributes:
-        call: of one small product, whatever its size.
-        load: of reading one byte of a weight from memory, in a product with one token.
-        move: of writing one byte of a tensor in another order.
-        macs: of one multiply-add, where the smallest size of the product is each of ``WIDTHS``.
-        column_major: whether a tall weight, with more rows than columns, is read faster at one
-            token when its columns lie one after the other. CPU libraries differ in this.
+        call: time of a small product, independent of its size.
+        load: time to read one byte of a weight from memory, in a product with one token.
+        move: time to write one byte of a tensor in another order.
+        macs: times of one multiply-add, if the smallest size of the product is each of ``WIDTHS``.
+        column_major: whether a product with one token reads a tall weight (more rows than columns)
+            faster in column-major order; CPU libraries differ in this.
     """
 
     call: float
@@ -62,11 +62,11 @@ class Machine:
         return self.call + max(reading, work * self._rate(min(tokens, rows, columns)))
 
     def reorder(self, numbers: int, itemsize: int) -> float:
-        """Return the time to write numbers in another order."""
+        """Return the time to write elements in another order."""
         return self.call + numbers * itemsize * self.move
 
     def _rate(self, width: int) -> float:
-        """Return seconds per multiply-add, between the measured widths by powers."""
+        """Return the time of one multiply-add, interpolated between the measured widths."""
         if width >= WIDTHS[-1]:
             return self.macs[-1]
         upper = next(i for i, known in enumerate(WIDTHS) if known > width)
@@ -80,10 +80,10 @@ class Machine:
 
 
 def machine(dtype: torch.dtype, device: str = "cpu") -> Machine:
-    """Return this machine's times: from the file if it has them, else measured in about a second.
+    """Return this machine's times, from the file or else measured in about a second.
 
     Args:
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
         device: a device type, such as ``"cpu"`` or ``"cuda"``.
     """
     return _known_or_measured(dtype, device, torch.get_num_threads())
@@ -96,8 +96,7 @@ def _known_or_measured(dtype: torch.dtype, device: str, threads: int) -> Machine
     try:
         return _parse(known[key])
     except (LookupError, TypeError, ValueError):
-        # In a thread of its own: autocast, fake tensors and counters that surround the first call
-        # belong to the caller's.
+        # In a separate thread, where the caller's autocast, fake tensors and counters do not apply.
         with ThreadPoolExecutor(1) as aside:
             measured = aside.submit(probe, dtype, device).result()
         _write(path, {**_read(path), key: asdict(measured)})
@@ -135,7 +134,7 @@ def probe(dtype: torch.dtype, device: str = "cpu") -> Machine:
 
 
 def _stream(dtype: torch.dtype, device: str) -> tuple[float, float, float]:
-    """Time one token through weights from memory: tall, wide, and tall by columns."""
+    """Time one token through weights from memory: tall, wide, and tall in column-major order."""
     short, long = 512, 2048
     count = _STREAM // (short * long * torch.empty(0, dtype=dtype).element_size())
     weights = torch.ones(count, long, short, dtype=dtype, device=device)
@@ -149,7 +148,7 @@ def _stream(dtype: torch.dtype, device: str) -> tuple[float, float, float]:
     columns = [part.t() for part in wide]
     tasks = [through(few, tall), through(many, wide), through(few, columns)]
     times: list[list[float]] = [[] for _ in tasks]
-    for _ in range(9):  # taking turns, as other work on the machine comes and goes
+    for _ in range(9):  # in alternation, since the load of the machine varies
         for task, found in zip(tasks, times, strict=True):
             found.append(_seconds(task, device, repeats=1))
     by_rows, across, by_columns = (min(found) for found in times)
@@ -164,7 +163,7 @@ def _per_multiply_add(width: int, dtype: torch.dtype, device: str) -> float:
 
 
 def _seconds(task: Callable[[], object], device: str, repeats: int = 25) -> float:
-    """Return the least time of a task: what else the machine does can only add to it."""
+    """Return the minimum time of a task, since other work on the machine can only add to it."""
     times = []
     for _ in range(repeats):
         if device == "cuda":
@@ -196,9 +195,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, known: dict[str, Any]) -> None:
-    """Write the file whole, or not at all: other processes may be reading it."""
+    """Write the file atomically, since other processes may be reading it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
     except OSError as error:
-        logger.info("the measurements of this machine cannot be kept in %s: %s", path, error)
+        logger.info("the measurements of this machine cannot be saved to %s: %s", path, error)

@@ -1,4 +1,4 @@
-"""What tnlm made of a model: the modules that its `config.json` lists, fused ones part by part."""
+"""Finds the layers made by tnlm in a model, from its config; fused layers part by part."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Made:
-    """One layer that tnlm put into a model.
+    """One layer made by tnlm.
 
     Attributes:
-        name: dotted; of a fused module's part, with the part's name at the end.
+        name: dotted name; for a part of a fused module, ending with the part's name.
         module: the layer.
-        entry: what `config.json` says of it.
-        experts: how many experts have such a layer, stacked in this one; 0 for one of its own.
+        entry: its entry in `config.json`.
+        experts: how many experts' layers this one stacks; 0 for an ordinary layer.
     """
 
     name: str
@@ -27,17 +27,17 @@ class Made:
 
     @property
     def approximated(self) -> bool:
-        """Whether it is other than it was: a fused module may have parts that stayed dense."""
+        """Whether it is compressed, as some parts of a fused module may have stayed dense."""
         return str(self.entry["kind"]) != "dense"
 
     @property
     def linear(self) -> bool:
-        """Whether it is one linear map: neither of the vocabulary, nor of several experts."""
+        """Whether it is one linear layer: no embedding, no head, no stack of experts."""
         return not self.experts and self.entry["kind"] not in ("embedding", "head")
 
 
 def made_layers(model: nn.Module) -> Iterator[Made]:
-    """Yield the layers that tnlm put into a model; none if it is not compressed.
+    """Yield the layers made by tnlm in a model; none if it is not compressed.
 
     Example:
         >>> import tnlm

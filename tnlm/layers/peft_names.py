@@ -1,4 +1,4 @@
-"""LoRA on factorized layers by their ordinary names, as `peft.LoraConfig` gives them."""
+"""LoRA on factorized layers by their original names, as in `peft.LoraConfig`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
-    """Let a LoRA stand beside factorized layers and tables, and return the same config.
+    """Make a LoRA config work on factorized layers and tables, and return the same config.
 
-    PEFT knows `nn.Linear` and `nn.Embedding` only, and learns of other layers from the config. What
-    it saves is an ordinary adapter. ``PeftModel.from_pretrained`` reads it again, on the dense
-    model as it is, and on a compressed one with its config made adaptable (``config=``). Merging
-    it needs the dense model: factors have no place for a LoRA beside their product.
+    PEFT knows only `nn.Linear` and `nn.Embedding`, and learns about other layers from the config.
+    It saves an ordinary adapter. ``PeftModel.from_pretrained`` loads it on the dense model as
+    usual, and on a compressed one with its config made adaptable (``config=``). Merging it needs
+    the dense model, since factors cannot absorb a LoRA beside their product.
 
     Args:
-        config: with ``target_modules`` by the names that the dense model has.
+        config: a config with ``target_modules`` named as in the dense model.
 
     Raises:
-        OptionError: if it is no `peft.LoraConfig`, or PEFT is not installed.
+        OptionError: if it is not a `peft.LoraConfig`, or PEFT is not installed.
 
     Example:
         >>> import peft, tnlm
@@ -51,7 +51,7 @@ def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
         ) from error
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise OptionError(
-            f"a peft.LoraConfig is wanted, not {type(config).__name__}; other adapters go on "
+            f"expected a peft.LoraConfig, got {type(config).__name__}; put other adapters on "
             "factors, each of which is an nn.Linear: target_modules=['q_proj.left', ...]"
         )
 
@@ -72,7 +72,7 @@ def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Tell whether a module is PEFT's, or one of those above.
+    """Return whether a module is PEFT's, or one of the classes above.
 
     Example:
         >>> is_adapter(nn.Linear(2, 2))
@@ -82,7 +82,7 @@ def is_adapter(module: nn.Module) -> bool:
 
 
 class _Unmerged:
-    """Refuses to merge: PEFT would change a weight that is rebuilt and then forgotten."""
+    """Prevents merging: PEFT would change a rebuilt weight, which is then discarded."""
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
@@ -92,7 +92,7 @@ class _Unmerged:
     def merge(self, *_: Any, **__: Any) -> None:
         """Raise `ModelError`."""
         raise ModelError(
-            "a LoRA beside a product of factors does not merge into them. Make the base dense with "
-            "tnlm.to_dense, read the adapter on it and merge there; or train the LoRA with "
+            "a LoRA beside a product of factors cannot be merged into them. Make the base dense "
+            "with tnlm.to_dense, load the adapter on it and merge there; or train the LoRA with "
             "tnlm.heal, which merges it; or put it on factors, target_modules=['q_proj.left', ...]"
         )

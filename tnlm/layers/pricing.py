@@ -1,4 +1,4 @@
-"""What a layer takes on this machine: through its factors, or rebuilt and multiplied."""
+"""Predicts a layer's time on this machine, through its factors or with a rebuilt weight."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tnlm.tensors.contraction import Chain, pairwise, passes_in, passes_out
 from tnlm.tensors.network import Network
 
 MOST_TOKENS = 2**15
-"""Token counts are weighed up to this one."""
+"""Largest token count to consider."""
 GAIN = 0.9
-"""A rebuilt weight must be predicted to take at most this share of the factors' time."""
+"""A rebuilt weight is used if its predicted time is below this fraction of the factors'."""
 
 
 def crossing(
@@ -19,15 +19,15 @@ def crossing(
 ) -> float:
     """Return the token count from which the dense matrix is faster than the factors.
 
-    Multiply-adds alone do not tell: narrow factors multiply slowly, activations are put into
-    another order between steps, and at few tokens reading the weight is all that counts.
+    Multiply-adds alone do not predict this: narrow factors multiply slowly, activations are
+    reordered between steps, and with few tokens the time to read the weight dominates.
 
     Args:
-        network: of the weight.
+        network: network of the weight.
         plan: its steps.
-        machine: the prices.
-        itemsize: bytes of one number.
-        kept: whether the dense matrix is at hand and need not be rebuilt.
+        machine: times of this machine.
+        itemsize: bytes per element.
+        kept: whether the dense matrix is cached and need not be rebuilt.
 
     Returns:
         A power of two, or infinity if the factors are faster at any count.
@@ -51,14 +51,14 @@ def crossing(
 
 
 def through(network: Network, plan: Chain, machine: Machine, itemsize: int, tokens: int) -> float:
-    """Return the seconds that tokens take through the factors, step by step."""
+    """Return the seconds that tokens take through the factors."""
     seconds, numbers = 0.0, network.shape[1]
     for step in plan.steps:
         if step.permute is not None:
             seconds += machine.reorder(tokens * numbers, itemsize)
         rows, width = network.size(step.kept), step.width
         met = tokens * math.prod(step.rest)
-        # The identity block is not multiplied; its numbers are put in order with the others.
+        # The identity block is not multiplied; its values are reordered with the others.
         if passes_out(network, step.factor, step.batch, step.contracted):
             seconds += machine.reorder(met * rows, itemsize)
             rows -= width
@@ -73,7 +73,7 @@ def through(network: Network, plan: Chain, machine: Machine, itemsize: int, toke
 
 
 def rebuilding(network: Network, machine: Machine, itemsize: int) -> float:
-    """Return the seconds that contracting the factors with each other takes."""
+    """Return the seconds to contract the factors with each other."""
     seconds = 0.0
     for _, equation in pairwise(network).steps:
         terms, result = equation.split("->")

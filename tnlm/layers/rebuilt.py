@@ -1,4 +1,4 @@
-"""Dense weights kept beside their factors, for long inputs, within a bound on memory."""
+"""Caches dense weights beside their factors, for long inputs, within a memory limit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tnlm.errors import OptionError
 
 
 class RebuiltWeights:
-    """Keeps the weights that were rebuilt last, as many as fit.
+    """A cache of the most recently rebuilt weights, as many as fit.
 
-    A weight is rebuilt again once any of its factors has changed.
+    A weight is rebuilt after any of its factors has changed.
 
     Args:
-        max_bytes: the most that all kept weights may take.
+        max_bytes: most bytes of all cached weights.
 
     Example:
         >>> kept = RebuiltWeights(max_bytes=2**20)
@@ -33,7 +33,7 @@ class RebuiltWeights:
         self._kept: OrderedDict[int, tuple[object, Tensor]] = OrderedDict()
 
     def weight(self, layer: Any) -> Tensor:
-        """Return a layer's dense weight, from memory if its factors are what they were."""
+        """Return a layer's dense weight, from the cache if its factors have not changed."""
         state = tuple((p, p.data_ptr(), _version(p)) for p in layer.parameters())
         found = self._kept.get(id(layer))
         if found is not None and _same(found[0], state):
@@ -55,29 +55,30 @@ class RebuiltWeights:
             self.bytes -= found[1].numel() * found[1].element_size()
 
     def __deepcopy__(self, _: object) -> RebuiltWeights:
-        """Return an empty one: the copy of a model has its own factors."""
+        """Return an empty cache, since the copy of a model has its own factors."""
         return RebuiltWeights(self.max_bytes)
 
     def __reduce__(self) -> tuple[type[RebuiltWeights], tuple[int]]:
-        """Pickle the bound alone."""
+        """Pickle only the limit."""
         return RebuiltWeights, (self.max_bytes,)
 
 
 def keep_rebuilt(model: nn.Module, max_bytes: int) -> RebuiltWeights:
-    """Let a model keep rebuilt weights where they are faster, typically for prefill.
+    """Cache rebuilt dense weights in a model where they are faster, typically for prefill.
 
-    Without it a layer rebuilds its weight at every call at which that pays. Training and compiled
-    graphs do not use kept weights. Low rank is never rebuilt: its factors are faster at any length.
+    Without this, a layer rebuilds its weight at every call where that is faster. Training and
+    compiled graphs do not use cached weights. Low rank is never rebuilt, since its factors are
+    faster at any length.
 
     Args:
-        model: compressed; what its layers kept before is dropped.
-        max_bytes: the most that all kept weights may take together; 0 keeps none.
+        model: a compressed model; its previous cache is dropped.
+        max_bytes: most bytes of all cached weights; 0 disables the cache.
 
     Returns:
-        What is kept, whose ``bytes`` tell how much it is.
+        The cache, whose ``bytes`` is its current size.
 
     Raises:
-        OptionError: for a negative bound.
+        OptionError: if the limit is negative.
 
     Example:
         >>> keep_rebuilt(nn.Linear(2, 2), max_bytes=2**30).bytes
@@ -91,12 +92,12 @@ def keep_rebuilt(model: nn.Module, max_bytes: int) -> RebuiltWeights:
 
 
 def _version(parameter: Tensor) -> int:
-    """Return how often a tensor was written to; inference tensors do not count it."""
+    """Return how often a tensor was written to; 0 for inference tensors, which do not count."""
     return 0 if parameter.is_inference() else parameter._version
 
 
 def _same(before: Any, now: Any) -> bool:
-    """Tell whether parameters are the same objects, at the same place, unchanged."""
+    """Return whether parameters are the same objects, at the same address, unchanged."""
     return len(before) == len(now) and all(
         a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, now, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Modules that keep some of their rows: a router, or stacked experts, with fewer experts."""
+"""Removes rows from modules, such as dropped experts from a router or from stacked experts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 
 COUNTS = "expert"
-"""What the names of whole numbers have in them that count experts."""
+"""Part of the names of attributes that count experts."""
 
 
 def with_rows(module: nn.Module, names: Collection[str], count: int, kept: Tensor) -> nn.Module:
-    """Return a copy of a module some of whose tensors keep some of ``count`` rows.
+    """Return a copy of a module with only the kept rows of some tensors.
 
-    Whole numbers that count experts follow, in the module and below it. All else is shared with the
-    module, which stays as it is; hooks are not copied.
+    Attributes that count experts are updated in the module and its children. Everything else is
+    shared with the original, which is left unchanged; hooks are not copied.
 
     Args:
-        module: any; a class of its own is kept.
+        module: any module; the copy has the same class.
         names: parameters and buffers that lose rows.
-        count: rows before, the number of experts.
-        kept: their indices, in the order that they are to have.
+        count: number of rows before, which is the number of experts.
+        kept: indices of the rows to keep, in their new order.
 
     Example:
         >>> import torch
@@ -62,7 +62,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def row_tensors(module: nn.Module, count: int) -> list[str]:
-    """Return the names of a module's parameters and buffers that have so many rows.
+    """Return the names of a module's parameters and buffers with ``count`` rows.
 
     Example:
         >>> row_tensors(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), 8)
@@ -73,7 +73,7 @@ def row_tensors(module: nn.Module, count: int) -> list[str]:
 
 
 def set_counts(module: nn.Module, count: int, new: int) -> None:
-    """Let whole numbers that count experts, in a module and below it, be another."""
+    """Set the attributes that count experts, in a module and its children, to a new count."""
     for part in module.modules():
         for name, value in list(vars(part).items()):
             if _counts(name, value, count):

@@ -1,4 +1,4 @@
-"""The shape of the matrix that a module holds."""
+"""The shape of a module's matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaces modules so that nothing is lost if a step fails."""
+"""Replaces modules, and can restore everything if a step fails."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tnlm.utils.undo import Snapshot
 
 
 class Swap:
-    """Replaces modules, and undoes it all if asked, attributes and config too.
+    """Replaces modules, and can undo all of it, including attributes and configs.
 
-    The weights of replaced modules wait in a temporary file, so that memory holds the model once.
+    The weights of replaced modules are moved to a temporary file, so that memory holds the model
+    only once.
 
     Example:
         >>> from tnlm.utils.undo import attempt
@@ -31,7 +32,7 @@ class Swap:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Guard a model."""
+        """Record the model."""
         self._model = model
         self._before = Snapshot(model)
         self._spill = Spill()
@@ -40,9 +41,9 @@ class Swap:
         self._uses = Counter(p.untyped_storage().data_ptr() for p in model.parameters())
 
     def spill(self, name: str) -> None:
-        """Move a module's weight to a file, ahead of its replacement.
+        """Move a module's weight to a file, before its replacement.
 
-        A weight whose memory another parameter uses too would free none, and stays.
+        A weight whose memory is shared with another parameter stays, since moving frees nothing.
 
         Raises:
             CheckpointError: if the disk is full.
@@ -54,16 +55,16 @@ class Swap:
             weight.data = weight.data.new_empty(0)
 
     def replace(self, name: str, module: nn.Module) -> None:
-        """Put a module in the place of another, whose weight moves to a file."""
+        """Replace a module, and move the old one's weight to a file."""
         self.spill(name)
         bias = self._model.get_submodule(name)._parameters.get("bias")
         if bias is not None and bias not in self._biases:
-            # The new module may hold it, and train it.
+            # The new module may hold and train the same bias.
             self._biases[bias] = bias.detach().clone()
         self._model.set_submodule(name, module)
 
     def undo(self) -> None:
-        """Restore every module and weight; again if it was interrupted, as `attempt` does."""
+        """Restore every module and weight; can be repeated after an interruption."""
         for weight, held in self._weights.items():
             weight.data = held if isinstance(held, Tensor) else self._spill.take(held)
         for bias, values in self._biases.items():
@@ -72,7 +73,7 @@ class Swap:
 
 
 class Shelf:
-    """Keeps fitted modules in a temporary file until all are ready to be put into the model.
+    """Keeps fitted modules in a temporary file until all are ready to be installed.
 
     Example:
         >>> shelf = Shelf()
@@ -98,7 +99,7 @@ class Shelf:
         self._modules[name] = module.to("meta"), device
 
     def take(self, name: str) -> nn.Module:
-        """Return a module with its tensors on their device again."""
+        """Return a module, with its tensors back on their device."""
         module, device = self._modules.pop(name)
         module.to_empty(device=device)
         slots = self._slots.pop(name)

@@ -1,4 +1,4 @@
-"""Experts unfolded: a linear layer for every matrix of every expert, while a job runs."""
+"""Unfolds experts: one linear layer for every matrix of every expert, while a job runs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from tnlm.layers.expert_layout import ExpertLayout, layout_of
 
 TOKENS = 4
-"""Tokens for each expert on which an unfolded module is compared with its original."""
+"""Number of tokens per expert on which an unfolded module is compared with its original."""
 CLOSE = 64
-"""Outputs are the same that differ by this many units in the last place of the largest."""
+"""Outputs may differ by this many units in the last place of the largest."""
 
 
 class Kept:
-    """The module that was unfolded; copies of a model share it, as nothing changes it."""
+    """The original of an unfolded module; copies of a model share it, since it never changes."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Keep a module."""
+        """Store the module."""
         self.module = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
-        """Return the same."""
+        """Return the same object."""
         return self
 
 
@@ -34,17 +34,17 @@ class Expert(nn.Module):
 
     Args:
         owner: the module of all experts, without its parameters.
-        layout: how they lay in it.
-        matrices: this expert's, by name.
+        layout: the layout of its parameters.
+        matrices: this expert's matrices, by name.
     """
 
     def __init__(
         self, owner: nn.Module, layout: ExpertLayout, matrices: dict[str, nn.Linear]
     ) -> None:
-        """Take the matrices; see the class for the arguments."""
+        """Store the matrices; see the class for the arguments."""
         super().__init__()
         self.layout = layout
-        self.__dict__["owner"] = owner  # no child: it stands for all experts
+        self.__dict__["owner"] = owner  # not a child: all experts share it
         for name, matrix in matrices.items():
             self.add_module(name, matrix)
 
@@ -58,7 +58,7 @@ class Expert(nn.Module):
 
 
 def activated(owner: Any, layout: ExpertLayout, gate: Tensor | None, up: Tensor) -> Tensor:
-    """Return what ``down_proj`` reads, by the code of the module that held the experts."""
+    """Return the input of ``down_proj``, computed by the original module's code."""
     if gate is None:
         inner: Tensor = owner.act_fn(up)
     else:
@@ -67,19 +67,19 @@ def activated(owner: Any, layout: ExpertLayout, gate: Tensor | None, up: Tensor)
 
 
 def normed(owner: Any, output: Tensor) -> Tensor:
-    """Return an expert's output after the norm that some modules of experts apply."""
+    """Return an expert's output after the norm, if the original module has one."""
     after: Tensor = owner.post_expert_norm(output) if owner.has_post_expert_norm else output
     return after
 
 
 class UnfoldedExperts(nn.ModuleList):
-    """All experts of a module, each by itself; the linear layers are views of its parameters.
+    """All experts of a module as separate ones, whose linear layers are views of its parameters.
 
-    Called as transformers calls its experts, it gives the same outputs.
+    It is called like transformers' experts, and gives the same outputs.
     """
 
     def __init__(self, module: nn.Module, layout: ExpertLayout) -> None:
-        """Unfold a module; its parameters are shared, not copied."""
+        """Unfold a module, sharing its parameters."""
         owner = bare(module, layout)
         weights = {name: layout.weight(module, name) for name in layout.shapes}
         biases = {name: layout.bias(module, name) for name in layout.shapes}
@@ -102,23 +102,23 @@ class UnfoldedExperts(nn.ModuleList):
         self.train(module.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Add up the outputs of the experts that each token is sent to, ``(tokens, hidden)``."""
+        """Sum the outputs of the experts to which each token is routed, ``(tokens, hidden)``."""
         total = torch.zeros_like(hidden_states)
         for number in range(self.layout.experts):
             token, slot = torch.where(top_k_index == number)
             if len(token):
                 output = normed(self.owner, self[number](hidden_states[token]))
-                weighed = output * top_k_weights[token, slot, None]
-                total = total.index_add(0, token, weighed.to(total.dtype))
+                weighted = output * top_k_weights[token, slot, None]
+                total = total.index_add(0, token, weighted.to(total.dtype))
         return total
 
     def __len__(self) -> int:
-        """Return the number of experts; a norm beside them is none."""
+        """Return the number of experts, without a norm beside them."""
         return self.layout.experts if "layout" in vars(self) else super().__len__()
 
 
 def bare(module: nn.Module, layout: ExpertLayout) -> nn.Module:
-    """Return a copy of a module of experts without its 3-D parameters and biases."""
+    """Return a copy of an experts module without its 3-D parameters and biases."""
     made = copy.copy(module)
     kept = {n: p for n, p in module._parameters.items() if n not in layout.parameters}
     made.__dict__["_parameters"] = kept
@@ -141,15 +141,15 @@ def _at(stack: Tensor | None, index: int) -> Tensor | None:
 
 
 def unfold(model: nn.Module) -> dict[str, str]:
-    """Replace every module of experts by linear layers that share its parameters.
+    """Replace every experts module by linear layers that share its parameters.
 
-    Each is tried first: on random tokens it must give what the module gives.
+    Each is checked first: on random tokens, its outputs must match the module's.
 
     Args:
         model: changed in place; :func:`refold` undoes it.
 
     Returns:
-        Why modules of experts were left as they are, by name.
+        The reasons why experts modules were left unchanged, by name.
 
     Example:
         >>> from transformers import MixtralConfig, MixtralForCausalLM
@@ -186,7 +186,7 @@ def objection(module: nn.Module) -> str | None:
 
 
 def refold(model: nn.Module) -> None:
-    """Put back every module of experts that was unfolded, the same object as before."""
+    """Restore every unfolded experts module, as the same object as before."""
     for name, module in list(unfolded(model)):
         kept: Any = module.original
         model.set_submodule(name, kept.module)
@@ -200,7 +200,7 @@ def unfolded(model: nn.Module) -> Iterator[tuple[str, UnfoldedExperts]]:
 
 
 def _held(module: nn.Module) -> str | None:
-    """Return what keeps a module's parameters from being shared."""
+    """Return why a module's parameters cannot be shared, or None."""
     if getattr(module, "_hf_hook", None):
         return "its parameters are offloaded by accelerate; compress before dispatching"
     plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters())
@@ -209,7 +209,7 @@ def _held(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _difference(module: nn.Module, layout: ExpertLayout) -> str | None:
-    """Return how the outputs of a module differ from those of its experts one by one."""
+    """Return why a module cannot be replaced by its separate experts, or None."""
     like: Any = getattr(module, layout.parameters[0])
     if like.is_meta:
         return None
@@ -223,7 +223,7 @@ def _difference(module: nn.Module, layout: ExpertLayout) -> str | None:
     twin = UnfoldedExperts(module, layout)
     try:
         expected, found = module(*call), twin(*call)
-    except Exception as error:  # another's code, that may raise anything
+    except Exception as error:  # the model's code may raise anything
         return f"{name} cannot be tried by itself ({type(error).__name__}: {error})"
     size = float(expected.abs().max()) if expected.numel() else 0.0
     bound = CLOSE * torch.finfo(like.dtype).eps * size
