@@ -206,7 +206,7 @@ def test_a_loss_that_is_lost_unwraps_the_layers(parts_of, data_of, lose_the_loss
         ({"start": 1.5}, OptionError, "start=1.5; allowed: a probability, from 0 to 1"),
         ({"start": float("nan")}, OptionError, "start=nan"),
         ({"consistency": -1.0}, OptionError, "consistency=-1.0; allowed: a finite weight"),
-        ({"output_dir": "run"}, OptionError, "this training is not resumed"),
+        ({"output_dir": "run"}, OptionError, "this training cannot be resumed"),
         ({"dense": {}}, TargetError, "there is no factorized linear layer"),
         ({"dense": {"nowhere": torch.ones(1, 1)}}, TargetError, "no module at 'nowhere'"),
         ({"dense": {"lm_head": torch.ones(1, 1)}}, TargetError, "a Linear at 'lm_head'"),

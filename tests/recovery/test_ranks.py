@@ -22,5 +22,5 @@ def test_of_equal_singular_values_it_is_the_rank():
 
 @pytest.mark.parametrize("wrong", [torch.ones(3), torch.tensor([[float("inf")]])])
 def test_what_has_no_rank_is_refused(wrong):
-    with pytest.raises(OptionError, match="a finite matrix is wanted"):
+    with pytest.raises(OptionError, match="expected a finite matrix"):
         effective_rank(wrong)

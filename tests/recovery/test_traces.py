@@ -114,12 +114,12 @@ def test_what_cannot_be_seen_is_refused(gaussian, tiny_llama):
     x = gaussian(1, 2, 3, 4)
     with pytest.raises(ModelError, match="sinks"):
         log_probabilities(x, x, None, s_aux=x)
-    with pytest.raises(ModelError, match="not one stack"):
+    with pytest.raises(ModelError, match="not have exactly one stack"):
         model_blocks(torch.nn.Linear(2, 2))
     model = tiny_llama()
     model._can_set_attn_implementation = lambda: False
     with (
-        pytest.raises(ModelError, match="does not take attention functions"),
+        pytest.raises(ModelError, match="does not use attention functions"),
         Traces(model, maps=[0]).attached(),
     ):
         pass

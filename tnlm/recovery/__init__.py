@@ -1,4 +1,4 @@
-"""How the loss is won back: what a fit knows of earlier fits, and what is tuned afterwards."""
+"""Training that recovers quality after compression: fine-tuning, distillation, LoRAs, pruning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from tnlm.recovery.distillation import distill
     from tnlm.recovery.training import finetune
 
-# Imported when first used, as the trainer takes longer to import than all the rest.
+# Imported when first used, since the trainer takes longer to import than all the rest.
 _HOMES = {
     "distill": "tnlm.recovery.distillation",
     "finetune": "tnlm.recovery.training",

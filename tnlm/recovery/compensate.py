@@ -1,7 +1,7 @@
-"""What becomes of a LoRA beside a low-rank matrix ``left @ right``, and how one may start.
+"""Merges a LoRA with a low-rank matrix ``left @ right``, and initialises LoRAs by residuals.
 
-The LoRA is kept as it is (r * (in + out) numbers more), concatenated to the factors, which is
-exact and of rank k + r, or merged and cut back to rank k, the best of that rank under a metric.
+A LoRA can be kept beside the product (r * (in + out) more parameters), concatenated to the factors
+(exact, with rank k + r), or merged and truncated to rank k, optimally under a metric.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def concatenate(left: Tensor, right: Tensor, lora: Lora) -> tuple[Tensor, Tensor
     Args:
         left: ``(out, k)``.
         right: ``(k, in)``.
-        lora: of rank r.
+        lora: a LoRA of rank r.
 
     Returns:
         ``(out, k + r)`` and ``(k + r, in)``, in the dtype of the factors.
@@ -38,26 +38,26 @@ def concatenate(left: Tensor, right: Tensor, lora: Lora) -> tuple[Tensor, Tensor
 def retruncate(
     left: Tensor, right: Tensor, lora: Lora, metric: Metric, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the best factors of a rank, under a metric, for the sum of a product and a LoRA.
+    """Return the best factors of a given rank, under a metric, for the sum of a product and a LoRA.
 
     Args:
         left: ``(out, k)``.
         right: ``(k, in)``.
-        lora: what is merged.
-        metric: separable; how the error is measured.
-        rank: of the result; k if not given.
+        lora: the LoRA to merge.
+        metric: a separable metric for the error.
+        rank: rank of the result; k by default.
 
     Returns:
         ``(out, rank)`` and ``(rank, in)``, float64.
 
     Raises:
-        RankError: for a rank that the matrix cannot have.
+        RankError: if the matrix cannot have the rank.
 
     Example:
         >>> lora = Lora(torch.tensor([[0.0, 5.0]]), torch.tensor([[0.0], [1.0]]))
         >>> left, right = torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]])
         >>> left, right = retruncate(left, right, lora, Metric())
-        >>> (left @ right).abs().round().tolist()  # of 1 and 5, the larger is kept
+        >>> (left @ right).abs().round().tolist()  # keeps the larger of 1 and 5
         [[0.0, 0.0], [0.0, 5.0]]
     """
     rank, most = left.shape[1] if rank is None else rank, min(len(left), right.shape[1])
@@ -70,21 +70,21 @@ def retruncate(
 
 
 def residual_start(weight: Tensor, fitted: Tensor, rank: int, scaling: float = 1.0) -> Lora:
-    """Return the LoRA nearest to what an approximation lacks: the truncated SVD of ``W - W_k``.
+    """Return the LoRA nearest to an approximation's residual: the truncated SVD of ``W - W_k``.
 
-    Both factors carry the square root of the singular values, as they are to be trained.
+    Both factors get the square root of the singular values, since both will be trained.
 
     Args:
         weight: W, ``(out, in)``.
         fitted: W_k, its approximation.
-        rank: of the LoRA.
-        scaling: of the LoRA.
+        rank: rank of the LoRA.
+        scaling: scaling of the LoRA.
 
     Returns:
-        The LoRA, float32 or more.
+        The LoRA, in float32 or higher precision.
 
     Raises:
-        RankError: for a rank that the matrix cannot have.
+        RankError: if the matrix cannot have the rank.
 
     Example:
         >>> W = torch.diag(torch.tensor([4.0, 2.0, 1.0]))

@@ -1,4 +1,4 @@
-"""Distillation: a compressed model learns from the model that it was made of."""
+"""Distillation: trains a compressed model to match the original model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tnlm.recovery.training import finetune
 from tnlm.utils.undo import leaves_model
 
 Pairs = Sequence[tuple[int, int]]
-"""A layer of the student, and the layer of the teacher that it learns from."""
+"""Pairs of a student's layer and the teacher's layer that it learns from."""
 
 
 @leaves_model
@@ -41,37 +41,37 @@ def distill(
     layers: Pairs | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Train a student in place to do what its teacher does.
+    """Train a student model in place to match its teacher.
 
-    The loss is a weighted sum of terms, and each is logged. Without a preset the weight of
-    ``logits`` is 1, and all others are 0. The teacher is not changed; it may be in another
-    precision, or on another device.
+    The loss is a weighted sum of terms, each of which is logged. Without a preset, the weight of
+    ``logits`` is 1 and all others are 0. The teacher is not changed; it may have another precision
+    or device.
 
     Args:
         student: the compressed model.
-        teacher: most often the model as it was; of the same vocabulary or classes.
+        teacher: usually the original model; with the same vocabulary or classes.
         data: see :func:`tnlm.recovery.training.finetune`.
         preset: ``"ilkd"`` for KnGPT2's intermediate-layer distillation: embedded tokens, attention
             maps, feed-forward outputs and labels. The paper's weights are not published: here each
-            is 1, means over layers stand for its sums, and squared errors are relative.
+            is 1, losses are means over layers instead of sums, and squared errors are relative.
         logits: weight of T² KL(teacher || student) of the predictions.
-        hidden: weight of the squared error of feed-forward outputs relative to the teacher's
-            (outputs of whole blocks where these have no feed-forward part), averaged over layers.
+        hidden: weight of the squared error of feed-forward outputs, relative to the teacher's and
+            averaged over layers (outputs of whole blocks if these have no feed-forward part).
         attention: weight of KL(teacher || student) of attention maps, averaged over layers.
-        embedding: weight of the squared error, relative to the teacher's, of the tokens' rows as
-            the embedding table gives them, before positions are added.
+        embedding: weight of the squared error of embedded tokens, relative to the teacher's, before
+            positions are added.
         labels: weight of the model's own loss on the data.
         temperature: T of the logits.
-        layers: pairs of a student's and a teacher's layer; each with its own by default.
-        **options: as :func:`tnlm.recovery.training.finetune` takes them.
+        layers: pairs of a student's and a teacher's layer; by default, layers of the same index.
+        **options: further arguments of :func:`tnlm.recovery.training.finetune`.
 
     Returns:
         The student.
 
     Raises:
-        OptionError: if the models do not pair: vocabularies, classes, layers, heads or widths.
-        ModelError: if what a term compares cannot be seen in a model.
-        TrainingError: as ``finetune`` raises it.
+        OptionError: if the models differ in vocabulary, classes, layers, heads or widths.
+        ModelError: if a model does not expose what a term compares.
+        TrainingError: as in ``finetune``.
 
     Source: logits, Hinton et al. 2015, arXiv 1503.02531; ``"ilkd"``, Edalati et al. 2022, arXiv
     2110.08152.
@@ -105,14 +105,14 @@ def distill(
 
 
 class Distiller(GuardedTrainer):
-    """Trains a model on a weighted sum of what a teacher has to say.
+    """Trains a model on a weighted sum of distillation losses.
 
     Args:
         teacher: see :func:`distill`.
-        weights: of the terms.
-        temperature: of the logits.
+        weights: weights of the terms.
+        temperature: temperature of the logits.
         layers: pairs of layers for ``hidden`` and ``attention``.
-        **arguments: to ``transformers.Trainer``.
+        **arguments: passed to ``transformers.Trainer``.
     """
 
     loss_is_scaled_for_ga = False
@@ -126,7 +126,7 @@ class Distiller(GuardedTrainer):
         layers: Pairs = (),
         **arguments: Any,
     ) -> None:
-        """Find what is compared; see the class for the arguments."""
+        """Prepare the comparison; see the class for the arguments."""
         super().__init__(**arguments)
         self._teacher, self._weights, self._temperature = teacher, weights, temperature
         self._layers = layers
@@ -147,7 +147,7 @@ class Distiller(GuardedTrainer):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What else must agree for a training to be resumed, as JSON holds it."""
+        """Further settings, as JSON values, that must match for a training to be resumed."""
         layers = [list(pair) for pair in self._layers]
         return {**asdict(self._weights), "temperature": self._temperature, "layers": layers}
 
@@ -158,7 +158,7 @@ class Distiller(GuardedTrainer):
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Watch both models, and leave them as they were afterwards."""
+        """Attach hooks to both models, and remove them afterwards."""
         with self._own.attached(), self._given.attached(), eval_mode(self._teacher):
             yield
 
@@ -196,7 +196,7 @@ class Distiller(GuardedTrainer):
         return output, terms
 
     def _compared(self, own: Trace, given: Trace, mask: Tensor) -> dict[str, Tensor]:
-        """Return the terms that compare what goes on inside."""
+        """Return the terms that compare intermediate states."""
         terms = {}
         if own.embedding is not None and given.embedding is not None:
             terms["embedding"] = state_loss(own.embedding, given.embedding, mask)
@@ -207,12 +207,12 @@ class Distiller(GuardedTrainer):
             maps = [(own.maps.get(i), given.maps.get(j)) for i, j in self._layers]
             seen = [map_loss(a, b, mask) for a, b in maps if a is not None and b is not None]
             if len(seen) < len(maps):
-                raise ModelError("a layer showed no attention map; leave it out: layers=")
+                raise ModelError("a layer has no attention map; leave it out of layers=")
             terms["attention"] = torch.stack(seen).mean()
         return terms
 
     def log(self, logs: dict[str, float], *args: Any, **arguments: Any) -> None:
-        """Log, with the mean of every term since the last time."""
+        """Log, with the mean of every term since the last log."""
         if self._count and "loss" in logs:
             logs = logs | {name: float(total) / self._count for name, total in self._sums.items()}
             self._sums, self._count = {}, 0
@@ -222,13 +222,13 @@ class Distiller(GuardedTrainer):
 def pair_layers(
     student: PreTrainedModel, teacher: PreTrainedModel, weights: Weights, layers: Pairs | None
 ) -> Pairs:
-    """Return the pairs of layers to compare, or say why the models cannot be compared.
+    """Return the pairs of layers to compare.
 
     Raises:
-        OptionError: as :func:`distill` raises it.
+        OptionError: if the models cannot be compared, as in :func:`distill`.
     """
     if student is teacher:
-        raise OptionError("the student is its own teacher; copy the model before it is compressed")
+        raise OptionError("the student is its own teacher; copy the model before compressing it")
     own, given = student.config.get_text_config(), teacher.config.get_text_config()
     kinds = [model_kind(model) for model in (student, teacher)]
     if kinds[0] != kinds[1]:
@@ -256,8 +256,8 @@ def pair_layers(
     depth, other = len(model_blocks(student)), len(model_blocks(teacher))
     if layers is None and depth != other:
         raise OptionError(
-            f"the student has {depth} layers and the teacher {other}; say which learns from "
-            "which: layers=[(student layer, teacher layer), ...]"
+            f"the student has {depth} layers and the teacher {other}; give pairs in "
+            "layers=[(student layer, teacher layer), ...]"
         )
     pairs = [(index, index) for index in range(depth)] if layers is None else list(layers)
     if not pairs or any(not (0 <= i < depth and 0 <= j < other) for i, j in pairs):

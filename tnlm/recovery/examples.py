@@ -1,4 +1,4 @@
-"""What a model is trained on: texts, ids or labelled rows as examples, and examples as batches."""
+"""Training data: converts texts, ids or labelled rows to examples, and examples to batches."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MASKED = 0.15
-"""Share of the tokens that a masked language model is to predict, as in BERT."""
+"""Fraction of the tokens that a masked language model must predict, as in BERT."""
 
 Example = dict[str, Tensor]
-"""``input_ids`` ``(length,)``, and ``labels``: one for each token, or one class ``()``."""
+"""``input_ids`` ``(length,)``, and ``labels``: one per token, or one class ``()``."""
 
 
 class Examples(Dataset[Example]):
@@ -42,7 +42,7 @@ class Examples(Dataset[Example]):
     """
 
     def __init__(self, items: Sequence[Example], *, classes: bool) -> None:
-        """Hold the items; see the class for the arguments."""
+        """Store the items; see the class for the arguments."""
         self.items = items
         self.classes = classes
 
@@ -65,28 +65,28 @@ def training_set(
     seed: int = 0,
     bos: bool | str = AUTO,
 ) -> Examples:
-    """Turn data of any accepted kind into training examples.
+    """Convert data of any accepted kind to training examples.
 
-    Rows that have a ``label`` column are examples of classes: each text is tokenised by itself,
-    with special tokens, and cut to ``max_length``. Everything else is text or ids for a language
-    model, and becomes sequences as :func:`tnlm.calibration.data.token_batches` makes them.
+    Rows with a ``label`` column are examples of classes: each text is tokenised separately, with
+    special tokens, and truncated to ``max_length``. Everything else is text or ids for a language
+    model, and is cut into sequences by :func:`tnlm.calibration.data.token_batches`.
 
     Args:
-        data: what ``token_batches`` takes; or rows, as a list of dicts, a ``.jsonl`` file or a
+        data: data for ``token_batches``; or rows, as a list of dicts, a ``.jsonl`` file or a
             ``datasets.Dataset``.
         tokenizer: needed for text, and for ``masked``.
-        max_length: tokens of a window of text, and at most of a row.
-        text: name of the rows' text column; rows may hold ``input_ids`` instead.
-        label: name of the column of classes; None to read rows as text alone.
-        masked: hide 15 % of the tokens, which are to be predicted, instead of every next token.
-        max_tokens: draw at random sequences of no more tokens in all (but at least one); None for
-            all.
+        max_length: tokens per window of text, and most tokens per row.
+        text: name of the rows' text column; rows may have ``input_ids`` instead.
+        label: name of the class column; None to read rows as text only.
+        masked: hide 15 % of the tokens and predict these, instead of every next token.
+        max_tokens: draw random sequences with at most this many tokens in total (but at least one
+            sequence); None for all.
         seed: chooses the sequences and the hidden tokens.
-        bos: whether a window of text begins with BOS; see ``token_batches``.
+        bos: whether a window of text starts with BOS; see ``token_batches``.
 
     Raises:
-        TrainingError: for data that is empty or of no accepted kind, naming the item at fault.
-        OptionError: if ``max_tokens`` is no positive integer.
+        TrainingError: if the data is empty or of no accepted kind; names the invalid item.
+        OptionError: if ``max_tokens`` is not a positive integer.
 
     Example:
         >>> examples = training_set(torch.arange(3, 9), max_length=3)
@@ -98,9 +98,9 @@ def training_set(
         long = is_read_in_part(data)
         if is_streamed(data) and max_tokens is None:
             raise CalibrationError(
-                "a stream may have no end; say how much of it is wanted: tokens=", argument="tokens"
+                "a stream may be endless; limit it with tokens=", argument="tokens"
             )
-        # A long file of plain texts is not read as rows: few of its lines are needed.
+        # A long file of plain texts is not read as rows, since few of its lines are needed.
         rows = None if long and label is None and text == "text" else _rows(data)
         if rows is not None and label is not None and any(label in row for row in rows):
             items = _classified(rows, tokenizer, max_length, text, label)
@@ -122,8 +122,8 @@ def collate(items: Sequence[Example], pad: int = 0) -> Batch:
     """Stack examples into a batch, padded on the right.
 
     Args:
-        items: of one kind.
-        pad: id that fills ``input_ids``; ``labels`` are filled with -100.
+        items: examples of one kind.
+        pad: padding id for ``input_ids``; ``labels`` are padded with -100.
 
     Example:
         >>> batch = collate(training_set([[5, 6, 7], [8, 9]]).items)
@@ -140,7 +140,7 @@ def collate(items: Sequence[Example], pad: int = 0) -> Batch:
 
 
 def batches(dataset: Dataset[Example], batch_size: int, pad: int = 0) -> list[Batch]:
-    """Return all examples as batches, in their order.
+    """Return all examples as batches, in order.
 
     Example:
         >>> [len(batch["labels"]) for batch in batches(training_set([[5, 6]] * 3), batch_size=2)]
@@ -155,7 +155,7 @@ def batches(dataset: Dataset[Example], batch_size: int, pad: int = 0) -> list[Ba
 
 
 def is_read_in_part(data: Any) -> bool:
-    """Whether no more of the data is read than is trained on: a long text, or a stream.
+    """Return whether only the part of the data to train on is read: long texts and streams.
 
     Example:
         >>> is_read_in_part(["a text"])
@@ -168,13 +168,13 @@ def is_read_in_part(data: Any) -> bool:
 
 
 def check_tokens(most: int | None) -> None:
-    """Refuse a number of tokens that is no positive integer, unless it is None."""
+    """Raise `OptionError` unless a number of tokens is a positive integer or None."""
     if most is not None and (not isinstance(most, int) or most < 1):
         raise OptionError(f"tokens={most!r}; allowed: an integer of at least 1, or None")
 
 
 def _rows(data: Any) -> Rows | None:
-    """Return data that has columns as rows; None if it is plain text or ids."""
+    """Return data with columns as rows, or None if it is plain text or ids."""
     if hasattr(data, "column_names") and not isinstance(data, Mapping):
         return list(data) if hasattr(data, "__len__") else None
     if isinstance(data, str | os.PathLike):
@@ -208,7 +208,8 @@ def _classified(
         ids = [row["input_ids"][:max_length] for row in rows]
     elif tokenizer is None:
         raise TrainingError(
-            "the training data is text, which needs the model's: tokenizer=", argument="tokenizer"
+            "the training data is text, which needs the model's tokenizer: tokenizer=",
+            argument="tokenizer",
         )
     else:
         texts = [text_at(row, index, text) for index, row in enumerate(rows)]
@@ -244,7 +245,7 @@ def _sequences(
 
 
 def draw(items: Sequence[Example], most: int | None, seed: int) -> list[Example]:
-    """Draw examples of at most so many tokens in all (but at least one), in their own order.
+    """Draw examples with at most this many tokens in total (but at least one), in order.
 
     Example:
         >>> len(draw(training_set([[5, 6]] * 4).items, most=5, seed=0))
@@ -267,12 +268,11 @@ def _next_tokens(ids: Tensor) -> Example:
 def _hide(
     sequences: Sequence[Example], tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> list[Example]:
-    """Put the mask token in place of some tokens of every sequence, at least one."""
+    """Replace some tokens of every sequence, at least one, by the mask token."""
     token = None if tokenizer is None else tokenizer.mask_token_id
     if token is None:
         raise TrainingError(
-            "a masked language model is trained with its tokenizer's mask token: give a "
-            "tokenizer= that has one",
+            "training a masked language model needs a tokenizer with a mask token: tokenizer=",
             argument="tokenizer",
         )
     generator = torch.Generator().manual_seed(seed)

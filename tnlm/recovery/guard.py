@@ -1,4 +1,4 @@
-"""A ``transformers.Trainer`` that stops at a loss without meaning, and does not print."""
+"""A ``transformers.Trainer`` that stops if the loss is not finite, and does not print."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tnlm.errors import TrainingError
 logger = logging.getLogger("tnlm")
 
 SNAPSHOTS = 20
-"""How often in a training the parameters are kept, to be restored if the loss is lost."""
+"""Number of times per training that parameters are saved, to be restored if the loss diverges."""
 
 
 class GuardedTrainer(Trainer):
-    """Trains until the loss is not finite, which is an error after which the model still works.
+    """A Trainer that restores the model and raises an error if the loss is not finite.
 
-    What is restored are the parameters with which the loss was last seen finite, as kept every 5 %
-    of the steps; they take memory of the CPU as large as the parameters that are trained.
+    It restores the last saved parameters with a finite loss, which it saves every 5 % of the steps,
+    in CPU memory of the size of the trained parameters.
     """
 
     def __init__(self, **arguments: Any) -> None:
-        """Take a Trainer's arguments; progress bars show steps alone, and logs go to logging."""
+        """Take a Trainer's arguments; progress bars show only steps, and logs go to logging."""
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -46,14 +46,14 @@ class GuardedTrainer(Trainer):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What else must agree for a training to be resumed, as JSON holds it."""
+        """Further settings, as JSON values, that must match for a training to be resumed."""
         return {}
 
     def train(self, *args: Any, **arguments: Any) -> Any:
-        """Train as a Trainer does.
+        """Train like a Trainer.
 
         Raises:
-            TrainingError: if the loss, or a parameter in the end, is not finite.
+            TrainingError: if the loss, or a final parameter, is not finite.
         """
         self._kept = {}
         if self.args.gradient_accumulation_steps > 1 and self.loss_is_scaled_for_ga is None:
@@ -70,7 +70,7 @@ class GuardedTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Take the gradients of a batch, if its loss is finite."""
+        """Compute the gradients of a batch, if its loss is finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not bool(loss.isfinite()):
             self._stop(f"the loss is {float(loss)}")
@@ -81,10 +81,10 @@ class GuardedTrainer(Trainer):
         return loss
 
     def _model_divides(self) -> bool | None:
-        """Return whether the model divides its loss by the number of labels that it is given.
+        """Return whether the model divides its loss by the number of labels it is given.
 
-        Many models take any argument and then give the mean all the same: the Trainer would add up
-        the means of the batches that it accumulates. None, the Trainer's own choice, if unknown.
+        Many models accept this argument and still return the mean, and the Trainer would then sum
+        the means of accumulated batches. If unknown, return None, the Trainer's own choice.
         """
         model: Any = self.model
         data: Any = self.train_dataset
@@ -105,7 +105,7 @@ class GuardedTrainer(Trainer):
         return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def _stop(self, why: str) -> None:
-        """Restore the parameters, and say at which step the loss was lost."""
+        """Restore the parameters, and raise an error that names the step."""
         with torch.no_grad():
             for name, parameter in self._trained():
                 if self._kept:
@@ -114,7 +114,7 @@ class GuardedTrainer(Trainer):
             f"the parameters of step {self._kept_at} are restored; try a lower learning_rate than "
             f"{self.args.learning_rate}"
             if self._kept
-            else "no step was taken; the model itself gives no finite loss on this data"
+            else "no step was taken; the model itself has no finite loss on this data"
         )
         raise TrainingError(
             f"training {type(self.model).__name__}: {why} at step {self.state.global_step} of "
@@ -123,7 +123,7 @@ class GuardedTrainer(Trainer):
 
 
 class _Log(TrainerCallback):
-    """Logs what a Trainer reports."""
+    """Logs the Trainer's reports."""
 
     def on_log(
         self,
@@ -138,7 +138,7 @@ class _Log(TrainerCallback):
 
 
 class _Bar(ProgressCallback):
-    """Shows the steps, and prints nothing between."""
+    """Shows a progress bar of the steps, without printing logs."""
 
     def on_log(self, *_: Any, **__: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""heal: LoRAs are trained in a compressed model, everything else frozen, and merged into it."""
+"""heal: trains LoRAs in a compressed model, with everything else frozen, and merges them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MERGES = {
     "factors": ("factors", "adapter"),
     "layers": ("concatenate", "retruncate", "adapter"),
 }
-"""What may be done with a trained LoRA, by where it stands; the default first."""
+"""Ways to merge a trained LoRA, by its place; the default first."""
 
 STARTS = ("zero", "residual")
 
@@ -65,45 +65,44 @@ def heal(
     seed: int = 0,
     progress: bool = True,
 ) -> PreTrainedModel:
-    """Win back what compression lost: train LoRAs, all else frozen, and merge them, in place.
+    """Recover quality after compression: train LoRAs, all else frozen, and merge them in place.
 
-    On the factors (the default, for every format) a LoRA changes each factor and merges into it:
-    ranks, parameters and identity blocks stay what they were. On the layers, which must be of low
-    rank, it stands beside the product, and ``merge`` says what becomes of it:
+    With ``on="factors"`` (the default, for every format), each factor gets a LoRA that is merged
+    into it; ranks, parameter counts and identity blocks do not change. With ``on="layers"``, for
+    low-rank layers, each product gets a LoRA beside it. ``merge`` sets how LoRAs are merged:
 
-    - ``"factors"``: added to the factor that it stands on;
+    - ``"factors"``: add the LoRA to its factor;
     - ``"concatenate"``: exact; the rank grows by the LoRA's;
-    - ``"retruncate"``: merged, and cut back to the rank that the layer had;
-    - ``"adapter"``: left in the model as PEFT's layers, frozen factors and all. Save it by
-      ``peft.get_peft_model_state_dict``; `tnlm.save` is for the model without it.
+    - ``"retruncate"``: merge, and truncate to the layer's previous rank;
+    - ``"adapter"``: leave the LoRAs in the model as PEFT layers, with frozen factors. Save them
+      with ``peft.get_peft_model_state_dict``; `tnlm.save` needs the model without them.
 
     If training does not lower the loss, the LoRAs are merged as they were at the start. The model
-    runs in eval mode. If anything fails it is left as it was. ``tnlm.report(model)`` counts what
-    was added, and has no more errors of the matrices that changed.
+    runs in eval mode. If anything fails, it is left unchanged. ``tnlm.report(model)`` includes the
+    added parameters, and drops the errors of changed matrices.
 
     Args:
-        model: compressed.
+        model: a compressed model.
         data: as for :func:`tnlm.recovery.training.finetune`; or batches of ``input_ids``,
-            ``attention_mask`` and ``labels``, so that ``model(**batch).loss`` is the mean loss.
+            ``attention_mask`` and ``labels``, such that ``model(**batch).loss`` is the mean loss.
         tokenizer: needed for texts.
-        batch_size: examples in a step, where the data is not in batches.
-        max_length: tokens of an example, likewise.
-        text: the rows' text column, likewise.
-        label: the rows' column of classes, for classifiers, likewise.
-        bos: whether a window of text begins with BOS, likewise: ``"auto"`` if the tokenizer does so
-            by itself; True or False.
-        modules: dotted names of the layers healed; all compressed linear ones if not given. A
-            layer that is dense or was narrowed counts as one factor.
-        on: ``"factors"`` or ``"layers"``. Factors that several layers share stay as they are.
-        rank: of each LoRA; a smaller factor gets the largest that it can have.
+        batch_size: examples per step, if the data is not in batches.
+        max_length: tokens per example, likewise.
+        text: name of the rows' text column, likewise.
+        label: name of the rows' class column, for classifiers, likewise.
+        bos: whether a window of text starts with BOS, likewise: True, False, or ``"auto"`` to
+            follow the tokenizer.
+        modules: dotted names of the layers to heal; all compressed linear layers by default. A
+            dense or narrowed layer counts as one factor.
+        on: ``"factors"`` or ``"layers"``. Factors shared by several layers are not changed.
+        rank: rank of each LoRA, limited by the size of its factor.
         alpha: the LoRA's product is multiplied by ``alpha / rank``.
-        learning_rate: of AdamW, at its highest.
-        tokens: how many are trained on; batches are used again where there are fewer.
-        start: ``"zero"``, or ``"residual"`` for what the layer lacks of ``originals``.
-        merge: see above; ``"factors"`` or ``"concatenate"`` if not given.
+        learning_rate: peak learning rate of AdamW.
+        tokens: how many tokens to train on; batches are repeated if there are fewer.
+        start: ``"zero"``, or ``"residual"`` for the difference between ``originals`` and the layer.
+        merge: see above; ``"factors"`` or ``"concatenate"`` by default.
         originals: dense weights ``(out, in)`` by module name, for ``start="residual"``.
-        metrics: how errors are measured, by module name, for ``merge="retruncate"``; the Frobenius
-            norm where none is given.
+        metrics: metrics by module name, for ``merge="retruncate"``; the Frobenius norm by default.
         seed: draws the LoRAs and the order of batches.
         progress: show a progress bar.
 
@@ -111,7 +110,7 @@ def heal(
         The same model.
 
     Raises:
-        OptionError: for options out of range or that do not go together.
+        OptionError: if options are out of range or incompatible.
         RankError: if a layer cannot have the rank, or would be larger than dense.
         TargetError: if there is no layer to heal.
         ModelError: if the model has adapters, or a factor to merge into is quantized.
@@ -192,7 +191,7 @@ def _batches(
     batch_size: int,
     **options: Any,
 ) -> list[dict[str, Tensor]]:
-    """Turn data into batches with labels, unless it is a list of these already."""
+    """Convert data into batches with labels, unless it already is a list of batches."""
     if isinstance(data, list | tuple) and all(map(_is_batch, data)):
         return list(data)
     padding = padding_for(model, tokenizer, batch_size)
@@ -230,7 +229,7 @@ def _on_factors(model: nn.Module, names: Sequence[str], rank: int) -> dict[str, 
             if own and most > 0:
                 ranks[full] = min(rank, most)
     if not ranks:
-        raise TargetError("every factor is shared by several layers; heal on='layers'")
+        raise TargetError("every factor is shared by several layers; use on='layers'")
     return ranks
 
 
@@ -252,7 +251,7 @@ def _starts(
 
 @torch.no_grad()
 def _add(model: nn.Module, loras: Mapping[str, Lora]) -> None:
-    """Add every LoRA to the weight that it stood on."""
+    """Add every LoRA to its weight."""
     for name, lora in loras.items():
         weight = matrix(model.get_submodule(name))
         weight.copy_(weight.double() + lora.delta())
@@ -267,7 +266,7 @@ def _check(
     originals: Mapping[str, Tensor] | None,
     metrics: Mapping[str, Metric] | None,
 ) -> str:
-    """Check choices against each other, and return the merge."""
+    """Check that the choices are compatible, and return the kind of merge."""
     check_labels(model, batches)
     if on not in MERGES:
         raise OptionError(f"on={on!r}{did_you_mean(str(on), MERGES)}")
@@ -277,11 +276,11 @@ def _check(
     if start not in STARTS:
         raise OptionError(f"start={start!r}{did_you_mean(str(start), STARTS)}")
     if (start == "residual") != (originals is not None):
-        raise OptionError(f"start={start!r}: originals= goes with start='residual', and only so")
+        raise OptionError(f"start={start!r}: originals= must be given with start='residual' only")
     if start == "residual" and on != "layers":
         raise OptionError("start='residual' needs on='layers': a factor has no residual")
     if metrics and merge != "retruncate":
-        raise OptionError(f"metrics= has no effect on merge={merge!r}; use merge='retruncate'")
+        raise OptionError(f"metrics= has no effect with merge={merge!r}; use merge='retruncate'")
     return merge
 
 

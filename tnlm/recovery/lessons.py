@@ -1,6 +1,6 @@
-"""What a student can learn from its teacher: one loss for each thing that they are compared in.
+"""Distillation losses: one for each way to compare a student with its teacher.
 
-Each is 0 if both agree, and computed in float32 on the student's device. Padding does not count.
+Each is 0 if both agree, and is computed in float32 on the student's device, without padding.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from torch import Tensor
 from tnlm.errors import OptionError, did_you_mean
 
 LOWEST = -1e4
-"""What logarithms of probabilities are raised to: exp gives 0 all the same, and no inf - inf."""
+"""Lower bound for log-probabilities: exp still gives 0, but inf - inf cannot occur."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """How much each term of the loss counts; 0 leaves it out.
+    """The weights of the terms of the loss; 0 leaves a term out.
 
     Attributes:
         logits: divergence of the predictions, at a temperature.
         hidden: error of the feed-forward outputs, averaged over layers.
         attention: divergence of the attention maps, averaged over layers.
-        embedding: error of the tokens' rows of the embedding table, before positions are added.
-        labels: cross-entropy of the data's own labels.
+        embedding: error of the embedded tokens, before positions are added.
+        labels: cross-entropy with the data's labels.
 
     Raises:
-        OptionError: for a weight that is negative or not finite, or if all are 0.
+        OptionError: if a weight is negative or not finite, or all are 0.
     """
 
     logits: float = 0.0
@@ -46,14 +46,14 @@ class Weights:
 
 PRESETS = {
     "logits": Weights(logits=1.0),
-    # Edalati et al. 2022, arXiv 2110.08152. Its four weights are not published.
+    # Edalati et al. 2022, arXiv 2110.08152, which does not publish its four weights.
     "ilkd": Weights(embedding=1.0, attention=1.0, hidden=1.0, labels=1.0),
 }
 """Published choices of weights."""
 
 
 def preset_weights(preset: str | None, **given: float | None) -> Weights:
-    """Return the weights of a preset, changed where a weight is given.
+    """Return the weights of a preset, overridden by those given.
 
     Example:
         >>> preset_weights("ilkd", labels=0.5, logits=None).labels
@@ -76,8 +76,8 @@ def logit_loss(
     Args:
         student: logits ``(..., choices)``.
         teacher: logits of the same shape.
-        mask: ``(...)``, 0 where a position is padding; None to count all.
-        temperature: T, by which both logits are divided.
+        mask: ``(...)``, 0 for padding; None to count all positions.
+        temperature: T, by which the logits are divided.
 
     Example:
         >>> import torch
@@ -117,9 +117,9 @@ def map_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Return KL(teacher || student) of attention maps, averaged over heads and rows.
 
     Args:
-        student: logarithms of probabilities ``(sequences, heads, queries, keys)``.
+        student: log-probabilities ``(sequences, heads, queries, keys)``.
         teacher: the same shape.
-        mask: ``(sequences, queries)``, 0 for a row of padding, which does not count.
+        mask: ``(sequences, queries)``, 0 for rows of padding, which do not count.
 
     Example:
         >>> import torch
@@ -132,6 +132,6 @@ def map_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(teacher || student) over the last axis, from logarithms of probabilities."""
+    """Return KL(teacher || student) over the last axis, from log-probabilities."""
     log_p, log_q = teacher.clamp_min(LOWEST), student.clamp_min(LOWEST)
     return (log_p.exp() * (log_p - log_q)).sum(-1)

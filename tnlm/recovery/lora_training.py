@@ -1,4 +1,4 @@
-"""Trains adapters on a model's own loss."""
+"""Trains adapters on the model's own loss."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tnlm.layers.adapters import Adapter
 logger = logging.getLogger("tnlm")
 
 WARM_UP = 0.1
-"""Share of the steps over which the learning rate rises; it then falls along a cosine to 0."""
+"""Fraction of the steps in which the learning rate rises; it then falls along a cosine to 0."""
 
 SAMPLE = 8
-"""Batches on which the loss is measured before and after."""
+"""Number of batches on which the loss is measured before and after."""
 
 
 def schedule_of(batches: Sequence[Mapping[str, Tensor]], tokens: int, seed: int) -> list[int]:
-    """Return which batch each step takes, until enough tokens are seen."""
+    """Return the batch index of each step, for a number of tokens."""
     counts = [int(batch["attention_mask"].sum()) for batch in batches]
     if not all(counts):
-        raise CalibrationError(f"batch {counts.index(0)} is nothing but padding")
+        raise CalibrationError(f"batch {counts.index(0)} has only padding")
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     seen = 0
@@ -48,7 +48,7 @@ def train(
     learning_rate: float,
     progress: bool,
 ) -> None:
-    """Train the adapters; keep the start if that does not help."""
+    """Train the adapters; restore the start if that does not help."""
     parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
     before = {name: adapter.lora() for name, adapter in adapters.items()}
     first = _mean_loss(model, batches)
@@ -73,7 +73,7 @@ def train(
 
 
 def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> Tensor | None:
-    """Return the mean loss of a batch, None if it predicts nothing."""
+    """Return the mean loss of a batch, or None if there is nothing to predict."""
     here = {key: value.to(model.device) for key, value in batch.items()}
     if not count_predictions(model, here["labels"]):
         return None
@@ -89,5 +89,5 @@ def _mean_loss(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) 
     some = range(0, len(batches), max(1, len(batches) // SAMPLE))
     losses = [loss for i in some if (loss := _loss(model, batches[i], i)) is not None]
     if not losses:
-        raise CalibrationError("the batches have labels, but none that is predicted")
+        raise CalibrationError("the batches have labels, but none of them is predicted")
     return float(torch.stack(losses).mean())

@@ -1,4 +1,4 @@
-"""Puts LoRAs that stand beside low-rank layers into the layers, and into what is said of them."""
+"""Merges LoRAs beside low-rank layers into the layers, and updates their entries and the report."""
 
 from __future__ import annotations
 
@@ -29,20 +29,24 @@ from tnlm.utils.undo import attempt
 
 
 def check_merge(model: nn.Module, ranks: Mapping[str, int], merge: str) -> None:
-    """Raise a `TnlmError` unless LoRAs of these ranks can be merged so, before they are trained."""
+    """Raise a `TnlmError`, before training, unless LoRAs of these ranks can be merged this way."""
     if merge == "adapter":
         return
     if merge == "factors":
         for name in ranks:
             weight: Any = model.get_submodule(name).weight
             if not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__"):
-                raise ModelError(f"{name} is quantized: no LoRA merges into it; merge='adapter'")
+                raise ModelError(
+                    f"{name} is quantized, so no LoRA can be merged into it; use merge='adapter'"
+                )
         return
     config = _config(model)
     for name, rank in ranks.items():
         entry = entry_of(config, name)
         if entry is None or entry.get("format") != "low-rank" or entry["kind"] != "linear":
-            raise OptionError(f"merge={merge!r} needs low rank, and {name} is none; on='factors'")
+            raise OptionError(
+                f"merge={merge!r} needs low rank, but {name} is not; use on='factors'"
+            )
         if entry.get("shared"):
             raise OptionError(f"{name} shares a factor with other blocks; use on='factors'")
         if merge == "concatenate":
@@ -54,15 +58,15 @@ def _check_growth(name: str, entry: Entry, rank: int) -> None:
     rows, columns = entry["shape"]
     if grown > min(rows, columns) or network_of(_of_rank(entry, grown)).params > rows * columns:
         raise RankError(
-            f"{name}: rank {entry['options']['rank']} + {rank} makes a {rows}x{columns} matrix "
-            "larger than dense; use merge='retruncate', or a smaller rank"
+            f"{name}: rank {entry['options']['rank']} + {rank} is larger than a dense "
+            f"{rows}x{columns} matrix; use merge='retruncate', or a smaller rank"
         )
 
 
 def merge_layers(
     model: PreTrainedModel, loras: Mapping[str, Lora], merge: str, metrics: Mapping[str, Metric]
 ) -> None:
-    """Put LoRAs into the layers they stood beside; all of them, or none if one fails."""
+    """Merge LoRAs into the layers beside them: all, or none if one fails."""
     old = _config(model)
     config = copy.copy(old)
     config.modules = copy.deepcopy(old.modules)
@@ -72,7 +76,7 @@ def merge_layers(
         entry = entry_of(config, name)
         layer = model.get_submodule(name)
         if entry is None or not isinstance(layer, FactorizedLinear):
-            raise ModelError(f"{name} is not what config.json says of it")
+            raise ModelError(f"{name} does not match its entry in config.json")
         grown, made[name] = _merged(layer, entry, lora, merge, metrics.get(name, Metric()))
         entry.update(grown)
         plans[name] = grown
@@ -103,19 +107,19 @@ def _merged(
     stored: Factors = fix(network_of(grown), {"left": left, "right": right})
     made.store(stored)
     made.requires_grad_(bool(like.requires_grad)).train(layer.training)
-    made.bias = layer.bias  # the same parameter, which other modules may share
+    made.bias = layer.bias  # the same parameter, since other modules may share it
     made.keep_rebuilt(layer.rebuilt)
     return grown, made
 
 
 def _of_rank(entry: Entry, rank: int) -> Entry:
-    """Return the entry of the same matrix at another rank."""
+    """Return the entry of a matrix at another rank."""
     grown = {**entry, "options": {**entry["options"], "rank": rank}}
     return {**grown, "order": list(chain(network_of(grown)).order)}
 
 
 def entry_of(config: TnlmConfig, name: str) -> Entry | None:
-    """Return what is said of a layer, itself or a part of a fused module."""
+    """Return the entry of a layer, or of a part of a fused module."""
     if name in config.modules:
         found: Entry = config.modules[name]
         return found
@@ -127,12 +131,12 @@ def entry_of(config: TnlmConfig, name: str) -> Entry | None:
 def _config(model: nn.Module) -> TnlmConfig:
     config = config_of(model)
     if config is None:
-        raise ModelError("the model is not compressed by tnlm; heal on='factors'")
+        raise ModelError("the model is not compressed by tnlm; use on='factors'")
     return config
 
 
 def _replan(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
-    """Set the ranks and costs of merged layers in the report, if there is one."""
+    """Update the ranks and costs of merged layers in the report, if there is one."""
 
     def grown(layer: LayerPlan) -> LayerPlan:
         if layer.name not in entries:
@@ -151,13 +155,13 @@ def _replan(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
 def charge(
     model: PreTrainedModel, healed: Sequence[str], kept: Mapping[str, Lora], seconds: float
 ) -> None:
-    """Charge LoRAs that are kept to the report, and drop errors that no longer hold.
+    """Add kept LoRAs to the costs in the report, and drop errors that no longer hold.
 
     Args:
-        model: with a report, or nothing is done.
+        model: a model; nothing is done if it has no report.
         healed: names of the layers that changed.
-        kept: LoRAs by the name of the layer, or of its factor.
-        seconds: that healing took.
+        kept: the kept LoRAs, by the name of the layer or of its factor.
+        seconds: the time that healing took.
     """
 
     def charged(layer: LayerPlan) -> LayerPlan:

@@ -1,6 +1,6 @@
-"""Mixed-rank fine-tuning: layers take turns at random between their factors and a dense weight.
+"""Mixed-rank fine-tuning: layers randomly alternate between their factors and a dense weight.
 
-Source: LPAF, Ren and Zhu 2023 (arXiv 2306.14152). Its settings are not published: the defaults here
+Source: LPAF, Ren and Zhu 2023 (arXiv 2306.14152). Its settings are not published; the defaults here
 are tnlm's own.
 """
 
@@ -35,31 +35,31 @@ def mixed_rank(
     train_dense: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
-    """Train the factors of a model in place, with layers that are dense now and then.
+    """Train the factors of a model in place, with layers that are randomly dense.
 
-    Every layer is a `MixedRank` while it is trained, with a probability p that falls along a line
-    from ``start`` to 0, where the training ends. Each batch takes two passes with draws of their
-    own. The loss is the mean of the model's own two losses, plus ``consistency`` times
-    KL(first || second) of the predictions (as both passes are drawn alike, the other direction is
-    the same in expectation). The dense weights are trained with the factors, as in the paper, but
-    for entries that are zero, which were pruned; in the end they are gone.
+    In training, every layer is a `MixedRank` with a probability p that falls linearly from
+    ``start`` to 0 at the end. Each batch takes two passes with independent draws. The loss is the
+    mean of the two passes' losses, plus ``consistency`` times KL(first || second) of the
+    predictions (both passes have the same distribution, so the other direction is the same in
+    expectation). As in the paper, the dense weights are trained with the factors, except zero
+    entries, which were pruned. They are discarded at the end.
 
     Args:
-        model: compressed.
-        dense: weights ``(out, in)`` by the name of a factorized linear layer; left as they are.
+        model: a compressed model.
+        dense: weights ``(out, in)`` by name of a factorized linear layer; left unchanged.
         data: see :func:`tnlm.recovery.training.finetune`.
         start: p at the first step.
-        consistency: weight of the divergence between the passes; at 0 there is one pass.
-        train_dense: whether copies of the dense weights are trained too, or the factors alone.
-        **options: as ``finetune`` takes them, but for ``train`` and ``output_dir``.
+        consistency: weight of the divergence between the passes; with 0, there is one pass.
+        train_dense: whether to train copies of the dense weights too, or only the factors.
+        **options: arguments of ``finetune``, except ``train`` and ``output_dir``.
 
     Returns:
         The model.
 
     Raises:
-        OptionError: for an option out of range, or a weight of another shape.
-        TargetError: if there is no weight, or a name is of no factorized linear layer.
-        TrainingError: as ``finetune`` raises it.
+        OptionError: if an option is out of range, or a weight has the wrong shape.
+        TargetError: if there is no weight, or a name is not that of a factorized linear layer.
+        TrainingError: as in ``finetune``.
 
     Example:
         >>> import tnlm
@@ -77,7 +77,7 @@ def mixed_rank(
         raise OptionError(f"consistency={consistency!r}; allowed: a finite weight of at least 0")
     if "output_dir" in options:
         raise OptionError(
-            "output_dir= has no effect: this training is not resumed; leave it out",
+            "output_dir= has no effect: this training cannot be resumed; leave it out",
             argument="output_dir",
         )
     with mixed(model, dense) as layers:
@@ -92,19 +92,19 @@ def mixed_rank(
 
 
 class MixedRank(nn.Module):
-    """A factorized layer that is now and then its dense weight, while it is trained.
+    """A factorized layer that randomly uses its dense weight in training.
 
-    Each pass in training mode draws z from Bernoulli(p), and gives (1 − z)(AB)x + zWx, with the
-    layer's own bias. In eval mode, and at p = 0, it is the factorized layer and draws nothing. The
-    draws are torch's own, so that checkpointed activations are computed again with the same ones.
+    Each pass in training mode draws z from Bernoulli(p) and returns (1 − z)(AB)x + zWx, plus the
+    layer's bias. In eval mode, or with p = 0, it is the factorized layer and draws nothing. Draws
+    use torch's generator, so that checkpointed activations are recomputed with the same draws.
 
     Args:
         factorized: any factorized linear layer.
-        dense: W, ``(out, in)``, of which a copy is held; it requires no gradient unless asked to.
+        dense: W, ``(out, in)``; the layer holds a copy, which by default requires no gradient.
         probability: p.
 
     Raises:
-        OptionError: if W has another shape, or p is no probability.
+        OptionError: if W has the wrong shape, or p is not a probability.
 
     Example:
         >>> from tnlm.tensors.network import Network
@@ -123,7 +123,7 @@ class MixedRank(nn.Module):
     def __init__(
         self, factorized: FactorizedLinear, dense: Tensor, probability: float = 0.0
     ) -> None:
-        """Hold both; see the class for the arguments."""
+        """Store both; see the class for the arguments."""
         super().__init__()
         shape = (factorized.out_features, factorized.in_features)
         if dense.shape != shape:
@@ -137,7 +137,7 @@ class MixedRank(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The factorized weight ``(out, in)``, for models that read it instead of calling."""
+        """The factorized weight ``(out, in)``, for models that read weights directly."""
         return self.factorized.weight
 
     @property
@@ -146,7 +146,7 @@ class MixedRank(nn.Module):
         return self.factorized.bias
 
     def train_dense(self, wanted: bool = True) -> None:
-        """Let W learn as well, where it is not zero: what was pruned stays so. Or do not."""
+        """Set whether W is trained too; its zero entries, which were pruned, stay zero."""
         self.dense.requires_grad_(wanted)
         if wanted:
             kept = self.dense != 0
@@ -162,15 +162,15 @@ class MixedRank(nn.Module):
 
 @contextmanager
 def mixed(model: PreTrainedModel, dense: Mapping[str, Tensor]) -> Iterator[list[MixedRank]]:
-    """Wrap layers as `MixedRank` while a block of code runs, at p = 0, and unwrap them after.
+    """Wrap layers as `MixedRank`, with p = 0, while a block of code runs, and unwrap them after.
 
     Args:
         model: changed in place.
-        dense: weights ``(out, in)`` by the name of a factorized linear layer.
+        dense: weights ``(out, in)`` by name of a factorized linear layer.
 
     Raises:
-        TargetError: if there is no weight, or a name is of no factorized linear layer.
-        OptionError: if a weight has another shape.
+        TargetError: if there is no weight, or a name is not that of a factorized linear layer.
+        OptionError: if a weight has the wrong shape.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {name: modules.get(name) for name in dense}
@@ -194,14 +194,14 @@ def mixed(model: PreTrainedModel, dense: Mapping[str, Tensor]) -> Iterator[list[
 
 
 class MixedRankTrainer(GuardedTrainer):
-    """Trains a model by two passes of every batch, with draws of their own.
+    """Trains a model with two passes per batch, with independent draws.
 
     Args:
-        layers: of the model.
+        layers: the model's mixed-rank layers.
         start: their probability at the first step.
         consistency: weight of the divergence between the passes.
-        train_dense: whether the layers' dense weights are trained too.
-        **arguments: to ``transformers.Trainer``.
+        train_dense: whether to train the layers' dense weights too.
+        **arguments: passed to ``transformers.Trainer``.
     """
 
     loss_is_scaled_for_ga = False
@@ -215,7 +215,7 @@ class MixedRankTrainer(GuardedTrainer):
         train_dense: bool = False,
         **arguments: Any,
     ) -> None:
-        """Hold the course; see the class for the arguments."""
+        """Store the settings; see the class for the arguments."""
         for layer in layers:
             layer.train_dense(train_dense)
         super().__init__(**arguments)
@@ -228,7 +228,7 @@ class MixedRankTrainer(GuardedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the mean loss of the passes on a batch, and the divergence between them."""
+        """Return the mean loss of the passes on a batch, plus the divergence between them."""
         for layer in self._layers:
             layer.probability = self._start * (1 - self.state.global_step / self.state.max_steps)
         outputs: list[Any] = [model(**inputs) for _ in range(2 if self._consistency else 1)]
@@ -237,7 +237,7 @@ class MixedRankTrainer(GuardedTrainer):
             first, second = (output.logits for output in outputs)
             mask = inputs.get("attention_mask") if first.dim() == 3 else None
             loss = loss + self._consistency * logit_loss(second, first, mask, temperature=1.0)
-        if not loss.requires_grad:  # every layer was its dense weight: nothing is learned
+        if not loss.requires_grad:  # every layer used its dense weight: nothing to train
             loss.requires_grad_()
         return (loss, outputs[0]) if return_outputs else loss
 

@@ -1,4 +1,4 @@
-"""What a model learns, by its kind, and data that suits it."""
+"""The training task of a model, by its kind, and training data for it."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def examples_for(
     seed: int = 0,
     bos: bool | str = AUTO,
 ) -> Examples:
-    """Turn data into what a model of this kind is trained on, as ``training_set`` does.
+    """Convert data into training examples for a model, as ``training_set`` does.
 
     Raises:
-        ModelError: if its kind is not known.
-        TrainingError: if the data does not suit it.
-        OptionError: for sequences longer than the model has positions.
+        ModelError: if the kind of the model is unknown.
+        TrainingError: if the data does not fit the model.
+        OptionError: if sequences are longer than the model has positions.
     """
     kind, classes = model_kind(model), model_kind(model) == "classes"
     check_tokens(max_tokens)
     most = room_of(model)
     if most is not None and max_length > most:
         raise OptionError(
-            f"max_length={max_length}, but the model has {most} positions; use at most these",
+            f"max_length={max_length}, but the model has {most} positions; use at most {most}",
             argument="max_length",
         )
-    read = max_tokens if is_read_in_part(data) else None  # a short text is checked as a whole
+    read = max_tokens if is_read_in_part(data) else None  # short texts are checked completely
     made = training_set(
         data,
         tokenizer,
@@ -72,29 +72,29 @@ def examples_for(
 
 
 def _check(model: PreTrainedModel, examples: Examples) -> None:
-    """Refuse token ids and classes that the model does not have."""
+    """Raise `TrainingError` for token ids or classes that the model does not have."""
     words, choices = vocabulary_of(model), model.config.num_labels or 0
     for index, item in enumerate(examples.items):
         token = int(item["input_ids"].max())
         if words is not None and token >= words:
             raise TrainingError(
-                f"example {index} holds the token id {token}, but the model has {words} tokens; "
+                f"example {index} has the token id {token}, but the model has {words} tokens; "
                 "use the model's own tokenizer"
             )
         if examples.classes and int(item["labels"]) >= choices:
             raise TrainingError(
                 f"example {index} has the class {int(item['labels'])}, but the model has "
-                f"{choices}, from 0 on; load it with num_labels="
+                f"{choices}, counted from 0; load it with num_labels="
             )
 
 
 def model_kind(model: PreTrainedModel) -> str:
-    """Tell what a model learns: ``"causal"`` or ``"masked"`` text, or ``"classes"``.
+    """Return what a model learns: ``"causal"`` or ``"masked"`` text, or ``"classes"``.
 
     Raises:
         ModelError: if it is none of these.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()  # within adapters
+    base: Any = getattr(model, "get_base_model", lambda: model)()  # without adapters
     name = type(base).__name__
     if name.endswith("ForSequenceClassification"):
         return "classes"
@@ -111,16 +111,16 @@ def model_kind(model: PreTrainedModel) -> str:
 def padding_for(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, batch_size: int
 ) -> int:
-    """Return the id that pads: what the model takes for padding goes before the tokenizer's.
+    """Return the padding token id: the model's, or else the tokenizer's.
 
     Raises:
-        OptionError: for a classifier that knows none, if there is anything to pad.
+        OptionError: if a classifier has none and batches need padding.
     """
     own = getattr(model.config, "pad_token_id", None)
     if own is None and batch_size > 1 and model_kind(model) == "classes":
         raise OptionError(
-            f"{type(model).__name__} does not know what padding is, and would not find the last "
-            "token of a sequence; set model.config.pad_token_id, or use batch_size=1",
+            f"{type(model).__name__} has no padding token, and could not find the last token of a "
+            "padded sequence; set model.config.pad_token_id, or use batch_size=1",
             argument="batch_size",
         )
     known = (own, getattr(tokenizer, "pad_token_id", None))

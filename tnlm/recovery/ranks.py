@@ -1,4 +1,4 @@
-"""How many directions a matrix really uses: a diagnostic of pruning."""
+"""The effective rank of a matrix: a diagnostic of pruning."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from tnlm.errors import OptionError
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """Return exp(entropy) of the singular values, taken as shares of their sum.
+    """Return exp(entropy) of the singular values, normalised to sum 1.
 
-    It is r for r equal singular values, and 0 for a matrix of zeros. Computed in float64.
+    It is r for r equal singular values, and 0 for a zero matrix. Computed in float64.
 
     Args:
         matrix: ``(m, n)``.
 
     Raises:
-        OptionError: if it is no matrix, or not finite.
+        OptionError: if it is not a matrix, or not finite.
 
     Source: Roy and Vetterli 2007, "The effective rank".
 
@@ -26,7 +26,7 @@ def effective_rank(matrix: Tensor) -> float:
         3.0
     """
     if matrix.dim() != 2 or not bool(matrix.isfinite().all()):
-        raise OptionError(f"a finite matrix is wanted, not {tuple(matrix.shape)}")
+        raise OptionError(f"expected a finite matrix, got shape {tuple(matrix.shape)}")
     values = torch.linalg.svdvals(matrix.detach().double())
     total = float(values.sum())
     if total == 0:

@@ -1,4 +1,4 @@
-"""Training in the end of a compression, by a named recovery."""
+"""Converts training data for the recovery after a compression."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ LABEL = "labels"
 
 
 def as_lessons(data: Sequence[Batch], tokens: int) -> dict[str, Any]:
-    """Return sequences, and how they are read, as `tnlm.recovery.training.finetune` takes them.
+    """Return sequences, with arguments for `tnlm.recovery.training.finetune` to read them.
 
     Example:
         >>> import torch
         >>> batch = {"input_ids": torch.arange(4)[None], "attention_mask": torch.ones(1, 4)}
-        >>> as_lessons([batch], tokens=6)["epochs"]  # data that is short is used again
+        >>> as_lessons([batch], tokens=6)["epochs"]  # short data is repeated
         1.5
     """
     rows = [_row(batch) for batch in data]
@@ -31,6 +31,6 @@ def as_lessons(data: Sequence[Batch], tokens: int) -> dict[str, Any]:
 
 
 def _row(batch: Batch) -> dict[str, Any]:
-    """Return a batch of one sequence as a row, with its class if it has one."""
+    """Convert a batch of one sequence to a row, with its class if it has one."""
     row: dict[str, Any] = {"input_ids": batch["input_ids"][0][batch["attention_mask"][0].bool()]}
     return row | ({LABEL: int(batch["labels"][0])} if "labels" in batch else {})

@@ -1,7 +1,7 @@
-"""What goes on inside a model during a pass: embedded tokens, feed-forward outputs, attention maps.
+"""Records intermediate states of a pass: embedded tokens, feed-forward outputs, attention maps.
 
-Attention maps are seen with every kernel: while a model is traced, its attention is a function of
-ours, which computes the probabilities as transformers' own does and keeps their logarithms.
+Attention maps are available with every kernel: while a model is traced, its attention function is
+replaced by one that computes the probabilities like transformers' own and keeps their logarithms.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tnlm.calibration.blocks import Blocks, find_blocks, state_of
 from tnlm.errors import ModelError
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-"""Names of the part of a block whose output is kept; a block without it gives its own output."""
+"""Names of the part of a block whose output is kept; without it, the block's own output is."""
 
 
 @dataclass
 class Trace:
-    """What one pass left behind.
+    """The intermediate states of one pass.
 
     Attributes:
-        embedding: what the embedding table gives ``(sequences, length, width)``, before positions.
+        embedding: embedded tokens ``(sequences, length, width)``, before positions are added.
         hidden: feed-forward outputs, the same shape, by block.
-        maps: logarithms of attention probabilities ``(sequences, heads, queries, keys)``, by block.
+        maps: attention log-probabilities ``(sequences, heads, queries, keys)``, by block.
     """
 
     embedding: Tensor | None = None
@@ -41,16 +41,16 @@ class Trace:
 
 
 class Traces:
-    """Sees what goes on in a model, between :meth:`attached` and its end.
+    """Records the intermediate states of a model, within :meth:`attached`.
 
     Args:
-        model: a transformers model, maybe with adapters around it.
-        embedding: whether embedded tokens are kept.
-        hidden: the blocks whose feed-forward outputs are kept.
-        maps: the blocks whose attention maps are kept.
+        model: a transformers model, possibly with adapters.
+        embedding: whether to keep embedded tokens.
+        hidden: the blocks whose feed-forward outputs to keep.
+        maps: the blocks whose attention maps to keep.
 
     Raises:
-        ModelError: if blocks are asked for and the model has not one stack of these.
+        ModelError: if blocks are given and the model does not have exactly one stack of blocks.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Traces:
         hidden: Collection[int] = (),
         maps: Collection[int] = (),
     ) -> None:
-        """Find what is asked for; see the class for the arguments."""
+        """Find the blocks; see the class for the arguments."""
         self._model = model
         self._embedding, self._hidden, self._maps = embedding, hidden, maps
         blocks = [block for _, block in model_blocks(model)] if hidden or maps else []
@@ -71,9 +71,9 @@ class Traces:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Watch the model, and leave it as it was afterwards.
+        """Attach hooks to the model, and remove them afterwards.
 
-        The whole training must lie inside: gradient checkpointing runs parts of a pass again.
+        The whole training must run inside, since gradient checkpointing repeats parts of a pass.
         """
         with contextlib.ExitStack() as stack:
             if self._embedding:
@@ -87,7 +87,7 @@ class Traces:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Trace]:
-        """Keep what is seen in the passes inside."""
+        """Keep the states of the passes inside."""
         self._trace = Trace()
         try:
             yield self._trace
@@ -104,17 +104,17 @@ class Traces:
 
     @contextlib.contextmanager
     def _attention(self) -> Iterator[None]:
-        """Make the model's attention ours under a name that exists meanwhile only."""
+        """Replace the model's attention function, under a temporary name."""
         name, before = f"tnlm_traces_{id(self)}", self._model.config._attn_implementation
         ALL_ATTENTION_FUNCTIONS[name] = self._attend
-        # Only masks that are registered for the whole class are made; there is no public way back.
+        # Masks must be registered for the whole class; there is no public way to unregister.
         AttentionMaskInterface.register(name, eager_mask)
         try:
             self._model.set_attn_implementation(name)
             if self._model.config._attn_implementation != name:
                 raise ModelError(
-                    f"the attention maps of {type(self._model).__name__} cannot be seen: its code "
-                    "does not take attention functions; use attention=0"
+                    f"the attention maps of {type(self._model).__name__} cannot be recorded: its "
+                    "code does not use attention functions; use attention=0"
                 )
             yield
         finally:
@@ -132,7 +132,7 @@ class Traces:
         dropout: float = 0.0,
         **arguments: Any,
     ) -> tuple[Tensor, None]:
-        """Attend as transformers' eager attention does, and keep the map before dropout."""
+        """Attend like transformers' eager attention, and keep the map before dropout."""
         logs = log_probabilities(query, key, attention_mask, scaling, **arguments)
         index = self._owner.get(id(module))
         if self._trace is not None and index is not None:
@@ -153,19 +153,19 @@ def log_probabilities(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Return the logarithms of attention probabilities, in float32.
+    """Return attention log-probabilities, in float32.
 
     Args:
         query: ``(sequences, heads, queries, width)``.
-        key: ``(sequences, key heads, keys, width)``; each serves several heads if these are fewer.
+        key: ``(sequences, key heads, keys, width)``; with fewer key heads, query heads share them.
         mask: added to the scores; None to attend everywhere.
-        scaling: factor of the scores, 1/√width if not given.
+        scaling: factor of the scores; 1/√width by default.
         softcap: bound that the scores approach smoothly.
         position_bias: added to the scores.
-        s_aux: attention sinks, which are refused.
+        s_aux: attention sinks, which are not supported.
 
     Raises:
-        ModelError: for attention with sinks, whose maps do not sum to 1.
+        ModelError: if attention has sinks, so that its maps do not sum to 1.
     """
     if s_aux is not None:
         raise ModelError("maps of attention with sinks cannot be compared; use attention=0")
@@ -179,17 +179,17 @@ def log_probabilities(
 
 
 def model_blocks(model: nn.Module) -> Blocks:
-    """Return the names and blocks of a model's one stack.
+    """Return the names and blocks of a model's single stack.
 
     Raises:
-        ModelError: if it has none, or several, as encoder-decoder models do.
+        ModelError: if it has none, or several, as in encoder-decoder models.
     """
     holders = [name for name, part in model.named_modules() if [*part.parameters(recurse=False)]]
     blocks = find_blocks(model, holders)
     if not blocks:
         raise ModelError(
-            f"{type(model).__name__} has not one stack of blocks, which comparing hidden states "
-            "or attention maps needs; use hidden=0 and attention=0"
+            f"{type(model).__name__} does not have exactly one stack of blocks, which comparing "
+            "hidden states or attention maps needs; use hidden=0 and attention=0"
         )
     return blocks
 
@@ -199,12 +199,12 @@ def _feed_forward(block: nn.Module) -> nn.Module:
 
 
 def _for_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat key or value heads until each query head has its own."""
+    """Repeat key or value heads, one for each query head."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _watch(module: nn.Module, keep: Callable[[Tensor], None]) -> Callable[[], None]:
-    """Show a module's outputs to a function, until what is returned is called."""
+    """Pass a module's outputs to a function; return a function that stops this."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         keep(state_of(output))

@@ -1,4 +1,4 @@
-"""Fine-tuning: a compressed model is trained further on data, as any model is."""
+"""Fine-tuning: trains a compressed model on data, like any other model."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 LEARNING_RATE = 5e-5
 SETTINGS = "tnlm_training.json"
-"""File beside the checkpoints that says what training they belong to."""
+"""File beside the checkpoints that identifies their training."""
 
 TRAIN = ("all", "factors")
 WRAPPED = ("forward", "_original_forward")
-"""What accelerate puts on a model that it runs in mixed precision."""
+"""Attributes that accelerate sets on a model in mixed precision."""
 
 
 @leaves_model
@@ -65,46 +65,46 @@ def finetune(
     trainer: Callable[..., GuardedTrainer] = GuardedTrainer,
     **arguments: Any,
 ) -> PreTrainedModel:
-    """Train a model in place, by its own loss, with ``transformers.Trainer``.
+    """Train a model in place, on its own loss, with ``transformers.Trainer``.
 
-    It is trained on the CPU if it is there, and else on a GPU. Causal models learn to predict the
-    next token, masked ones 15 % hidden tokens, sequence classifiers the data's classes. Weights in
-    float32 train best: half precision rounds small updates away (``bf16=True`` is fast and does
-    not).
+    A model on the CPU is trained there, and otherwise on a GPU. Causal models learn to predict the
+    next token, masked models 15 % hidden tokens, sequence classifiers the data's classes. Weights
+    in float32 train best, since half precision rounds small updates away (``bf16=True`` is fast and
+    does not).
 
     Args:
-        model: compressed or not; maybe with PEFT adapters.
+        model: compressed or not; possibly with PEFT adapters.
         data: texts, a file, ids, or labelled rows: see `tnlm.recovery.examples.training_set`.
         tokenizer: needed for text.
-        tokens: how many tokens of the data are used at most, drawn at random; None for all.
-        epochs: how often they are used.
-        learning_rate: of AdamW, at its highest; it falls linearly to 0.
-        batch_size: sequences of one step.
-        max_length: tokens of a sequence.
-        text: the rows' text column.
-        label: the rows' column of classes, for classifiers.
-        bos: whether a window of text begins with BOS: ``"auto"`` if the tokenizer does so by
-            itself; True or False.
-        warmup: share of the steps in which the learning rate rises.
-        weight_decay: of AdamW.
-        train: ``"all"`` parameters, or the ``"factors"`` of compressed layers alone; None trains
-            what requires a gradient, as with adapters.
-        output_dir: where a checkpoint is saved every tenth of the steps; None saves none.
-        resume: go on from the last checkpoint of the same training; False starts a new one.
-        seed: of all that is drawn.
+        tokens: most tokens of the data to use, drawn at random; None for all.
+        epochs: number of passes over them.
+        learning_rate: peak learning rate of AdamW; it falls linearly to 0.
+        batch_size: sequences per step.
+        max_length: tokens per sequence.
+        text: name of the rows' text column.
+        label: name of the rows' class column, for classifiers.
+        bos: whether a window of text starts with BOS: True, False, or ``"auto"`` to follow the
+            tokenizer.
+        warmup: fraction of the steps in which the learning rate rises.
+        weight_decay: weight decay of AdamW.
+        train: ``"all"`` parameters, or only the ``"factors"`` of compressed layers; None trains
+            the parameters that require a gradient, as with adapters.
+        output_dir: where to save a checkpoint every tenth of the steps; None saves none.
+        resume: continue from the last checkpoint of the same training; False starts a new one.
+        seed: seed of everything random.
         progress: show a progress bar.
-        callbacks: for the Trainer.
+        callbacks: callbacks for the Trainer.
         trainer: makes the Trainer, for another loss.
-        **arguments: to ``transformers.TrainingArguments``, before all of the above.
+        **arguments: arguments of ``transformers.TrainingArguments``, which override the above.
 
     Returns:
         The model.
 
     Raises:
-        TrainingError: for data that cannot be used, or a loss that is not finite; the parameters
-            are then those that last gave a finite one.
-        OptionError: for an unknown argument, or if nothing would be trained.
-        CheckpointError: if ``output_dir`` holds checkpoints of another training.
+        TrainingError: if the data cannot be used, or a loss is not finite; the parameters are then
+            the last saved ones with a finite loss.
+        OptionError: if an argument is unknown, or nothing would be trained.
+        CheckpointError: if ``output_dir`` has checkpoints of another training.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -126,7 +126,7 @@ def finetune(
     )
     _check_positive(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
     if not 0 <= warmup < 1:
-        raise OptionError(f"warmup={warmup!r}; allowed: a share of the steps, from 0 to below 1")
+        raise OptionError(f"warmup={warmup!r}; allowed: a fraction of the steps, in [0, 1)")
     padding = padding_for(model, tokenizer, batch_size)
     options = {
         "learning_rate": learning_rate,
@@ -137,7 +137,7 @@ def finetune(
         "seed": seed,
     } | arguments
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # wherever it is called
+        stack.enter_context(torch.inference_mode(False))  # the caller may be in inference mode
         stack.enter_context(_own_randomness(model.device))
         stack.enter_context(_restored(model))
         _choose(model, train)
@@ -190,14 +190,14 @@ def _training_arguments(
     try:
         made = TrainingArguments(**(default | options))
     except (ValueError, TypeError) as err:
-        raise OptionError(f"TrainingArguments refuses the options: {err}") from err
+        raise OptionError(f"TrainingArguments rejects the options: {err}") from err
     if made.n_gpu > 1:
-        made._n_gpu = 1  # otherwise copies of the model are trained, which no hook sees
+        made._n_gpu = 1  # otherwise copies of the model would be trained, without its hooks
     return made
 
 
 def _choose(model: nn.Module, train: str | None) -> None:
-    """Make the chosen parameters, and no others, require a gradient."""
+    """Make exactly the chosen parameters require a gradient."""
     if train is not None and train not in TRAIN:
         raise OptionError(f"train={train!r}{did_you_mean(str(train), TRAIN)}")
     if train is not None:
@@ -206,12 +206,13 @@ def _choose(model: nn.Module, train: str | None) -> None:
             parameter.requires_grad_(id(parameter) in chosen and parameter.is_floating_point())
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise OptionError(
-            f"train={train!r} leaves {type(model).__name__} no parameter to train; use train='all'"
+            f"train={train!r} leaves no parameter of {type(model).__name__} to train; use "
+            "train='all'"
         )
 
 
 def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield what tnlm fitted: factors, and the weights of narrowed layers; no bias of a layer."""
+    """Yield the fitted parameters: factors, and weights of narrowed layers, without biases."""
     for made in made_layers(model):
         if made.approximated:
             for name, parameter in made.module.named_parameters():
@@ -220,25 +221,25 @@ def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _name(examples: Examples) -> str:
-    """Name the examples by their contents."""
+    """Return a hash of the examples."""
     return fingerprint(batches(examples, batch_size=1))
 
 
 def _open(folder: Path, settings: dict[str, Any], resume: bool) -> str | None:
-    """Return the last checkpoint of a training with these settings, None if there is none yet."""
-    # The state is written last: a checkpoint without it was cut off.
+    """Return the last checkpoint of a training with these settings, or None if there is none."""
+    # The state is written last, so a checkpoint without it is incomplete.
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     file, wanted = folder / SETTINGS, json.loads(json.dumps(settings, default=str))
     if found and not resume:
         raise CheckpointError(
-            f"{folder} holds checkpoints already; use resume=True to go on, or another output_dir"
+            f"{folder} already has checkpoints; use resume=True to continue, or another output_dir"
         )
     if found:
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         changed = [k for k in {**before, **wanted} if before.get(k) != wanted.get(k)]
         if changed:
             raise CheckpointError(
-                f"{folder} holds checkpoints of another training, which differs in "
+                f"{folder} has checkpoints of another training, which differs in "
                 f"{', '.join(sorted(changed))}; use the same settings, or another output_dir"
             )
         return str(max(found, key=lambda path: int(path.name.rpartition("-")[2])))
@@ -249,7 +250,7 @@ def _open(folder: Path, settings: dict[str, Any], resume: bool) -> str | None:
 
 @contextlib.contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave the generators of random, NumPy and PyTorch, which a Trainer seeds, as they were."""
+    """Restore the generators of random, NumPy and PyTorch, which a Trainer seeds."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what Trainer seeds
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -261,7 +262,7 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Leave all but the parameters' values as it was."""
+    """Restore everything but the values of the parameters."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wrapped = {name: vars(model)[name] for name in WRAPPED if name in vars(model)}
     checkpointing = model.is_activation_checkpointing

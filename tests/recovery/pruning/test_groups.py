@@ -72,7 +72,7 @@ def test_blocks_that_differ(tiny_llama):
     for name in ("gate_proj", "up_proj"):
         setattr(model.model.layers[1].mlp, name, nn.Linear(32, 40, bias=False))
     model.model.layers[1].mlp.down_proj = nn.Linear(40, 32, bias=False)
-    with pytest.raises(ModelError, match=r"layers\.1: each block .* channels=False"):
+    with pytest.raises(ModelError, match=r"layers\.1: every block .* channels=False"):
         find_groups(model, linear(model), "channels")
 
 
@@ -82,7 +82,7 @@ def test_a_matrix_of_another_shape(tiny_llama):
     with pytest.raises(ModelError, match=r"layers\.0\.self_attn: .* heads of width 8"):
         find_groups(model, linear(model), "heads")
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 8, bias=False)
-    with pytest.raises(ModelError, match=r"layers\.0: each block must have one set of channels"):
+    with pytest.raises(ModelError, match=r"layers\.0: every block must have one set of channels"):
         find_groups(model, linear(model), "channels")
 
 
@@ -107,5 +107,5 @@ def test_matrices_left_out(tiny_llama):
     with pytest.raises(OptionError, match="no heads that can be cut"):
         find_groups(model, names, "heads")
     names = [name for name in linear(model) if not name.endswith("layers.0.self_attn.o_proj")]
-    with pytest.raises(ModelError, match=r"layers\.0: each block must have one set of heads"):
+    with pytest.raises(ModelError, match=r"layers\.0: every block must have one set of heads"):
         find_groups(model, names, "heads")

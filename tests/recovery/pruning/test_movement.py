@@ -226,10 +226,14 @@ def test_a_loss_that_is_lost_is_an_error(pruned, model_of, lose_the_loss):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"keep": 0.0}, BudgetError, r"keep=0.0; allowed: a share above 0, at most 1"),
+        ({"keep": 0.0}, BudgetError, r"keep=0.0; allowed: a fraction"),
         ({"keep": float("nan")}, BudgetError, "keep=nan"),
-        ({"warmup": -0.1}, OptionError, "warmup=-0.1, cooldown=0.1; allowed: shares of the steps"),
-        ({"warmup": 0.6, "cooldown": 0.6}, OptionError, "shares of the steps"),
+        (
+            {"warmup": -0.1},
+            OptionError,
+            "warmup=-0.1, cooldown=0.1; allowed: fractions of the steps",
+        ),
+        ({"warmup": 0.6, "cooldown": 0.6}, OptionError, "fractions of the steps"),
         ({"output_dir": "run"}, OptionError, "pruning cannot be resumed"),
         ({"learning_rate": 0.0}, OptionError, "learning_rate=0.0"),
     ],
@@ -241,5 +245,7 @@ def test_options_out_of_range_are_refused(wrong, error, message, pruned):
 
 def test_embeddings_are_refused(model_of, data_of):
     model = model_of("llama")
-    with pytest.raises(TargetError, match="embed_tokens is an embedding; name linear matrices"):
+    with pytest.raises(
+        TargetError, match="embed_tokens is an embedding; name only linear matrices"
+    ):
         movement_prune(model, targets=select(model, "embeddings").targets, **data_of("llama"))

@@ -46,5 +46,5 @@ def test_flat_where_it_ends():
 
 @pytest.mark.parametrize("wrong", [{"warmup": -1}, {"cooldown": -1}, {"warmup": 6, "cooldown": 5}])
 def test_counts_that_do_not_fit(wrong):
-    with pytest.raises(OptionError, match="at most all steps"):
+    with pytest.raises(OptionError, match="may not exceed steps"):
         cubic(0, 10, end=0.0, **wrong)

@@ -43,14 +43,14 @@ def test_numbers_of_heads_that_the_config_refuses(tiny_llama):
     names, groups = parts(model)
     assert settle(model, {HEADS: groups[HEADS]}, names, 0.9) == {HEADS: 2}  # 3 do not divide 32
     assert settle(model, groups, names, 0.75)[HEADS] == 4  # 3 would be, and 4 is as near as 2
-    with pytest.raises(BudgetError, match="numbers too many"):
+    with pytest.raises(BudgetError, match="parameters too many"):
         settle(model, {HEADS: groups[HEADS]}, names, 0.5)
 
 
 def test_one_group_of_heads(tiny_llama):
     model = tiny_llama(num_key_value_heads=1)
     names, groups = parts(model)
-    with pytest.raises(OptionError, match="LlamaConfig accepts no smaller number"):
+    with pytest.raises(OptionError, match="LlamaConfig accepts no fewer"):
         settle(model, groups, names, 0.5)
 
 

@@ -77,7 +77,7 @@ def test_a_weight_that_overflows_changes_nothing(tiny_llama):
     weights[last] = lambda: torch.full((32, 48), 1e6)
     values = {"intermediate_size": 2}
     template = smaller(model, list(kept), {"channels": 2}, values)
-    with pytest.raises(TrainingError, match=rf"{last}: .* not finite"):
+    with pytest.raises(TrainingError, match=rf"{last} is not finite"):
         cut_groups(model, template, kept, values, weights)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.intermediate_size == 48

@@ -1,4 +1,4 @@
-"""Named recoveries: one file each, found by looking. Trainers are imported when they run."""
+"""Named recoveries: one file each, discovered automatically; they import trainers when they run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def get_recovery(name: str) -> RecoveryKind:
     """Return a recovery by name.
 
     Raises:
-        OptionError: for an unknown name, with the close and the allowed ones.
+        OptionError: if the name is unknown.
     """
     return RECOVERIES.get(name)

@@ -1,4 +1,4 @@
-"""The contract of a recovery: how a compressed model is trained after it was fitted."""
+"""The interface of recoveries, which train a compressed model after fitting."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Practice:
-    """What a model is trained on, and with.
+    """The data and settings of a recovery.
 
     Attributes:
-        lessons: sequences and how they are read, as `tnlm.recovery.recover.as_lessons` gives them.
-        teacher: the dense model, for a recovery that needs it.
-        dense: weights that were fitted, by the name of the layer, for a recovery that needs them.
-        preset: what a student and its teacher are compared by.
+        lessons: sequences and how to read them, from `tnlm.recovery.recover.as_lessons`.
+        teacher: the dense model, for recoveries that need it.
+        dense: the original weights by layer name, for recoveries that need them.
+        preset: the losses by which student and teacher are compared.
         tokenizer: for masked language models.
-        seed: of the order of the data.
+        seed: seed of the order of the data.
         progress: show a progress bar.
     """
 
@@ -34,21 +34,21 @@ class Practice:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments that all training functions take."""
+        """Arguments common to all training functions."""
         shared = {"tokenizer": self.tokenizer, "seed": self.seed, "progress": self.progress}
         return {**self.lessons, **shared}
 
 
 @dataclass(frozen=True)
 class RecoveryKind:
-    """A way to train what tnlm made of a model, and nothing else of it.
+    """A way to train only the compressed layers of a model.
 
     Attributes:
-        name: what users write as ``recover=``.
+        name: the name that users write as ``recover=``.
         title: one line for tables.
         run: trains the model in place.
-        needs_teacher: whether it learns from a copy of the dense model.
-        needs_dense: whether it needs the weights that were fitted.
+        needs_teacher: whether it needs a copy of the dense model.
+        needs_dense: whether it needs the original weights.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""distill: all factors are trained to do what the dense model does."""
+"""distill: trains all factors to match the dense model."""
 
 from transformers import PreTrainedModel
 
@@ -18,4 +18,4 @@ def _run(model: PreTrainedModel, practice: Practice) -> None:
     distill(model, practice.teacher, rows, preset=practice.preset, train="factors", **options)
 
 
-RECOVERY = RecoveryKind("distill", "all factors, after the dense model", _run, needs_teacher=True)
+RECOVERY = RecoveryKind("distill", "all factors, from the dense model", _run, needs_teacher=True)

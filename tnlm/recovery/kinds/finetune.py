@@ -1,4 +1,4 @@
-"""finetune: all factors are trained on the data itself."""
+"""finetune: trains all factors on the data itself."""
 
 from transformers import PreTrainedModel
 

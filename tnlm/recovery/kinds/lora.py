@@ -1,4 +1,4 @@
-"""lora: adapters are trained and merged into the factors."""
+"""lora: trains adapters and merges them into the factors."""
 
 from transformers import PreTrainedModel
 
@@ -9,7 +9,7 @@ def _run(model: PreTrainedModel, practice: Practice) -> None:
     from tnlm.recovery.heal import heal
 
     options = practice.options
-    del options["epochs"]  # data that is short is used again
+    del options["epochs"]  # heal repeats short data by itself
     heal(model, **options)
 
 

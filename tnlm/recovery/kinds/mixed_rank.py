@@ -1,4 +1,4 @@
-"""mixed-rank: layers are their dense weights now and then, which are trained along or are not."""
+"""mixed-rank: layers randomly alternate between factors and dense weights in training."""
 
 from functools import partial
 
@@ -18,13 +18,13 @@ def _run(model: PreTrainedModel, practice: Practice, *, train_dense: bool) -> No
 RECOVERY = (
     RecoveryKind(
         "mixed-rank",
-        "layers that are dense now and then, with dense weights that learn too (LPAF)",
+        "layers that are randomly dense, with dense weights trained too (LPAF)",
         partial(_run, train_dense=True),
         needs_dense=True,
     ),
     RecoveryKind(
         "mixed-rank-frozen",
-        "layers that are dense now and then, with dense weights that stay",
+        "layers that are randomly dense, with dense weights frozen",
         partial(_run, train_dense=False),
         needs_dense=True,
     ),

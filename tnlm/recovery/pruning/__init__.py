@@ -1,1 +1,1 @@
-"""Removing what matters least: entries, channels and heads."""
+"""Pruning: removes the least important entries, channels and heads."""

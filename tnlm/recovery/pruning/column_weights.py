@@ -1,4 +1,4 @@
-"""How much a column's error counts, by where training moves its weights."""
+"""Column weights from the movement scores of pruning."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ FLOOR = 1e-6
 
 
 def column_weights(scores: Tensor, mask: Tensor) -> Tensor:
-    """Return how much the error of each column of a pruned matrix counts, ``(in,)`` in float64.
+    """Return the weights of the columns of a pruned matrix's error, ``(in,)`` in float64.
 
-    A column, which is one input (a row, where papers write xW), counts the sum of its kept entries'
-    scores. Scores have signs, and the paper does not say what becomes of them: here an entry counts
-    0 if it is masked, or if its score is negative, as the loss then falls when it shrinks. The sums
-    are scaled to mean 1, and raised to a floor, so that no column is free.
+    The weight of a column, which is one input (a row, where papers write xW), is the sum of the
+    scores of its kept entries. The paper does not define the treatment of negative scores; here,
+    they count as 0, as masked entries do, since shrinking such an entry lowers the loss. The sums
+    are scaled to mean 1 and clamped to a floor, so that no column has weight 0.
 
     Args:
         scores: ``(out, in)``.
-        mask: ``(out, in)``, True where an entry is kept. Where no kept score is positive all
-            columns count the same.
+        mask: ``(out, in)``, True for kept entries. If no kept score is positive, all columns have
+            the same weight.
 
     Raises:
         OptionError: if the shapes differ, or a score is not finite.

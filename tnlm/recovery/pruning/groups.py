@@ -1,4 +1,4 @@
-"""Dependency groups: rows and columns of a block's matrices that can only go together."""
+"""Dependency groups: rows and columns of a block's matrices that must be removed together."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ ATTENTIONS = (
 """Names of the matrices that make heads, and of the one that reads them."""
 
 WANTED = {
-    HEADS: "that takes separate q_proj, k_proj and v_proj, and a config in which head_dim stands "
-    "apart from hidden_size, as in Llama, Mistral and Qwen but not in GPT-2 and BERT",
-    CHANNELS: "that takes a feed-forward layer whose channels act one by one",
+    HEADS: "that takes separate q_proj, k_proj and v_proj, and a config in which head_dim is "
+    "independent of hidden_size, as in Llama, Mistral and Qwen but not in GPT-2 and BERT",
+    CHANNELS: "that takes a feed-forward layer whose channels are independent",
 }
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The part that every group of some kind has in one matrix.
+    """The part of one matrix that belongs to each group.
 
     Attributes:
         module: dotted name of the module that holds the matrix.
-        axis: 0 if groups are rows of the ``(out, in)`` matrix, 1 if columns.
-        slabs: where the rows or columns of one group are.
+        axis: 0 if groups are rows of the ``(out, in)`` matrix, 1 if they are columns.
+        slabs: the rows or columns of each group.
     """
 
     module: str
@@ -47,16 +47,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Groups:
-    """All the heads, or all the channels, of one block.
+    """All heads, or all channels, of one block.
 
     A group of heads is one key/value head with all the query heads that share it.
 
     Attributes:
         kind: ``"heads"`` or ``"channels"``.
         parent: dotted name of the module that holds the matrices.
-        count: how many groups there are.
+        count: number of groups.
         producers: the cuts by rows.
-        consumer: the cut by columns: a group whose inputs there are zero has no effect.
+        consumer: the cut by columns; a group whose inputs there are zero has no effect.
     """
 
     kind: str
@@ -78,7 +78,7 @@ class Groups:
         return Hidden(producers, self.consumer.module[cut:], self.consumer.slabs.size, self.count)
 
     def params(self, model: nn.Module) -> int:
-        """Return how many numbers one group has, with its share of the producers' biases."""
+        """Return the number of parameters of one group, with its part of the producers' biases."""
         numbers = 0
         for cut in self.cuts:
             module: Any = model.get_submodule(cut.module)
@@ -97,17 +97,17 @@ def head_width(model: PreTrainedModel) -> int:
 
 
 def find_groups(model: PreTrainedModel, names: Sequence[str], kind: str) -> list[Groups]:
-    """Return the groups of one kind, a `Groups` for every block, in the model's order.
+    """Return the groups of one kind, one `Groups` per block, in the model's order.
 
     Args:
-        model: with a single stack of blocks.
-        names: dotted names of the linear modules in the blocks that may be cut.
+        model: a model with a single stack of blocks.
+        names: dotted names of the linear modules in blocks that may be cut.
         kind: ``"heads"`` or ``"channels"``.
 
     Raises:
-        OptionError: if the model has none of this kind that are known how to cut.
+        OptionError: if the model has no groups of this kind that can be cut.
         ModelError: if a block has none or several, if something else depends on their number, or
-            if channels do not act one by one.
+            if channels are not independent.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -130,14 +130,14 @@ def find_groups(model: PreTrainedModel, names: Sequence[str], kind: str) -> list
     for (block, _), groups in zip(blocks, inside, strict=True):
         if len(groups) != 1 or groups[0].count != inside[0][0].count:
             raise ModelError(
-                f"{block}: each block must have one set of {kind}, of the same number, as a config "
-                f"has one size for all; found {[g.count for g in groups]}; use {kind}=False"
+                f"{block}: every block must have one set of {kind} of the same number, since a "
+                f"config has one size for all; found {[g.count for g in groups]}; use {kind}=False"
             )
     return [groups[0] for groups in inside]
 
 
 def _match(names: Sequence[str], endings: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield every parent under which all endings are, with their full names."""
+    """Yield every parent that has all endings, with their full names."""
     known = set(names)
     for name in names:
         if name.endswith(f".{endings[0]}"):
@@ -163,7 +163,7 @@ def _heads_of(model: PreTrainedModel, parent: str, members: list[str]) -> Groups
             f"heads of width {width} with equally many query heads each; use heads=False"
         )
     for name, parameter in _others(model, parent, members):
-        if "." not in name or parameter.shape != (width,):  # a norm of single heads may stay
+        if "." not in name or parameter.shape != (width,):  # a norm per head may stay
             raise ModelError(f"{parent}.{name} may depend on the number of heads; use heads=False")
     count = keys // width
     sizes = (queries // count, width, width)

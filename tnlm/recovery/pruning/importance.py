@@ -1,4 +1,4 @@
-"""How much the loss depends on a group, seen through the gradients of adapters alone."""
+"""The importance of groups for the loss, estimated only from the gradients of adapters."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tnlm.layers.adapters import Adapter
 from tnlm.recovery.pruning.groups import Groups
 
 KINDS = ("taylor", "squared")
-"""Saliency |ĝ w| as in the published code, or (ĝ w)² as in the paper."""
+"""Kinds of saliency: |ĝ w| as in the published code, or (ĝ w)² as in the paper."""
 
 
 def importances(groups: Groups, adapters: Mapping[str, Adapter], kind: str = "taylor") -> Tensor:
     """Return the importance of every group, in float64.
 
-    The saliencies of a matrix are summed over each group, the sums divided by their L2 norm over
-    the groups, and these added over the matrices.
+    For each matrix, the saliencies are summed over each group and divided by their L2 norm over the
+    groups; the results are added over the matrices.
 
     Args:
-        groups: of one block.
-        adapters: of all its matrices, after a backward pass.
+        groups: the groups of one block.
+        adapters: adapters of all its matrices, after a backward pass.
         kind: ``"taylor"`` or ``"squared"``.
 
     Raises:
@@ -52,8 +52,9 @@ def importances(groups: Groups, adapters: Mapping[str, Adapter], kind: str = "ta
 def _gradient(adapter: Adapter) -> Tensor:
     """Return ĝ, the estimate of the gradient of the merged weight.
 
-    It is what one step of size 1 on A and B takes from s B A. As ∂B = s G Aᵀ and ∂A = s Bᵀ G, where
-    G is the true gradient, ĝ = s² G for B = 0 and A square and orthogonal. The paper has no s.
+    It is the decrease of s B A by one step of size 1 on A and B. Since ∂B = s G Aᵀ and ∂A = s Bᵀ G,
+    where G is the true gradient, ĝ = s² G if B = 0 and A is square and orthogonal. The paper has no
+    s.
     """
     if adapter.A.grad is None or adapter.B.grad is None:
         raise TrainingError("an adapter has no gradient: the loss does not depend on its matrix")

@@ -1,4 +1,4 @@
-"""Tries, on a few tokens, whether the heads of every block act one by one."""
+"""Checks, on a few tokens, that the heads of every block act independently."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tnlm.targets.stubs import Call
 from tnlm.targets.trial import objection
 
 TOKENS = 8
-"""Tokens that are run through the model."""
+"""Number of tokens to run through the model."""
 
 
 def check_heads(
@@ -28,19 +28,19 @@ def check_heads(
     template: nn.Module,
     batch: Mapping[str, Tensor],
 ) -> None:
-    """Raise `ModelError` unless each block's heads do the same when some others are cut out.
+    """Raise `ModelError` unless each block's heads do the same when others are removed.
 
     Args:
-        model: run once on a few tokens, in eval mode; left as it was.
+        model: run once on a few tokens, in eval mode; left unchanged.
         blocks: the heads of every block.
-        keep: how many of them stay.
-        template: a model with so many, whose parameters are not read.
+        keep: how many of them to keep.
+        template: a model with this many, whose parameters are not read.
         batch: ``input_ids`` and ``attention_mask``.
     """
     calls = _calls(model, blocks, batch)
     for block in blocks:
         if block.parent not in calls:
-            raise ModelError(f"{block.parent}: it is never called on the data; use heads=False")
+            raise ModelError(f"{block.parent} is never called on the data; use heads=False")
         against = objection(
             model.get_submodule(block.parent),
             block.hidden,
@@ -55,7 +55,7 @@ def check_heads(
 def _calls(
     model: PreTrainedModel, blocks: Sequence[Groups], batch: Mapping[str, Tensor]
 ) -> dict[str, Call]:
-    """Return what the parent of every block's heads is called with, on a few tokens."""
+    """Return the arguments with which the parent of every block's heads is called."""
     calls: dict[str, Call] = {}
 
     def keeper(name: str) -> Callable[..., None]:

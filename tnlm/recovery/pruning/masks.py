@@ -1,4 +1,4 @@
-"""Which groups are still there while a model is pruned."""
+"""Masks of the groups that remain while a model is pruned."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tnlm.recovery.pruning.groups import Groups
 
 
 class Masks:
-    """The groups that are left, and the moving average of their importances.
+    """The remaining groups, and the moving averages of their importance.
 
-    A group that is masked stays so: nothing depends on it any more, so that its gradients say
-    nothing of what it was worth.
+    A masked group stays masked: nothing depends on it any more, so its gradients do not show its
+    importance.
 
     Example:
         >>> from tnlm.recovery.pruning.groups import Cut
@@ -30,30 +30,30 @@ class Masks:
     """
 
     def __init__(self, groups: Sequence[Groups], decay: float) -> None:
-        """Start with all groups, of no importance."""
+        """Start with all groups, with importance 0."""
         self._decay = decay
         self._scores = {g: torch.zeros(g.count, dtype=torch.float64) for g in groups}
         self._left = {g: torch.ones(g.count, dtype=torch.bool) for g in groups}
 
     def see(self, importance: Callable[[Groups], Tensor]) -> None:
-        """Take in the importances of a step: λ times the average so far, 1 − λ times these."""
+        """Update the averages with a step: λ times the old plus 1 − λ times the new importance."""
         for groups, score in self._scores.items():
             score.lerp_(importance(groups).to(score), 1.0 - self._decay)
 
     def shrink(self, counts: Mapping[str, float]) -> None:
-        """Mask the least important groups, until so many are left in every block, by kind."""
+        """Mask the least important groups of every block, down to the given counts by kind."""
         for groups, left in self._left.items():
             score = self._scores[groups].masked_fill(~left, -torch.inf)
             best = score.topk(min(round(counts[groups.kind]), int(left.sum()))).indices
             self._left[groups] = torch.zeros_like(left).index_fill_(0, best, True)
 
     def kept(self) -> dict[Groups, Tensor]:
-        """Return the indices of the groups that are left, in order."""
+        """Return the indices of the remaining groups, in order."""
         return {groups: left.nonzero().flatten() for groups, left in self._left.items()}
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Zero what masked groups give to their consumers, while a block of code runs."""
+        """Zero the outputs of masked groups while a block of code runs."""
 
         def hook(groups: Groups) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
             def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

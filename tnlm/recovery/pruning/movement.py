@@ -1,7 +1,7 @@
-"""First-order (movement) pruning: entries that training moves towards zero go, while it trains.
+"""First-order (movement) pruning: removes entries that training moves towards zero.
 
 Source: LPAF, Ren and Zhu 2023 (arXiv 2306.14152), after movement pruning, Sanh et al. 2020 (arXiv
-2005.07683). LPAF's settings are not published: the defaults here are tnlm's own.
+2005.07683). LPAF's settings are not published; the defaults here are tnlm's own.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tnlm.targets.base import Member
 
 @dataclass(frozen=True)
 class Pruned:
-    """A model after movement pruning, and what decided it.
+    """A model after movement pruning, with scores and masks.
 
     Attributes:
         model: the pruned copy.
-        scores: ``(out, in)`` by the target's name: what is larger stays.
-        masks: ``(out, in)`` by the target's name, True where an entry stays.
+        scores: ``(out, in)`` by target name; entries with larger scores are kept.
+        masks: ``(out, in)`` by target name, True for kept entries.
     """
 
     model: PreTrainedModel
@@ -49,32 +49,32 @@ def movement_prune(
     cooldown: float = 0.1,
     **options: Any,
 ) -> Pruned:
-    """Fine-tune a copy of a model, and prune the entries whose weights training moves to zero.
+    """Fine-tune a copy of a model, and prune the entries that training moves to zero.
 
-    Over the steps each entry gathers a score, S = −Σ (∂L/∂W) W with the gradient of that step. The
-    model is run on W·M, where the mask M keeps the highest scores of every matrix, fewer and fewer
-    of them along a cubic. The gradient at W·M is taken for that of W (straight through), so that
-    what is masked still learns, and may come back. A matrix without gradients stays whole.
+    Each entry accumulates a score over the steps, S = −Σ (∂L/∂W) W. The model runs with W·M, where
+    the mask M keeps the highest scores of every matrix; their number falls along a cubic schedule.
+    The gradient at W·M is used for W (straight-through), so that masked entries still learn and may
+    return. A matrix without gradients is not pruned.
 
-    The weights of the targets alone are trained; LPAF trains all others with them.
+    Only the weights of the targets are trained; LPAF also trains all others.
 
     Args:
-        model: left as it is; most often fine-tuned on the task already.
+        model: left unchanged; usually already fine-tuned on the task.
         data: see :func:`tnlm.recovery.training.finetune`.
-        targets: linear matrices, as :func:`tnlm.targets.selection.select` finds them.
-        keep: share of a matrix's entries that stays.
-        warmup: share of the steps before the first entries go.
-        cooldown: share of the steps after the last went.
-        **options: as ``finetune`` takes them, but for ``output_dir``: a checkpoint has no scores.
+        targets: linear matrices from :func:`tnlm.targets.selection.select`.
+        keep: fraction of a matrix's entries to keep.
+        warmup: fraction of the steps before pruning starts.
+        cooldown: fraction of the steps after pruning ends.
+        **options: arguments of ``finetune``, except ``output_dir``: a checkpoint has no scores.
 
     Returns:
         The pruned copy, whose masked weights are zero, with the scores and the masks.
 
     Raises:
-        BudgetError: for ``keep`` out of range.
-        OptionError: for another option out of range.
+        BudgetError: if ``keep`` is out of range.
+        OptionError: if another option is out of range.
         TargetError: if a target is not linear.
-        TrainingError: as ``finetune`` raises it, or if a score is not finite.
+        TrainingError: as in ``finetune``, or if a score is not finite.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -87,14 +87,16 @@ def movement_prune(
         64
     """
     if not 0 < keep <= 1:
-        raise BudgetError(f"keep={keep!r}; allowed: a share above 0, at most 1")
+        raise BudgetError(f"keep={keep!r}; allowed: a fraction in (0, 1]")
     if not (warmup >= 0 <= cooldown and warmup + cooldown <= 1):
-        raise OptionError(f"warmup={warmup!r}, cooldown={cooldown!r}; allowed: shares of the steps")
+        raise OptionError(
+            f"warmup={warmup!r}, cooldown={cooldown!r}; allowed: fractions of the steps"
+        )
     if "output_dir" in options:
         raise OptionError("output_dir= has no effect: pruning cannot be resumed; leave it out")
     for target in targets:
         if target.unmeasured:
-            raise TargetError(f"{target.name} is an {target.kind}; name linear matrices alone")
+            raise TargetError(f"{target.name} is an {target.kind}; name only linear matrices")
     pruned = copy.deepcopy(model)
     entries = Entries(pruned, targets)
     make = partial(MovementTrainer, entries=entries, keep=keep, warmup=warmup, cooldown=cooldown)
@@ -105,7 +107,7 @@ def movement_prune(
 
 
 class Masked(nn.Module):
-    """A weight of which entries are masked; its gradient is that of the whole (straight through).
+    """A weight with masked entries; its gradient ignores the mask (straight-through).
 
     Example:
         >>> masked, weight = Masked(torch.ones(2)), torch.tensor([3.0, 5.0], requires_grad=True)
@@ -118,7 +120,7 @@ class Masked(nn.Module):
     mask: Tensor
 
     def __init__(self, weight: Tensor) -> None:
-        """Mask nothing yet."""
+        """Start with nothing masked."""
         super().__init__()
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
 
@@ -128,10 +130,10 @@ class Masked(nn.Module):
 
 
 class Entries:
-    """The entries of matrices, with their scores, and masks that the model runs under.
+    """The entries of matrices, with their scores and the masks applied in the model.
 
     Args:
-        model: changed in place: the weights of the targets alone require gradients.
+        model: changed in place: only the weights of the targets require gradients.
         targets: linear matrices.
     """
 
@@ -154,7 +156,7 @@ class Entries:
 
     @torch.no_grad()
     def see(self) -> None:
-        """Take in the gradients of a whole step, −(∂L/∂W) W."""
+        """Add a step's −(∂L/∂W) W to the scores."""
         for target in self._targets:
             weight = self._weights[target.module]
             if weight.grad is not None:
@@ -162,7 +164,7 @@ class Entries:
                 self.scores[target.name] -= gradient * self._part(target, weight).float()
 
     def keep(self, share: float) -> None:
-        """Mask all but a share of every matrix, those with the highest scores.
+        """Mask all entries of every matrix but the fraction with the highest scores.
 
         Raises:
             TrainingError: if a score is not finite.
@@ -178,7 +180,7 @@ class Entries:
             target.write(module, self._masked[target.module].mask, self.masks[target.name])
 
     def write(self, like: PreTrainedModel) -> None:
-        """Set masked weights to zero, and require the gradients that another model does."""
+        """Set masked weights to zero, and copy ``requires_grad`` from another model."""
         for name in self._masked:
             remove_parametrizations(self._model.get_submodule(name), "weight")
         for own, other in zip(self._model.parameters(), like.parameters(), strict=True):
@@ -189,20 +191,20 @@ class Entries:
 
 
 class MovementTrainer(GuardedTrainer):
-    """Trains a model while its entries gather scores, and fewer and fewer of them are left.
+    """Trains a model while entries accumulate scores and are pruned.
 
     Args:
-        entries: of the model.
-        keep: share of them that stays in the end.
-        warmup: share of the steps before the first go.
-        cooldown: share of the steps after the last went.
-        **arguments: to ``transformers.Trainer``.
+        entries: the model's entries.
+        keep: fraction of them to keep in the end.
+        warmup: fraction of the steps before pruning starts.
+        cooldown: fraction of the steps after pruning ends.
+        **arguments: passed to ``transformers.Trainer``.
     """
 
     def __init__(
         self, *, entries: Entries, keep: float, warmup: float, cooldown: float, **arguments: Any
     ) -> None:
-        """Hold the course; see the class for the arguments."""
+        """Store the settings; see the class for the arguments."""
         super().__init__(**arguments)
         self._entries, self._keep = entries, keep
         self._warmup, self._cooldown = warmup, cooldown
@@ -213,12 +215,12 @@ class MovementTrainer(GuardedTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Mask what has the lowest scores so far, and take the gradients of a batch.
+        """Mask the entries with the lowest scores so far, and compute the gradients of a batch.
 
-        Where gradients of several batches are accumulated, those of the whole step count once.
+        If gradients of several batches are accumulated, scores are updated once per step.
         """
         step = self.state.global_step
-        if step:  # before the first nothing is known of any entry
+        if step:  # there are no scores before the first step
             self._entries.keep(self._share(step))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last batch of the step
@@ -233,9 +235,9 @@ class MovementTrainer(GuardedTrainer):
 
 
 def highest(scores: Tensor, share: float) -> Tensor:
-    """Return a mask of a share of the entries, at least one, with the highest scores.
+    """Return a mask of the fraction of entries, at least one, with the highest scores.
 
-    Where all scores are the same, as without any gradient, it is of all entries.
+    If all scores are the same, as without gradients, it keeps all entries.
 
     Example:
         >>> highest(torch.tensor([[3.0, -1.0], [2.0, 0.0]]), 0.5)

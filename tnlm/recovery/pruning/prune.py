@@ -1,8 +1,8 @@
-"""Structured pruning while adapters are trained: heads and channels go, the rest learns.
+"""Structured pruning while adapters are trained: removes heads and channels, and adapts the rest.
 
-Source: LoRAPrune (Zhang et al., Findings of ACL 2024, arXiv 2305.18403). As a config has one size
-for all blocks, all are pruned alike; the published code leaves the first tenth and the last alone.
-It also drops out inputs of adapters, which is left out here.
+Source: LoRAPrune (Zhang et al., Findings of ACL 2024, arXiv 2305.18403). Since a config has one
+size for all blocks, all are pruned alike; the published code skips the first tenth and the last. It
+also applies dropout to the inputs of adapters, which is omitted here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tnlm.utils.undo import leaves_model
 logger = logging.getLogger("tnlm")
 
 LARGEST = 1.0
-"""Norm to which the gradients of all adapters together are clipped."""
+"""Norm to which the gradients of all adapters are clipped together."""
 
 
 @leaves_model
@@ -72,29 +72,28 @@ def prune(
 ) -> PreTrainedModel:
     """Prune attention heads and feed-forward channels while LoRA adapters are trained.
 
-    The base is frozen. At each step the gradients of the adapters tell how important each group is;
-    the least important in every block are masked, more and more of them along a cubic; at last the
-    adapters are merged and the groups cut out. What is left is an ordinary model of the same class
-    with a smaller config, which plain transformers saves and loads.
+    The base model is frozen. At each step, the gradients of the adapters show how important each
+    group is, and the least important groups of every block are masked, following a cubic schedule.
+    In the end, the adapters are merged and the masked groups are cut out. The result is an ordinary
+    model of the same class with a smaller config, which plain transformers saves and loads.
 
     Args:
-        model: changed in place, but only when all else is done.
-        batches: ``input_ids``, ``attention_mask`` and ``labels``; taken in random order, again and
-            again.
-        keep: share of the numbers in the blocks' linear layers that stays; met from below.
-        heads: whether key/value heads go, each with the query heads that share it.
-        channels: whether feed-forward channels go.
-        steps: one batch each; None for two passes over the batches.
-        rank: of the adapters.
-        alpha: their scale is alpha / rank.
-        learning_rate: of AdamW, constant.
-        decay: of the moving average of importances.
-        every: steps between two maskings.
-        warmup: share of the steps before the first masking.
-        cooldown: share of the steps after the last.
-        kind: ``"taylor"``, the size of ĝ w as in the published code, or ``"squared"``, (ĝ w)² as in
-            the paper.
-        seed: of the adapters' start, the order of batches, and dropout.
+        model: changed in place, but only at the very end.
+        batches: ``input_ids``, ``attention_mask`` and ``labels``; used repeatedly in random order.
+        keep: most parameters to keep in the blocks' linear layers, as a fraction.
+        heads: whether to prune key/value heads, each with the query heads that share it.
+        channels: whether to prune feed-forward channels.
+        steps: number of steps of one batch each; None for two passes over the batches.
+        rank: rank of the adapters.
+        alpha: the scaling of the adapters is alpha / rank.
+        learning_rate: constant learning rate of AdamW.
+        decay: decay of the moving average of importance.
+        every: steps between two updates of the masks.
+        warmup: fraction of the steps before masking starts.
+        cooldown: fraction of the steps after masking ends.
+        kind: ``"taylor"`` for |ĝ w| as in the published code, or ``"squared"`` for (ĝ w)² as in the
+            paper.
+        seed: seed of the adapters, the order of batches, and dropout.
         progress: show a progress bar.
 
     Returns:
@@ -106,8 +105,8 @@ def prune(
         BudgetError: if ``keep`` is out of range or cannot be reached.
         RankError: if a matrix is smaller than ``rank``.
         ModelError: if the model is compressed, not finite, not one stack of blocks, or computes no
-            loss, if its config cannot hold the sizes, or if heads or channels do not act one by
-            one, as where an activation takes a mean over channels.
+            loss; if its config cannot express the sizes; or if heads or channels are not
+            independent, as when an activation takes a mean over channels.
         CalibrationError: if there are no batches, or they have no labels.
         TrainingError: if a loss or gradient is not finite.
 
@@ -139,7 +138,7 @@ def prune(
     check_ranks(model, ranks)
     asked = [name for name, wanted in ((HEADS, heads), (CHANNELS, channels)) if wanted]
     if not asked:
-        raise OptionError("heads=False and channels=False leave nothing to prune; ask for one")
+        raise OptionError("heads=False and channels=False leave nothing to prune; enable one")
     groups = {name: find_groups(model, modules, name) for name in asked}
     firsts = {name: blocks[0] for name, blocks in groups.items()}
     counts = settle(model, groups, modules, keep)
@@ -164,7 +163,7 @@ def prune(
 
 @dataclass(frozen=True)
 class _Course:
-    """How the adapters are trained."""
+    """The settings of the training."""
 
     steps: int
     learning_rate: float
@@ -185,24 +184,24 @@ def _check(
 ) -> None:
     if not batches or any("labels" not in batch for batch in batches):
         raise CalibrationError(
-            f"{len(batches)} batches: at least one is wanted, each with input_ids, attention_mask "
+            f"{len(batches)} batches; allowed: at least one, each with input_ids, attention_mask "
             "and labels"
         )
     if not 0 < keep < 1:
-        raise BudgetError(f"keep={keep}: a share between 0 and 1 is wanted")
+        raise BudgetError(f"keep={keep}; allowed: a fraction in (0, 1)")
     if course.kind not in KINDS:
         raise OptionError(f"kind={course.kind!r}{did_you_mean(str(course.kind), KINDS)}")
     if not 0 <= decay < 1:
-        raise OptionError(f"decay={decay}: at least 0 and less than 1 is wanted")
+        raise OptionError(f"decay={decay}; allowed: a number in [0, 1)")
     if not 0 < alpha < math.inf:
-        raise OptionError(f"alpha={alpha}: a positive number is wanted")
+        raise OptionError(f"alpha={alpha}; allowed: a positive number")
     if not 0 < course.learning_rate < math.inf:
-        raise OptionError(f"learning_rate={course.learning_rate}: a positive number is wanted")
+        raise OptionError(f"learning_rate={course.learning_rate}; allowed: a positive number")
     if course.steps < 1 or course.every < 1:
-        raise OptionError(f"steps={course.steps}, every={course.every}: at least 1 is wanted")
+        raise OptionError(f"steps={course.steps}, every={course.every}; allowed: at least 1")
     if min(course.warmup, course.cooldown) < 0 or course.warmup + course.cooldown > 1:
         raise OptionError(
-            f"warmup={course.warmup}, cooldown={course.cooldown}: shares of the steps are wanted"
+            f"warmup={course.warmup}, cooldown={course.cooldown}; allowed: fractions of the steps"
         )
 
 
@@ -222,7 +221,7 @@ def _linear(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Seed torch in a block that trains; then its generators and the modules are as they were."""
+    """Seed torch for a block that trains; restore its generators and the modules' flags after."""
     devices = [model.device] if model.device.type == "cuda" else []
     with modes_kept(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -237,7 +236,7 @@ def _train(
     sizes: Mapping[str, tuple[int, int]],
     course: _Course,
 ) -> None:
-    """Train the adapters and mask groups, from the first to the second of each kind's sizes."""
+    """Train the adapters and mask groups, from the first to the second of the sizes by kind."""
     parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
     adam = torch.optim.AdamW(parameters, lr=course.learning_rate, weight_decay=0.0)
     warmup = round(course.warmup * course.steps)
@@ -262,7 +261,7 @@ def _backward(
     parameters: Sequence[torch.nn.Parameter],
     step: int,
 ) -> None:
-    """Take the gradients of a batch's loss, clipped."""
+    """Compute the gradients of a batch's loss, and clip them."""
     with torch.enable_grad():
         inputs = {key: value.to(model.device) for key, value in batch.items()}
         loss: Tensor | None = model(**inputs).loss

@@ -1,4 +1,4 @@
-"""How many heads and channels every block keeps, and what the config then says."""
+"""How many heads and channels every block keeps, and the config of the pruned model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnlm.errors import BudgetError, ModelError, OptionError
 from tnlm.recovery.pruning.groups import CHANNELS, HEADS, Groups, head_width
 
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
-"""What configs call the number of channels."""
+"""Names of the number of channels in configs."""
 
 
 def settle(
@@ -24,20 +24,20 @@ def settle(
     names: Sequence[str],
     keep: float,
 ) -> dict[str, int]:
-    """Return how many groups of each kind every block keeps, so that ``keep`` is met from below.
+    """Return how many groups of each kind every block keeps, for at most ``keep`` parameters.
 
-    Heads are few, and not every number of them makes a valid config: the valid number nearest to
-    ``keep`` is taken, and channels make up for the difference.
+    There are few heads, and not every number of them makes a valid config: the valid number nearest
+    to ``keep`` is used, and channels make up for the difference.
 
     Args:
         model: not changed.
         groups: the groups of every block, by kind.
-        names: the linear modules of which ``keep`` is a share.
-        keep: share of their numbers that stays.
+        names: the linear modules to which ``keep`` refers.
+        keep: fraction of their parameters to keep.
 
     Raises:
-        BudgetError: if no numbers of groups reach ``keep``.
-        OptionError: if heads were given, but no smaller number of them is valid.
+        BudgetError: if no number of groups meets ``keep``.
+        OptionError: if heads are given, but no smaller number of them is valid.
     """
     total = sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
     excess = total - math.floor(keep * total)
@@ -56,20 +56,19 @@ def settle(
 
 
 def _each(model: nn.Module, groups: Sequence[Groups]) -> int:
-    """Return how many numbers go when every block loses one group."""
+    """Return how many parameters are removed when every block loses one group."""
     return sum(block.params(model) for block in groups)
 
 
 def _refuse(keep: float, excess: int) -> NoReturn:
     raise BudgetError(
-        f"keep={keep}: with one group left in every block there are still {excess} "
-        "numbers too many in the linear layers of the blocks; prune heads and channels both, or "
-        "keep more"
+        f"keep={keep}: with one group left in every block, the linear layers of the blocks still "
+        f"have {excess} parameters too many; prune both heads and channels, or keep more"
     )
 
 
 def _valid_heads(model: PreTrainedModel, heads: Groups) -> list[int]:
-    """Return the numbers of groups of heads that a config accepts, that of now included."""
+    """Return the numbers of groups of heads that the config accepts, including the current one."""
     valid = [heads.count]
     for number in range(1, heads.count):
         try:
@@ -79,8 +78,8 @@ def _valid_heads(model: PreTrainedModel, heads: Groups) -> list[int]:
         valid.append(number)
     if len(valid) == 1:
         raise OptionError(
-            f"heads=True, but the {heads.count} groups of heads cannot be fewer: the config "
-            f"{type(model.config).__name__} accepts no smaller number; use heads=False"
+            f"heads=True, but the config {type(model.config).__name__} accepts no fewer than "
+            f"{heads.count} groups of heads; use heads=False"
         )
     return valid
 
@@ -93,10 +92,10 @@ def changes(
     Args:
         model: not changed.
         groups: the groups of one block, by kind.
-        kept: how many stay of each kind.
+        kept: how many groups of each kind to keep.
 
     Raises:
-        ModelError: if the config does not say how many channels there are.
+        ModelError: if the config does not state the number of channels.
     """
     config, found = model.config, {}
     if HEADS in kept:
@@ -116,7 +115,7 @@ def changes(
 
 
 def resized(config: PreTrainedConfig, values: Mapping[str, int]) -> PreTrainedConfig:
-    """Return a copy of a config with new values, validated as when it is read from a file.
+    """Return a copy of a config with new values, validated like one read from a file.
 
     Example:
         >>> from transformers import LlamaConfig

@@ -1,4 +1,4 @@
-"""Cuts groups out of a model, which becomes an ordinary smaller one of the same class."""
+"""Slices groups out of a model, which becomes an ordinary smaller model of the same class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tnlm.recovery.pruning.sizes import resized
 from tnlm.utils.undo import attempt
 
 Kept = Mapping[Groups, Tensor]
-"""The indices of the groups that stay, for every block and kind."""
+"""The indices of the groups to keep, for every block and kind."""
 
 
 def smaller(
@@ -27,19 +27,19 @@ def smaller(
     counts: Mapping[str, int],
     values: Mapping[str, int],
 ) -> PreTrainedModel:
-    """Return the model that transformers builds from the new config, without data.
+    """Return the model that transformers builds from the new config, on the meta device.
 
     Args:
         model: not changed.
-        groups: what is cut, in all blocks.
-        counts: how many groups stay of each kind.
+        groups: the groups of all blocks.
+        counts: how many groups of each kind to keep.
         values: the config's new values.
 
     Raises:
-        ModelError: if its parameters are not those that slicing leaves: such a model could be
-            saved, but not loaded.
+        ModelError: if its parameters do not match those that slicing leaves; the sliced model could
+            be saved, but not loaded.
     """
-    with torch.random.fork_rng([]), torch.device("meta"):  # some draw even where nothing is held
+    with torch.random.fork_rng([]), torch.device("meta"):  # some models draw even on meta
         made = type(model)(resized(model.config, values))
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for block in groups:
@@ -53,8 +53,8 @@ def smaller(
         if name in shapes and shapes[name] != list(parameter.shape):
             raise ModelError(
                 f"{type(model).__name__} builds {name} as {list(parameter.shape)} from "
-                f"{dict(values)}, but slicing leaves {shapes[name]}: its config cannot say so; "
-                "use heads=False or channels=False"
+                f"{dict(values)}, but slicing leaves {shapes[name]}, which its config cannot "
+                "express; use heads=False or channels=False"
             )
     return made
 
@@ -66,14 +66,14 @@ def cut_groups(
     values: Mapping[str, int],
     weights: Mapping[str, Callable[[], Tensor]],
 ) -> None:
-    """Slice a model in place, or leave it as it was if something fails.
+    """Slice a model in place, or leave it unchanged if anything fails.
 
     Args:
-        model: gets smaller.
-        template: from :func:`smaller`.
-        kept: the groups that stay.
+        model: the model to slice.
+        template: the result of :func:`smaller`.
+        kept: the groups to keep.
         values: the config's new values.
-        weights: makes the full ``(out, in)`` weight of a module, for each that is replaced.
+        weights: functions that return the full ``(out, in)`` weight of each replaced module.
 
     Raises:
         TrainingError: if a weight is not finite in the model's dtype.
@@ -90,9 +90,11 @@ def cut_groups(
             old, empty = model.get_submodule(name), template.get_submodule(name)
             made = _fill(empty, old, make(), *cuts.get(name, (None, None)))
             if not bool(made.weight.isfinite().all()):
-                raise TrainingError(f"{name}: its merged weight is not finite; nothing was changed")
+                raise TrainingError(
+                    f"the merged weight of {name} is not finite; nothing was changed"
+                )
             swap.replace(name, made)
-        config = own_config(model)  # others that share it keep their sizes
+        config = own_config(model)  # models that share the config keep their sizes
         for name, value in values.items():
             setattr(config, name, value)
         for block in kept:
@@ -102,7 +104,7 @@ def cut_groups(
 
 
 def _fill(made: Any, old: Any, weight: Tensor, cut: Cut | None, kept: Tensor | None) -> Any:
-    """Give an empty module what stays of a weight, and of the old module's bias."""
+    """Fill an empty module with the kept part of a weight and of the old module's bias."""
     bias = old.bias
     if cut is not None and kept is not None:
         index = kept.to(weight.device)
@@ -118,7 +120,7 @@ def _fill(made: Any, old: Any, weight: Tensor, cut: Cut | None, kept: Tensor | N
 
 
 def _copy_sizes(model: nn.Module, template: nn.Module) -> None:
-    """Give modules that remember a size, such as a number of heads, the template's."""
+    """Copy sizes stored in modules, such as a number of heads, from the template."""
     there = dict(template.named_modules())
     for name, module in model.named_modules():
         other = vars(there.get(name, module))
