@@ -1,4 +1,4 @@
-"""What is compressed: one file a kind of target, found by looking."""
+"""Targets of compression: one file for each kind, discovered automatically."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FINDERS: Registry[Finder] = Registry(__name__, "FINDER", "kind of target")
 
 
 def joint_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
-    """Return the targets that may take the place of several of those given, of every kind."""
+    """Return the joint targets of every kind that may replace several of the given targets."""
     return [found for each in FINDERS.all().values() for found in each.find(model, targets)]
 
 
 def usable_targets(model: nn.Module, found: Sequence[Target], kinds: Set[str]) -> list[Target]:
-    """Return the joint targets of some kinds that may really be used; no two share a matrix.
+    """Return the usable joint targets of some kinds, of which no two share a matrix.
 
-    Where several could replace a matrix, the first kind by name does.
+    If several could replace a matrix, the kind that is first by name does.
     """
     used: list[Target] = []
     taken: set[str] = set()

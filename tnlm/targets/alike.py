@@ -1,4 +1,4 @@
-"""The same matrix, or feed-forward layer, of all experts of a module: one decision for all."""
+"""Joint targets of experts: one matrix, or feed-forward layer, of all experts of a module."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ from tnlm.tensors.network import Cost, Network
 
 @dataclass(frozen=True)
 class Alike(Target):
-    """Targets of one shape that take one format in one size, each fitted by itself.
+    """Targets of the same shape that get the same format and size, but are fitted separately.
 
     Attributes:
-        each: the targets, one an expert.
+        each: the targets, one per expert.
     """
 
     each: tuple[Target, ...]
 
     @property
     def alike(self) -> tuple[Target, ...]:
-        """The targets, one an expert."""
+        """The targets, one per expert."""
         return self.each
 
     @property
     def members(self) -> tuple[Target, ...]:
-        """All matrices."""
+        """The matrices of all experts."""
         return tuple(member for one in self.each for member in one.members)
 
     @property
     def params(self) -> int:
-        """Parameters of all matrices."""
+        """Number of parameters of all matrices."""
         return sum(one.params for one in self.each)
 
     def taken(self, structure: Format[Any]) -> Format[Any]:
-        """Return the format for a stack of matrices."""
+        """Return the version of a format for a stack of matrices."""
         return AlikeFormat(structure)
 
     def weight(self, model: nn.Module) -> Tensor:
-        """Return all matrices, ``(count, out, in)``, a view where they lie in one parameter."""
+        """Return all matrices, ``(count, out, in)``: a view if they are in one parameter."""
         return _as_one([one.weight(model) for one in self.each])
 
     def bias(self, model: nn.Module) -> Tensor | None:
-        """Return None: each has its own."""
+        """Return None, since each matrix has its own bias."""
         return None
 
     def added_bias(self, model: nn.Module) -> int:
-        """Return the size of the biases that the matrices lack."""
+        """Return the total size of the biases that the matrices lack."""
         return sum(one.added_bias(model) for one in self.each)
 
     def statistic(self, name: str, read: Read) -> Tensor:
-        """Return the mean of a statistic."""
+        """Return the mean of a statistic over the experts."""
         return torch.stack([one.statistic(name, read) for one in self.each]).mean(0)
 
     def input_group(self, leaders: Mapping[str, str]) -> str:
-        """Return the name: no other targets share all the inputs."""
+        """Return the name, since no other target has the same inputs."""
         return self.name
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
-        """Return what the factors of all cost; a token meets its share of them."""
+        """Return the cost of all experts' factors; MACs count only the active experts."""
         count = len(self.each)
         one = replace(self.each[0], share=1.0).cost(network, itemsize, extra // count)
         return Cost(count * one.params, count * one.bytes, self.met(count * one.macs))
@@ -78,7 +78,7 @@ class Alike(Target):
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the most that one network may have."""
+        """Return the largest cost that one network may have."""
         own = extra // len(self.each)
         return self.each[0].budget(keep, max_macs, unit=unit, extra=own)
 
@@ -90,7 +90,7 @@ class Alike(Target):
         weight: Tensor | None = None,
         output: Tensor | None = None,
     ) -> Fitted:
-        """Fit each by itself; the error is that of all together."""
+        """Fit each expert separately; the error is that of all together."""
         if not isinstance(metric, Several):
             raise TypeError("alike targets are measured by Several")
         pieces: list[Any] = []
@@ -106,7 +106,7 @@ class Alike(Target):
 
 @dataclass(frozen=True)
 class AlikeMatrices(Alike):
-    """The same matrix of all experts, of one rank, or of one format and size."""
+    """One matrix of all experts, with the same rank, or the same format and size."""
 
     kind = "linear"
 
@@ -119,14 +119,14 @@ class AlikeLayers(Alike):
 
 
 UNITS: Mapping[str, type[Alike]] = {"linear": AlikeMatrices, "channels": AlikeLayers}
-"""What stands for the targets of all experts, by their kind."""
+"""Classes that represent the targets of all experts, by their kind."""
 
 
 def alike(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
-    """Return the targets, with the same of all experts of a module as one.
+    """Return the targets, with those of all experts of a module joined into one.
 
-    Targets of other kinds that take in a matrix of an expert are left out: experts would no longer
-    be alike.
+    Targets of other kinds that contain an expert's matrix are left out, since they would make the
+    experts unequal.
 
     Example:
         >>> from transformers import MixtralConfig, MixtralModel
@@ -153,7 +153,7 @@ def alike(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
 
 
 def together(places: Sequence[str], name: str) -> str:
-    """Return the name that a target of an expert has together with those of the other experts.
+    """Return the joint name of one expert's target and those of the other experts.
 
     Example:
         >>> together(["mlp.experts"], "mlp.experts.3.up_proj+mlp.experts.3.down_proj")
@@ -173,7 +173,8 @@ def _without_number(places: Sequence[str], name: str) -> str:
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return further names by which matrices of experts may be chosen.
 
-    These are the module of all experts, the same matrix of all, and the parameter it lies in.
+    They are the names of the module of all experts, of one matrix of all experts, and of the
+    parameter that holds it.
     """
     found: dict[str, tuple[str, ...]] = {}
     for place, experts in unfolded(model):
@@ -186,11 +187,11 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def incomplete(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield matrices of which some experts' are named: their name, how many are, and how many all.
+    """Yield the name, chosen count and total count of every matrix chosen for some experts.
 
     Args:
-        model: unfolded.
-        names: of modules.
+        model: an unfolded model.
+        names: names of the chosen modules.
     """
     chosen = set(names)
     for place, experts in unfolded(model):
@@ -207,7 +208,7 @@ def _made(name: str, group: list[Target]) -> Alike:
 
 
 def _as_one(matrices: Sequence[Tensor]) -> Tensor:
-    """Return matrices as one tensor: a view if they lie at equal distances in one storage."""
+    """Return matrices as one tensor: a view if they are evenly spaced in one storage."""
     first = matrices[0]
     starts = [matrix.storage_offset() for matrix in matrices]
     step = starts[1] - starts[0] if len(starts) > 1 else first.numel()

@@ -1,4 +1,4 @@
-"""The contract of a target: what one kind of thing that is compressed knows about itself."""
+"""The interface of targets, which are the parts of a model that are compressed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tnlm.tensors.network import Cost, Network
 Matrix = nn.Linear | Conv1D | nn.Embedding
 """The modules whose weight is a matrix."""
 Selector = str | type | Sequence["str | type"]
-"""Words, names, a pattern or classes that choose modules."""
+"""Words, names, a pattern or classes that select modules."""
 Read = Callable[["Member", str], Tensor]
-"""Returns a statistic of the module that a target stands in, by name."""
+"""Returns a statistic of a target's module, by name."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What replaces a target.
+    """The fitted replacement of a target.
 
     Attributes:
-        pieces: for every matrix, its entry in a checkpoint and its module, by target.
+        pieces: the checkpoint entry and the module of each matrix, by target.
         error: relative error of the target in its metric.
-        ties: parameters that become one, name to the name it shares.
+        ties: parameters to tie: each name with the name it shares.
     """
 
     pieces: Sequence[tuple[Target, Entry, nn.Module]]
@@ -43,17 +43,17 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Target(ABC):
-    """Something that is compressed as one ``(out, in)`` matrix.
+    """A part of a model that is compressed as one ``(out, in)`` matrix.
 
-    A kind of target is one file: it says where its matrix is, what is known and what is paid for
-    it, and what is put in its place. Nobody else asks of which kind a target is.
+    Each kind of target is one file, which knows where its matrix is, its statistics, its cost and
+    its replacement. No other code depends on the kind of a target.
 
     Attributes:
-        name: unique.
-        module: dotted name of the module that is replaced.
-        shape: ``(out, in)`` of the matrix.
-        share: of the tokens that meet it: k of E for one of E experts.
-        kind: what a format must be able to replace, e.g. ``"linear"``.
+        name: unique name.
+        module: dotted name of the module to replace.
+        shape: shape of the matrix, ``(out, in)``.
+        share: fraction of tokens that use it: k / E for one of E experts.
+        kind: the kind that a format must support, e.g. ``"linear"``.
         unmeasured: why calibration data cannot measure targets of this kind; empty if it can.
     """
 
@@ -67,103 +67,103 @@ class Target(ABC):
 
     @property
     def members(self) -> tuple[Target, ...]:
-        """The targets that this one stands for: itself, unless it stands for several."""
+        """The targets that this one represents; usually only itself."""
         return (self,)
 
     @property
     def alike(self) -> tuple[Target, ...]:
-        """The targets that are decided together and fitted one by one: itself alone, usually."""
+        """The targets that share one decision but are fitted separately; usually only itself."""
         return (self,)
 
     def taken(self, structure: Format[Any]) -> Format[Any]:
-        """Return a format as the target takes it: as it is, unless it stands for several."""
+        """Return the version of a format that the target uses; usually the format itself."""
         return structure
 
     @property
     def params(self) -> int:
-        """Parameters of all that is replaced."""
+        """Number of parameters that are replaced."""
         return self.shape[0] * self.shape[1]
 
     @property
     def least(self) -> int:
-        """Parameters that a network in its place must have at least."""
+        """Fewest parameters that a replacement can have."""
         return 0
 
     @property
     def most(self) -> int:
-        """Parameters that a replacement may have at most: fewer than the matrix itself."""
+        """Most parameters that a replacement may have: fewer than the matrix."""
         return self.params - 1
 
     @abstractmethod
     def weight(self, model: nn.Module) -> Tensor:
-        """Return the ``(out, in)`` matrix in a model."""
+        """Return the ``(out, in)`` matrix from a model."""
 
     def held(self, model: nn.Module) -> Sequence[Tensor]:
-        """Return the tensors that are replaced."""
+        """Return the tensors to replace."""
         weight: Any = model.get_submodule(self.module).weight
         return [weight]
 
     def values(self, model: nn.Module) -> Sequence[Tensor]:
-        """Return the parts of those tensors that are the target's own."""
+        """Return the target's own parts of these tensors."""
         return [self.weight(model)]
 
     @abstractmethod
     def bias(self, model: nn.Module) -> Tensor | None:
-        """Return the bias that belongs to the matrix, if any."""
+        """Return the bias of the matrix, if any."""
 
     def added_bias(self, model: nn.Module) -> int:
-        """Return the size of a bias that the matrix could be given; 0 where it cannot."""
+        """Return the size of a bias that could be added to the matrix, or 0 if none could."""
         return 0
 
     @property
     def measured(self) -> Target:
-        """The target whose inputs and gradients are measured."""
+        """The target whose inputs and gradients calibration measures."""
         return self
 
     @property
     def fixed(self) -> Mapping[str, Any]:
-        """Options of formats that the target decides: users and plans cannot."""
+        """Options of formats that the target fixes, so that users and plans cannot set them."""
         return {}
 
     def metric(self, of: Callable[[Target], Metric]) -> Metric:
-        """Return the metric of this target's matrix, given what returns that of a measured one."""
+        """Return the metric of this target, from a function that returns a measured target's."""
         return of(self.measured)
 
     @abstractmethod
     def statistic(self, name: str, read: Read) -> Tensor:
-        """Return a statistic of the measured target, from those of the modules."""
+        """Return a statistic of the measured target, from statistics of modules."""
 
     def input_group(self, leaders: Mapping[str, str]) -> str:
-        """Return a name that is the same for all targets of one input."""
+        """Return a name that is the same for all targets with the same input."""
         return leaders[self.module]
 
     def dense_cost(self, itemsize: int) -> Cost:
-        """Return what the target costs as it is."""
+        """Return the cost of the dense target."""
         return Cost(self.params, self.params * itemsize, self.met(self.params))
 
     def met(self, work: int) -> int:
-        """Return multiply-adds by the token of the model, of which an expert meets some only."""
+        """Return MACs averaged over all tokens of the model, some of which skip an expert."""
         return math.floor(work * self.share)
 
     @abstractmethod
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
-        """Return what the target costs once a network, and ``extra`` parameters, replace it."""
+        """Return the cost of a network, with ``extra`` parameters, that replaces the target."""
 
     @abstractmethod
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the most that a network in its place may have.
+        """Return the largest cost that a replacement may have.
 
         Args:
-            keep: fraction of what ``unit`` counts.
-            max_macs: multiply-adds, as a multiple of the dense ones.
+            keep: fraction of the dense cost in ``unit``.
+            max_macs: most multiply-adds, as a multiple of the dense ones.
             unit: ``"params"``, ``"bytes"`` or ``"macs"``.
-            extra: parameters of a bias that the matrix is given.
+            extra: parameters of a bias that is added.
         """
 
     def most_macs(self, max_macs: float) -> float:
-        """Return the most multiply-adds that a candidate may take."""
+        """Return the most multiply-adds that a candidate may have."""
         return max_macs * self.params
 
     @abstractmethod
@@ -175,32 +175,32 @@ class Target(ABC):
         weight: Tensor | None = None,
         output: Tensor | None = None,
     ) -> Fitted:
-        """Return what replaces the target as planned.
+        """Fit the replacement of the target.
 
         Args:
-            model: holds the weights.
-            layer: the decision; its format is None for parts that stay dense.
-            metric: how the error is measured.
-            weight: what to approximate in place of the model's own matrix.
-            output: mean output ``(out,)`` wanted, for a metric with a mean.
+            model: the model with the weights.
+            layer: the plan's decision; its format is None for parts that stay dense.
+            metric: metric of the error.
+            weight: the matrix to approximate, instead of the model's own.
+            output: the mean output ``(out,)`` to match, for a metric with a mean.
         """
 
 
 @dataclass(frozen=True)
 class Member(Target):
-    """A target that is one matrix of one module, and stands for nothing else.
+    """A target that is a single matrix of one module.
 
-    The targets of one module are put into the model together.
+    All targets of a module are installed together.
     """
 
     @property
     def rows(self) -> slice | Tensor:
-        """Where the target's rows are in its module: a slice or an index."""
+        """The target's rows in its module: a slice or an index."""
         return slice(0, self.shape[0])
 
     @property
     def siblings(self) -> tuple[Member, ...]:
-        """All that its module holds, the target among them."""
+        """All targets of its module, including this one."""
         return (self,)
 
     def part_of(self, module: nn.Module, stored: Tensor) -> Tensor:
@@ -208,19 +208,19 @@ class Member(Target):
         return stored[self.rows]
 
     def write(self, module: nn.Module, stored: Tensor, values: Tensor) -> None:
-        """Put values into the target's part of a tensor laid out like the module's weight."""
+        """Write values to the target's part of a tensor laid out like the module's weight."""
         stored[self.rows] = values.to(stored)
 
     def view(self, module: Any) -> Tensor:
-        """Return the ``(out, in)`` matrix in a module like the target's."""
+        """Return the ``(out, in)`` matrix from a module like the target's."""
         return self.part_of(module, module.weight.detach())
 
     def weight(self, model: nn.Module) -> Tensor:
-        """Return the ``(out, in)`` matrix; a view of the model's own tensor, if its rows adjoin."""
+        """Return the ``(out, in)`` matrix: a view of the tensor if its rows are adjacent."""
         return self.view(model.get_submodule(self.module))
 
     def statistic(self, name: str, read: Read) -> Tensor:
-        """Return the part of its module's statistic that belongs to the target."""
+        """Return the target's part of a statistic of its module."""
         return read(self, name)
 
     @property
@@ -229,50 +229,49 @@ class Member(Target):
         return self.module
 
     def tried(self, model: nn.Module) -> Member | str:
-        """Return the target as it may really be used, or why it may not, where that takes work."""
+        """Return the target in usable form, or why it is not usable, if that takes work to find."""
         return self
 
     @abstractmethod
     def entry(self, layer: LayerPlan, *, biased: bool) -> Entry:
-        """Return what a checkpoint says of the matrix once it is replaced as planned."""
+        """Return the checkpoint entry of the replaced matrix."""
 
     def assemble(self, group: Sequence[Member], modules: Mapping[str, nn.Module]) -> nn.Module:
-        """Return the module that holds all targets of a module, given each target's by name."""
+        """Return one module for all targets of a module, from each target's module by name."""
         return modules[self.name]
 
     @abstractmethod
     def describe(
         self, model: nn.Module, group: Sequence[Member], entries: Mapping[str, Entry]
     ) -> tuple[dict[str, Entry], dict[str, str]]:
-        """Return what a checkpoint says of the module, and of others that share its weight.
+        """Return the checkpoint entries of the module, and of others that share its weight.
 
         Args:
-            model: still dense there.
+            model: the model, in which the module is still dense.
             group: all targets of the module.
-            entries: what it says of each target, by name.
+            entries: the entry of each target, by name.
 
         Returns:
-            Entries by module name, and tied parameters (name to the name it shares).
+            Entries by module name, and tied parameters: each name with the name it shares.
         """
 
     def install(
         self, model: nn.Module, swap: Swap, module: nn.Module, entries: Mapping[str, Entry]
     ) -> None:
-        """Put the module that holds the factors, described by its entry, into the model."""
+        """Install the module with the factors, which its entry describes, in the model."""
         old: Any = model.get_submodule(self.module)
-        module.requires_grad_(old.weight.requires_grad)  # what was frozen stays so
+        module.requires_grad_(old.weight.requires_grad)  # frozen weights stay frozen
         swap.replace(self.module, module.train(old.training))
 
 
 @dataclass(frozen=True)
 class Finder:
-    """Finds targets of one kind that take the place of several matrices.
+    """Finds targets of one kind that each replace several matrices.
 
     Attributes:
-        name: of the kind.
-        find: takes the model and the matrices chosen.
-        usable: takes the model and what was found, and returns those that may really be used,
-            where finding out takes work.
+        name: name of the kind.
+        find: finds the targets, from a model and its chosen matrices.
+        usable: returns the usable ones of these, if that takes work to find out.
     """
 
     name: str

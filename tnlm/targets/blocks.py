@@ -1,4 +1,4 @@
-"""Which modules stand in a model's repeated blocks, and which around them, as heads and poolers."""
+"""Finds the modules in a model's repeated blocks, as opposed to heads, poolers and the like."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 def in_blocks(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of all modules in the repeated blocks of a model's body.
 
-    Blocks are the elements of a list that hold modules of their own: a list of single matrices is
-    none, as that of several heads. In a ``Sequential`` there must be two of a kind. The body is a
-    task model's base model; where that has no blocks, the whole model.
+    Blocks are elements of a module list that have child modules, unlike a list of single matrices,
+    such as several heads. A ``Sequential`` counts if two elements have the same class. The body is
+    a task model's base model, or the whole model if the base model has no blocks.
 
     Args:
         model: any Hugging Face model.
 
     Returns:
-        Names of the modules below the blocks; nothing for a model without any.
+        Names of the modules inside blocks; empty for a model without blocks.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -58,5 +58,5 @@ def _blocks(module: nn.Module, name: str) -> Iterator[str]:
 
 
 def _is_composite(module: nn.Module) -> bool:
-    """Tell whether a module holds others, and is no list itself."""
+    """Return whether a module has child modules, and is not a list."""
     return not isinstance(module, nn.ModuleList) and any(True for _ in module.children())

@@ -1,4 +1,4 @@
-"""Feed-forward pairs: hidden channels that several matrices lose together."""
+"""Feed-forward layers as targets: hidden channels that several matrices lose together."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ logger = logging.getLogger("tnlm")
 
 @dataclass(frozen=True)
 class FeedForward(Target):
-    """The matrices around one layer of hidden channels, as one target of shape (hidden, out).
+    """The matrices around a layer of hidden channels, as one target of shape (hidden, out).
 
     Attributes:
         producers: the targets whose rows are the channels.
         consumer: the target whose columns are the channels.
-        slabs: where a channel is in the rows of each producer.
-        biases: how many biases a channel has in the producers, which it loses as well.
-        reason: why channels cannot be cut, or None.
+        slabs: each channel's rows in every producer.
+        biases: number of the producers' biases per channel, which are removed with it.
+        reason: why channels cannot be removed, or None.
     """
 
     producers: tuple[MatrixTarget, ...]
@@ -49,20 +49,20 @@ class FeedForward(Target):
 
     @property
     def members(self) -> tuple[MatrixTarget, ...]:
-        """All the targets, producers first."""
+        """All targets, producers first."""
         return (*self.producers, self.consumer)
 
     @property
     def params(self) -> int:
-        """Parameters of all the matrices."""
+        """Number of parameters of all matrices."""
         return sum(member.params for member in self.members)
 
     def weight(self, model: nn.Module) -> Tensor:
-        """Return the consumer's weight, transposed: a row for every channel."""
+        """Return the consumer's weight, transposed: one row per channel."""
         return self.consumer.weight(model).T
 
     def bias(self, model: nn.Module) -> Tensor | None:
-        """Return None: each member keeps its own bias."""
+        """Return None, since each member keeps its own bias."""
         return None
 
     @property
@@ -71,7 +71,7 @@ class FeedForward(Target):
         return self.consumer
 
     def metric(self, of: Callable[[Target], Metric]) -> Metric:
-        """Weigh channels by their second moment, and outputs as the consumer's metric does."""
+        """Weight channels by their second moment, and outputs as in the consumer's metric."""
         measured = of(self.consumer)
         return Metric(measured.inputs, measured.outputs)
 
@@ -80,12 +80,12 @@ class FeedForward(Target):
         return self.consumer.statistic(name, read)
 
     def saved(self, width: int) -> int:
-        """Return how many parameters go when only ``width`` channels stay, biases included."""
+        """Return how many parameters, biases included, are removed if ``width`` channels stay."""
         channels = self.shape[0] - width
         return channels * (self.params // self.shape[0] + self.biases)
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
-        """Return the cost of all the matrices with the network's channels alone."""
+        """Return the cost of all matrices with only the network's channels."""
         width = network.shape[0]
         rest = self.params - self.saved(width)
         work = width * (self.params // self.shape[0])
@@ -94,7 +94,7 @@ class FeedForward(Target):
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the most channels, counted in rows of the matrix that reads them."""
+        """Return the largest cost, as that of the consumer's kept columns."""
         share = 1.0 if unit == "macs" else keep
         return Ceiling(min(share, max_macs) * math.prod(self.shape) + 1e-9)
 
@@ -106,7 +106,7 @@ class FeedForward(Target):
         weight: Tensor | None = None,
         output: Tensor | None = None,
     ) -> Fitted:
-        """Choose the channels that stay, and cut all the matrices."""
+        """Choose the channels to keep, and slice all matrices."""
         whole = self.weight(model)
         structure = get_format(str(layer.format))
         spec = from_dict(structure.spec, layer.spec)
@@ -119,7 +119,7 @@ class FeedForward(Target):
 
 
 def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
-    """Return the feed-forward layers all of whose matrices are targets.
+    """Return the feed-forward layers whose matrices are all targets.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -140,7 +140,7 @@ def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:
 def _pair(
     model: nn.Module, layer: Layer, held: Mapping[str, Sequence[MatrixTarget]]
 ) -> FeedForward | None:
-    """Return a layer as a target, if all its matrices are targets."""
+    """Return a layer as a target, or None unless all its matrices are targets."""
     producers: list[MatrixTarget] = []
     slabs: list[Slabs] = []
     for name, whole in zip(layer.producers, layer.hidden.producers.values(), strict=True):
@@ -171,7 +171,7 @@ def _pair(
 
 
 def narrowable(model: nn.Module, found: Sequence[FeedForward]) -> list[FeedForward]:
-    """Return the pairs that may lose channels; a warning names the first of the others.
+    """Return the layers whose channels can be removed, and warn about the others.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -196,7 +196,7 @@ def narrowable(model: nn.Module, found: Sequence[FeedForward]) -> list[FeedForwa
 def sliced(
     unit: FeedForward, model: nn.Module, factors: Factors
 ) -> list[tuple[MatrixTarget, Entry, nn.Module]]:
-    """Return every member with the entry and the module that replace it."""
+    """Return every member with its new entry and module."""
     kept = factors["kept"]
     found: list[tuple[MatrixTarget, Entry, nn.Module]] = []
     for member, slabs in zip(unit.producers, unit.slabs, strict=True):

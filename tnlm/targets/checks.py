@@ -1,4 +1,4 @@
-"""What a model must be before it is worked on."""
+"""Checks of a model before it is compressed."""
 
 from __future__ import annotations
 

@@ -21,18 +21,18 @@ from tnlm.targets.selection import AROUND, IGNORED, UNNAMED, Selection
 
 EMBEDDING, HEAD = "embedding", "head"
 LINEAR = {AROUND: "around the blocks", UNNAMED: "not chosen", IGNORED: "ignored"}
-"""Kinds of linear weights by why they were left; all others were passed over."""
+"""Kinds of linear weights that were left, by the reason; other kinds cannot be replaced."""
 CONVOLUTION = nn.modules.conv._ConvNd
 OTHER = "a parameter of {}; only weights of linear modules and embeddings are replaced"
 LEFT_OUT = "the plan leaves it out"
 
 
 def coverage(model: PreTrainedModel, selection: Selection, layers: Sequence[LayerPlan]) -> Coverage:
-    """Return what a plan leaves, grouped by kind, name without numbers, and reason.
+    """Return what a plan leaves dense, grouped by kind, name without indices, and reason.
 
     Args:
-        model: still dense.
-        selection: its targets, and why others were passed over.
+        model: the dense model.
+        selection: its targets, and why other weights were skipped.
         layers: the plan's decisions.
 
     Example:
@@ -66,7 +66,7 @@ def coverage(model: PreTrainedModel, selection: Selection, layers: Sequence[Laye
 def _planned(
     model: nn.Module, targets: Sequence[Member], layers: Sequence[LayerPlan]
 ) -> tuple[dict[int, int], dict[int, str]]:
-    """Return how many parameters of each weight are replaced, and why targets in it are kept."""
+    """Return how many parameters of each weight are replaced, and why others are kept."""
     decided = {name: layer for layer in layers for name in layer.name.split("+")}
     places = [name for name, _ in unfolded(model)]
     replaced: dict[int, int] = {}
@@ -84,9 +84,9 @@ def _planned(
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield every parameter of two or more dimensions once: its name, its module's, and itself.
+    """Yield every parameter of two or more dimensions once, with its name and its module's name.
 
-    The biases of unfolded experts have two once they are folded.
+    Biases of unfolded experts are included, since they have two dimensions once folded.
     """
     seen: set[int] = set()
     experts = tuple(f"{place}." for place, _ in unfolded(model))
@@ -98,7 +98,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def _kind(name: str, module: nn.Module, experts: Collection[str]) -> str:
-    """Return what a module's parameters are; nothing for linear weights."""
+    """Return the kind of a module's parameters; empty for linear weights."""
     if isinstance(module, nn.Embedding):
         return EMBEDDING
     if name in experts or holds_experts(name, module):

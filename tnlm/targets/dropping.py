@@ -1,4 +1,4 @@
-"""The experts of a block, of which some can be dropped; the router follows."""
+"""Routed experts as targets: some experts of a block, and their router rows, are dropped."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tnlm.tensors.network import Cost, Network
 
 @dataclass(frozen=True)
 class ExpertsTarget(Member):
-    """The routed experts of one block, as a column with a row for each, ``(experts, 1)``.
+    """The routed experts of one block, as a matrix ``(experts, 1)`` with a row per expert.
 
     Attributes:
-        each: parameters of one expert, and of its rows in the router.
-        mixture: the block with its router, once it was tried that experts can be dropped.
+        each: number of parameters of one expert, with its rows in the router.
+        mixture: the block with its router, once a trial has shown that experts can be dropped.
     """
 
     each: int = 0
@@ -36,12 +36,12 @@ class ExpertsTarget(Member):
 
     @property
     def params(self) -> int:
-        """Parameters of all experts, with their rows of the router once that is known."""
+        """Number of parameters of all experts, with the router's rows if it is known."""
         return self.shape[0] * self.each
 
     @property
     def least(self) -> int:
-        """How many experts must stay: as many as a token meets."""
+        """Fewest experts that must stay: as many as are active for a token."""
         return 1 if self.mixture is None else self.mixture.active
 
     def tried(self, model: nn.Module) -> Member | str:
@@ -54,46 +54,46 @@ class ExpertsTarget(Member):
         return replace(known, each=self.each + rows // found.count)
 
     def held(self, model: nn.Module) -> Sequence[Tensor]:
-        """Return the tensors of all experts, and those of the router once that is known."""
+        """Return the tensors of all experts, and those of the router if it is known."""
         experts = list(model.get_submodule(self.module).parameters())
         return experts if self.mixture is None else experts + self._rows(model)
 
     def values(self, model: nn.Module) -> Sequence[Tensor]:
-        """Return all that it holds."""
+        """Return the same tensors, all of which are the target's own."""
         return self.held(model)
 
     def _rows(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return the router's parameters that have a row for each expert."""
+        """Return the router's parameters that have one row per expert."""
         router = model.get_submodule(self._router)
         return [p for p in router.parameters() if len(p) == self.shape[0]]
 
     def weight(self, model: nn.Module) -> Tensor:
-        """Return a one for each expert, in the experts' dtype."""
+        """Return ones, one per expert, in the experts' dtype."""
         return torch.ones_like(self.held(model)[0].detach().view(self.shape[0], -1)[:, :1])
 
     def bias(self, model: nn.Module) -> Tensor | None:
-        """Return None: biases belong to the experts."""
+        """Return None, since biases belong to the experts."""
         return None
 
     def dense_cost(self, itemsize: int) -> Cost:
-        """Return the cost of all experts, of which a token meets a few."""
+        """Return the cost of all experts; MACs count only the active ones."""
         return Cost(self.params, self.params * itemsize, self.met(self.params))
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
-        """Return the cost of the experts kept; a token meets as many as before."""
+        """Return the cost of the kept experts; as many are active for a token as before."""
         params = network.shape[0] * self.each
         return Cost(params, params * itemsize, self.met(self.params))
 
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the most and the fewest experts; fewer save no multiply-adds."""
+        """Return the largest and smallest number of experts; dropping them saves no MACs."""
         share = keep if unit != "macs" else float(keep >= 1)
         most = min(int(share * self.shape[0] + 1e-9), self.shape[0] - 1)
         return Ceiling(most, least=self.least)
 
     def entry(self, layer: LayerPlan, *, biased: bool) -> Entry:
-        """Return what a checkpoint says of the experts, but for which are kept."""
+        """Return the checkpoint entry of the experts, without the indices of those kept."""
         return {"kind": "rows", "rows": self.shape[0]}
 
     def fit(
@@ -104,7 +104,7 @@ class ExpertsTarget(Member):
         weight: Tensor | None = None,
         output: Tensor | None = None,
     ) -> Fitted:
-        """Choose the experts that stay, and cut the others out."""
+        """Choose the experts to keep, and remove the others."""
         whole = self.weight(model)
         structure = get_format(str(layer.format))
         spec = from_dict(structure.spec, layer.spec)
@@ -117,34 +117,34 @@ class ExpertsTarget(Member):
     def describe(
         self, model: nn.Module, group: Sequence[Member], entries: Mapping[str, Entry]
     ) -> tuple[dict[str, Entry], dict[str, str]]:
-        """Return what a checkpoint says of the experts and of their router."""
+        """Return the checkpoint entries of the experts and of their router."""
         router = _cut(entries[self.name], model.get_submodule(self._router))[0]
         return {self.module: entries[self.name], self._router: router}, {}
 
     @property
     def _router(self) -> str:
         if self.mixture is None:
-            raise ValueError(f"the router of {self.name} was not looked for")
+            raise ValueError(f"the router of {self.name} is unknown; call tried() first")
         return f"{self.mixture.block}.{self.mixture.router}"
 
     def install(
         self, model: nn.Module, swap: Swap, module: nn.Module, entries: Mapping[str, Entry]
     ) -> None:
-        """Put the experts that stay in their place, and a router that knows no others."""
+        """Install the kept experts, and a router with only their rows."""
         router = _cut(entries[self._router], model.get_submodule(self._router))[1]
         swap.replace(self.module, module)
         swap.replace(self._router, router)
 
 
 def _cut(entry: Entry, module: nn.Module) -> tuple[Entry, nn.Module]:
-    """Return what a checkpoint says of a module with fewer rows, and that module."""
+    """Return the checkpoint entry of a module with fewer rows, and the module."""
     names = row_tensors(module, entry["rows"])
     cut = with_rows(module, names, entry["rows"], torch.tensor(entry["kept"]))
     return {**entry, "tensors": names}, cut
 
 
 def droppable(model: nn.Module) -> Iterator[ExpertsTarget]:
-    """Yield the routed experts of every block that holds them as 3-D parameters.
+    """Yield the routed experts of every block that stores them as 3-D parameters.
 
     Example:
         >>> from transformers import MixtralConfig, MixtralForCausalLM

@@ -1,4 +1,4 @@
-"""Where tokens enter a model, and where they leave it."""
+"""Finds a model's token embeddings, its output head and its vocabulary size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def input_table(model: PreTrainedModel) -> nn.Module | None:
-    """Return the table of token embeddings, or None for a model that names none.
+    """Return the table of token embeddings, or None if the model defines none.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -16,13 +16,16 @@ def input_table(model: PreTrainedModel) -> nn.Module | None:
     """
     try:
         found = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # models of images or sound, and pairs of towers
+    except (
+        NotImplementedError,
+        AttributeError,
+    ):  # models of images or audio, or with several towers
         return None
     return found if isinstance(found, nn.Module) else None
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
-    """Return the head over the vocabulary, or None for a model without one.
+    """Return the output head over the vocabulary, or None for a model without one.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -37,7 +40,7 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model knows: the rows of its table, or else what its config says.
+    """Return a model's vocabulary size: the rows of its table, or else its config's value.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model

@@ -1,4 +1,4 @@
-"""Finds feed-forward layers by trying: names and classes say nothing."""
+"""Finds feed-forward layers by running modules, independent of names and classes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tnlm.targets.trial import Hidden
 
 @dataclass(frozen=True)
 class Layer:
-    """Matrices that produce hidden channels, and the one that reads them.
+    """The matrices that produce hidden channels, and the one that reads them.
 
     Attributes:
         parent: name of the module that holds them.
         hidden: the channels, with the matrices named within the parent.
-        gates: of every producer of twice as many outputs, whether a channel's gate comes first.
-        reason: why its channels cannot be cut, or None.
+        gates: for every producer of gates and values, whether a channel's gate comes first.
+        reason: why its channels cannot be removed, or None.
     """
 
     parent: str
@@ -44,13 +44,13 @@ class Layer:
 
 
 def feed_forward_layers(model: nn.Module) -> list[Layer]:
-    """Return the feed-forward layers of a model, and which of them can lose channels, by trial.
+    """Return the feed-forward layers of a model, and try which of them can lose channels.
 
-    Every linear module may read hidden channels from others beside it, or from elsewhere in the
-    module around, as in BERT. Layers of one kind, with the same classes and shapes, are tried once.
+    Any linear module may read hidden channels, from siblings or from elsewhere in the enclosing
+    module, as in BERT. Of layers with the same classes and shapes, only one is tried.
 
     Args:
-        model: run in parts, on copies without its matrices; stays as it is.
+        model: run in parts, on copies without its matrices; left unchanged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaModel
@@ -64,14 +64,14 @@ def feed_forward_layers(model: nn.Module) -> list[Layer]:
     finder = _Finder(model)
     linear = {n: widths(m) for n, m in model.named_modules() if isinstance(m, Linear) and _plain(m)}
     order = sorted(linear, key=lambda name: linear[name][1] <= linear[name][0])
-    for reader in order:  # those that read more than they give come first
+    for reader in order:  # those with more inputs than outputs come first
         finder.look(reader, linear)
     place = {name: number for number, name in enumerate(linear)}
     return sorted(finder.layers, key=lambda layer: place[layer.reader])
 
 
 class _Finder:
-    """Tries one matrix after the other as a reader, and remembers what it found."""
+    """Tries matrices as readers, one after another, and stores the layers found."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -81,7 +81,7 @@ class _Finder:
         self.layers: list[Layer] = []
 
     def look(self, reader: str, linear: Mapping[str, tuple[int, int]]) -> None:
-        """Try a matrix as a reader, unless it is in a layer already."""
+        """Try a matrix as a reader, unless it already belongs to a layer."""
         for parent, names in self._around(reader, linear):
             if reader in self._taken:
                 return
@@ -94,7 +94,7 @@ class _Finder:
     def _around(
         self, reader: str, linear: Mapping[str, tuple[int, int]]
     ) -> Iterator[tuple[str, list[str]]]:
-        """Yield the modules around a reader that can be called, and what may produce in each."""
+        """Yield the callable modules around a reader, with the possible producers in each."""
         rows, width = linear[reader]
         parent = reader.rpartition(".")[0]
         beyond = parent.rpartition(".")[0]
@@ -106,7 +106,7 @@ class _Finder:
             yield beyond, [name for name in apart if linear[name][1] == rows]
 
     def _probe(self, parent: str, reader: str, names: Sequence[str]) -> Finding:
-        """Return what a trial says, or what one of the same kind did."""
+        """Return the result of a trial, or that of an earlier trial of the same kind."""
         if not names:
             return Finding()
         if parent not in self._kinds:
@@ -130,9 +130,9 @@ def _plain(module: Any) -> bool:
 
 
 def _is_callable(module: nn.Module) -> bool:
-    """Tell whether a module can be called with hidden states: no list, and no model.
+    """Return whether a module can be called with hidden states, unlike lists and models.
 
-    One that accelerate dispatched has a forward that calls the module itself, not its copy.
+    A module dispatched by accelerate cannot, since its forward calls the original, not the copy.
     """
     has_forward = type(module).forward is not nn.Module.forward
     dispatched = hasattr(module, "_hf_hook")

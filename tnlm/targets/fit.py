@@ -1,4 +1,4 @@
-"""Fits one matrix as planned, and stores what was found in a module."""
+"""Fits one matrix as planned, and stores the factors in a module."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ def fit_matrix(
     """Fit one matrix as planned.
 
     Args:
-        entry: what a checkpoint will say of it.
-        weight: ``(out, in)``, what to approximate.
-        bias: the bias that stands beside it.
-        metric: how the error is measured.
-        layer: the decision.
-        output: mean output ``(out,)`` wanted, for a metric with a mean; that of ``weight`` if None.
-        factors: every factor in full, if they were fitted already.
+        entry: its checkpoint entry.
+        weight: the matrix to approximate, ``(out, in)``.
+        bias: the bias of the matrix, if any.
+        metric: metric of the error.
+        layer: the plan's decision.
+        output: the mean output ``(out,)`` to match, for a metric with a mean; by default, that of
+            ``weight``.
+        factors: all full factors, if they are already fitted.
 
     Returns:
-        The built module on the weight's device in its dtype, and the relative error in the metric:
-        of what is stored in half precision, else of the float64 factors, which differ by rounding.
-        A metric with a mean moves the mean error into the bias.
+        The module, on the weight's device and in its dtype, and the relative error in the metric.
+        In half precision, the error is that of the stored values; otherwise, that of the float64
+        factors, which differ only by rounding. A metric with a mean moves the mean error into the
+        bias.
 
     Raises:
         ModelError: if a value is too large for the weight's dtype.
@@ -47,7 +49,7 @@ def fit_matrix(
     if layer.format is None:
         return filled(weight, bias), 0.0
     network = network_of(entry)
-    # Built before fitting: long-lived tensors first, so that the heap stays compact.
+    # Built before fitting: allocating long-lived tensors first keeps the heap compact.
     module = build(entry | {"padding_idx": None}, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         kept, rebuilt = fit_factors(network, weight, metric, layer, factors)
@@ -68,10 +70,10 @@ def fit_factors(
     layer: LayerPlan,
     factors: Factors | None = None,
 ) -> tuple[Factors, Tensor]:
-    """Return the factors as they are stored, in the weight's dtype, and the matrix they give.
+    """Return the factors to store, in the weight's dtype, and the float64 matrix they give.
 
-    See :func:`fit_matrix` for the arguments; the matrix is float64, of what is stored in half
-    precision.
+    In half precision, the matrix is that of the stored values. See :func:`fit_matrix` for the
+    arguments.
     """
     structure = get_format(str(layer.format))
     spec = from_dict(structure.spec, layer.spec)

@@ -1,4 +1,4 @@
-"""Words, names and patterns that choose modules."""
+"""Selects modules by words, names, patterns or classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORDS = (ALL_LINEAR, EMBEDDINGS, TOKEN_EMBEDDINGS, ODD_BLOCKS, EXPERTS)
 
 @dataclass(frozen=True)
 class Ends:
-    """Where tokens enter a model, where they leave it, and what stands in its blocks between."""
+    """A model's embeddings, its output head, and the modules in its blocks."""
 
     table: nn.Module | None
     head: nn.Module | None
@@ -35,15 +35,15 @@ class Ends:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Ends:
-        """Look at a model."""
+        """Examine a model."""
         return cls(input_table(model), output_head(model), in_blocks(model), aliases(model))
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Return all names of a module: one of an expert has those of all experts as well."""
+        """Return all names of a module; an expert's module also has those of all experts."""
         return name, *self.aliases.get(name, ())
 
     def is_around(self, name: str, module: nn.Module) -> bool:
-        """Tell whether a linear weight stands beside the blocks, and is not the output head."""
+        """Return whether a linear weight is outside the blocks, and not the output head."""
         linear = _is_linear(module) and module is not self.head
         return linear and bool(self.blocks) and name not in self.blocks
 
@@ -53,7 +53,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def matches(name: str, module: nn.Module, wanted: Selector, ends: Ends) -> bool:
-    """Tell whether a module is chosen by a selector."""
+    """Return whether a selector selects a module."""
     if isinstance(wanted, type):
         return isinstance(module, wanted)
     if isinstance(wanted, str):
@@ -78,7 +78,7 @@ def matches(name: str, module: nn.Module, wanted: Selector, ends: Ends) -> bool:
 
 
 def names_target(wanted: Selector, target: Member) -> bool:
-    """Tell whether the experts of a block are named, by a word, a name or a pattern."""
+    """Return whether a selector selects a block's experts, by word, name or pattern."""
     words = [wanted] if isinstance(wanted, str | type) else wanted
     if isinstance(wanted, str) and wanted not in WORDS:
         return _fits(wanted, target.module)
@@ -89,7 +89,7 @@ def names_target(wanted: Selector, target: Member) -> bool:
 
 
 def names_part(part: str, wanted: Selector) -> bool:
-    """Tell whether a part of a fused module is chosen by its own name."""
+    """Return whether a part of a fused module is selected by its own name."""
     if isinstance(wanted, type):
         return False
     if isinstance(wanted, str):
@@ -109,7 +109,7 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def check_selectors(**given: Any) -> None:
-    """Raise `TargetError` unless each is a word, a class, or a collection of these.
+    """Raise `TargetError` unless each selector is a word, a class, or a collection of these.
 
     Example:
         >>> check_selectors(targets=["q_proj"], ignore="lm_head")

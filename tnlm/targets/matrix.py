@@ -1,4 +1,4 @@
-"""A matrix: the weight of a linear module, or one of the matrices that it holds side by side."""
+"""Linear matrices as targets: the weight of a linear module, or one part of a fused weight."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from tnlm.tensors.costs import macs
 from tnlm.tensors.network import Cost, Factors, Network
 
 BY_OUTPUT = ("gradient", "fisher", "lora_outputs")
-"""Statistics whose rows are those of the weight."""
+"""Statistics with one row per row of the weight."""
 
 
 @dataclass(frozen=True)
 class MatrixTarget(Member):
-    """The weight of a linear module, or some rows of it that are a matrix of their own.
+    """The weight of a linear module, or the rows of one part of a fused module.
 
     Attributes:
-        part: which of a fused module's parts this is.
-        layout: how these lie in the module; None for an ordinary one.
+        part: index of the part in a fused module.
+        layout: layout of the parts; None for an ordinary module.
     """
 
     part: int = 0
@@ -45,7 +45,7 @@ class MatrixTarget(Member):
 
     @property
     def siblings(self) -> tuple[MatrixTarget, ...]:
-        """All parts of the module, this one among them."""
+        """All parts of the module, including this one."""
         if self.layout is None:
             return (self,)
         return tuple(
@@ -66,7 +66,7 @@ class MatrixTarget(Member):
 
     @property
     def rows(self) -> slice | Tensor:
-        """Where the target's rows are in its module."""
+        """The target's rows in its module."""
         return slice(None) if self.layout is None else self.layout.rows(self.part)
 
     def part_of(self, module: nn.Module, stored: Tensor) -> Tensor:
@@ -74,20 +74,20 @@ class MatrixTarget(Member):
         return _turned(module, stored)[self.rows]
 
     def write(self, module: nn.Module, stored: Tensor, values: Tensor) -> None:
-        """Put values into the target's part of a tensor laid out like the module's weight."""
+        """Write values to the target's part of a tensor laid out like the module's weight."""
         _turned(module, stored)[self.rows] = values.to(stored)
 
     def bias(self, model: nn.Module) -> Tensor | None:
-        """Return the bias that belongs to the matrix, if any."""
+        """Return the bias of the matrix, if any."""
         bias: Tensor | None = getattr(model.get_submodule(self.module), "bias", None)
         return None if bias is None else bias.detach()[self.rows]
 
     def added_bias(self, model: nn.Module) -> int:
-        """Return the size of the bias that the matrix lacks."""
+        """Return the size of a bias that could be added; 0 if the matrix has one."""
         return self.shape[0] if self.bias(model) is None else 0
 
     def statistic(self, name: str, read: Read) -> Tensor:
-        """Return the target's rows of a statistic of outputs; what concerns inputs is shared."""
+        """Return the target's rows of a statistic of outputs; those of inputs are shared."""
         tensor = read(self, name)
         if name == "movement":  # is kept by the target
             return tensor
@@ -98,18 +98,18 @@ class MatrixTarget(Member):
         return tensor[self.rows] if name in BY_OUTPUT else tensor
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
-        """Return what the factors cost, and a bias of ``extra`` parameters."""
+        """Return the cost of the factors and of a bias with ``extra`` parameters."""
         size = network.params * itemsize + network.index_bytes + extra * itemsize
         return Cost(network.params + extra, size, self.met(macs(network)))
 
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the most that a network may have: strictly fewer parameters than the matrix."""
+        """Return the largest cost: strictly fewer parameters than the matrix."""
         return share_of(self, keep, max_macs, unit, extra)
 
     def entry(self, layer: LayerPlan, *, biased: bool) -> Entry:
-        """Return what a checkpoint says of the matrix once it is replaced as planned."""
+        """Return the checkpoint entry of the replaced matrix."""
         shape = list(self.shape)
         if layer.format is None:
             return {"kind": "dense", "shape": shape, "bias": biased}
@@ -161,7 +161,7 @@ class MatrixTarget(Member):
     def describe(
         self, model: nn.Module, group: Sequence[Member], entries: Mapping[str, Entry]
     ) -> tuple[dict[str, Entry], dict[str, str]]:
-        """Return what a checkpoint says of the module."""
+        """Return the checkpoint entry of the module."""
         entry = dict(entries[self.name])
         if self.layout is not None:
             entry = _fused(self.layout, [entries[member.name] for member in group])
@@ -172,28 +172,28 @@ class MatrixTarget(Member):
     def install(
         self, model: nn.Module, swap: Swap, module: nn.Module, entries: Mapping[str, Entry]
     ) -> None:
-        """Put the module in its place; a bias that did not change stays the same parameter."""
+        """Install the module; an unchanged bias stays the same parameter."""
         if isinstance(module, FusedLinear) and entries[self.module]["kind"] == "sliced":
             module = _merged(module)
         bias = getattr(model.get_submodule(self.module), "bias", None)
         own = getattr(module, "bias", None)
         super().install(model, swap, module, entries)
         if self.layout is None and bias is not None and own is not None and torch.equal(bias, own):
-            module.bias = bias  # which other modules may share
+            module.bias = bias  # other modules may share it
 
 
 def share_of(
     target: Member | Any, keep: float, max_macs: float, unit: str, extra: int, once: float = 1.0
 ) -> Ceiling:
-    """Return a share of a matrix's parameters and multiply-adds.
+    """Return the limits on parameters and multiply-adds for a fraction of a matrix's cost.
 
     Args:
         target: the matrix.
-        keep: fraction of what ``unit`` counts.
-        max_macs: multiply-adds, as a multiple of the dense ones.
+        keep: fraction of the dense cost in ``unit``.
+        max_macs: most multiply-adds, as a multiple of the dense ones.
         unit: what ``keep`` counts.
-        extra: parameters taken by a bias.
-        once: multiply-adds of a network, as a part of those that it takes in the model.
+        extra: parameters of a bias.
+        once: multiply-adds of a network, as a fraction of those in the model.
     """
     params = target.most
     if unit != "macs":
@@ -208,7 +208,7 @@ def _turned(module: nn.Module, stored: Tensor) -> Tensor:
 
 
 def _fused(layout: Layout, parts: Sequence[Entry]) -> Entry:
-    """Return what a checkpoint says of a fused module: one layer, if its parts are plain slices."""
+    """Return the checkpoint entry of a fused module: one layer, if its parts are plain slices."""
     if all(part["kind"] == "sliced" for part in parts):
         shape, full = (
             [sum(p[key][0] for p in parts), parts[0][key][1]] for key in ("shape", "full")
@@ -221,7 +221,7 @@ def _fused(layout: Layout, parts: Sequence[Entry]) -> Entry:
 
 
 def _merged(module: FusedLinear) -> nn.Module:
-    """Return one layer in place of plain ones."""
+    """Return one layer that joins plain ones."""
     biases = [module.get_submodule(name).bias for name in module.parts]
     present: list[Any] = [bias for bias in biases if bias is not None]
     return filled(module.to_dense(), joined(present, module.runs) if present else None)
@@ -230,7 +230,7 @@ def _merged(module: FusedLinear) -> nn.Module:
 def matrices_of(
     name: str, module: nn.Linear | Conv1D, layout: Layout | None = None
 ) -> Iterator[MatrixTarget]:
-    """Yield the matrices that a linear module holds.
+    """Yield the matrices of a linear module as targets.
 
     Example:
         >>> layout = Layout(("q", "k", "v"), (8, 8, 8))

@@ -1,4 +1,4 @@
-"""How much of a mixture of experts a token meets: k of its E experts."""
+"""The active part of mixtures of experts: a token uses k of E experts."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ACTIVE = (
     "moe_k",
     "top_k",
 )
-"""Under which names configs say how many experts a token is sent to."""
+"""Names in configs of the number of experts to which a token is routed."""
 FIXED = {"switch_transformers": 1, "nllb-moe": 2}
-"""Kinds of model whose code fixes it, not their config."""
+"""Model types whose code fixes this number, instead of the config."""
 
 
 def expert_shares(model: nn.Module) -> dict[str, float]:
-    """Return the share of tokens that each module of an expert sees, by its name.
+    """Return the fraction of tokens that each expert's module processes, by its name.
 
     Experts are modules of a list or dict called ``experts``. Shared experts, routers and dense
-    layers see every token, and are not listed.
+    layers process every token, and are not included.
 
     Example:
         >>> layer = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2) for _ in range(4)])})
@@ -57,11 +57,11 @@ def expert_shares(model: nn.Module) -> dict[str, float]:
 
 
 def matrix_macs(model: nn.Module) -> int:
-    """Return the multiply-adds per token of a model's matrices, of experts those that are active.
+    """Return the multiply-adds per token of a model's matrices, with only active experts.
 
-    Counted are linear layers, and the stacked matrices of experts, parameters ``(E, ...)``
-    of a module that has "expert" in its name or class. Where no config says how many experts a
-    token meets, all count.
+    This counts linear layers and stacked matrices of experts, which are parameters ``(E, ...)`` of
+    a module with "expert" in its name or class. If no config has the number of active experts, all
+    count.
     """
     shares = expert_shares(model)
     total = 0.0
@@ -74,7 +74,7 @@ def matrix_macs(model: nn.Module) -> int:
 
 
 def holds_experts(name: str, module: nn.Module) -> bool:
-    """Tell whether a module has "expert" in its name or class, or stands in one called experts.
+    """Return whether a module has "expert" in its name or class, or is in one called experts.
 
     Example:
         >>> holds_experts("layers.0.mlp.experts", nn.Module()), holds_experts("mlp", nn.Module())
@@ -85,10 +85,12 @@ def holds_experts(name: str, module: nn.Module) -> bool:
 
 
 def _stacked(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[int, float]]:
-    """Yield the sizes of stacked expert matrices, and which share of them is active."""
+    """Yield the sizes of stacked expert matrices, and the fraction of them that is active."""
     if not holds_experts(name, module):
         return
-    routed = "shared" not in name  # the class may be called after the model, GraniteMoeShared
+    routed = (
+        "shared" not in name
+    )  # the class may be named after the model, such as GraniteMoeShared
     for parameter in module.parameters(recurse=False):
         experts = _experts(model, parameter.shape)
         if experts:
@@ -96,7 +98,7 @@ def _stacked(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[i
 
 
 def _experts(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Return how many matrices a parameter holds, one below the other as in DBRX, or none."""
+    """Return the number of matrices in a parameter, concatenated by rows as in DBRX, or None."""
     if len(shape) == 3:
         return shape[0]
     for config in _configs(getattr(model, "config", None)):
@@ -125,7 +127,7 @@ def _share(model: nn.Module, experts: int) -> float:
 
 
 def _configs(config: Any) -> Iterator[PreTrainedConfig]:
-    """Yield a config and those within it, as that of a text tower or a feed-forward part."""
+    """Yield a config and its nested configs, such as that of a text tower."""
     if isinstance(config, PreTrainedConfig):
         yield config
         held: Mapping[str, Any] = vars(config)

@@ -1,4 +1,4 @@
-"""Which modules hold several matrices of one input, and how their rows lie."""
+"""Finds modules that hold several matrices of one input, and the layout of their rows."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tnlm.targets.stubs import Linear, widths
 
 QKV = ("q", "k", "v")
 CONCATENATED = ("qkv_proj", "Wqkv", "qkv", "qkv_linear")
-"""Names of modules that hold queries, keys and values one below the other."""
+"""Names of modules that concatenate queries, keys and values."""
 BY_HEAD = ("query_key_value", "c_attn")
-"""Names of modules that hold them head by head; of Conv1D, ``c_attn`` is concatenated."""
+"""Names of modules that interleave them by head; a Conv1D ``c_attn`` is concatenated."""
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
-"""What modules and configs call the number of query heads."""
+"""Names of the number of query heads in modules and configs."""
 CODEGEN = ("q", "v", "k")
 CHIPS = 4
-"""CodeGen's ``qkv_proj`` holds its own order once for each of the chips that it was trained on."""
+"""CodeGen's ``qkv_proj`` repeats its own order for each chip that it was trained on."""
 
 
 def fused_layouts(model: nn.Module) -> dict[str, Layout]:
-    """Return how the matrices of fused modules lie, by the modules' names.
+    """Return the layouts of fused modules, by name.
 
-    Queries, keys and values are known by the module's name and the number of heads; gates and
-    values by trial, see `tnlm.targets.feed_forward`.
+    Queries, keys and values are recognised by the module's name and the number of heads; gates and
+    values by a trial, see `tnlm.targets.feed_forward`.
 
     Example:
         >>> from transformers import Phi3Config, Phi3Model
@@ -56,7 +56,7 @@ def _projections(model: nn.Module) -> Iterator[tuple[str, Layout]]:
 
 
 def _equal(rows: int, columns: int) -> Layout | None:
-    """Return the layout of GPT-2's ``c_attn``, which has no queries where it attends elsewhere."""
+    """Return the layout of GPT-2's ``c_attn``, which has no queries in cross-attention."""
     names = {3: QKV, 2: QKV[1:]}.get(rows // columns)
     if names is None or rows % columns:
         return None
@@ -66,7 +66,7 @@ def _equal(rows: int, columns: int) -> Layout | None:
 def _by_heads(
     model: nn.Module, attention: nn.Module, name: str, rows: int, columns: int
 ) -> Layout | None:
-    """Return the layout of a module with as many rows as its heads need, or None."""
+    """Return the layout of a module whose rows match its heads, or None."""
     config: Any = getattr(attention, "config", None) or getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     count = _first((attention, *HEADS), (text, *HEADS))
@@ -85,7 +85,7 @@ def _by_heads(
 
 
 def _first(*places: tuple[Any, ...]) -> int | None:
-    """Return the first whole number that is found under some names."""
+    """Return the first attribute among some names that is an integer."""
     for owner, *names in places:
         for name in names:
             value = getattr(owner, name, None)

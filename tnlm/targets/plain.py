@@ -1,4 +1,4 @@
-"""Whether a module does what its weight says and nothing else, decided by trying it."""
+"""Tests by running it whether a module applies its weight and does nothing else."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 PLAIN = (nn.Linear, Conv1D, nn.Embedding)
-"""The modules that are known; what derives from them is tried."""
+"""Classes known to be plain; their subclasses are tried."""
 
 SCALES = (1.0, 64.0)
-"""Sizes of inputs: a layer that clips or quantizes shows it at one of them."""
+"""Scales of the inputs: clipping or quantization shows at one of them."""
 
 
 def oddity(module: nn.Module) -> str | None:
-    """Return what keeps a matrix from being replaced by another of its shape, or None.
+    """Return why a module's matrix cannot be replaced by another of its shape, or None.
 
-    A subclass is run on random inputs, in training and in eval mode, in its own dtype, and must
-    give what a plain layer gives. The trial runs on a copy that shares the weight: hooks, training
-    flags, buffers and the state of random generators stay as they are.
+    A subclass is run on random inputs, in training and eval mode, in its own dtype, and must match
+    a plain layer. It is run as a copy that shares the weight, so hooks, training flags, buffers and
+    random generators do not change.
 
     Example:
         >>> class Same(nn.Linear):
@@ -42,15 +42,15 @@ def oddity(module: nn.Module) -> str | None:
         return None
     extra = {own for own, _ in module.named_parameters()} - {"weight", "bias"}
     if extra or any(module.children()):
-        return f"{name} has more in it than a weight and a bias"
+        return f"{name} has more than a weight and a bias"
     return None if _agrees(module) else f"{name} adds behaviour of its own"
 
 
 def _agrees(module: nn.Module) -> bool:
-    """Whether a module of a weight and a bias gives what they say."""
+    """Return whether a module with a weight and a bias computes the plain layer."""
     weight: Any = module.weight
     if weight.is_meta and any(True for _ in module.buffers()):
-        return False  # nothing is known of what they hold
+        return False  # their values are unknown
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices), torch.no_grad():
         for training in (False, True):
@@ -59,7 +59,7 @@ def _agrees(module: nn.Module) -> bool:
                 expected = _plain(twin, inputs)
                 try:
                     found = twin(inputs)
-                except Exception:  # code of others: whatever it raises, it is not plain
+                except Exception:  # the model's code may raise anything; it is not plain then
                     return False
                 if not _same(found, expected):
                     return False
@@ -67,7 +67,7 @@ def _agrees(module: nn.Module) -> bool:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Return a copy that shares the parameters, without hooks; with random ones for none."""
+    """Return a copy without hooks that shares the parameters, or has random ones on meta."""
     memo: dict[int, Any] = {
         id(hooks): OrderedDict() for name, hooks in vars(module).items() if name.endswith("_hooks")
     }
@@ -84,7 +84,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _inputs(module: nn.Module) -> list[Tensor]:
-    """Return what a module is tried on: ids, or vectors in batches of two and of one axis."""
+    """Return test inputs of a module: ids, or vectors with one and two batch axes."""
     weight: Any = module.weight
     generator = torch.Generator("cpu").manual_seed(0)
     if isinstance(module, nn.Embedding):
@@ -109,7 +109,7 @@ def _plain(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _same(found: Any, expected: Tensor) -> bool:
-    """Whether an output is the expected one, up to rounding in its dtype."""
+    """Return whether an output matches the expected one, up to rounding in its dtype."""
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False
     if found.dtype != expected.dtype:

@@ -1,4 +1,4 @@
-"""Which matrices produce the channels that another reads, found by changing their outputs."""
+"""Finds the matrices that produce another's input channels, by changing their outputs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tnlm.targets.stubs import Around, Call, Linear, Stub, calls, copied, detour
 from tnlm.targets.trial import Hidden, Slabs, objection
 
 TOKENS = 32
-"""Tokens of random values: as many signs and sizes meet in every channel. With fewer, a rectified
-gate could be negative, and hide what it multiplies, at all of them."""
+"""Number of tokens with random values. With fewer, a rectified gate could be negative at all of
+them and hide the values that it multiplies."""
 SPREAD = (1.0, 2.0, 0.5, 4.0)
-"""Sizes of the values at successive tokens."""
+"""Scales of the values at successive tokens."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a matrix reads.
+    """The channels that a matrix reads.
 
     Attributes:
-        hidden: the channels and those that produce them; None if it reads no channels.
-        gates: of every producer of twice as many outputs, whether the first of each channel's two
-            is its gate, which passes an activation.
-        reason: why the channels cannot be cut, or None.
+        hidden: the channels and their producers; None if the matrix reads no channels.
+        gates: for every producer with two outputs per channel, whether the first of the two is the
+            gate, which has an activation.
+        reason: why the channels cannot be removed, or None.
     """
 
     hidden: Hidden | None = None
@@ -38,19 +38,19 @@ class Finding:
 
 @torch.no_grad()
 def probe(layer: nn.Module, reader: str, names: Sequence[str]) -> Finding:
-    """Return which matrices of a layer produce the inputs of one of them, channel by channel.
+    """Find which matrices of a layer produce the inputs of another, channel by channel.
 
-    A producer has as many outputs as the reader has inputs, or twice as many. The outputs that have
-    a given bit in their number are changed, for every bit and both its values; if exactly those
-    inputs of the reader that have the same bit change, then each depends on its own output alone.
-    Of twice as many outputs both halves, or those of even and odd number, must do so. Nothing may
-    pass from token to token, as in attention. What is found is then cut for a trial; see
+    A producer has one or two outputs per input of the reader. For every bit of the index and both
+    its values, the outputs whose index has this bit are changed. If exactly the reader's inputs
+    with the same bit change, then each input depends on a single output. With two outputs per
+    channel, this must hold for both halves, or for the even and the odd outputs. Tokens must not
+    mix, as they do in attention. Finally, the channels are removed for a trial; see
     `tnlm.targets.trial.objection`.
 
     Args:
-        layer: run on copies with stubs in place of all its matrices; stays as it is.
+        layer: run on copies with stubs in place of all its matrices; left unchanged.
         reader: name of a matrix in it.
-        names: of other matrices in it that have as many outputs, or twice as many.
+        names: names of other matrices in it with one or two outputs per input of the reader.
 
     Example:
         >>> class Gated(nn.Module):
@@ -73,19 +73,19 @@ def probe(layer: nn.Module, reader: str, names: Sequence[str]) -> Finding:
         trial = _run(layer, reader, names)
         try:
             return Finding() if trial is None else _judge(layer, trial, reader, names, count)
-        except Exception:  # code of others, that may raise anything
+        except Exception:  # the model's code may raise anything
             return Finding()
 
 
 def _run(layer: nn.Module, reader: str, names: Sequence[str]) -> _Trial | None:
-    """Return a layer that runs on random values, and in which the reader reads them."""
+    """Return a runnable copy of the layer in which the reader is called, or None."""
     matrices = [layer.get_submodule(name) for name in (*names, reader)]
     for width in dict.fromkeys(widths(module)[1] for module in matrices[:-1]):
         for around, call in _ways(layer, matrices, width):
             trial = _Trial(layer, reader, names, around(), call)
             try:
                 trial.read()
-            except Exception:  # code of others, that may raise anything
+            except Exception:  # the model's code may raise anything
                 continue
             return trial
     return None
@@ -103,7 +103,7 @@ def _ways(
 def _judge(
     layer: nn.Module, trial: _Trial, reader: str, names: Sequence[str], count: int
 ) -> Finding:
-    """Return what is found once the layer runs."""
+    """Return the channels found in a runnable layer."""
     everything = {n: torch.arange(widths(layer.get_submodule(n))[0]) for n in names}
     if not bool(trial.changed(everything).any()) or trial.mixes_tokens():
         return Finding()
@@ -114,7 +114,7 @@ def _judge(
     if None in found.values():
         back = widths(layer.get_submodule(reader))[0]
         returns = all(widths(layer.get_submodule(name))[1] == back for name in found)
-        reason = "what stands between the matrices mixes the channels"
+        reason = "the code between the matrices mixes the channels"
         return Finding(hidden, reason=reason) if returns else Finding()
     if len(reach) == 1 and all(trial.multiplies(name, rows) for name, rows in reach.items()):
         return Finding()  # no activation: a product of two matrices
@@ -128,7 +128,7 @@ def _judge(
 
 
 def _slabs(trial: _Trial, name: str, rows: int, count: int) -> Slabs | None:
-    """Return where the channels are in a matrix's outputs, if each is in a place of its own."""
+    """Return the positions of the channels in a matrix's outputs, if each has its own."""
     layouts = [Slabs()] if rows == count else [Slabs(parts=2), Slabs(size=2)]
     for slabs in layouts:
         if all(trial.is_by_channel(name, part) for part in _halves(slabs, count)):
@@ -137,7 +137,7 @@ def _slabs(trial: _Trial, name: str, rows: int, count: int) -> Slabs | None:
 
 
 def _halves(slabs: Slabs, count: int) -> list[Tensor]:
-    """Return the outputs of all channels, once for each that a channel has."""
+    """Return the outputs of all channels, one index for each output per channel."""
     every = slabs.rows(torch.arange(count), count)
     if slabs.parts > 1:
         return list(every.reshape(slabs.parts, count))
@@ -145,7 +145,7 @@ def _halves(slabs: Slabs, count: int) -> list[Tensor]:
 
 
 class _Trial:
-    """A copy of a layer whose matrices are stubs, and what its reader is given."""
+    """A copy of a layer whose matrices are stubs, and the inputs of its reader."""
 
     def __init__(
         self,
@@ -169,23 +169,23 @@ class _Trial:
         self._before: Tensor | None = None
 
     def read(self) -> Tensor:
-        """Return what the reader is given, ``(tokens, channels)``."""
+        """Return the reader's input, ``(tokens, channels)``."""
         if self._before is None:
             self._before = self._seen()
         return self._before
 
     def changed(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return where the reader's inputs change with some outputs of matrices."""
+        """Return which of the reader's inputs change with some outputs of matrices."""
         stubs = {self._stubs[name]: chosen for name, chosen in rows.items()}
         return self._with(stubs, -1.5) != self.read()
 
     def mixes_tokens(self) -> bool:
-        """Tell whether a change of all matrices at every second token is seen at another."""
+        """Return whether a change at every second token affects other tokens."""
         everything = {stub: torch.arange(stub.columns) for stub in self._every}
         return bool((self._with(everything, -1.5, slice(0, None, 2)) != self.read())[1::2].any())
 
     def is_by_channel(self, name: str, rows: Tensor) -> bool:
-        """Tell whether every channel depends on its own one of some outputs, and no other."""
+        """Return whether every channel depends on exactly its own one of some outputs."""
         numbers = torch.arange(len(rows))
         for bit in range((len(rows) - 1).bit_length()):
             for value in (0, 1):
@@ -196,13 +196,13 @@ class _Trial:
         return True
 
     def multiplies(self, name: str, rows: Tensor) -> bool:
-        """Tell whether what the reader is given is proportional to some outputs of a matrix."""
+        """Return whether the reader's input is proportional to some outputs of a matrix."""
         return torch.equal(self._with({self._stubs[name]: rows}, -2.0), -2.0 * self.read())
 
     def _with(
         self, rows: Mapping[Stub, Tensor], factor: float, tokens: slice = slice(None)
     ) -> Tensor:
-        """Return what the reader is given where some outputs are multiplied."""
+        """Return the reader's input if some outputs are scaled."""
         for stub, chosen in rows.items():
             stub.change = partial(_scaled, chosen, factor, tokens)
         found = self._seen()
@@ -218,13 +218,13 @@ class _Trial:
 
 
 def _sized(values: Tensor) -> Tensor:
-    """Give values of several sizes."""
+    """Scale the values differently at successive tokens."""
     sizes = torch.tensor(SPREAD).repeat(-(-len(values) // len(SPREAD)))[: len(values)]
     return values * sizes.to(values).unsqueeze(1)
 
 
 def _scaled(rows: Tensor, factor: float, tokens: slice, values: Tensor) -> Tensor:
-    """Multiply some outputs at some tokens."""
+    """Scale some outputs at some tokens."""
     factors = torch.ones_like(values)
     factors[tokens, rows.to(values.device)] = factor
     return _sized(values) * factors

@@ -1,4 +1,4 @@
-"""Routed experts with the router before them, and whether fewer experts act as masked ones do."""
+"""Finds routed experts and their router, and tests whether removing experts equals masking them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tnlm.layers.rows import row_tensors, with_rows
 from tnlm.targets.stubs import copied
 
 TOKENS = 32
-"""Tokens of random values on which a block is tried."""
+"""Number of random tokens on which a block is tried."""
 LOW = -1e4
-"""A router's logit that no other is below: of an expert that is masked."""
+"""The router's logit of a masked expert, below all others."""
 CLOSE = 64
-"""Outputs are the same that differ by this many units in the last place of the largest."""
+"""Outputs may differ by this many units in the last place of the largest."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Mixture:
 
     Attributes:
         block: dotted name of the module that holds the router and the experts.
-        router: the router's name in it.
-        experts: the experts' name in it.
-        count: how many experts there are.
-        active: how many of them a token meets.
+        router: name of the router in the block.
+        experts: name of the experts in the block.
+        count: number of experts.
+        active: number of experts per token.
     """
 
     block: str
@@ -46,28 +46,28 @@ class Mixture:
 
 
 class Recorder(nn.Module):
-    """Stands for experts, and notes what they are called with.
+    """A stub of experts that records the arguments of its calls.
 
     Attributes:
-        calls: states ``(tokens, width)``, and the indices and weights of their experts, both
-            ``(tokens, active)``, at every call.
+        calls: the arguments of every call: states ``(tokens, width)``, and indices and weights of
+            the experts, both ``(tokens, active)``.
     """
 
     def __init__(self) -> None:
-        """Start with no call."""
+        """Start without calls."""
         super().__init__()
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Note a call, and return zeros."""
+        """Record a call, and return zeros."""
         if index.is_floating_point() or index.shape != weights.shape or index.dim() != 2:
-            raise TypeError("experts are not called with indices and weights of their tokens")
+            raise TypeError("experts are not called with the tokens' expert indices and weights")
         self.calls.append((states, index, weights))
         return torch.zeros_like(states)
 
 
 def stacks_of_experts(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield the names of modules that hold routed experts as 3-D parameters, and their numbers.
+    """Yield the names of modules with routed experts as 3-D parameters, and the expert counts.
 
     Example:
         >>> from transformers import MixtralConfig, MixtralForCausalLM
@@ -85,20 +85,20 @@ def stacks_of_experts(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def find_mixture(model: nn.Module, experts: str, count: int) -> Mixture | str:
-    """Return the mixture that experts belong to, or why they cannot be dropped.
+    """Return the mixture to which experts belong, or why experts cannot be dropped.
 
-    The router is a module beside the experts with as many rows. It is tried whether a block whose
-    router and experts lose some rows gives what it gives with these experts' logits masked;
-    weights, hooks and the random state stay as they are.
+    The router is a sibling of the experts with one row per expert. A trial checks that the block
+    with some rows removed from router and experts gives the same as with these experts' logits
+    masked; weights, hooks and the random state do not change.
 
     Args:
-        model: holds the block.
+        model: the model with the block.
         experts: dotted name of the module that holds the experts.
-        count: how many there are.
+        count: number of experts.
     """
     parent, _, own = experts.rpartition(".")
     block = model.get_submodule(parent)
-    why = "no router with a row for each expert stands beside them"
+    why = "there is no router with one row per expert beside them"
     for name, child in block.named_children():
         if name == own or not row_tensors(child, count):
             continue
@@ -110,13 +110,13 @@ def find_mixture(model: nn.Module, experts: str, count: int) -> Mixture | str:
 
 
 def fewer(module: nn.Module, count: int, kept: Tensor) -> nn.Module:
-    """Return a router, or experts, with some of ``count`` experts."""
+    """Return a router, or an experts module, with only the kept of ``count`` experts."""
     return with_rows(module, row_tensors(module, count), count, kept)
 
 
 @torch.no_grad()
 def _tried(block: nn.Module, router: str, experts: str, count: int) -> int | str:
-    """Return how many experts a token meets, or why none can be dropped."""
+    """Return the number of experts per token, or why no expert can be dropped."""
     gate, inner = block.get_submodule(router), block.get_submodule(experts)
     rows = next(t for t in gate.parameters() if t.dim() and len(t) == count)
     if rows.is_meta or rows.dim() != 2:
@@ -130,17 +130,17 @@ def _tried(block: nn.Module, router: str, experts: str, count: int) -> int | str
             [(_, index, _)] = recorder.calls
             active = index.shape[1]
             if active >= count:
-                return "a token meets all of its experts"
+                return "every token uses all experts"
             for size in {max(active, count // 2), count - 1}:
                 if not _agrees(block, gate, inner, _some(count, size), states):
-                    return "its router chooses otherwise among fewer experts"
-        except Exception as error:  # another's code, that may raise anything
+                    return "its router chooses differently among fewer experts"
+        except Exception as error:  # the model's code may raise anything
             return f"it cannot be tried with fewer experts ({type(error).__name__}: {error})"
     return active
 
 
 def _states(like: Tensor) -> Tensor:
-    """Return random states whose first value is large: it lets a row mask its expert."""
+    """Return random states with a large first value, through which a row can mask its expert."""
     drawn = torch.randn(1, TOKENS, like.shape[1], generator=torch.Generator().manual_seed(0))
     drawn[..., 0] = 4.0
     return drawn.to(like)
@@ -166,7 +166,7 @@ def _count(experts: nn.Module) -> int:
 
 
 def _masked(gate: nn.Module, count: int, kept: Tensor) -> nn.Module:
-    """Return a copy of a router that chooses none but the experts kept."""
+    """Return a copy of a router that chooses only kept experts."""
     made = copy.deepcopy(fewer(gate, count, torch.arange(count)))
     gone = torch.ones(count, dtype=torch.bool)
     gone[kept] = False

@@ -1,4 +1,4 @@
-"""Which matrices of a model are compressed, and how each is read."""
+"""Selects the matrices of a model to compress, and gives reasons for those it skips."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ UNNAMED, IGNORED = "targets= does not choose it", "ignore= names it"
 
 @dataclass
 class Selection:
-    """The targets chosen, and what was passed over with the reason why.
+    """The selected targets, and the reasons for skipping others.
 
     Attributes:
-        targets: in the model's order.
-        skipped: what was asked for, and cannot be served.
-        unwanted: modules of matrices that were not asked for.
+        targets: the targets, in the model's order.
+        skipped: reasons why selected modules cannot be compressed, by name.
+        unwanted: reasons why other modules with matrices were not selected, by name.
     """
 
     targets: list[Member] = field(default_factory=list)
@@ -56,20 +56,19 @@ def select(
     *,
     split: bool = True,
 ) -> Selection:
-    """Choose the matrices of a model.
+    """Select the matrices of a model to compress.
 
     Args:
         model: any Hugging Face model.
-        targets: ``"all-linear"`` (every linear weight in the model's blocks: no heads, poolers or
-            projections around them; where there are no blocks, every one but the output head),
-            ``"embeddings"``, ``"token-embeddings"`` (without those of positions and types),
-            ``"odd-blocks"`` (linear weights of every second block), ``"experts"`` (the routed
-            experts of every block, of which some may be dropped), a regular expression that a
-            module's name must match in full, a list of names or of their endings (as in PEFT) or of
-            these words, or a module class.
-        ignore: modules left alone, in the same words.
-        split: take fused projections as several matrices, called as parts of their modules, e.g.
-            ``qkv_proj.q``; if not, as one each. A module's name chooses all its parts.
+        targets: ``"all-linear"`` (every linear weight in the model's blocks, without heads, poolers
+            or projections around them; without blocks, all but the output head), ``"embeddings"``,
+            ``"token-embeddings"`` (without those of positions and types), ``"odd-blocks"`` (linear
+            weights of every second block), ``"experts"`` (the routed experts of every block, some
+            of which may be dropped), a regular expression that must match a module's full name, a
+            list of names or endings (as in PEFT) or of these words, or a module class.
+        ignore: modules to leave dense, in the same form.
+        split: treat fused projections as several matrices, named like children of their modules,
+            e.g. ``qkv_proj.q``; otherwise as one each. A module's name selects all its parts.
 
     Returns:
         The targets in the model's order.
@@ -135,7 +134,7 @@ def select(
 
 
 def _check_experts(model: nn.Module, selection: Selection) -> None:
-    """Raise `TargetError` if a matrix is chosen of some experts of a module, and not of others."""
+    """Raise `TargetError` if a matrix is selected for only some experts of a module."""
     for name, count, total in incomplete(model, [t.module for t in selection.targets]):
         raise TargetError(
             f"{count} of {total} experts are chosen for {name}; the experts of a module are "
@@ -146,7 +145,7 @@ def _check_experts(model: nn.Module, selection: Selection) -> None:
 def _check_ignored(
     model: nn.Module, ignore: Selector, ends: Ends, layouts: Mapping[str, Layout]
 ) -> None:
-    """Raise `TargetError` if ``ignore`` matches nothing: it is probably a slip."""
+    """Raise `TargetError` if ``ignore`` matches nothing, which is probably a mistake."""
     matrices = [
         (name, module) for name, module in model.named_modules() if isinstance(module, Matrix)
     ]
@@ -160,7 +159,7 @@ def _check_ignored(
 
 
 def _uses(model: nn.Module) -> dict[int, list[str]]:
-    """Return, for every weight, the modules that hold it."""
+    """Return the modules that hold each weight."""
     uses: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Matrix):
@@ -169,7 +168,7 @@ def _uses(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _weight_id(module: nn.Module) -> int:
-    """Name a weight; one that is computed anew whenever it is read is its module's own."""
+    """Return a key for a weight; one that is recomputed at every access is its module's own."""
     weight = module._parameters.get("weight")
     return id(module if weight is None else weight)
 
@@ -177,7 +176,7 @@ def _weight_id(module: nn.Module) -> int:
 def _describe(
     name: str, module: Matrix, users: list[str], model: nn.Module, layout: Layout | None
 ) -> Sequence[Member] | str:
-    """Return the matrices that a module holds, or why it is left alone."""
+    """Return the matrices of a module, or why it is left dense."""
     modules = [model.get_submodule(user) for user in users]
     if any(getattr(other, "_hf_hook", None) for other in modules):
         return "its weight is offloaded by accelerate; compress before dispatching"
@@ -203,7 +202,7 @@ def _describe(
 
 
 def _stacked(model: nn.Module) -> dict[str, str]:
-    """Return the 3-D parameters, as those of experts, and why they are left."""
+    """Return the modules with 3-D parameters, such as experts, and why they are left."""
     return {
         f"{name}.{part}": _why_stacked(module)
         for name, module in model.named_modules()
@@ -214,7 +213,7 @@ def _stacked(model: nn.Module) -> dict[str, str]:
 
 
 def _why_stacked(module: nn.Module) -> str:
-    """Return why a module's 3-D parameters are no matrices."""
+    """Return why a module's 3-D parameters are not matrices."""
     layout = layout_of(module)
     if not isinstance(layout, ExpertLayout):
         return f"a 3-D parameter; {layout}"
@@ -236,7 +235,7 @@ def _nothing(
 
 
 def _others(model: nn.Module) -> str:
-    """Return which modules hold most parameters that are in no linear module or embedding."""
+    """Return a hint if most parameters are not in linear modules or embeddings."""
     sizes: Counter[str] = Counter()
     for module in model.modules():
         if not isinstance(module, Matrix):

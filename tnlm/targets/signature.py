@@ -1,4 +1,4 @@
-"""What two modules have in common if one trial is enough for both."""
+"""Signatures of modules: equal if one trial is enough for both."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 _NUMBER = re.compile(r"_?(layer|block)_?(idx|id|index|number|num)$")
-"""Attributes in which a module remembers where in the model it stands."""
+"""Attributes for a module's index in the model, which are ignored."""
 
 
 def signature(module: nn.Module) -> Hashable:
-    """Return what is equal for modules of the same classes, shapes and settings.
+    """Return a value that is equal for modules of the same classes, shapes and settings.
 
-    Numbers and words that the modules remember count, the number of their layer does not.
+    It includes numbers and strings stored in the modules, except their layer index.
 
     Example:
         >>> first, second = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3))
@@ -26,7 +26,7 @@ def signature(module: nn.Module) -> Hashable:
 
 
 def _own(module: nn.Module) -> Hashable:
-    """Return what a module holds itself."""
+    """Return the signature of a module without its children."""
     tensors = {**module._parameters, **module._buffers}
     shapes = tuple(
         (name, None if held is None else (held.shape, held.dtype, held.device))
@@ -41,7 +41,7 @@ def _own(module: nn.Module) -> Hashable:
 
 
 def _value(value: Any) -> Hashable:
-    """Return a plain value, or which function it is; of other things their kind."""
+    """Return a plain value as it is, a function's name, or the type of anything else."""
     if value is None or isinstance(value, bool | int | float | complex | str):
         return type(value).__name__, value
     if isinstance(value, list | tuple):

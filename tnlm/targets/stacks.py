@@ -1,4 +1,4 @@
-"""Stacks: the same matrix of consecutive blocks, fitted as one, with one shared input factor."""
+"""Stacks: one matrix of consecutive blocks, fitted together with a shared input factor."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tnlm.tensors.network import Cost, Network
 from tnlm.utils.names import split_at_block
 
 PRIVATE = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "wo", "dense")
-"""Endings of matrices that write to the residual stream; Basis Sharing leaves them alone."""
+"""Endings of matrices that write to the residual stream, which Basis Sharing does not stack."""
 
 
 @dataclass(frozen=True)
 class Stack(Target):
-    """Several targets of one shape as one tall matrix, in the order of their blocks."""
+    """Several targets of the same shape as one tall matrix, in the order of their blocks."""
 
     matrices: tuple[MatrixTarget, ...]
 
@@ -34,7 +34,7 @@ class Stack(Target):
 
     @property
     def fixed(self) -> Mapping[str, Any]:
-        """Store no identity block: the factors are cut into the members'."""
+        """Disable identity blocks, since the factors are split among the members."""
         return {"gauge": False}
 
     @property
@@ -44,24 +44,24 @@ class Stack(Target):
 
     @property
     def most(self) -> int:
-        """Parameters at the largest rank that one member can have, or one fewer than dense."""
+        """Parameters at the largest rank of one member, or one fewer than dense."""
         rank = min(self.members[0].shape)
         return min(self.params - 1, rank * sum(self.shape))
 
     def weight(self, model: nn.Module) -> Tensor:
-        """Return all members' weights, one below the other."""
+        """Return all members' weights, concatenated by rows."""
         return torch.cat([member.weight(model) for member in self.members])
 
     def bias(self, model: nn.Module) -> Tensor | None:
-        """Return None: each member keeps its own bias."""
+        """Return None, since each member keeps its own bias."""
         return None
 
     def added_bias(self, model: nn.Module) -> int:
-        """Return the size of the biases that the members lack."""
+        """Return the total size of the biases that the members lack."""
         return self.shape[0]
 
     def statistic(self, name: str, read: Read) -> Tensor:
-        """Return means of what concerns inputs, and blocks of what outputs do."""
+        """Return the mean of statistics of inputs, and the blocks of statistics of outputs."""
         parts = [member.statistic(name, read) for member in self.members]
         if name == "gradient" and parts[0].dim() == 2:
             blocks: Tensor = torch.block_diag(*parts)
@@ -69,11 +69,11 @@ class Stack(Target):
         return torch.cat(parts) if name in BY_OUTPUT else torch.stack(parts).mean(0)
 
     def input_group(self, leaders: Mapping[str, str]) -> str:
-        """Return the name of the stack, whose inputs are those of all its members."""
+        """Return the name of the stack, since it reads the inputs of all its members."""
         return self.name
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
-        """Return what the factors cost: what is shared is stored once, and applied everywhere."""
+        """Return the cost of the factors: shared factors are stored once and applied everywhere."""
         copies = len(self.members)
         sizes = {**network.sizes, network.out: self.shape[0] // copies}
         size = network.params * itemsize + network.index_bytes + extra * itemsize
@@ -83,7 +83,7 @@ class Stack(Target):
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the most that a network may have, which holds the shared factor once."""
+        """Return the largest cost of a network, which has the shared factor once."""
         rows, columns = self.shape
         once = (rows + columns) / (rows + len(self.members) * columns)
         return share_of(self, keep, max_macs, unit, extra, once)
@@ -96,7 +96,7 @@ class Stack(Target):
         weight: Tensor | None = None,
         output: Tensor | None = None,
     ) -> Fitted:
-        """Fit the tall matrix, and cut the factors apart."""
+        """Fit the tall matrix, and split the factors among the members."""
         tall = MatrixTarget(self.name, self.module, self.shape)
         found = tall.fit_to(self.weight(model), None, layer, metric)
         ((_, entry, module),) = found.pieces
@@ -107,9 +107,10 @@ class Stack(Target):
 
 
 def stack(targets: Sequence[Target], blocks: int) -> list[Target]:
-    """Return the targets with the same matrix of every ``blocks`` consecutive blocks as one.
+    """Return the targets, with one matrix of every ``blocks`` consecutive blocks as a stack.
 
-    What stands in no block, writes to the residual stream, or is left over stays by itself.
+    Matrices outside blocks, those that write to the residual stream, and left-over ones are not
+    stacked.
 
     Source: Basis Sharing, Wang et al. 2024, arXiv 2410.03765.
 
@@ -147,7 +148,7 @@ def _stacked(members: list[MatrixTarget]) -> Stack:
 
 
 def _key(target: MatrixTarget, blocks: int) -> tuple[str, int]:
-    """Return what members of a stack have in common; unique for a target that has no stack."""
+    """Return a key that all members of a stack share; unique for targets without a stack."""
     found = split_at_block(target.name)
     ending = target.module.rpartition(".")[2]
     if found is None or ending in PRIVATE:
@@ -161,7 +162,7 @@ def unstack(
 ) -> list[tuple[Entry, nn.Module]]:
     """Return the entry and the module of every member of a fitted stack.
 
-    The input factor is copied into each; :func:`ties` makes it one.
+    The input factor is copied to each member, and later tied as :func:`ties` lists.
     """
     found = []
     rows = unit.members[0].shape[0]
@@ -178,13 +179,13 @@ def unstack(
 
 
 def ties(unit: Stack) -> dict[str, str]:
-    """Return the parameters that the members share: name to the name it shares."""
+    """Return the parameters that the members share: each name with the name it shares."""
     source, *others = (f"{member.path}.right.weight" for member in unit.members)
     return dict.fromkeys(others, source)
 
 
 def tie(model: nn.Module, pairs: Mapping[str, str]) -> None:
-    """Make parameters one."""
+    """Tie parameters."""
     for target, source in pairs.items():
         owner = model.get_submodule(target.rpartition(".")[0])
         owner.weight = model.get_submodule(source.rpartition(".")[0]).weight

@@ -1,4 +1,4 @@
-"""Stand-ins: a layer is run without its matrices, on random values that are known."""
+"""Stubs to run a layer without its matrices, on known random values."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from transformers.pytorch_utils import Conv1D
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments."""
 Linear = nn.Linear | Conv1D
-"""The modules whose matrix multiplies what they are given."""
+"""Classes of modules that multiply their input by a matrix."""
 Around = Callable[[], dict[nn.Module, "Bypass"]]
-"""Makes what stands for the modules beside some matrices."""
+"""Makes stubs of the modules beside some matrices."""
 SIZED = ("weight", "bias", "in_features", "out_features", "nx", "nf")
-"""Attributes of a linear module that other code reads."""
+"""Attributes of linear modules that other code reads."""
 
 
 def random_values(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
-    """Return the same random values for the same seed, ``(rows, columns)``."""
+    """Return random values that depend only on the seed, ``(rows, columns)``."""
     made = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return made.to(like.dtype) if like.is_meta else made.to(like)
 
 
 def widths(module: Any) -> tuple[int, int]:
-    """Return the numbers of outputs and inputs of a linear module.
+    """Return the number of outputs and of inputs of a linear module.
 
     Example:
         >>> widths(Conv1D(24, 8)), widths(nn.Linear(8, 24))
@@ -41,16 +41,16 @@ def widths(module: Any) -> tuple[int, int]:
 
 
 class Stub(nn.Module):
-    """Stands for a matrix: gives random values, and keeps what it was given.
+    """A stub of a matrix, which returns random values and records its inputs.
 
     Attributes:
-        columns: how many outputs it has.
-        given: its input, at every call.
-        change: what is done to the values, ``(tokens, columns)``, before they are given.
+        columns: number of outputs.
+        given: the inputs of all calls.
+        change: applied to the values ``(tokens, columns)`` before they are returned.
     """
 
     def __init__(self, old: Any, seed: int) -> None:
-        """Take the place of a linear module."""
+        """Copy the attributes of a linear module."""
         super().__init__()
         for name in SIZED:
             if hasattr(old, name):
@@ -61,7 +61,7 @@ class Stub(nn.Module):
         self.change: Callable[[Tensor], Tensor] = lambda values: values
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the same values for as many tokens, whatever these are."""
+        """Return values that depend only on the number of tokens."""
         self.given.append(x)
         tokens: int = x.shape[:-1].numel()
         like: Any = self.weight
@@ -71,14 +71,14 @@ class Stub(nn.Module):
 
 
 class Bypass(nn.Module):
-    """Stands for a module beside, such as attention: passes on what it was given first.
+    """A stub of a sibling module, such as attention, which returns its first input.
 
     Attributes:
-        given: that, at every call.
+        given: the first inputs of all calls.
     """
 
     def __init__(self, others: int | None) -> None:
-        """Return it alone, or in a tuple with so many others, None each."""
+        """Set how many Nones follow the input in a tuple; None to return the input alone."""
         super().__init__()
         self._others = others
         self.given: list[Tensor] = []
@@ -93,12 +93,12 @@ class Bypass(nn.Module):
 def copied(
     module: nn.Module, others: Mapping[nn.Module, nn.Module], sizes: nn.Module | None = None
 ) -> nn.Module:
-    """Copy modules, not their parameters, in eval mode and without hooks.
+    """Copy modules but not their parameters, in eval mode and without hooks.
 
     Args:
-        module: stays as it is.
-        others: modules that take the place of some.
-        sizes: a module of the same kind; whole numbers that modules remember are taken from it.
+        module: the module to copy; left unchanged.
+        others: replacements of some modules in the copy.
+        sizes: a module of the same structure, from which integer attributes are copied.
     """
     if module in others:
         return others[module]
@@ -125,7 +125,7 @@ def copied(
 
 
 def _present(tensor: Any, clone: bool = False) -> Any:
-    """Return a tensor, or ones where it is on no device."""
+    """Return a tensor, or ones for a tensor on the meta device."""
     if tensor is None or not tensor.is_meta:
         return tensor.clone() if clone else tensor
     ones = torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -146,14 +146,14 @@ def calls(layer: nn.Module, tokens: int, width: int, like: Tensor) -> Iterator[C
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     yield (states,), dict.fromkeys(wanted[1:])
-    if wanted[1:]:  # such as a residual
+    if wanted[1:]:  # such as the residual
         yield (states,), dict.fromkeys(wanted[1:], states)
 
 
 def detours(layer: nn.Module, matrices: Sequence[nn.Module]) -> Iterator[Around]:
-    """Yield ways around the modules beside some matrices, such as attention: first none.
+    """Yield ways to replace the modules beside some matrices, such as attention; first, none.
 
-    These are the children of a layer that hold other matrices than these.
+    These modules are the children of a layer with other matrices.
     """
     yield dict
     beside = [

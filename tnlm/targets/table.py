@@ -1,4 +1,4 @@
-"""A table: the weight of an embedding, with the output heads that share it."""
+"""Tables as targets: the weight of an embedding, with the output heads that share it."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ class TableTarget(Member):
 
     @property
     def fixed(self) -> Mapping[str, Any]:
-        """Store no identity block: rows of such a table could not be looked up."""
+        """Disable identity blocks, since rows of such a table could not be looked up."""
         return {"gauge": False}
 
     def bias(self, model: nn.Module) -> Tensor | None:
-        """Return None: a table has no bias."""
+        """Return None, since a table has no bias."""
         return None
 
     def dense_cost(self, itemsize: int) -> Cost:
-        """Return the cost of the table; looking a row up takes no multiply-adds, heads do."""
+        """Return the cost of the table: only heads take multiply-adds, lookups do not."""
         heads = self.params * len(self.tied)
         return Cost(self.params, self.params * itemsize, self.met(heads))
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
-        """Return what the factors cost.
+        """Return the cost of the factors.
 
-        A tied head passes through the factors, or rebuilds the rows and multiplies by them.
+        A tied head applies the factors, or rebuilds the rows and multiplies by them.
         """
         lookup = row_macs(network)
         rebuilt = self.params + self.shape[0] * lookup
@@ -63,16 +63,16 @@ class TableTarget(Member):
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the most parameters; a lookup costs little, and rows are priced by the report."""
+        """Return the limit on parameters; MACs are not limited, since a lookup costs little."""
         share = 1.0 if unit == "macs" else keep
         return Ceiling(min(math.floor(share * self.params + 1e-9), self.most) - extra)
 
     def most_macs(self, max_macs: float) -> float:
-        """Return infinity: a lookup costs little."""
+        """Return infinity, since a lookup costs little."""
         return math.inf
 
     def entry(self, layer: LayerPlan, *, biased: bool) -> Entry:
-        """Return what a checkpoint says of the table once it is replaced as planned."""
+        """Return the checkpoint entry of the replaced table."""
         shape = list(self.shape)
         if layer.format is None:
             return {"kind": "dense", "shape": shape, "bias": biased}
@@ -103,7 +103,7 @@ class TableTarget(Member):
     def describe(
         self, model: nn.Module, group: Sequence[Member], entries: Mapping[str, Entry]
     ) -> tuple[dict[str, Entry], dict[str, str]]:
-        """Return what a checkpoint says of the embedding and of its tied heads."""
+        """Return the checkpoint entries of the embedding and of its tied heads."""
         old: Any = model.get_submodule(self.module)
         entry = {**entries[self.name], "padding_idx": old.padding_idx}
         found, ties = {self.module: entry}, {}
@@ -117,7 +117,7 @@ class TableTarget(Member):
     def install(
         self, model: nn.Module, swap: Swap, module: nn.Module, entries: Mapping[str, Entry]
     ) -> None:
-        """Put the table in its place, and heads that share its factors in theirs."""
+        """Install the table, and heads that share its factors."""
         table: Any = module
         table.padding_idx = entries[self.module]["padding_idx"]
         for name in self.tied:

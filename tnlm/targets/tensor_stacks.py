@@ -1,4 +1,4 @@
-"""Tensor stacks: the same matrix of consecutive blocks as the slices of a third-order tensor."""
+"""Tensor stacks: one matrix of consecutive blocks as the slices of a third-order tensor."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from tnlm.tensors.network import Cost, Factors, Network
 from tnlm.utils.names import split_at_block
 
 BLOCKS = 2
-"""Consecutive blocks whose matrices are stacked."""
+"""Number of consecutive blocks whose matrices are stacked."""
 
 
 @dataclass(frozen=True)
 class TensorStack(Stack):
-    """Matrices of one shape, each a slice with a metric of its own.
+    """Matrices of the same shape as slices of a tensor, each with its own metric.
 
-    Fitted together, they share the factors that number no slices; each then executes as a network
-    of its own.
+    They are fitted together and share all factors without a slice index; each is then executed as a
+    separate network.
     """
 
     kind = "stack"
 
     @property
     def fixed(self) -> Mapping[str, Any]:
-        """Decide how many slices there are."""
+        """Fix the number of slices."""
         return {"slices": len(self.members), "stack": len(self.members)}
 
     @property
     def most(self) -> int:
-        """Fewer parameters than the matrices themselves."""
+        """Most parameters of a replacement: fewer than the matrices."""
         return self.params - 1
 
     def metric(self, of: Callable[[Target], Metric]) -> Metric:
@@ -54,7 +54,7 @@ class TensorStack(Stack):
         return Stacked(members, [member.shape[0] for member in self.members])
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
-        """Return what the factors cost: what is shared is stored once, and applied everywhere."""
+        """Return the cost of the factors: shared factors are stored once and applied everywhere."""
         one = replace(network, sizes={**network.sizes, SLICE: 1})
         copies = len(self.members)
         size = (network.params + extra) * itemsize + copies * one.index_bytes
@@ -63,7 +63,7 @@ class TensorStack(Stack):
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the most that the factors may have together."""
+        """Return the largest cost of all factors together."""
         return share_of(self, keep, max_macs, unit, extra)
 
     def fit(
@@ -74,7 +74,7 @@ class TensorStack(Stack):
         weight: Tensor | None = None,
         output: Tensor | None = None,
     ) -> Fitted:
-        """Fit all slices, and give each matrix its own part of the factors."""
+        """Fit all slices, and return each matrix with its part of the factors."""
         structure = get_format(str(layer.format))
         network = structure.network(self.shape, from_dict(structure.spec, layer.spec))
         whole = self.weight(model)
@@ -90,7 +90,7 @@ class TensorStack(Stack):
         return Fitted(pieces, metric.relative(whole, rebuilt), self._ties(network))
 
     def _ties(self, network: Network) -> dict[str, str]:
-        """Return the parameters that the members share: name to the name it shares."""
+        """Return the parameters that the members share: each name with the name it shares."""
         first, *others = (member.path for member in self.members)
         shared = [name for name, modes in network.factors.items() if SLICE not in modes]
         return {f"{path}.{n}.weight": f"{first}.{n}.weight" for path in others for n in shared}
@@ -106,7 +106,7 @@ def _slice(network: Network, kept: Factors, index: int) -> Factors:
 
 
 def across_blocks(model: nn.Module, targets: Sequence[Target]) -> list[TensorStack]:
-    """Return the stacks of the same matrix in every ``BLOCKS`` consecutive blocks.
+    """Return the stacks of one matrix in every ``BLOCKS`` consecutive blocks.
 
     Example:
         >>> four = [MatrixTarget(f"h.{i}.up", f"h.{i}.up", (8, 4)) for i in range(4)]

@@ -1,7 +1,7 @@
-"""Tries whether hidden channels, or heads, act one by one: what cutting some out supposes.
+"""Tests whether hidden channels, or heads, act independently, so that some can be removed.
 
-What stands between the matrices is not read but run, on random values: an activation may well mix
-channels without a parameter of its own, as Gemma 3n's does, which takes their mean and deviation.
+The code between the matrices is run on random values, not analysed, since an activation may mix
+channels without parameters. Gemma 3n's does: it takes their mean and deviation.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from tnlm.targets.stubs import Around, Call, Stub, calls, copied, detours, widths
 
 TOKENS = 16
-"""Tokens of random values."""
+"""Number of tokens with random values."""
 
 LOUD = 8.0
-"""Groups that are cut have values this many times as large, and as far from 0: if anything is taken
-over all groups, such as a mean or a maximum, it is another without them. At every second token they
-are this often squared as small: so is a minimum of their sizes."""
+"""Scale and offset of the values of removed groups, so that any statistic of all groups, such as a
+mean or a maximum, changes without them. At every second token, these values are divided by its
+square instead, which changes a minimum of magnitudes."""
 
 CLOSE = 16
-"""Values are the same that differ by this many units in the last place of the largest."""
+"""Values may differ by this many units in the last place of the largest."""
 
 
 @dataclass(frozen=True)
 class Slabs:
-    """Where the values of one group are in the outputs of a matrix.
+    """The positions of a group's values in the outputs of a matrix.
 
     Attributes:
-        size: adjacent outputs of one group; those of interleaved gates and values are 2.
-        parts: how many equal parts stand one after another, each with as many of every group;
-            concatenated gates and values are 2.
+        size: number of adjacent outputs per group; 2 for interleaved gates and values.
+        parts: number of equal, concatenated parts, each with outputs of every group; 2 for
+            concatenated gates and values.
     """
 
     size: int = 1
@@ -42,11 +42,11 @@ class Slabs:
 
     @property
     def each(self) -> int:
-        """Outputs of one group, in all parts."""
+        """Number of outputs per group, in all parts."""
         return self.size * self.parts
 
     def rows(self, groups: Tensor, count: int) -> Tensor:
-        """Return the outputs of some of ``count`` groups, in the order of the matrix.
+        """Return the outputs of some of ``count`` groups, in the matrix's order.
 
         Example:
             >>> Slabs(size=3).rows(torch.tensor([0, 2]), 4).tolist()
@@ -64,10 +64,10 @@ class Hidden:
     """The hidden values between some matrices and the one that reads them, in equal groups.
 
     Attributes:
-        producers: where a group is in the outputs of the matrices, by their names in the layer.
+        producers: positions of a group in the outputs of each matrix, by its name in the layer.
         reader: name of the matrix that reads the hidden values.
-        size: adjacent inputs of the reader that belong to one group.
-        count: how many groups there are.
+        size: number of adjacent inputs of the reader per group.
+        count: number of groups.
     """
 
     producers: Mapping[str, Slabs]
@@ -85,23 +85,23 @@ def objection(
     call: Call | None = None,
     sizes: nn.Module | None = None,
 ) -> str | None:
-    """Return why groups cannot be cut out of a layer, or None if the others are the same without.
+    """Return why groups cannot be removed from a layer, or None if the others do not change.
 
-    The layer runs twice, on copies of its modules that share its parameters and have no hooks. In
-    place of the matrices are modules that give random values, in the second run those of ``keep``
-    groups alone. With these the reader must be given the same values as before, and the layer's
-    output must be the same. No matrix is multiplied; weights, hooks, training flags and the random
-    state stay as they are.
+    The layer is run twice, on copies of its modules that share its parameters and have no hooks.
+    The matrices are replaced by stubs that return random values, in the second run only those of
+    ``keep`` groups. For these, the reader's input must be the same as before, and so must the
+    layer's output. No matrix is multiplied; weights, hooks, training flags and the random state do
+    not change.
 
     Args:
         layer: the module that holds the matrices.
-        hidden: what is cut: values of some groups.
-        keep: how many groups stay in the second run, half of them by default.
-        call: what the layer is called with; by default random hidden states, and nothing or the
-            same for other arguments without a default. Modules beside the matrices, such as
-            attention, that cannot be called so are passed by.
-        sizes: a layer of the same kind with ``keep`` groups; whole numbers that modules remember,
-            such as numbers of heads, are taken from it for the second run.
+        hidden: the hidden values from which groups are removed.
+        keep: number of groups in the second run; by default, half.
+        call: arguments of the layer; by default, random hidden states, and None or the same for
+            other required arguments. Modules beside the matrices, such as attention, are skipped if
+            they cannot be called with these.
+        sizes: a layer of the same structure with ``keep`` groups, from which integer attributes,
+            such as the number of heads, are copied for the second run.
 
     Example:
         >>> class Layer(nn.Module):
@@ -114,7 +114,7 @@ def objection(
         >>> objection(Layer(nn.GELU()), channels) is None
         True
         >>> objection(Layer(nn.Softmax(-1)), channels)
-        'what down reads of one group depends on the others'
+        'the values of one group that down reads depend on other groups'
     """
     kept = _choose(hidden.count, keep)
     reader: Any = layer.get_submodule(hidden.reader)
@@ -126,11 +126,11 @@ def objection(
                 full = _Run(layer, hidden, around)
                 full.give(hidden, kept, cut=False)
                 whole = full(args, kwargs)
-            except Exception as error:  # another's code, that may raise anything
+            except Exception as error:  # the model's code may raise anything
                 why = f"it cannot be tried by itself ({type(error).__name__}: {error})"
                 continue
             if full.unused:
-                return "one of its matrices is used in another way than by calling it"
+                return "it uses one of its matrices without calling it"
             try:
                 part = _Run(layer, hidden, around, sizes)
                 part.give(hidden, kept, cut=True)
@@ -141,7 +141,7 @@ def objection(
 
 
 def _choose(count: int, keep: int | None) -> Tensor:
-    """Return which groups stay, in their order."""
+    """Return the groups to keep, in order."""
     number = max(1, count // 2) if keep is None else keep
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:number]
     return chosen.sort().values
@@ -161,7 +161,7 @@ def _ways(layer: nn.Module, hidden: Hidden, call: Call | None) -> Iterator[tuple
 
 
 class _Run:
-    """A copy of a layer with stubs for its matrices, and what its reader was given."""
+    """A copy of a layer with stubs for its matrices, and the inputs of its reader."""
 
     def __init__(
         self, layer: nn.Module, hidden: Hidden, around: Around, sizes: nn.Module | None = None
@@ -177,7 +177,7 @@ class _Run:
         self._layer = copied(layer, {**self._around, **others}, sizes)
 
     def give(self, hidden: Hidden, kept: Tensor, *, cut: bool) -> None:
-        """Give values of which the groups that are not kept are loud or faint, or cut out."""
+        """Set whether the groups that are not kept have extreme values, or are removed."""
         for name, slabs in hidden.producers.items():
             rows = slabs.rows(kept, hidden.count)
             loud = torch.ones(hidden.count * slabs.each, dtype=torch.bool)
@@ -192,27 +192,27 @@ class _Run:
 
     @property
     def read(self) -> list[Tensor]:
-        """What the reader was given, at every call."""
+        """The reader's inputs, of all calls."""
         return self._reader.given
 
     @property
     def passed(self) -> list[Tensor]:
-        """What the modules beside the matrices were given, at every call."""
+        """The inputs of the modules beside the matrices, of all calls."""
         return [given for bypass in self._around.values() for given in bypass.given]
 
     @property
     def unused(self) -> bool:
-        """Whether a matrix was never called, as where its weight is used in another way."""
+        """Whether some matrix was never called, for instance if its weight is read directly."""
         return not all(stub.given for stub in (*self._makers.values(), self._reader))
 
 
 def _cutter(rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what leaves some values alone."""
+    """Return a function that returns only the values of some outputs."""
     return lambda values: values[:, rows.to(values.device)]
 
 
 def _shouter(loud: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what makes some values loud at every second token, and faint at the others."""
+    """Return a function that makes some values large at every second token, else tiny."""
 
     def change(values: Tensor) -> Tensor:
         chosen = values[:, loud.to(values.device)]
@@ -227,19 +227,19 @@ def _shouter(loud: Tensor) -> Callable[[Tensor], Tensor]:
 def _difference(
     hidden: Hidden, kept: Tensor, full: _Run, whole: Tensor, part: _Run, output: Tensor
 ) -> str | None:
-    """Return what differs between the runs."""
+    """Return what differs between the runs, or None."""
     columns = Slabs(hidden.size).rows(kept, hidden.count)
     for before, after in zip(full.read, part.read, strict=True):
         if not _same(before[..., columns.to(before.device)], after):
-            return f"what {hidden.reader} reads of one group depends on the others"
+            return f"the values of one group that {hidden.reader} reads depend on other groups"
     beside = zip(full.passed, part.passed, strict=True)
     if not all(_same(before, after) for before, after in beside) or not _same(whole, output):
-        return f"its output depends on the groups otherwise than through {hidden.reader}"
+        return f"its output depends on the groups other than through {hidden.reader}"
     return None
 
 
 def _same(before: Tensor, after: Tensor) -> bool:
-    """Tell whether two computations of some values agree, up to rounding."""
+    """Return whether two computations of some values agree, up to rounding."""
     if before.shape != after.shape or not bool(before.isfinite().all()):
         return False
     close = CLOSE * torch.finfo(before.dtype).eps * float(before.abs().max())

@@ -102,7 +102,7 @@ def _fits(
     model: PreTrainedModel,
     entries: Mapping[str, Entry],
 ) -> bool:
-    """Tell whether a model of a config has modules like those that lost rows."""
+    """Return whether a config's model has modules like those that lost rows."""
     try:
         with torch.device("meta"):
             skeleton = kind(config)

@@ -21,7 +21,7 @@ class Goal:
     falls: bool
 
     def met(self, score: float) -> bool:
-        """Tell whether a score is good enough."""
+        """Return whether a score is good enough."""
         return score <= self.target if self.falls else score >= self.target
 
 

@@ -49,7 +49,7 @@ def network_of(form: str, shape: tuple[int, int], rank: int) -> Network:
 
 
 def shrinks(form: str, target: Target, rank: int) -> bool:
-    """Tell whether a rank is possible and makes a matrix smaller and no slower.
+    """Return whether a rank is possible and makes a matrix smaller and no slower.
 
     Otherwise the matrix stays dense, as in :func:`tnlm.compress`.
     """
