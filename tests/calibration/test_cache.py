@@ -88,7 +88,7 @@ def test_flipped_bits_are_seen_when_an_entry_is_opened_and_when_it_is_read(tmp_p
     with pytest.raises(CheckpointError, match=r"a\.safetensors has changed.* remove .*entry"):
         folder.tensor("a", "moment")
     assert read(place) is None
-    assert re.search(r"entry is passed over, and made again: a\.safetensors has", caplog.text)
+    assert re.search(r"entry is ignored, and made again: a\.safetensors has", caplog.text)
 
 
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_a_cache_is_refused_before_any_work(
         path.write_text("mine")
     path = path / "below" if kind == "below a file" else path
     monkeypatch.setattr("tnlm.compression.gatherers.inputs.collect", None)
-    with pytest.raises(CheckpointError, match=r"file|nowhere|permission"):
+    with pytest.raises(CheckpointError, match=r"file|broken link|permission"):
         tnlm.compress(
             make_model("llama"), "svd-llm", calibration=torch.arange(64) % 61, cache_dir=path
         )

@@ -125,7 +125,7 @@ def test_the_table_says_how_many_positions_there_are(kind):
     before = [tensor.clone() for tensor in model.state_dict().values()]
     with pytest.raises(CalibrationError, match=r"33 tokens.* 32 positions; use max_length<=32"):
         tnlm.compress(model, "svd-llm", max_length=33, **options)
-    with pytest.raises(CalibrationError, match="id 64, but the model knows 64 tokens"):
+    with pytest.raises(CalibrationError, match="id 64, but the model has 64 tokens"):
         tnlm.compress(model, "svd-llm", **options | {"calibration": [[5, 64]]})
     assert all(map(torch.equal, before, model.state_dict().values()))
     tnlm.compress(model, "svd-llm", max_length=32, **options)
@@ -178,7 +178,7 @@ def test_they_have_no_table_and_no_head(kind):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ("missing.txt", "a str of str is given for batches"),
+        ("missing.txt", "expected batches, got a str of str"),
         ([{"input_ids": torch.tensor([[70]]), "labels": torch.tensor([[70]])}], "id 70"),
         ([{"input_ids": IDS[None], "labels": IDS[None]}], "256 tokens, but the model has 128"),
     ],

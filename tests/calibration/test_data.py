@@ -187,7 +187,7 @@ def test_fingerprint_sees_ids_masks_and_shapes():
         (["word0", 3], "mixes strings with a int"),
         (None, "is a NoneType"),
         (7, "is a int"),
-        ([object()], "holds a object"),
+        ([object()], "has a object"),
         ([[1, 2], "x"], "mixes strings with a list"),
         (torch.tensor([1.0, float("nan")]), "must be integers, got torch.float32"),
         ([[0.5, 1.5]], "must be integers"),
@@ -223,7 +223,7 @@ def test_bad_options(option, value):
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r"a\.jsonl:2: no string 'text'"),
         ("a.jsonl", b'{"text": "x"}\n\nnot json\n', r"a\.jsonl:3: not valid JSON"),
-        ("a.jsonl", b'["x"]\n', "no JSON object"),
+        ("a.jsonl", b'["x"]\n', "not a JSON object"),
         ("a.txt", b"\xff\xfe\x00", "UTF-8"),
     ],
 )

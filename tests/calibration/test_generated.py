@@ -51,7 +51,7 @@ def test_first_tokens_are_random_where_there_is_no_bos(tiny_llama):
     model = tiny_llama(bos_token_id=None, eos_token_id=None)
     assert len(write(model, count=20, length=3)[:, 0].unique()) > 5
     assert len(write(tiny_llama(), count=20, length=3, bos=False)[:, 0].unique()) > 5
-    with pytest.raises(OptionError, match="names no BOS token"):
+    with pytest.raises(OptionError, match="has no BOS token"):
         write(model, bos=True)
 
 
@@ -80,7 +80,7 @@ def test_the_model_is_left_as_it_was(tiny_gpt2):
 )
 def test_models_that_do_not_write_say_what_to_give(kind, remedy, make_model, make_tiny):
     model = make_model(kind) if "bert" in kind else make_tiny(kind)
-    with pytest.raises(CalibrationError, match=f"does not write text .*; give {remedy}"):
+    with pytest.raises(CalibrationError, match=f"does not generate text .*; give {remedy}"):
         tnlm.compress(model, "svd-llm", calibration="self", keep_targets=0.5, progress=False)
 
 

@@ -461,7 +461,7 @@ def test_unknown_labels(make):
 def test_a_progress_bar_counts_the_batches(make, capsys):
     for batches in (BATCHES, RAGGED):
         gather(make("llama"), batches, [UP, "lm_head"], progress=True)
-        assert "taking gradients: 100%" in capsys.readouterr().err
+        assert "computing gradients: 100%" in capsys.readouterr().err
 
 
 def test_tensors_move_to_files_when_memory_is_short(make, monkeypatch):

@@ -123,9 +123,9 @@ def test_pairs_of_texts_are_for_models_that_write_the_second(make_tiny, word_tok
         ("llama", ROW | {"pixel_values": IMAGES}, "not a LlamaForCausalLM's; leave the column"),
         ("vit", {"pixel_values": [IMAGES[0], IMAGES[1, :, :8]]}, r"several sizes .*\(3, 8, 16\)"),
         ("vit", {"pixel_values": [IMAGES[0].numpy(), np.zeros((3, 8, 8))]}, "several sizes"),
-        ("vit", {"pixel_values": "cat.png"}, "'pixel_values' is a str, no tensor"),
+        ("vit", {"pixel_values": "cat.png"}, "'pixel_values' is a str, not a tensor"),
         ("vit", {"pixel_values": IMAGES.to("meta")}, "dense tensor with data"),
-        ("wav2vec2", {"input_values": [[0.5, 1.0], [0.5]]}, "no tensor"),
+        ("wav2vec2", {"input_values": [[0.5, 1.0], [0.5]]}, "not a tensor"),
     ],
 )
 def test_data_that_does_not_suit_the_model_is_a_clear_error(kind, data, message, make_tiny):
@@ -167,5 +167,5 @@ def test_training_takes_text_alone(make_tiny):
         tnlm.compress(
             make_tiny("llava"), "svd", training=data, rank=2, recover="lora", progress=False
         )
-    with pytest.raises(CalibrationError, match="'pixel_values', which would be lost: text alone"):
+    with pytest.raises(CalibrationError, match="'pixel_values', which would be lost: only text"):
         token_batches(data)

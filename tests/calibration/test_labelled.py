@@ -32,7 +32,7 @@ def test_columns_can_have_other_names_and_texts_are_cut(word_tokenizer):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "holds no rows"),
+        ([], "has no rows"),
         ([ROWS[0], {"text": "word1"}], "row 1 has no column 'label', only 'text'"),
         (["word1"], "row 0 is a str; give dicts"),
         ([{"text": "word1", "label": "good"}], "row 0: label='good', but classes are integers"),

@@ -320,7 +320,7 @@ def test_what_goes_wrong_is_said_and_the_model_stays(make_model):
     for batches, options, error, text in (
         ([], {}, CalibrationError, "no batch"),
         (unlabelled, {}, CalibrationError, "batch 0 has no labels, only input_ids"),
-        (silent, {}, CalibrationError, "none that is predicted"),
+        (silent, {}, CalibrationError, "none of them is predicted"),
         (data, {"rank": 33}, RankError, f"rank=33 at {UP}"),
         (data, {"rank": 0}, OptionError, "rank=0"),
         (data, {"sees": "both"}, OptionError, "sees='both'"),

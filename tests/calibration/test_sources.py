@@ -119,8 +119,8 @@ def test_marks_packing_and_line_ends_make_no_difference(encoding, pack, newline,
         ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}\n", "a.jsonl:2: not valid"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"story": "b"}\n', "a.jsonl:2: no string 'text'"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "half of a character"),
-        ("a.jsonl", b"\n \n", "holds no tokens"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "unpaired surrogate"),
+        ("a.jsonl", b"\n \n", "has no tokens"),
     ],
 )
 def test_broken_files_are_named(name, content, message, tmp_path, word_tokenizer):
@@ -213,7 +213,7 @@ def test_a_broken_line_deep_in_a_long_file_is_numbered(files, word_tokenizer, sm
 def test_no_window_fits_in_a_chunk_is_said(tmp_path, word_tokenizer, small):
     path = tmp_path / "a.txt"
     path.write_text("word1" * 2000)
-    with pytest.raises(CalibrationError, match="no part of the calibration text holds a window"):
+    with pytest.raises(CalibrationError, match="no part of the calibration text has a window"):
         token_batches(path, word_tokenizer, max_length=8)
 
 

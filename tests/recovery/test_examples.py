@@ -89,8 +89,8 @@ def test_label_none_reads_rows_as_text(word_tokenizer):
         ([ROWS[0], {"text": "", "label": 1}], r"row 1 has no tokens"),
         ([ROWS[0], "word1"], r"row 1 is a str"),
         ([{"sentence": "word1"}], r"row 0 has no column 'text', only 'sentence'"),
-        ([], r"holds no tokens"),
-        ([""], r"holds no tokens"),
+        ([], r"has no tokens"),
+        ([""], r"has no tokens"),
         (3, r"is a int"),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_broken_line_is_named(tmp_path):
     with pytest.raises(TrainingError, match=r"rows\.jsonl:2: not valid JSON"):
         training_set(file)
     file.write_text("[1]")
-    with pytest.raises(TrainingError, match=r":1: no JSON object"):
+    with pytest.raises(TrainingError, match=r":1: not a JSON object"):
         training_set(file)
     with pytest.raises(TrainingError, match="no such file"):
         training_set(tmp_path / "none.jsonl")

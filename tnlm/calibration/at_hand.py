@@ -1,4 +1,4 @@
-"""Samples of data that is at hand, in a loader, or in a dataset that is read by index."""
+"""Samples from data in memory, from a loader, or from a dataset that is read by index."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def drawn(items: Sequence[_T], count: int, seed: int) -> list[_T]:
-    """Draw at most ``count`` items without replacement, in their own order.
+    """Draw at most ``count`` items without replacement, in their original order.
 
     Example:
         >>> drawn("abcdef", 3, seed=0)
@@ -38,12 +38,12 @@ def drawn(items: Sequence[_T], count: int, seed: int) -> list[_T]:
 def samples_at_hand(
     data: Any, count: int, max_length: int, seed: int, model: PreTrainedModel | None
 ) -> list[Batch]:
-    """Return the sequences of ids, images, clips, batches of them, a loader or a dataset.
+    """Return sequences from ids, images, clips, batches of them, a loader or a dataset.
 
-    Of a DataLoader the first ``count`` are read, and of a dataset the rows that are drawn.
+    From a DataLoader, the first ``count`` are read; from a dataset, a random sample of rows.
 
     Raises:
-        CalibrationError: for data of another kind.
+        CalibrationError: if the data is of another kind.
     """
     if isinstance(data, Mapping):
         return samples_of(data, max_length, model)
@@ -64,7 +64,7 @@ def samples_at_hand(
 def _first(
     loader: DataLoader[Any], count: int, max_length: int, model: PreTrainedModel | None
 ) -> list[Batch]:
-    """Return the first sequences of a DataLoader, and read no further."""
+    """Return the first sequences of a DataLoader, without reading further."""
     samples: list[Batch] = []
     for item in loader:
         samples += samples_of(item, max_length, model)

@@ -1,11 +1,12 @@
-"""Takes gradients back through a model, block by block where the model allows it.
+"""Propagates gradients back through a model, block by block if the model allows it.
 
-The walk runs every batch forward once, without a graph below the head, and spills the hidden
-states between blocks to files. Then it goes from the last block to the first: each is run again on
-its stored inputs, now with a graph, and hands the gradient at its input on. So only one block's
-statistics and graph are in memory. It needs what the forward walk needs, and that the hidden state
-is all that links blocks, which the gradient of a few tokens is checked for first. Anything else
-takes whole backward passes, whose graph starts at the first watched module.
+The walk runs every batch forward once, without a graph below the head, and spills the hidden states
+between blocks to files. Then it goes from the last block to the first: each is run again on its
+stored inputs, now with a graph, and passes the gradient at its input on to the previous block. So
+only one block's statistics and graph are in memory. The walk has the conditions of the forward
+walk, and blocks may be linked only by the hidden state, which is first checked by the gradient of a
+few tokens. Otherwise, whole backward passes are used, whose graph starts at the first watched
+module.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ from tnlm.utils.spill import Spill
 logger = logging.getLogger("tnlm")
 
 See = Callable[[str, Tensor, Tensor, Padding | None], None]
-"""Called with a watched module's name, its input, its output, whose gradient a hook on it will
-be given, and the padding if there is any."""
+"""Called with a watched module's name, input and output, and the padding or None; a hook on the
+output receives its gradient."""
 
 SHORT = 32
-"""Tokens whose gradient is compared, walked and in a whole pass."""
+"""Number of tokens whose gradient is compared between a walk and a whole pass."""
 
 
 def stream(
     model: PreTrainedModel, modules: Sequence[str], tasks: Sequence[Task], see: See
 ) -> Generator[float, None, None]:
-    """Show modules' inputs and outputs to ``see``, then take gradients back to the outputs.
+    """Pass modules' inputs and outputs to ``see``, and propagate gradients back to the outputs.
 
     Yields:
-        The batches done since the last yield, as a fraction of whole passes; 0 when the modules
-        seen so far are complete.
+        The batches processed since the last yield, as a fraction of whole passes; 0 when the
+        modules processed so far are complete.
     """
     with _frozen(model):
         walks, left = plan_walks(model, modules, lambda blocks: _check(model, blocks, tasks))
@@ -67,7 +68,7 @@ def stream(
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Take no gradient of any parameter, in eval mode, and leave all flags as they were."""
+    """Disable gradients of all parameters, in eval mode, and restore all flags afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
@@ -117,17 +118,17 @@ def _walk(
 
 
 def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> list[Call] | None:
-    """Return every block's further arguments, or None if walking would not give the same."""
+    """Return every block's further arguments, or None if walking would give another result."""
     with torch.no_grad():
         calls = check_walk(model, blocks, [task.batch for task in tasks])
     if calls is None or _agrees(model, blocks, tasks[0].batch):
         return calls
-    logger.info("the hidden state is not all that links blocks: taking whole backward passes")
+    logger.info("blocks are linked by more than the hidden state: using whole backward passes")
     return None
 
 
 def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
-    """Whether the gradient of a few tokens at the first block is the same walked and whole."""
+    """Return whether a walk and a whole pass give the same gradient at the first block."""
     few = _shortened(batch)
     [task] = make_tasks(model, [few])
     with torch.no_grad():
@@ -135,7 +136,7 @@ def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
     if calls is None:
         return False
     states, walked = _top(model, blocks, task)
-    if len(states) != len(blocks):  # the head does not call them all
+    if len(states) != len(blocks):  # the head does not call all of them
         return False
     for (_, block), call, state in reversed(list(zip(blocks, calls, states, strict=True))):
         walked = _pull(block, call, state, walked)
@@ -143,7 +144,7 @@ def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
 
 
 def _shortened(batch: Batch) -> Batch:
-    """Return one sequence's first tokens, where there are no images or sound beside them."""
+    """Return one sequence's first tokens, unless there are images or audio beside them."""
     if not set(batch) <= set(TEXT):
         return batch
     labels = {key: batch[key][:1] for key in ("labels",) if key in batch}
@@ -151,14 +152,14 @@ def _shortened(batch: Batch) -> Batch:
 
 
 def _top(model: PreTrainedModel, blocks: Blocks, task: Task) -> tuple[list[Tensor], Tensor]:
-    """Return the hidden state at every block's input, and the gradient at the last one's output."""
+    """Return the hidden state at every block's input, and the gradient at the last's output."""
     states: list[Tensor] = []
     leaves: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = take_state(args, kwargs)[0]
         if state is not None:
-            states.append(state.detach().clone())  # a block may work in place
+            states.append(state.detach().clone())  # a block may change it in place
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         leaves.append(_leaf(state_of(output)))
@@ -176,7 +177,7 @@ def _top(model: PreTrainedModel, blocks: Blocks, task: Task) -> tuple[list[Tenso
 
 
 def _bottom(model: PreTrainedModel, blocks: Blocks, task: Task) -> Tensor:
-    """Return the gradient at the first block's input, by whatever ways it reaches the loss."""
+    """Return the gradient at the first block's input, through all paths to the loss."""
     leaves: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,19 +196,19 @@ def _bottom(model: PreTrainedModel, blocks: Blocks, task: Task) -> Tensor:
 
 
 def _pull(block: nn.Module, call: Call, state: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient at a block's input, given the one at its output."""
+    """Return the gradient at a block's input, from the one at its output."""
     leaf = _leaf(state)
     _back(call_block(block, leaf.clone(), call), gradient)
     return _gradient(leaf)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """Return the start of a graph; models are given a copy of it, as they may work in place."""
+    """Return the start of a graph; models get a copy, since they may change it in place."""
     return tensor.detach().requires_grad_()
 
 
 def _back(output: Tensor, gradient: Tensor | None = None) -> None:
-    if output.requires_grad:  # else no watched module has led to it
+    if output.requires_grad:  # otherwise it depends on no watched module
         torch.autograd.backward(output, gradient)
 
 
@@ -224,7 +225,7 @@ def _watched(
             if not output.requires_grad:  # nothing below is watched: the graph starts here
                 output = _leaf(output)
             see(name, args[0], output, padding)
-            return output.clone()  # work in place would lose a hook on a view
+            return output.clone()  # in-place changes would lose a hook on a view
 
         return after
 

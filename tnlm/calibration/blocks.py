@@ -1,4 +1,4 @@
-"""The stacks of blocks that a model is made of."""
+"""Finds the stacks of blocks in a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Blocks = list[tuple[str, nn.Module]]
 
 
 def find_stacks(model: nn.Module, modules: Sequence[str]) -> list[Blocks]:
-    """Return the blocks of every list that holds watched modules, of lists in lists the outer."""
+    """Return the blocks of every list with watched modules; of nested lists, the outer one's."""
     stacks = {
         name: stack
         for name, stack in model.named_modules()
@@ -29,13 +29,13 @@ def find_stacks(model: nn.Module, modules: Sequence[str]) -> list[Blocks]:
 
 
 def find_blocks(model: nn.Module, modules: Sequence[str]) -> Blocks:
-    """Return the blocks of the one list that holds watched modules, or nothing if not just one."""
+    """Return the blocks of the list with watched modules; empty unless there is exactly one."""
     stacks = find_stacks(model, modules)
     return stacks[0] if len(stacks) == 1 else []
 
 
 def state_of(output: Any) -> Any:
-    """Return the hidden state in a block's output, which is the first where there are several.
+    """Return the hidden state from a block's output, which is the first of several values.
 
     Example:
         >>> state_of(("state", "attention")), state_of(["state"]), state_of("state")
@@ -45,6 +45,6 @@ def state_of(output: Any) -> Any:
 
 
 def split(modules: Sequence[str], blocks: Blocks) -> tuple[list[str], list[str]]:
-    """Return the modules inside blocks, and the others."""
+    """Return the modules inside blocks, and those outside."""
     inside = [n for n in modules if any(n.startswith(name + ".") for name, _ in blocks)]
     return inside, [n for n in modules if n not in inside]

@@ -1,4 +1,4 @@
-"""Folders of tensors that processes share: written aside, renamed when complete, and verified."""
+"""Folders of tensors shared by processes: written elsewhere, renamed when complete, verified."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ INDEX = "index.json"
 
 
 class Folder:
-    """One entry of a cache: a file for each group of tensors, and an index with their digests.
+    """One cache entry: a file for each group of tensors, and an index with their digests.
 
-    It is filled under a name of its own, which no reader knows, and gets its place when it is
-    complete; what is at its place is never written again. A folder that a killed process left is
-    removed by the next one that fills another beside it.
+    It is filled under a temporary name, and renamed when complete; then it is never written again.
+    A temporary folder left by a killed process is removed by the next process that fills one beside
+    it.
 
     Args:
-        place: where it is when it is complete.
+        place: path of the complete entry.
 
     Example:
         >>> import tempfile, torch
@@ -45,7 +45,7 @@ class Folder:
     """
 
     def __init__(self, place: Path) -> None:
-        """Start empty; nothing is made on the disk yet."""
+        """Start empty, without creating anything on disk."""
         self.place = place
         self._folder = place
         self._claim: Claim | None = None
@@ -67,16 +67,16 @@ class Folder:
             raise self._failed(error) from error
 
     def tensor(self, group: str, name: str) -> Tensor | None:
-        """Return a copy of a tensor, None if the group has no such one.
+        """Return a copy of a tensor, or None if the group does not have it.
 
         Raises:
-            CheckpointError: if the file is not what was written any more.
+            CheckpointError: if the file has changed since it was written.
         """
         try:
             path = self._file(group)
             if _digest(path) == self._digests[group]:
                 with safe_open(path, framework="pt") as file:
-                    # A copy: a mapped file that another process cuts short ends this one.
+                    # A copy: if another process truncated a mapped file, this one would crash.
                     return file.get_tensor(name).clone() if name in self.names(group) else None
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the cache {self._folder} cannot be read: {error}") from error
@@ -90,7 +90,7 @@ class Folder:
             return list(file.keys())
 
     def finish(self, about: Mapping[str, Any]) -> None:
-        """Write the index, and put the folder in its place, unless another process was first.
+        """Write the index, and rename the folder to its place unless another process was first.
 
         Raises:
             CheckpointError: if the cache is full or cannot be written.
@@ -112,7 +112,7 @@ class Folder:
             if not self.place.exists():
                 raise
             if _problem(self.place) is None:
-                return  # complete, by another process; this one goes on with its own
+                return  # completed by another process; this one continues with its own
             broken = self._folder.with_name(f"{self._folder.name}-broken")
             self.place.rename(broken)
             self._folder.rename(self.place)
@@ -137,15 +137,15 @@ class Folder:
 
 
 def read(place: Path) -> tuple[Folder, dict[str, Any]] | None:
-    """Return a complete folder that is as it was written, and what its index says; or None.
+    """Return a complete, unchanged folder and its index, or None.
 
-    A folder that is there and is not right is named in a warning.
+    If a folder exists but is invalid, a warning names it.
     """
     problem = _problem(place)
     if problem == "":
         return None
     if problem is not None:
-        logger.warning("%s is passed over, and made again: %s", place, problem)
+        logger.warning("%s is ignored, and made again: %s", place, problem)
         return None
     about = json.loads((place / INDEX).read_text(encoding="utf-8"))
     found = Folder(place)
@@ -155,7 +155,7 @@ def read(place: Path) -> tuple[Folder, dict[str, Any]] | None:
 
 
 def check_cache(directory: str | Path) -> None:
-    """Raise `CheckpointError` unless a directory can be a cache.
+    """Raise `CheckpointError` unless a directory can be used as a cache.
 
     Example:
         >>> check_cache("a-new-directory")
@@ -167,7 +167,7 @@ def check_cache(directory: str | Path) -> None:
     path = Path(directory)
     if path.is_symlink() and not path.exists():
         raise CheckpointError(
-            f"cache_dir={str(directory)!r} is a link that leads nowhere", argument="cache_dir"
+            f"cache_dir={str(directory)!r} is a broken link", argument="cache_dir"
         )
     if path.exists() and not path.is_dir():
         raise CheckpointError(
@@ -177,7 +177,7 @@ def check_cache(directory: str | Path) -> None:
 
 
 def _problem(place: Path) -> str | None:
-    """Return what is wrong with a folder; "" if it is not there, None if nothing is."""
+    """Return what is wrong with a folder: "" if it is missing, None if nothing."""
     try:
         index = json.loads((place / INDEX).read_text(encoding="utf-8"))
         given = index.pop("digest")

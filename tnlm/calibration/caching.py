@@ -1,4 +1,4 @@
-"""The cache of keys and values, which single passes have no use for: off, and as it was after."""
+"""Disables the key-value cache, which single passes do not need, and restores it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    """Return every config of a model and of the models in it, each once.
+    """Return the configs of a model and of its submodels, each once.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -27,17 +27,19 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
         config = waiting.pop()
         if isinstance(config, PreTrainedConfig) and id(config) not in found:
             found[id(config)] = config
-            waiting += list(vars(config).values())  # that of text within that of text and images
+            waiting += list(
+                vars(config).values()
+            )  # such as the text config of a vision-language model
     return list(found.values())
 
 
 @contextmanager
 def caches_kept(model: nn.Module, use: bool | None = None) -> Iterator[None]:
-    """Leave ``use_cache`` of every config as it was, whatever a block of code does to it.
+    """Restore ``use_cache`` of every config after a block of code.
 
     Args:
-        model: whose configs.
-        use: what it is within the block; None to leave that alone, too.
+        model: the model with the configs.
+        use: the value within the block; None for no change.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model

@@ -1,8 +1,8 @@
-"""What a model can be run on: token ids that it knows and has positions for, and all it needs.
+"""Checks that a model can run on data: its vocabulary, its positions, and the inputs it needs.
 
-A table of positions is found by looking: two short sequences are run, and the table is the one in
-which the last token's row moves on by one. So are the rows before the first token, which RoBERTa
-and OPT leave out. A rotary model has no such table, and no limit here.
+A table of positions is found by running two short sequences: in this table, the last token's row
+moves by one. This also finds unused rows before the first token, as in RoBERTa and OPT. A rotary
+model has no such table, and no limit here.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tnlm.errors import CalibrationError
 from tnlm.targets.ends import input_table, vocabulary_of
 
 SHORT = (2, 3)
-"""Lengths of the sequences on which a table of positions is looked for."""
+"""Lengths of the sequences that are run to find a table of positions."""
 _IDS = ("input_ids", "decoder_input_ids")
 _REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model's own code raises on a sequence that it does not take."""
+"""Errors that models raise on sequences that they do not accept."""
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model's table of positions has room for, or None without a table.
+    """Return the length of a model's table of positions in tokens, or None without a table.
 
     Example:
         >>> from transformers import RobertaConfig, RobertaModel
@@ -45,10 +45,10 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 
 def check_batches(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raise `CalibrationError` unless a model can be run on batches.
+    """Raise `CalibrationError` unless a model can run on batches.
 
-    Token ids must be known and have positions; a model of more than text is run on a batch of each
-    kind.
+    Token ids must be in the vocabulary and have positions; a multimodal model is run on one batch
+    of each kind.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -74,8 +74,8 @@ def _check_ids(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
     largest = max(int(ids.max()) for ids in words if ids.numel())
     if known is not None and largest >= known:
         raise CalibrationError(
-            f"the calibration data has the token id {largest}, but the model knows {known} tokens; "
-            "use the tokenizer that belongs to the model"
+            f"the calibration data has the token id {largest}, but the model has {known} tokens; "
+            "use the model's own tokenizer"
         )
     check_length(model, max(ids.shape[1] for ids in texts))
 
@@ -92,7 +92,7 @@ def check_length(model: PreTrainedModel, length: int) -> None:
 
 
 def _try(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
-    """Raise `CalibrationError` if a model that takes more than text does not run on a batch."""
+    """Raise `CalibrationError` if a multimodal model does not run on a batch."""
     try:
         with eval_mode(model), torch.inference_mode():
             run(model, batch)
@@ -108,7 +108,7 @@ def _try(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
 
 
 class _Lookups(TorchDispatchMode):
-    """Records the largest row that is read of every table with one row a token."""
+    """Records the largest row read from every table with one row per token."""
 
     def __init__(self, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -125,12 +125,12 @@ class _Lookups(TorchDispatchMode):
 
 
 def _tables(model: PreTrainedModel) -> Iterator[int]:
-    """Yield the room of every table of positions that short sequences look into."""
+    """Yield the length of every table of positions that short sequences read."""
     own = input_table(model)
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not own]
     if not tables or "input_ids" not in takes(model):
         return
-    # A model that counts positions by tokens passes over padding.
+    # A model that derives positions from tokens skips padding.
     token = int(getattr(model.config.get_text_config(), "pad_token_id", None) == 0)
     seen = []
     for length in SHORT:
@@ -140,7 +140,7 @@ def _tables(model: PreTrainedModel) -> Iterator[int]:
         try:
             with eval_mode(model), torch.no_grad(), lookups:
                 run(model, batch, model.base_model)
-        except _REFUSALS:  # it has needs of its own: nothing is known
+        except _REFUSALS:  # it needs other inputs, so nothing is known
             return
         seen.append(lookups.largest)
     for table, (row, rows) in seen[0].items():
@@ -149,7 +149,7 @@ def _tables(model: PreTrainedModel) -> Iterator[int]:
 
 
 def _buffers(model: PreTrainedModel) -> Iterator[int]:
-    """Yield the rows of tables that are computed and not learned, as GPT-J has."""
+    """Yield the lengths of tables that are computed instead of learned, as in GPT-J."""
     for module in model.modules():
         table = dict(module.named_buffers(recurse=False)).get("embed_positions")
         if isinstance(table, Tensor) and table.dim() == 2:

@@ -1,4 +1,4 @@
-"""What the columns of a table hold: sequences of ids, texts, pairs of texts, or conversations."""
+"""Reads columns of a table: sequences of ids, texts, pairs of texts, or conversations."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Column = str | tuple[str, str] | None
-"""The column of texts, or those of what an encoder reads and a decoder writes."""
+"""The column of texts, or the two columns of an encoder's and a decoder's texts."""
 MESSAGES = "messages"
 """The column of conversations: lists of ``{"role": ..., "content": ...}``."""
 
 
 def check_column(column: Any) -> None:
-    """Raise `OptionError` unless it is a name, two names or None.
+    """Raise `OptionError` unless a column is a name, two names or None.
 
     Example:
         >>> check_column(("document", "summary"))
@@ -43,15 +43,15 @@ def check_column(column: Any) -> None:
 
 
 def tabular(data: Any, column: Column, main: str) -> Table | None:
-    """Return data as a table, or None where it is one text, or holds sequences as they are.
+    """Return data as a table, or None if it is text or contains sequences.
 
     Args:
-        data: of any kind.
-        column: that is asked for; every table then is one.
+        data: data of any kind.
+        column: the user's choice of columns; if given, the data must be a table.
         main: the model's main input.
 
     Raises:
-        OptionError: for a column of data that has none.
+        OptionError: if a column is given, but the data has no columns.
 
     Example:
         >>> tabular([{"messages": []}], None, "input_ids").columns
@@ -72,7 +72,7 @@ def tabular(data: Any, column: Column, main: str) -> Table | None:
 
 
 def _is_taken_whole(data: Any, main: str) -> bool:
-    """Whether data is read without a table: by index, or all its texts as one."""
+    """Return whether data is not read as a table, but by index or as one text."""
     if isinstance(data, str | os.PathLike):
         path = file_meant(data)
         if path is None or not is_lines(path):
@@ -99,23 +99,21 @@ def table_samples(
     column: Column = None,
     model: PreTrainedModel | None = None,
 ) -> list[Batch]:
-    """Return samples of a table's rows, at most ``count``, and read no more rows than give them.
+    """Return at most ``count`` samples from a table, reading no more rows than needed.
 
-    Without ``column`` a row is the model's main input, or else its ``text``, or its ``messages``.
-    Texts are tokenised row by row, followed by a blank line, and cut into windows where they follow
-    one another; so are conversations, as the tokenizer's chat template writes them.
+    Without ``column``, samples come from the model's main input, or else from ``text``, or else
+    from ``messages``. Texts are tokenised row by row, each followed by a blank line, concatenated
+    and cut into windows; so are conversations, formatted by the tokenizer's chat template.
 
     Raises:
-        CalibrationError: if the table has no such column, or a row none of its kind; or if there is
-            no tokenizer or chat template where one is needed.
+        CalibrationError: if a column or value is missing, or a tokenizer or chat template is needed
+            but missing.
     """
     names = _chosen(table, column, main_input(model))
     rows = _checked(table.rows(seed), names)
     if names == (main_input(model),):
         if bos is True:
-            raise OptionError(
-                "bos=True is for text; token ids are taken as they are", argument="bos"
-            )
+            raise OptionError("bos=True is for text; token ids are not changed", argument="bos")
         found = (sample for row in rows for sample in samples_of(row, max_length, model))
         return list(islice(found, count))
     if tokenizer is None:
@@ -127,7 +125,7 @@ def table_samples(
         pairs = [(_text(row, names[0]), _text(row, names[1])) for row in islice(rows, count)]
         return pair_samples(pairs, tokenizer, max_length, model)
     if names == (MESSAGES,):
-        start = start_token(tokenizer, bos) if bos is True else None  # the template has its own
+        start = start_token(tokenizer, bos) if bos is True else None  # the template adds its own
         texts = (conversation(row[MESSAGES], tokenizer) for row in rows)
     else:
         start = start_token(tokenizer, bos)
@@ -136,14 +134,14 @@ def table_samples(
 
 
 def conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a conversation as the tokenizer's chat template writes it.
+    """Return a conversation as text, formatted by the tokenizer's chat template.
 
     Args:
         messages: ``{"role": ..., "content": ...}`` of every turn.
-        tokenizer: with a chat template.
+        tokenizer: a tokenizer with a chat template.
 
     Raises:
-        CalibrationError: if it has none, or the template does not take the messages.
+        CalibrationError: if there is no template, or it does not accept the messages.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(
@@ -157,15 +155,15 @@ def conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         )
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-    except Exception as err:  # a template is a program, and raises what it likes
+    except Exception as err:  # a template is a program, and may raise anything
         raise CalibrationError(
-            f"the tokenizer's chat template does not take the messages "
+            f"the tokenizer's chat template does not accept the messages "
             f"{str(messages)[:80]!r}: {err}"
         ) from err
 
 
 def _chosen(table: Table, column: Column, main: str) -> tuple[str, ...]:
-    """Return the columns that are read."""
+    """Return the columns to read."""
     if column is None:
         known = (main, "text", MESSAGES)
         found = next((name for name in known if name in table.columns), None)
@@ -187,7 +185,7 @@ def _chosen(table: Table, column: Column, main: str) -> tuple[str, ...]:
 
 
 def _checked(rows: Iterator[Row], names: tuple[str, ...]) -> Iterator[Row]:
-    """Yield rows that have the columns."""
+    """Yield rows, each of which must have the columns."""
     for row in rows:
         missing = [name for name in names if name not in row]
         if missing:
@@ -215,7 +213,7 @@ def _windows(
     count: int,
     start: int | None,
 ) -> list[Batch]:
-    """Cut texts one after another into windows, until there are enough."""
+    """Cut concatenated texts into windows until there are enough."""
     length = max_length - (start is not None)
     if length < 1:
         raise OptionError(

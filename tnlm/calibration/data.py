@@ -1,4 +1,4 @@
-"""Turn texts or token ids of many kinds into one list of token batches."""
+"""Converts texts, token ids and other data of many kinds to a list of batches."""
 
 from __future__ import annotations
 
@@ -43,48 +43,48 @@ def token_batches(
     cache_dir: str | Path | None = None,
     model: PreTrainedModel | None = None,
 ) -> list[Batch]:
-    """Turn calibration data of any accepted kind into batches on the CPU.
+    """Convert calibration data of any accepted kind to batches on the CPU.
 
     Texts (strings, files, a ``text`` column) are joined by blank lines and tokenised once without
-    special tokens; these ids, and 1-D ids, are cut into full windows without overlap. Of a text of
-    more than 16 MiB only some chunks are read, and tokenised each by itself. A window of text
-    begins with the BOS token, in place of its last, if the tokenizer does so by itself. Sequences
-    (2-D ids, lists, DataLoaders, an ``input_ids`` column) stay rows, with their masks and, where
-    ``labels`` holds one class for each sequence, with that.
+    special tokens; these ids, and 1-D ids, are cut into full windows without overlap. For texts
+    over 16 MiB, only some chunks are read, and tokenised separately. If the tokenizer adds a BOS
+    token by default, each window of text starts with it instead of having a last token. Sequences
+    (2-D ids, lists, DataLoaders, an ``input_ids`` column) stay rows, with their masks and, if
+    ``labels`` has one class per sequence, with their classes.
 
     Rows with named columns (a list of dicts, a parquet file, a stream of ``datasets``,
-    conversations) are drawn in random order, of a stream from a buffer, until there are enough
+    conversations) are drawn in random order, from a stream by a buffer, until there are enough
     windows.
 
-    Batches of a processor's output (images, sound, or these beside text) and pairs for an encoder
-    and a decoder carry all that the model's ``forward`` takes. Each image, clip and pair is a batch
-    of its own, trimmed of padding; a batch with images or sound beside text stays as it is, and
-    counts as one sample.
+    A processor's batches (images, audio, or these with text) and pairs for an encoder and a decoder
+    keep all inputs of the model's ``forward``. Each image, clip and pair becomes its own batch,
+    without padding; a batch with images or audio beside text is not changed, and counts as one
+    sample.
 
     Args:
         calibration: texts, pairs of texts, the path of a text or ``.jsonl`` file, ids, a loader or
-            dataset, or ``"self"`` for text that the model writes. Any other string is a text only
-            if it cannot be meant as a file's name; give texts as a list.
-        tokenizer: needed for text only.
-        num_samples: sequences drawn at most, in the data's order; a DataLoader gives its first.
-        max_length: tokens of a window, and at most of a row or of either side of a pair.
-        batch_size: sequences of text in a batch; shorter rows are padded on the right and masked.
-        seed: chooses the sequences when there are more than ``num_samples``.
-        bos: whether a window of text begins with BOS: ``"auto"``, True or False; see
+            dataset, or ``"self"`` for text that the model generates. Any other string is a text
+            only if it cannot be a file name; texts are better given in a list.
+        tokenizer: needed only for text.
+        num_samples: most sequences to draw, in the data's order; a DataLoader gives its first.
+        max_length: tokens per window, and most tokens per row or per side of a pair.
+        batch_size: sequences of text per batch; shorter rows are padded on the right and masked.
+        seed: chooses the sequences if there are more than ``num_samples``.
+        bos: whether a window of text starts with BOS: ``"auto"``, True or False; see
             :func:`tnlm.calibration.text.start_token`, and for ``"self"``
             :func:`tnlm.calibration.generated.own_samples`.
-        column: of texts, where data has rows with named columns; two of them for pairs. If not
-            given, rows are the model's main input, or else ``text``, or else ``messages``, which
-            the tokenizer's chat template turns into text.
-        temperature: of the text that the model writes itself; 1 if not given.
-        cache_dir: keeps that text.
-        model: that the data is for, whose ``main_input_name`` must be among the columns. Columns
-            that it does not take are passed over, unless they are images, sound or embeddings.
-            Without one, only token ids with their masks and classes are taken.
+        column: column of texts in rows with named columns; two columns for pairs. By default, the
+            model's main input, or else ``text``, or else ``messages``, which the tokenizer's chat
+            template formats.
+        temperature: temperature of text that the model generates; 1 by default.
+        cache_dir: cache of this text.
+        model: the model to run on the data, whose ``main_input_name`` must be among the columns.
+            Columns that it does not accept are ignored, except images, audio and embeddings, which
+            raise an error. Without a model, only token ids with masks and classes are accepted.
 
     Raises:
-        CalibrationError: for data that is empty, unreadable or of no accepted kind.
-        OptionError: for an option out of range, or ``bos=True`` without text.
+        CalibrationError: if the data is empty, unreadable or of no accepted kind.
+        OptionError: if an option is out of range, or ``bos=True`` is given without text.
 
     Example:
         >>> batches = token_batches(torch.arange(10), max_length=4)
@@ -107,7 +107,7 @@ def token_batches(
         )
     elif temperature is not None:
         raise OptionError(
-            "temperature= is for calibration='self', text that the model writes",
+            "temperature= is for calibration='self', text that the model generates",
             argument=("temperature", "calibration"),
         )
     elif (table := tabular(calibration, column, main_input(model))) is not None:
@@ -124,19 +124,19 @@ def token_batches(
     elif (source := text_of(calibration)) is not None:
         samples = text_windows(source, tokenizer, max_length, num_samples, seed, bos)
     elif bos is True:
-        raise OptionError("bos=True is for text; token ids are taken as they are", argument="bos")
+        raise OptionError("bos=True is for text; token ids are not changed", argument="bos")
     elif is_pairs(calibration):
         samples = pair_samples(calibration, tokenizer, max_length, model)
     else:
         samples = samples_at_hand(calibration, num_samples, max_length, seed, model)
     if not samples:
-        raise CalibrationError(f"calibration holds no tokens; give {ALLOWED}")
+        raise CalibrationError(f"calibration has no tokens; give {ALLOWED}")
     check_main(samples[0], model)
     return collated(drawn(samples, num_samples, seed), batch_size)
 
 
 def count_tokens(batches: Iterable[Batch]) -> int:
-    """Count the tokens that are not masked, of decoders too; an image or a clip counts as one.
+    """Count the unmasked tokens of encoders and decoders; an image or a clip counts as one.
 
     Example:
         >>> count_tokens(token_batches([[5, 6, 7], [8]], batch_size=2))
@@ -148,7 +148,7 @@ def count_tokens(batches: Iterable[Batch]) -> int:
 
 
 def _tokens_of(batch: Batch) -> int:
-    """Count what an encoder reads, or the only stack there is, and what a decoder reads."""
+    """Count the tokens of the encoder, or of the only stack, and those of the decoder."""
     first = batch.get("attention_mask", batch.get("input_ids"))
     count = len(next(iter(batch.values())))
     if "input_ids" in batch and first is not None:
@@ -163,7 +163,7 @@ def _tokens_of(batch: Batch) -> int:
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:
-    """Name the contents of the batches: the same tensors give the same SHA-256.
+    """Return the SHA-256 hash of the batches' tensors.
 
     Example:
         >>> a, b = (token_batches(torch.arange(n), max_length=4) for n in (8, 9))
@@ -187,16 +187,14 @@ def _update(digest: Any, tensor: Tensor) -> None:
 
 
 def _check_positive(**options: int) -> None:
-    """Refuse counts below 1."""
+    """Raise `OptionError` for counts below 1."""
     for name, value in options.items():
         if not is_whole(value) or value < 1:
-            raise OptionError(
-                f"{name}={value!r}, but it must be an integer of at least 1", argument=name
-            )
+            raise OptionError(f"{name}={value!r}; allowed: an integer of at least 1", argument=name)
 
 
 def text_of(data: Any) -> Source | None:
-    """Return data as a text, or None if it holds token ids.
+    """Return data as a text, or None if it contains token ids.
 
     Example:
         >>> text_of(["one", "two"]).size, text_of([[1, 2], [3]])
@@ -210,7 +208,7 @@ def text_of(data: Any) -> Source | None:
 
 
 def is_text(data: Any) -> bool:
-    """Whether data is a text, texts, a file of them, or a dataset with no more than texts.
+    """Return whether data is a text, texts, a text file, or a dataset with only texts.
 
     Example:
         >>> is_text("text.txt"), is_text(["a text"]), is_text([1, 2])
@@ -226,7 +224,7 @@ def is_text(data: Any) -> bool:
 
 
 def begins(data: Any, tokenizer: PreTrainedTokenizerBase | None, bos: bool | str = AUTO) -> bool:
-    """Whether windows of data begin with BOS: it must be text.
+    """Return whether windows of data start with BOS, which only text does.
 
     Example:
         >>> begins([[1, 2], [3]], None)

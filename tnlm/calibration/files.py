@@ -1,4 +1,4 @@
-"""Files of text and of rows: which one is meant, how it is encoded, what stands on its lines."""
+"""Reads files of text and of JSON rows, in several encodings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tnlm.errors import CalibrationError
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is its prefix
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -25,19 +25,19 @@ _MARKS = (
 _GZIP = b"\x1f\x8b"
 _LINES = (".jsonl", ".ndjson")
 _NAME, _PATH = 255, 4096
-"""Most characters of a file's name and of a path."""
+"""Longest file name and longest path, in characters."""
 _READ_ERRORS = (OSError, EOFError, UnicodeError, zlib.error)
 
 
 def file_meant(source: str | os.PathLike[str]) -> Path | None:
-    """Return the file that a string or path names, or None if the string is a text itself.
+    """Return the file that a string or path names, or None if the string is itself a text.
 
-    A path is always a file. So is a string that names an existing one, or that reads as a name: one
-    line without spaces, or one that begins as a path or ends in a suffix, and is no longer than
-    names are. All else is a text.
+    A path always names a file. So does a string that names an existing file or looks like a file
+    name: a single line, not too long for a name, that has no spaces, starts like a path, or ends
+    with a suffix. Everything else is a text.
 
     Raises:
-        CalibrationError: if no file has the name.
+        CalibrationError: if the file does not exist.
 
     Example:
         >>> file_meant("Once upon a time there was a text.") is None
@@ -52,7 +52,7 @@ def file_meant(source: str | os.PathLike[str]) -> Path | None:
         if path.is_file():
             return path
         what = _other_than_file(path) if name and path.exists() else "no such file"
-    except (OSError, ValueError):  # longer than the system lets a name be, or with a null
+    except (OSError, ValueError):  # too long for the system, or with a null character
         what = "no such file"
     if isinstance(source, str) and what == "no such file" and not _is_name(name):
         return None
@@ -63,14 +63,14 @@ def file_meant(source: str | os.PathLike[str]) -> Path | None:
 
 
 def _other_than_file(path: Path) -> str:
-    """Return what stands where a file is wanted."""
+    """Return what is at the path instead of a file."""
     if path.is_dir():
         return "it is a directory"
     return "it is a pipe or a device, which cannot be read twice; write it to a file first"
 
 
 def _is_name(text: str) -> bool:
-    """Whether a string that names no file was probably meant to."""
+    """Return whether a string that names no file was probably meant as a file name."""
     parts = re.split(r"[/\\]", text)
     if not text.strip() or "\n" in text or len(text) > _PATH or max(map(len, parts)) > _NAME:
         return False
@@ -80,7 +80,7 @@ def _is_name(text: str) -> bool:
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file holds one JSON object a line, by its name.
+    """Return whether a file has one JSON object per line, judging by its name.
 
     Example:
         >>> is_lines(Path("a.JSONL")), is_lines(Path("a.jsonl.gz")), is_lines(Path("a.json"))
@@ -91,14 +91,14 @@ def is_lines(path: Path) -> bool:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file is neither packed nor in another encoding than UTF-8, by its first bytes."""
+    """Return whether a file is uncompressed UTF-8, judging by its first bytes."""
     with path.open("rb") as file:
         head = file.read(4)
     return not head.startswith((_GZIP, *(mark for mark, _ in _MARKS)))
 
 
 def open_text(path: str | os.PathLike[str]) -> TextIO:
-    """Open a text in UTF-8, or in UTF-16 or UTF-32 if it begins with their mark; maybe gzipped."""
+    """Open a text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; possibly gzipped."""
     path = Path(path)
     with path.open("rb") as file:
         packed = file.read(2) == _GZIP
@@ -113,7 +113,7 @@ def read_file(path: str | os.PathLike[str]) -> str:
     """Return the whole text of a file.
 
     Raises:
-        CalibrationError: for a file that cannot be read, or holds no text.
+        CalibrationError: if the file cannot be read, or is not text.
 
     Example:
         >>> read_file("no such file.txt")
@@ -131,29 +131,29 @@ def read_file(path: str | os.PathLike[str]) -> str:
         raise CalibrationError(f"{path}: not a readable UTF-8 text file: {err}") from err
     if "\0" in text[:4096]:
         raise CalibrationError(
-            f"{path}: not a readable UTF-8 text file: it holds null characters, as files of other "
-            "kinds do, and UTF-16 without its mark"
+            f"{path}: not a readable UTF-8 text file: it has null characters, like binary "
+            "files, or UTF-16 without a byte order mark"
         )
     return text
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a ``.jsonl`` file, each with its place; empty lines are passed over.
+    """Yield the objects of a ``.jsonl`` file, each with its location; empty lines are skipped.
 
     Raises:
-        CalibrationError: for a file that cannot be read, or a line that is no JSON object.
+        CalibrationError: if the file cannot be read, or a line is not a JSON object.
     """
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it breaks at.
+    # Not splitlines(): JSON strings may contain U+2028 and other characters at which it splits.
     for number, line in enumerate(read_file(path).split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", json_row(line, f"{path}:{number}")
 
 
 def first_row(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the first object of a ``.jsonl`` file, and read little more; empty if there is none.
+    """Return the first object of a ``.jsonl`` file, reading little more; empty if there is none.
 
     Raises:
-        CalibrationError: for a file that cannot be read, or a line that is no JSON object.
+        CalibrationError: if the file cannot be read, or its first line is not a JSON object.
     """
     try:
         with open_text(path) as file:
@@ -165,11 +165,13 @@ def first_row(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def json_row(line: str, where: str) -> dict[str, Any]:
-    """Return the JSON object that a line holds; errors name the place."""
+    """Return the JSON object on a line; errors name its location."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as err:
         raise CalibrationError(f"{where}: not valid JSON: {err}") from err
     if not isinstance(row, dict):
-        raise CalibrationError(f"{where}: no JSON object; give one with named columns, as 'text'")
+        raise CalibrationError(
+            f"{where}: not a JSON object; give one with named columns, such as 'text'"
+        )
     return row

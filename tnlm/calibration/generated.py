@@ -1,4 +1,4 @@
-"""Text that a model writes itself, for those who have none: sampled token by token.
+"""Calibration text that the model itself generates, sampled token by token.
 
 Source: LLM-QAT (Liu et al. 2023, arXiv 2305.17888) generates data from a model to compress it;
 Williams et al. 2024 (arXiv 2410.17711) compare such text with corpora for calibration.
@@ -34,15 +34,16 @@ from tnlm.utils.hashing import model_hash
 from tnlm.utils.training_flags import modes_kept
 
 SELF = "self"
-"""As ``calibration=``: the model writes its own text. A file of that name is ``"./self"``."""
+"""The value of ``calibration=`` for text that the model generates; a file of that name is
+``"./self"``."""
 TOGETHER = 32
-"""Sequences that are written at once."""
+"""Number of sequences generated at once."""
 VERSION = 1
-"""Counts the ways in which text was written: none is read from a cache under another's name."""
+"""Version of the way text is generated, so that caches of other versions are not read."""
 
 
 def is_self(data: Any) -> bool:
-    """Whether data is the word that asks for the model's own text.
+    """Return whether data is the word for the model's own text.
 
     Example:
         >>> is_self("self"), is_self("./self"), is_self(["self"])
@@ -61,27 +62,27 @@ def own_samples(
     temperature: float = 1.0,
     cache_dir: str | Path | None = None,
 ) -> list[Batch]:
-    """Let a model write sequences of token ids, and return each as a batch of one.
+    """Generate sequences of token ids by a model, and return each as a batch of one.
 
-    Each begins with BOS, or else with a token drawn evenly from the vocabulary. Every further token
-    is drawn from the model's distribution, by a number that depends on the seed, the sequence and
-    the place alone; so how many sequences are written at once changes the text only where rounding
-    does. A sequence goes on after the end of a text, and all have the same length.
+    Each starts with BOS, or with a token drawn uniformly from the vocabulary. Every further token
+    is sampled from the model's distribution, by a random number that depends only on the seed, the
+    sequence and the position; so the number of sequences generated at once changes the text only by
+    rounding. All sequences have the same length, and continue after an end-of-text token.
 
     Args:
-        model: a decoder of text; left as it was.
-        count: sequences.
-        length: tokens of each, the first included.
-        seed: of the draws.
-        bos: whether sequences begin with the BOS token that the model's config names: ``"auto"`` if
-            it names one, True or False.
+        model: a text decoder; left unchanged.
+        count: number of sequences.
+        length: tokens per sequence, including the first.
+        seed: seed of the random numbers.
+        bos: whether sequences start with the BOS token of the model's config: True, False, or
+            ``"auto"`` if it has one.
         temperature: divides the logits; below 1 for more probable text.
-        cache_dir: keep the text there, and use it again for the same weights and arguments.
+        cache_dir: cache of the text, which is reused for the same weights and arguments.
 
     Raises:
-        CalibrationError: if the model does not write text from left to right, has fewer positions,
-            or its logits are not finite.
-        OptionError: for a temperature that is no positive number, or ``bos=True`` without BOS.
+        CalibrationError: if the model does not generate text from left to right, has too few
+            positions, or its logits are not finite.
+        OptionError: if the temperature is not positive, or ``bos=True`` without a BOS token.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -114,9 +115,9 @@ def own_samples(
 
 
 def _writer(model: PreTrainedModel | None) -> PreTrainedModel:
-    """Return a model that writes text from left to right, or say what to give for another."""
+    """Return the model, or raise an error with a remedy unless it generates text."""
     if model is None:
-        raise CalibrationError("calibration='self' needs the model that is to write the text")
+        raise CalibrationError("calibration='self' needs the model that generates the text")
     if main_input(model) != "input_ids":
         remedy = f"batches with {main_input(model)}, as its processor makes them"
     elif decodes(model):
@@ -126,7 +127,7 @@ def _writer(model: PreTrainedModel | None) -> PreTrainedModel:
     else:
         return model
     raise CalibrationError(
-        f"calibration='self': a {type(model).__name__} does not write text from left to right; "
+        f"calibration='self': a {type(model).__name__} does not generate text from left to right; "
         f"give {remedy}",
         argument=("calibration", "tokenizer"),
     )
@@ -145,7 +146,7 @@ def _written(
     start: int | None,
     temperature: float,
 ) -> Tensor:
-    """Return ids ``(count, length)``; the first sequences are the same for any count."""
+    """Return ids ``(count, length)``; a larger count has the same first sequences."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(count, length, generator=generator, dtype=torch.float64)
     words = vocabulary_of(model)
@@ -163,7 +164,7 @@ def _written(
 
 
 def _bos(model: PreTrainedModel, bos: bool | str) -> int | None:
-    """Return the token that every sequence begins with, or None for one drawn at random."""
+    """Return the first token of every sequence, or None to draw them at random."""
     if bos is False:
         return None
     configs = (model.generation_config, model.config.get_text_config())
@@ -172,7 +173,7 @@ def _bos(model: PreTrainedModel, bos: bool | str) -> int | None:
     known = [t for t in named if isinstance(t, int) and t >= 0 and (words is None or t < words)]
     if bos is True and not known:
         raise OptionError(
-            f"bos=True, but the config of a {type(model).__name__} names no BOS token; use "
+            f"bos=True, but the config of a {type(model).__name__} has no BOS token; use "
             "bos='auto' or False",
             argument="bos",
         )
@@ -185,15 +186,15 @@ def _starts(model: PreTrainedModel, draws: Tensor, start: int | None, words: int
         return torch.full(draws.shape, start)
     if words is None:
         raise CalibrationError(
-            f"the config of a {type(model).__name__} names neither a BOS token nor the size of its "
-            "vocabulary; set bos_token_id"
+            f"the config of a {type(model).__name__} has neither a BOS token nor a vocabulary "
+            "size; set bos_token_id"
         )
     return (draws * words).long().clamp_max(words - 1)
 
 
 @contextmanager
 def _plain(model: PreTrainedModel, tokens: int) -> Iterator[None]:
-    """Let a model generate so many tokens, whatever its own settings are, and restore these."""
+    """Generate exactly this many tokens, independent of the model's settings, and restore these."""
     before = model.generation_config
     try:
         with modes_kept(model):
@@ -207,12 +208,12 @@ def _plain(model: PreTrainedModel, tokens: int) -> Iterator[None]:
 
 
 class _Drawn(LogitsProcessor):
-    """Leaves of each sequence's next tokens the one that its number draws.
+    """Masks all next tokens of each sequence but the one that its random number selects.
 
     Args:
-        draws: numbers in [0, 1), ``(sequences, length)``, one for each place.
+        draws: numbers in [0, 1), ``(sequences, length)``, one per position.
         temperature: divides the logits.
-        words: tokens that the model knows; None for as many as it has logits.
+        words: vocabulary size; None for the number of logits.
     """
 
     def __init__(self, draws: Tensor, temperature: float, words: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of gradients: second moments at matrices' outputs, and the Fisher information."""
+"""Statistics of gradients: second moments at matrices' outputs, and Fisher information."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tnlm.errors import CalibrationError, OptionError, did_you_mean
 logger = logging.getLogger("tnlm")
 
 MOMENTS = ("full", "diagonal", "none")
-"""How much of the second moment of gradients may be gathered."""
+"""Parts of the second moment of gradients that can be gathered."""
 
 
 class _Gradients:
@@ -33,8 +33,8 @@ class _Gradients:
 
     Args:
         moment: one of `MOMENTS`.
-        examples: sequences that there are, one in a batch, if the Fisher information is wanted;
-            else None.
+        examples: number of sequences, one per batch, to gather the Fisher information; otherwise
+            None.
     """
 
     def __init__(self, moment: str, examples: int | None) -> None:
@@ -45,7 +45,7 @@ class _Gradients:
         self._example: dict[str, Tensor] = {}
 
     def see(self, name: str, x: Tensor, output: Tensor, padding: Padding | None) -> None:
-        """Wait for the gradient at a module's output."""
+        """Hook a module's output, to receive its gradient."""
         if not x.is_floating_point():
             raise CalibrationError(f"{name} has no vectors as inputs; ignore it")
         if name not in self.sums:
@@ -75,13 +75,13 @@ class _Gradients:
             self._example[name] = self._example[name] + weight if name in self._example else weight
 
     def end_batch(self) -> None:
-        """Square the weights' gradients on the sequence at hand."""
+        """Square the weights' gradients on the current sequence, and add them."""
         for name, gradient in self._example.items():
             self.sums[name]["fisher"] += gradient.square_()
         self._example.clear()
 
     def flush(self, store: Statistics) -> None:
-        """Move all sums to a store, as means over tokens or examples, and forget them."""
+        """Move all sums to a store, as means over tokens or examples, and reset them."""
         for name, sums in self.sums.items():
             if not self._rows[name]:  # called, but with no token
                 continue
@@ -105,35 +105,35 @@ def collect_gradients(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Run calibration data through a model and back, and return statistics of gradients.
+    """Run calibration data forward and backward, and return statistics of gradients.
 
     The loss is the cross-entropy, summed over a sequence: of next tokens, or for a masked language
-    model of all its tokens. With g its gradient at a module's output at one token, there are
+    model, of all tokens. With g its gradient at a module's output for one token, the statistics are
 
     - ``gradient`` G = E[g g.T], ``(out, out)``, float64, a mean over all tokens, or its diagonal
       E[g²], ``(out,)``;
     - ``fisher``, ``(out, in)``, float32, the mean over sequences of the weight's squared gradient.
 
-    Both are of a module's whole output, and so is ``fisher`` for GPT-2's ``(in, out)`` weights.
+    Both cover a module's whole output; ``fisher`` is ``(out, in)`` for GPT-2's ``(in, out)``
+    weights too.
 
     Args:
-        model: run in eval mode; no gradient of a parameter is taken; left as it was.
-        modules: dotted names of the modules watched; the statistics have none of those that no
-            token reaches.
+        model: run in eval mode, without gradients of parameters; left unchanged.
+        modules: dotted names of the modules to watch; those that no token reaches get no
+            statistics.
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
-        moment: how much of ``gradient`` is gathered: ``"full"``, ``"diagonal"`` or ``"none"``.
-        fisher: whether ``fisher`` is gathered, which takes sequences one by one.
-        labels: ``"sampled"``, from the model's own predictions, for the true Fisher information,
-            or ``"data"``, the data's own tokens, for the empirical one.
-        seed: chooses the samples, the same for batches of any size.
-        cache_dir: keep the statistics there, under a hash of all that they depend on, and use
-            them again when the hash is the same.
+        moment: the part of ``gradient`` to gather: ``"full"``, ``"diagonal"`` or ``"none"``.
+        fisher: whether to gather ``fisher``, which processes sequences one by one.
+        labels: ``"sampled"`` from the model's predictions, for the true Fisher information, or
+            ``"data"`` for the data's own tokens, for the empirical one.
+        seed: seed of the samples, which do not depend on the batch size.
+        cache_dir: cache of the statistics, under a hash of everything that they depend on.
         progress: show a progress bar.
 
     Raises:
         CalibrationError: if the model has no output head, no module is reached, or a gradient is
             not finite.
-        OptionError: if ``labels`` or ``moment`` is none of these, or nothing is to be gathered.
+        OptionError: if ``labels`` or ``moment`` is unknown, or there is nothing to gather.
 
     Source: G as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671); the Fisher information as in
     FWSVD (Hsu et al. 2022, arXiv 2207.00112); sampled against data's labels: Kunstner et al. 2019,
@@ -164,7 +164,7 @@ def collect_gradients(
         return store
     gradients = _Gradients(moment, len(batches) if fisher else None)
     shares = stream(model, modules, tasks, gradients.see)
-    fill(store, gradients, shares, modules, len(tasks), "taking gradients" if progress else None)
+    fill(store, gradients, shares, modules, len(tasks), "computing gradients" if progress else None)
     if gradients.zeros:
         logger.warning(
             "the gradients at %d of %d modules are exactly zero, first at %s: the loss does not "

@@ -1,4 +1,4 @@
-"""What a model's forward takes of the data, as tensors, and what it cannot do without."""
+"""Converts data to the tensors that a model's forward accepts, and checks its main input."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100
-"""The label of what is not predicted."""
+"""The label of positions that are not predicted."""
 TEXT = ("input_ids", "attention_mask", "labels")
-"""What a batch of text carries, and all that anything is trained on."""
+"""The columns of a batch of text, and the only ones used for training."""
 TARGET = ("labels", "decoder_input_ids", "decoder_attention_mask")
-"""What a decoder reads and writes beside the input of its encoder."""
+"""The columns of a decoder's inputs and labels, beside the encoder's input."""
 MEDIA = (
     "pixel_values",
     "pixel_values_videos",
@@ -29,9 +29,9 @@ MEDIA = (
     "audio_values",
     "bbox",
 )
-"""Inputs of models of more than text."""
+"""Inputs of multimodal models."""
 NEVER_TEXT = (*MEDIA, "inputs_embeds", "encoder_outputs")
-"""What is no text, whichever model it is for."""
+"""Inputs that are never text, for any model."""
 _REMEDY = (
     "; give batches as the model's processor makes them, or use a scheme and a metric that look at "
     "no data, such as svd"
@@ -46,11 +46,11 @@ _DIMENSIONS = {
     "input_values": 2,
     "input_features": 3,
 }
-"""Dimensions of an input in a batch; one that has one fewer is a single example."""
+"""Dimensions of a batched input; with one fewer, it is a single example."""
 
 
 def takes(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the inputs that a model's forward takes.
+    """Return the names of the inputs that a model's forward accepts.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -62,7 +62,7 @@ def takes(model: PreTrainedModel) -> frozenset[str]:
 
 
 def main_input(model: PreTrainedModel | None) -> str:
-    """Return the name of the input that a model cannot do without.
+    """Return the name of a model's main input, which is required.
 
     Example:
         >>> main_input(None)
@@ -88,31 +88,31 @@ def check_main(names: Iterable[str], model: PreTrainedModel | None) -> None:
 
 
 def reads_targets(model: PreTrainedModel | None) -> bool:
-    """Whether a model's labels are sequences of their own: it has a decoder, or aligns sound."""
+    """Return whether labels are separate sequences, as for decoders and aligned audio."""
     if model is None or type(model).__name__.endswith("Classification"):
         return False
     return decodes(model) or type(model).__name__.endswith("ForCTC")
 
 
 def decodes(model: PreTrainedModel) -> bool:
-    """Whether a decoder of token ids follows the model's encoder."""
+    """Return whether the model has an encoder and a decoder of token ids."""
     return bool(model.config.is_encoder_decoder) and "decoder_input_ids" in takes(model)
 
 
 def columns_of(item: Mapping[str, Any], model: PreTrainedModel | None) -> dict[str, Tensor]:
-    """Return what a model takes of one sequence or batch, as tensors with a first dimension.
+    """Return the columns of a sequence or batch that a model accepts, as batched tensors.
 
-    Columns that its forward does not take are passed over, such as indices, and so is what says no
-    more than the model assumes without it: types of tokens that are all 0, and positions that count
-    from 0. Labels are kept where they are classes, or sequences of their own.
+    Columns that its forward does not accept, such as indices, are ignored, and so are values that
+    the model assumes by default: token types that are all 0, and positions that count from 0.
+    Labels are kept if they are classes, or separate sequences.
 
     Args:
         item: one sequence or batch, by column.
-        model: that it is for; without one, no more than token ids, their mask and classes is taken.
+        model: the model to run; without one, only token ids, their mask and classes are accepted.
 
     Raises:
-        CalibrationError: if the main input is missing, a column is no tensor, or images, sound or
-            embeddings are given that the model does not take.
+        CalibrationError: if the main input is missing, a column is not a tensor, or there are
+            images, audio or embeddings that the model does not accept.
 
     Example:
         >>> columns_of({"input_ids": [1, 2], "idx": 3}, None)
@@ -132,7 +132,9 @@ def columns_of(item: Mapping[str, Any], model: PreTrainedModel | None) -> dict[s
             if not _says_nothing(name, tensor):
                 found[name] = tensor
         elif name in NEVER_TEXT:
-            who = "text alone is taken here" if model is None else f"not a {type(model).__name__}'s"
+            who = (
+                "only text is accepted here" if model is None else f"not a {type(model).__name__}'s"
+            )
             raise CalibrationError(
                 f"the data has {name!r}, which would be lost: {who}; leave the column out"
             )
@@ -140,7 +142,7 @@ def columns_of(item: Mapping[str, Any], model: PreTrainedModel | None) -> dict[s
 
 
 def token_ids(value: Any) -> Tensor:
-    """Return token ids as an int64 tensor on the CPU, or say why they are none.
+    """Return token ids as an int64 tensor on the CPU.
 
     Example:
         >>> token_ids([3, 4])
@@ -150,7 +152,7 @@ def token_ids(value: Any) -> Tensor:
         ids = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as err:
         raise CalibrationError(
-            f"calibration holds a {type(value).__name__} that is no token ids ({err}); give texts, "
+            f"calibration has a {type(value).__name__} that is not token ids ({err}); give texts, "
             "a file of them, ids, or batches of a DataLoader or a datasets.Dataset"
         ) from err
     if ids.is_meta or ids.is_nested or ids.layout != torch.strided:
@@ -166,7 +168,7 @@ def token_ids(value: Any) -> Tensor:
 
 
 def _tensor(name: str, value: Any) -> Tensor:
-    """Return a column as a tensor on the CPU, without a graph."""
+    """Return a column as a detached tensor on the CPU."""
     listed = isinstance(value, list | tuple)
     shapes = {tuple(np.shape(each)) for each in value} if listed and _are_arrays(value) else set()
     if len(shapes) > 1:
@@ -179,7 +181,9 @@ def _tensor(name: str, value: Any) -> Tensor:
         tensor = torch.stack([torch.as_tensor(v) for v in value]) if shapes else None
         tensor = torch.as_tensor(value) if tensor is None else tensor
     except (TypeError, ValueError, RuntimeError) as err:
-        raise CalibrationError(f"{name!r} is a {type(value).__name__}, no tensor: {err}") from err
+        raise CalibrationError(
+            f"{name!r} is a {type(value).__name__}, not a tensor: {err}"
+        ) from err
     if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
         raise CalibrationError(f"{name!r} must be a dense tensor with data; this one is not")
     return tensor.detach().to("cpu", torch.int64 if tensor.dtype == torch.bool else tensor.dtype)
@@ -198,7 +202,7 @@ def _says_nothing(name: str, tensor: Tensor) -> bool:
 
 
 def _batched(columns: Mapping[str, Tensor], main: str) -> dict[str, Tensor]:
-    """Give a single example its first dimension."""
+    """Add the batch dimension to a single example."""
     first = columns[main]
     if first.dim() != _DIMENSIONS.get(main, 0) - 1:
         return dict(columns)
@@ -212,7 +216,7 @@ def _batched(columns: Mapping[str, Tensor], main: str) -> dict[str, Tensor]:
 
 
 def _with_labels(columns: dict[str, Tensor], model: PreTrainedModel | None) -> dict[str, Tensor]:
-    """Keep labels that are classes, or sequences of their own."""
+    """Keep labels only if they are classes, or separate sequences."""
     labels = columns.pop("labels", None)
     count = len(columns[main_input(model)])
     if labels is None or labels.is_floating_point():

@@ -1,4 +1,4 @@
-"""Texts with classes: read from rows, files or datasets, and tokenised one by one."""
+"""Reads texts with classes from rows, files or datasets, and tokenises them one by one."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ def labelled(
     label: str = "label",
     max_length: int = 512,
 ) -> list[dict[str, Any]]:
-    """Tokenise texts one by one, and keep the class of each.
+    """Tokenise texts one by one, with their classes.
 
-    The result serves as ``calibration`` or ``training`` data for a classifier.
+    The result can be passed as ``calibration`` or ``training`` data for a classifier.
 
     Args:
         data: rows, the path of a ``.jsonl`` file, or a ``datasets.Dataset``.
-        tokenizer: adds its special tokens.
-        text: the column of texts.
-        label: the column of classes, whole numbers from 0.
-        max_length: tokens of a text at most.
+        tokenizer: the model's tokenizer, which adds its special tokens.
+        text: name of the text column.
+        label: name of the class column, with integers from 0.
+        max_length: most tokens per text.
 
     Returns:
         Rows of ``input_ids`` and ``labels``.
 
     Raises:
-        CalibrationError: for data without rows, a missing column or file, or a label that is no
+        CalibrationError: if there are no rows, a column or file is missing, or a label is not a
             class; names the row.
 
     Example:
         >>> labelled([], None)
         Traceback (most recent call last):
-        tnlm.errors.CalibrationError: labelled data holds no rows
+        tnlm.errors.CalibrationError: labelled data has no rows
     """
     rows = check_rows(list(read_rows(data) if isinstance(data, str | Path) else data))
     if not rows:
-        raise CalibrationError("labelled data holds no rows")
+        raise CalibrationError("labelled data has no rows")
     classes = [class_at(row, index, label) for index, row in enumerate(rows)]
     texts = [text_at(row, index, text) for index, row in enumerate(rows)]
     ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]

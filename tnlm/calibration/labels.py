@@ -1,4 +1,4 @@
-"""Batches with labels, one sequence at a time, and how many predictions their loss is of."""
+"""Checks batches with labels, splits them into sequences, and counts their predictions."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from tnlm.targets.ends import output_head
 
 
 def check_are_batches(batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raise `CalibrationError` for what are no batches, such as the name of a file of text."""
+    """Raise `CalibrationError` for anything but batches, such as the name of a text file."""
     listed = isinstance(batches, Sequence)
     wrong = [each for each in (batches if listed else ()) if not isinstance(each, Mapping)]
     if not listed or wrong:
         what = f" of {type(wrong[0]).__name__}" if wrong else ""
         raise CalibrationError(
-            f"a {type(batches).__name__}{what} is given for batches; give a "
-            "list of mappings of input_ids, attention_mask and labels, as "
-            "tnlm.recovery.examples.batches makes them"
+            f"expected batches, got a {type(batches).__name__}{what}; give a list of mappings with "
+            "input_ids, attention_mask and labels, such as tnlm.recovery.examples.batches makes"
         )
 
 
 def check_labels(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raise `CalibrationError` unless there are batches with labels, which the model takes."""
+    """Raise `CalibrationError` unless there are batches with labels, and a model with a loss."""
     if "labels" not in inspect.signature(model.forward).parameters:
         raise CalibrationError(f"a {type(model).__name__} has no loss; load it with its head")
     check_are_batches(batches)
@@ -51,7 +50,7 @@ def examples(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[di
 
 
 def count_predictions(model: PreTrainedModel, labels: Tensor) -> int:
-    """Return how many predictions an example's mean loss is of."""
+    """Return the number of predictions over which an example's mean loss is taken."""
     if labels.dim() != 2 or labels.is_floating_point():
         return 1
     shifted = model.can_generate() and not model.config.is_encoder_decoder
@@ -59,9 +58,9 @@ def count_predictions(model: PreTrainedModel, labels: Tensor) -> int:
 
 
 def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Return batches with the labels that make a language model's loss that of their own tokens.
+    """Add labels to batches, so that a language model predicts their own tokens.
 
-    A classifier's batches have labels already.
+    A classifier's batches already have labels.
 
     Raises:
         CalibrationError: if the model has no output head over its vocabulary.
@@ -89,7 +88,7 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[s
         if decodes(model):
             read = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
             extra = {"decoder_input_ids": read}
-        elif model.can_generate():  # its loss shifts labels itself
+        elif model.can_generate():  # its loss shifts the labels
             labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, :-1]], 1)
         found.append({**batch, **extra, "labels": labels})
     return found

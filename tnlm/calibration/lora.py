@@ -1,6 +1,6 @@
-"""Importance of weights from a LoRA beside them: no gradient of a weight is ever held.
+"""Importance of weights from the gradients of a LoRA, without any gradient of a weight.
 
-See `tnlm.calibration.lora_sums` for the formulae and their source.
+See `tnlm.calibration.lora_sums` for the formulas and their source.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tnlm.layers.adapters import Adapter, Lora, attached, size_of
 from tnlm.utils.checks import is_whole
 
 SEEN = ("outputs", "inputs")
-"""The side of a gradient that a LoRA at its start does not mix."""
+"""The side of the gradient that a LoRA, as initialised, does not project."""
 
 __all__ = ["collect_lora", "importance_sums", "lora_gradient", "lora_statistics"]
 
@@ -56,42 +56,43 @@ def collect_lora(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Importance, dict[str, Lora]]:
-    """Return row and column sums of weights' importance, and the LoRA that they come from.
+    """Return row and column sums of weights' importance, and the LoRA from which they come.
 
-    Examples are taken one by one: the importance is the mean over examples of a squared gradient
-    (or Taylor term), as the Fisher information is, not the square of a mean. An example's loss is
-    summed over its predictions. The model runs in eval mode, and is as before afterwards, also
-    after a failure. It may be in half precision or quantized: gradients reach the LoRA alone.
+    Examples are processed one by one: like the Fisher information, the importance is the mean over
+    examples of a squared gradient (or Taylor term), not the square of a mean. An example's loss is
+    summed over its predictions. The model runs in eval mode and is restored afterwards, even after
+    a failure. It may be in half precision or quantized, since only the LoRA gets gradients.
 
     Args:
-        model: with a loss, i.e. a head that takes ``labels``.
+        model: a model with a loss, i.e. a head that accepts ``labels``.
         modules: dotted names of linear layers.
-        batches: ``input_ids``, ``attention_mask`` and ``labels``, so that ``model(**batch).loss``
+        batches: ``input_ids``, ``attention_mask`` and ``labels``, such that ``model(**batch).loss``
             is the mean loss.
-        rank: of the LoRA.
-        alpha: its product is multiplied by ``alpha / rank``; the importance is freed from it.
+        rank: rank of the LoRA.
+        alpha: the LoRA's product is multiplied by ``alpha / rank``; the importance does not depend
+            on it.
         kind: ``"fisher"`` or ``"taylor"``, see :func:`importance_sums`.
         step: weight of the gradient's quadratic term, see :func:`lora_gradient`.
-        sees: at its start a LoRA sees the gradient G through a projection, and one side of it
-            unmixed. ``"outputs"``, the usual start with B at zero, sees ``G A.T A``: row sums are
-            right on average, column sums are mostly those of ``A.T A``. ``"inputs"``, with A at
-            zero and B orthonormal, sees ``B B.T G``, of which that holds the other way round.
-        steps: steps of Adam in which the LoRA is trained meanwhile, one after each batch; batches
-            are used again where there are fewer. 0 leaves it at its start.
-        learning_rate: of Adam.
-        decay: weight of the past in a moving average over examples, in (0, 1); None for a plain
-            mean.
-        parts: where the rows of each matrix are in a fused module, by its name.
-        seed: draws what does not start at zero.
+        sees: the side of the gradient G that is exact, as the LoRA projects the other. With
+            ``"outputs"``, the usual start with B at zero, the LoRA's gradients give ``G A.T A``:
+            row sums are right on average, column sums are mostly those of ``A.T A``. With
+            ``"inputs"``, A starts at zero and B is orthonormal, which gives ``B B.T G``, with the
+            sides exchanged.
+        steps: number of Adam steps that train the LoRA meanwhile, one after each batch; batches
+            are repeated if there are fewer. 0 leaves the LoRA as initialised.
+        learning_rate: learning rate of Adam.
+        decay: decay of a moving average over examples, in (0, 1); None for a plain mean.
+        parts: rows of each matrix in a fused module, by the module's name.
+        seed: seed of the factor that does not start at zero.
         progress: show a progress bar.
 
     Returns:
-        By module name ``outputs`` ``(out,)`` and ``inputs`` ``(in,)``, float64 on the CPU, the
-        latter ``(parts, in)`` for a fused module, of the modules that the loss reaches; and A, B
-        and scaling at the end.
+        By module name, ``outputs`` ``(out,)`` and ``inputs`` ``(in,)``, float64 on the CPU, the
+        latter ``(parts, in)`` for a fused module, for the modules that the loss reaches; and the
+        final A, B and scaling.
 
     Raises:
-        OptionError: for an option out of range, or if PEFT is not installed.
+        OptionError: if an option is out of range, or PEFT is not installed.
         RankError: if a matrix is too small for the rank.
         CalibrationError: if there is no batch, no label or no prediction, no module is reached, or
             a loss or gradient is not finite.
@@ -113,7 +114,7 @@ def collect_lora(
     if sees not in SEEN:
         raise OptionError(f"sees={sees!r}{did_you_mean(str(sees), SEEN)}")
     fused = {name: (parts or {}).get(name, WHOLE) for name in modules}
-    # A fused module's matrices get a block of B each, so that none is seen through another.
+    # Each matrix of a fused module has its own block of B, so that their gradients do not mix.
     ranks = {name: rank * (len(fused[name]) if sees == "inputs" else 1) for name in modules}
     sums = Sums(kind, step, decay, fused)
     count = max(len(batches), steps)
@@ -129,7 +130,7 @@ def collect_lora(
         rounds = tqdm(
             islice(cycle(batches), count),
             total=count,
-            desc="weighing by LoRA",
+            desc="weighting by LoRA",
             unit="batch",
             disable=not progress,
         )
@@ -147,7 +148,7 @@ def collect_lora(
 
 
 def _mirror(adapters: Mapping[str, Adapter], fused: Mapping[str, Parts], seed: int) -> None:
-    """Start with A at zero and B orthonormal, in a block for each matrix of a fused module."""
+    """Set A to zero and B orthonormal, with one block per matrix of a fused module."""
     generator = torch.Generator().manual_seed(seed)
     for name, adapter in adapters.items():
         B = torch.zeros(adapter.B.shape, dtype=torch.float64)
@@ -159,7 +160,7 @@ def _mirror(adapters: Mapping[str, Adapter], fused: Mapping[str, Parts], seed: i
 
 
 class _Trainer:
-    """Adam on the adapters, on the mean loss of a batch whose examples come one by one."""
+    """Adam on the adapters, for the mean loss of a batch whose examples come one by one."""
 
     def __init__(self, adapters: Mapping[str, Adapter], learning_rate: float) -> None:
         self._parameters = [p for found in adapters.values() for p in (found.A, found.B)]
@@ -168,7 +169,7 @@ class _Trainer:
         self._predictions = 0
 
     def add(self, predictions: int) -> None:
-        """Take over the gradients of an example."""
+        """Add the gradients of an example."""
         self._predictions += predictions
         for index, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
@@ -177,13 +178,13 @@ class _Trainer:
             parameter.grad = None
 
     def step(self) -> None:
-        """Take a step on what was added."""
+        """Take a step with the added gradients."""
         for index, total in self._totals.items():
             self._parameters[index].grad = total / self._predictions
         self._adam.step()
 
     def clear(self) -> None:
-        """Forget what was added."""
+        """Discard the added gradients."""
         self._adam.zero_grad()
         self._totals.clear()
         self._predictions = 0
@@ -212,20 +213,20 @@ def lora_statistics(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Gather importances of columns, ``lora_inputs``, and of rows, ``lora_outputs``, into a store.
+    """Gather the importance of columns, ``lora_inputs``, and of rows, ``lora_outputs``.
 
-    Each comes from a LoRA that sees its side, at its start, and is multiplied by what a projection
-    onto so few directions loses on average.
+    Each comes from an untrained LoRA for which this side is exact, and is scaled to compensate for
+    the average loss of a projection onto so few directions.
 
     Args:
         model: see :func:`collect_lora`.
-        modules: where the rows of each matrix are in each module, by its name.
+        modules: rows of each matrix in each module, by the module's name.
         batches: token batches; the labels are their own tokens.
         kind: ``"fisher"`` or ``"taylor"``.
-        outputs: gather those of rows too, in a second pass.
-        rank: of the LoRA; less where a matrix is smaller.
-        seed: draws the LoRA's start.
-        cache_dir: keep the statistics there, and use them again.
+        outputs: whether to gather the importance of rows too, in a second pass.
+        rank: rank of the LoRA; lower if a matrix is smaller.
+        seed: seed of the LoRA.
+        cache_dir: cache of the statistics.
         progress: show a progress bar.
     """
     sizes = {name: size_of(model.get_submodule(name)) for name in modules}

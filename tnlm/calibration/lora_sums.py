@@ -1,7 +1,7 @@
 """Sums of the importance of a matrix's entries, from the gradients of a LoRA beside it.
 
-A LoRA's own gradients tell of the weight's, seen through two projections. With G the gradient of
-the weight W and s the LoRA's scaling, ``grad_B = s G A.T`` and ``grad_A = s B.T G``, so that
+The gradients of a LoRA are two projections of the weight's. With G the gradient of the weight W and
+s the LoRA's scaling, ``grad_B = s G A.T`` and ``grad_A = s B.T G``, so that
 
     grad_B A + B grad_A = s (G A.T A + B B.T G),
 
@@ -29,15 +29,15 @@ KINDS = ("fisher", "taylor")
 """Squared gradients, or squared gradients times weights."""
 
 BLOCK = 2**18
-"""Entries of a matrix that are worked out at once."""
+"""Number of entries of a matrix that are computed at once."""
 
 Parts = Sequence[slice | Tensor]
-"""Where the rows of each matrix are that stands in one module."""
+"""The rows of each matrix in a module."""
 WHOLE: Parts = (slice(None),)
-"""Those of a module that holds one."""
+"""The rows in a module with a single matrix."""
 
 Importance = dict[str, dict[str, Tensor]]
-"""Module name to ``outputs`` and ``inputs``: sums over rows and over columns."""
+"""Row sums ``outputs`` and column sums ``inputs``, by module name."""
 
 
 def lora_gradient(
@@ -45,8 +45,8 @@ def lora_gradient(
 ) -> Tensor:
     """Return the gradient of the matrix that a LoRA adapts, ``g_B A + B g_A - step g_B g_A``.
 
-    At ``step=1`` it is the change of the product in one step of descent,
-    ``B A - (B - g_B)(A - g_A)``; at 0, its first order.
+    With ``step=1``, it is the change of the product in one step of gradient descent,
+    ``B A - (B - g_B)(A - g_A)``; with 0, its first-order part.
 
     Args:
         A: ``(r, in)``.
@@ -78,22 +78,22 @@ def importance_sums(
 ) -> tuple[Tensor, Tensor]:
     """Return row sums ``(out,)`` and column sums ``(in,)`` of an importance, float64.
 
-    With g the `lora_gradient`, the importance is ``g**2`` (``"fisher"``), whose sums take two
-    Gram matrices of size 2r; or ``(g * (W + scaling B A))**2`` (``"taylor"``), worked out in
-    blocks of rows. No ``(out, in)`` matrix is made.
+    With g the `lora_gradient`, the importance is ``g**2`` (``"fisher"``), whose sums need two Gram
+    matrices of size 2r; or ``(g * (W + scaling B A))**2`` (``"taylor"``), computed in blocks of
+    rows. No ``(out, in)`` matrix is formed.
 
     Args:
         A: ``(r, in)``.
         B: ``(out, r)``.
         grad_A: gradient of A.
         grad_B: gradient of B.
-        weight: W, ``(out, in)``; None will do for ``"fisher"``.
-        scaling: what the LoRA's product is multiplied by.
+        weight: W, ``(out, in)``; may be None for ``"fisher"``.
+        scaling: factor of the LoRA's product.
         step: weight of the gradient's quadratic term.
         kind: ``"fisher"`` or ``"taylor"``.
 
     Raises:
-        OptionError: for another kind, or ``"taylor"`` without a weight.
+        OptionError: if the kind is unknown, or ``"taylor"`` has no weight.
 
     Example:
         >>> A, B = torch.eye(2), torch.zeros(1, 2)
@@ -120,7 +120,7 @@ def importance_sums(
 
 
 class Sums:
-    """Sums of importances over examples, by module."""
+    """Sums of importance over examples, by module."""
 
     def __init__(self, kind: str, step: float, decay: float | None, parts: Mapping[str, Parts]):
         self._kind, self._step, self._decay, self._parts = kind, step, decay, parts
@@ -128,7 +128,7 @@ class Sums:
         self._sums: Importance = {}
 
     def add(self, adapters: Mapping[str, Adapter], where: str) -> None:
-        """Add one example's importances; what it did not reach counts as zero."""
+        """Add one example's importance; modules that it did not reach count as zero."""
         self._examples += 1
         if self._decay is not None:
             for sums in self._sums.values():
@@ -139,7 +139,7 @@ class Sums:
             grad_A, grad_B = adapter.A.grad, adapter.B.grad
             if grad_A is None or grad_B is None:
                 continue
-            seen = bool(grad_A.any() or grad_B.any())  # an expert may be called with no token
+            seen = bool(grad_A.any() or grad_B.any())  # an expert may be called without tokens
             if not seen and name not in self._sums:
                 continue
             rows, columns = self._of(name, adapter, grad_A, grad_B)
@@ -173,9 +173,9 @@ class Sums:
         return sums, torch.stack(found) if len(found) > 1 else found[0]
 
     def means(self, adapters: Mapping[str, Adapter]) -> Importance:
-        """Return means over examples, of gradients that are the weight's, not the LoRA's."""
+        """Return means over examples, rescaled from the LoRA's gradients to the weight's."""
         if not self._examples:
-            raise CalibrationError("the batches have labels, but none that is predicted")
+            raise CalibrationError("the batches have labels, but none of them is predicted")
         if not self._sums:
             raise CalibrationError(
                 f"the loss reaches none of the modules, such as {next(iter(adapters))}; choose "
@@ -190,7 +190,7 @@ class Sums:
 
 
 def heights_of(parts: Parts, rows: int) -> list[int]:
-    """Return how many of a module's rows each of its matrices has.
+    """Return the number of rows of each matrix in a module.
 
     Example:
         >>> heights_of([slice(0, 2), torch.tensor([2, 4, 3])], 5)
@@ -200,7 +200,7 @@ def heights_of(parts: Parts, rows: int) -> list[int]:
 
 
 def weight_of(module: Any) -> Tensor:
-    """Return the ``(out, in)`` weight of a layer, dequantized if need be."""
+    """Return the ``(out, in)`` weight of a layer, dequantized if necessary."""
     weight: Tensor = module.weight.detach()
     if not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__"):
         from peft.utils.integrations import dequantize_module_weight

@@ -1,4 +1,4 @@
-"""What a model is to predict on a batch, and the loss whose gradients say what matters."""
+"""The labels that a model must predict on a batch, and the loss whose gradients are gathered."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from tnlm.calibration.sequences import Batch
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
 
 LABELS = ("sampled", "data")
-"""Predictions drawn from the model itself (true Fisher), or the tokens of the data (empirical)."""
+"""Labels sampled from the model itself (true Fisher), or those of the data (empirical)."""
 
 POSITIONS = 128
-"""Positions sampled at once, as each takes a distribution over the vocabulary in float64."""
+"""Number of positions sampled at once; each needs a float64 distribution over the vocabulary."""
 
 
 _MEDIA_TOKENS = ("image_token_id", "video_token_id", "audio_token_id")
-"""Names in a config of tokens that stand for images, clips and sound; some say index for id."""
+"""Names in configs of placeholder tokens for images, clips and audio; some use "index" for "id"."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A batch with what a model is to predict.
+    """A batch with the labels to predict.
 
     Args:
-        batch: what the model reads.
-        labels: the data's own labels ``(sequences, length)``, ``IGNORED`` where none is predicted;
-            for a classifier the classes ``(sequences,)``. None for all places of the logits, with
-            labels that the model draws.
-        draws: for each prediction a uniform number in [0, 1) that chooses a label from the model's
-            distribution, in its place; None to take the labels.
-        seed: of the draws where there are no labels.
-        words: classes that there are at least.
+        batch: the model's inputs.
+        labels: the data's labels ``(sequences, length)``, ``IGNORED`` at positions without a
+            prediction; for a classifier, the classes ``(sequences,)``. None to predict at all
+            positions of the logits, with labels sampled from the model.
+        draws: uniform random numbers in [0, 1), one per prediction, that sample labels from the
+            model's distribution instead of the data's; None to use the labels.
+        seed: seed of the samples if there are no labels.
+        words: minimum number of classes.
     """
 
     batch: Batch
@@ -49,15 +49,15 @@ class Task:
 
     @property
     def predictions(self) -> int:
-        """How many labels there are to predict."""
+        """Number of labels to predict."""
         return 0 if self.labels is None else int((self.labels != IGNORED).sum())
 
     def loss(self, model: PreTrainedModel, output: Any) -> Tensor:
         """Return the cross-entropy of a model's output, summed over predictions, in float32.
 
         Raises:
-            CalibrationError: if the output holds no logits over the vocabulary, or over classes,
-                or the data has a class that the model has not.
+            CalibrationError: if the output has no logits over the vocabulary or over classes, or
+                the data has a class that the model does not.
         """
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.shape[-1] < self.words:
@@ -90,23 +90,23 @@ def _no_head(model: PreTrainedModel) -> CalibrationError:
 def make_tasks(
     model: PreTrainedModel, batches: Sequence[Batch], labels: str = "sampled", seed: int = 0
 ) -> list[Task]:
-    """Say what a model is to predict: next tokens, all tokens, or the class of a sequence.
+    """Return what a model must predict on batches: next tokens, all tokens, or classes.
 
-    A masked language model predicts all its tokens, a classifier the class of a text, an image or a
-    clip, one of tokens a class for each, and a model of aligned sound one for every frame. A
-    decoder predicts the labels that it is given, or else what follows each token that it reads.
+    A masked language model predicts all tokens; a classifier, the class of a text, an image or a
+    clip; a token classifier, one class per token; a model of aligned audio, one class per frame. A
+    decoder predicts its labels, or else the token after each token that it reads.
 
     Args:
-        model: says by its class which of these.
-        batches: padding is neither predicted nor predicted from, nor are the tokens that stand for
-            images and sound.
+        model: the model, whose class determines what it predicts.
+        batches: token batches; padding and placeholder tokens of images and audio are neither
+            predicted nor used for predictions.
         labels: ``"sampled"`` or ``"data"``.
-        seed: chooses the samples; the same for the same sequences, in batches of any size.
+        seed: seed of the samples, which do not depend on the batch size.
 
     Raises:
         OptionError: if ``labels`` is neither.
-        CalibrationError: if a classifier is to predict the data's labels, and there are none, or
-            the model predicts none of these.
+        CalibrationError: if a classifier must predict the data's labels and there are none, or the
+            model predicts nothing of this kind.
     """
     if labels not in LABELS:
         raise OptionError(f"labels={labels!r}{did_you_mean(str(labels), LABELS)}")
@@ -124,7 +124,7 @@ def make_tasks(
 
 
 def _wanted(model: PreTrainedModel, batch: Batch, sampled: bool) -> tuple[Tensor | None, int]:
-    """Return what is predicted on a batch, and how many classes there are at least."""
+    """Return what to predict on a batch, and the minimum number of classes."""
     if not sampled or not type(model).__name__.endswith(("ForCTC", "TokenClassification")):
         return labels_of(model, batch, sampled)
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
@@ -134,20 +134,20 @@ def _wanted(model: PreTrainedModel, batch: Batch, sampled: bool) -> tuple[Tensor
 
 
 def labels_of(model: PreTrainedModel, batch: Batch, sampled: bool = False) -> tuple[Tensor, int]:
-    """Return the data's labels, and how many classes there are at least.
+    """Return the data's labels, and the minimum number of classes.
 
     Args:
-        model: says by its class what it predicts.
+        model: the model, whose class determines what it predicts.
         batch: as for :func:`make_tasks`.
-        sampled: whether others take their place, so that classes need not be there.
+        sampled: whether samples replace the labels, so that classes may be missing.
 
     Raises:
-        CalibrationError: if there are none.
+        CalibrationError: if there are no labels.
     """
     kind = type(model).__name__
     if kind.endswith(("ForCTC", "TokenClassification")):
         raise CalibrationError(
-            f"the labels of a {kind} are not looked at one by one; use a metric that draws "
+            f"the labels of a {kind} are not predicted one by one; use a metric that samples "
             "labels from the model, such as two-sided"
         )
     if kind.endswith("Classification"):
@@ -188,7 +188,7 @@ def _labels(model: PreTrainedModel, ids: Tensor, mask: Tensor, causal: bool) -> 
 
 
 def media_tokens(model: PreTrainedModel) -> list[int]:
-    """Return the tokens that only hold the places of images, clips or sound.
+    """Return the placeholder tokens of images, clips or audio.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -201,12 +201,12 @@ def media_tokens(model: PreTrainedModel) -> list[int]:
 
 
 def sample(logits: Tensor, chosen: Tensor, draws: Tensor) -> Tensor:
-    """Return a token from the distribution at each chosen position, by inverse transform.
+    """Sample a token from the distribution at each chosen position, by inverse transform.
 
     Args:
         logits: ``(positions, words)``.
-        chosen: which positions, ``(positions,)`` bool.
-        draws: uniform numbers in [0, 1), one for each chosen position.
+        chosen: mask of the positions, ``(positions,)`` bool.
+        draws: uniform random numbers in [0, 1), one per chosen position.
 
     Example:
         >>> sample(torch.zeros(3, 4), torch.tensor([True, False, True]), torch.tensor([0.1, 0.9]))
@@ -217,7 +217,7 @@ def sample(logits: Tensor, chosen: Tensor, draws: Tensor) -> Tensor:
     for at, uniform in zip(places, draws.to(logits.device).split(POSITIONS), strict=True):
         reached = logits[at].double().softmax(-1).cumsum(-1)
         level = uniform.double().unsqueeze(1) * reached[:, -1:]
-        # The first word whose cumulated probability exceeds the draw: never one of probability 0.
+        # The first word whose cumulative probability exceeds the draw; it never has probability 0.
         words = torch.searchsorted(reached, level, right=True).flatten()
         found.append(words.clamp_max(logits.shape[-1] - 1))
     return torch.cat(found)

@@ -1,4 +1,4 @@
-"""Which places of a batch's sequences count, and which are padding."""
+"""Separates a batch's rows from padding."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class Padding:
     """The masks of a batch.
 
     Attributes:
-        masks: of the text, and of what a decoder reads; ``(sequences, length)`` each, bool.
-        text: whether all sequences are texts; else those of other shapes have no padding.
+        masks: masks of the text and of the decoder's input; ``(sequences, length)`` each, bool.
+        text: whether all sequences are texts; if not, sequences of other shapes have no padding.
     """
 
     masks: tuple[Tensor, ...]
     text: bool = True
 
     def counted(self, name: str, x: Tensor) -> Tensor:
-        """Return the rows of ``x`` that belong to places which count, ``(rows, width)``.
+        """Return the rows of ``x`` that are not padding, ``(rows, width)``.
 
         Args:
-            name: the module that ``x`` is an input or output of.
-            x: ``(..., width)``; for one row a sequence, as in a pooler, all count.
+            name: the module with the input or output ``x``.
+            x: ``(..., width)``; if there is one row per sequence, as in a pooler, all count.
 
         Raises:
-            CalibrationError: if no mask fits, or several that differ.
+            CalibrationError: if no mask fits, or several different ones.
 
         Example:
             >>> import torch
@@ -55,7 +55,7 @@ class Padding:
 
 
 def padding_of(batch: Mapping[str, Tensor]) -> Padding | None:
-    """Return what counts in a batch, or None if all does.
+    """Return the masks of a batch, or None if nothing is padding.
 
     Example:
         >>> import torch
@@ -67,6 +67,6 @@ def padding_of(batch: Mapping[str, Tensor]) -> Padding | None:
         return None
     read = batch.get("decoder_input_ids", batch.get("labels"))
     if read is not None and read.dim() == 2 and "decoder_attention_mask" not in masks:
-        masks["decoder_attention_mask"] = (read == read).bool()  # all of it
+        masks["decoder_attention_mask"] = (read == read).bool()  # no padding
     text = not any(name in batch for name in MEDIA)
     return Padding(tuple(masks.values()), text)

@@ -1,4 +1,4 @@
-"""Pairs of texts: what an encoder reads, and what its decoder writes."""
+"""Pairs of texts: the input of an encoder, and the output of its decoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def is_pairs(data: Any) -> bool:
-    """Whether data is a list of pairs of texts.
+    """Return whether data is a list of pairs of texts.
 
     Example:
         >>> is_pairs([("a text", "its summary")]), is_pairs([[3, 4]]), is_pairs(["a", "b"])
@@ -34,10 +34,10 @@ def pair_samples(
     max_length: int,
     model: PreTrainedModel | None,
 ) -> list[Batch]:
-    """Tokenise pairs one by one, each side cut to ``max_length``, with special tokens.
+    """Tokenise pairs one by one, with special tokens, each side truncated to ``max_length``.
 
     Raises:
-        CalibrationError: without a tokenizer, or for a model that does not write a second text.
+        CalibrationError: if there is no tokenizer, or the model is not an encoder-decoder.
     """
     if tokenizer is None:
         raise CalibrationError(

@@ -1,4 +1,4 @@
-"""Runs one batch through a model: what it is given, in which dtype, and what its decoder reads."""
+"""Runs one batch through a model, with the right inputs, dtypes and decoder inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tnlm.errors import CalibrationError
 
 
 def run(model: PreTrainedModel, batch: Mapping[str, Tensor], body: nn.Module | None = None) -> Any:
-    """Run a batch through a model, or a body within it, and return the output."""
+    """Run a batch through a model, or through its body, and return the output."""
     body = model if body is None else body
     inputs = on_device(model, {k: v for k, v in batch.items() if k != "labels"})
     if decodes(model) and "decoder_input_ids" not in inputs:
@@ -27,7 +27,7 @@ def run(model: PreTrainedModel, batch: Mapping[str, Tensor], body: nn.Module | N
 
 
 def on_device(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a batch on the model's device, images and sound in its dtype."""
+    """Return a batch on the model's device, with images and audio in its dtype."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in batch.items()
@@ -35,7 +35,7 @@ def on_device(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _decoder_ids(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return what a decoder reads: the labels, moved on by one, or else what the encoder reads.
+    """Return a decoder's input: the labels shifted by one, or else the encoder's input.
 
     Raises:
         CalibrationError: if there is neither.
@@ -52,7 +52,7 @@ def _decoder_ids(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _shifted(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """Return the tokens that a decoder reads to write the labels."""
+    """Return the decoder's input tokens for these labels."""
     own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
         ids: Tensor = own(labels=labels)

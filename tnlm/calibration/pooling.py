@@ -1,4 +1,4 @@
-"""Statistics of experts that few tokens reached: they borrow from the others of their module."""
+"""Pools statistics of experts: those with few tokens borrow from the others of their module."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from tnlm.calibration.store import Statistics
 
 
 def lend(store: Statistics, groups: Sequence[Sequence[str]]) -> list[str]:
-    """Let modules that few inputs reached borrow the mean over their group.
+    """Let modules with few inputs borrow the mean of their group.
 
-    A module that saw fewer inputs n than it has columns m takes a share of 1 - n/m of the group's
-    mean over all inputs: as if the inputs that it lacks had been drawn from those of the others.
-    What a module does to the loss is its own; one that no token reached has the effect of one.
+    A module with n inputs but m > n columns uses a fraction 1 - n/m of the group's mean over all
+    inputs, as if the missing inputs had been drawn from the others'. Its effect on the loss is not
+    pooled; a module without inputs gets the effect of a single token.
 
     Args:
-        store: changed; a cache on disk is not.
-        groups: modules that do the same for different tokens, such as one matrix of all experts.
+        store: changed, but not a cache on disk.
+        groups: modules that have the same function for different tokens, such as one matrix of all
+            experts.
 
     Returns:
-        The modules that borrowed. Groups that nothing reached are left as they are.
+        The modules that borrowed. Groups without any inputs do not change.
 
     Example:
         >>> import torch
@@ -53,7 +54,7 @@ def lend(store: Statistics, groups: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _shares(store: Statistics, group: Sequence[str]) -> dict[str, float]:
-    """Return which share of its statistics every module borrows."""
+    """Return the fraction of its statistics that each module borrows."""
     shares = {}
     for name in group:
         if name not in store.leaders:
@@ -65,7 +66,7 @@ def _shares(store: Statistics, group: Sequence[str]) -> dict[str, float]:
 
 
 def _mean(store: Statistics, leaders: Sequence[str]) -> dict[str, Tensor]:
-    """Return the mean over inputs; of means over all tokens, what a single token has."""
+    """Return the mean over inputs; for means over all tokens, the part of a single token."""
     names = store.names(leaders[0])
     counted = "count" in names
     weights = [store.count(each) if counted else 1 for each in leaders]

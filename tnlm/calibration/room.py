@@ -1,4 +1,4 @@
-"""Says before the work what the second moments of gradients take, where that is much."""
+"""Warns before calibration if second moments of gradients need much memory."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tnlm.layers.adapters import matrix
 logger = logging.getLogger("tnlm")
 
 MUCH = 2**30
-"""Bytes of one moment from which on a warning is due."""
+"""Size of a moment, in bytes, from which there is a warning."""
 
 COPIES = 3
-"""How many moments are held at once: one read, one damped, and what they are multiplied with."""
+"""Number of moments in memory at once: the one read, its damped copy, and a product."""
 
 
 def check_room(model: nn.Module, modules: Sequence[str]) -> None:
-    """Warn of the largest moment of gradients, ``(out, out)`` in float64, before it is gathered.
+    """Warn about the largest moment of gradients, ``(out, out)`` in float64, before gathering.
 
     Args:
-        model: holds the modules.
-        modules: dotted names of the linear modules that are watched.
+        model: the model with the modules.
+        modules: dotted names of the watched linear modules.
 
     Raises:
-        CalibrationError: if the machine, or the module's GPU, has not so much memory.
+        CalibrationError: if the machine, or the module's GPU, does not have enough memory.
     """
     name, rows = max(
         ((name, matrix(model.get_submodule(name)).shape[0]) for name in modules),
@@ -54,7 +54,7 @@ def check_room(model: nn.Module, modules: Sequence[str]) -> None:
 
 
 def memory_of(device: torch.device) -> int:
-    """Return the bytes of memory that a device has in all, or more than any has if unknown.
+    """Return the total memory of a device in bytes, or a huge value if unknown.
 
     Example:
         >>> memory_of(torch.device("cpu")) > 2**20

@@ -1,4 +1,4 @@
-"""How much each routed expert adds: REAP's score."""
+"""REAP's score: the average contribution of each routed expert."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tnlm.targets.stubs import copied
 
 
 class _Scores:
-    """Sums of gate times output norm over the tokens of every expert."""
+    """Sums of gate times output norm over the tokens of each expert."""
 
     def __init__(self, model: nn.Module, mixtures: Sequence[Mixture]) -> None:
         self._model = model
@@ -28,7 +28,7 @@ class _Scores:
         self._counts: dict[str, Tensor] = {}
 
     def see(self, name: str, x: Tensor, padding: Padding | None) -> None:
-        """Add the tokens that a block is given."""
+        """Add the tokens of a block's input."""
         mixture = self._mixtures[name]
         states, index, weights = routed(self._model, mixture, counted_rows(name, x, padding))
         experts = self._model.get_submodule(mixture.path)
@@ -42,7 +42,7 @@ class _Scores:
             self._counts[name][expert] += len(rows)
 
     def end_batch(self) -> None:
-        """Do nothing: tokens are added one by one."""
+        """Do nothing, since tokens are added one by one."""
 
     def flush(self, store: Statistics) -> None:
         """Move all means to a store."""
@@ -57,11 +57,11 @@ class _Scores:
 
 
 def routed(model: nn.Module, mixture: Mixture, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the experts of a block are called with: states, indices and weights.
+    """Return the arguments of a block's experts: states, indices and weights.
 
     Args:
-        model: holds the block, which is run without its experts and without hooks.
-        mixture: which block.
+        model: the model with the block, which is run without its experts and hooks.
+        mixture: the block.
         x: tokens of its input, ``(tokens, width)``.
     """
     block, recorder = model.get_submodule(mixture.block), Recorder()
@@ -71,7 +71,7 @@ def routed(model: nn.Module, mixture: Mixture, x: Tensor) -> tuple[Tensor, Tenso
 
 
 def one_expert(experts: nn.Module, expert: int, states: Tensor) -> Tensor:
-    """Return the outputs of one expert, ``(tokens, width)``, without a gate."""
+    """Return the outputs of one expert, ``(tokens, width)``, without the gate."""
     index = torch.full((len(states), 1), expert, device=states.device)
     plain: nn.Module = copied(experts, {})
     output: Tensor = plain(states, index, states.new_ones(len(states), 1))
@@ -86,18 +86,17 @@ def collect_routing(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Run calibration data through a model and return what its experts add.
+    """Run calibration data through a model, and return the scores of its experts.
 
-    Under the name of every module of experts there are ``reap`` ``(experts,)``, REAP's score, the
-    mean over the tokens routed to an expert of its gate times the norm of its output, and
-    ``routed`` ``(experts,)``, how many tokens that were. An expert that no token reached has a
-    score of 0.
+    By name of each experts module, these are ``reap`` ``(experts,)``, REAP's score, which is the
+    mean over an expert's tokens of its gate times the norm of its output, and ``routed``
+    ``(experts,)``, the number of these tokens. An expert without tokens has score 0.
 
     Args:
-        model: run in eval mode, without gradients; left as it was.
+        model: run in eval mode, without gradients; left unchanged.
         mixtures: the blocks.
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
-        cache_dir: keep the statistics there, and use them again.
+        cache_dir: cache of the statistics.
         progress: show a progress bar.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rows with named columns, of text and of classes: read from files, and checked one by one."""
+"""Reads rows with columns of texts and classes from files, and checks them one by one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def read_rows(path: str | Path) -> Rows:
-    """Read a ``.jsonl`` file, one object a line; empty lines are skipped.
+    """Read a ``.jsonl`` file with one object per line; empty lines are skipped.
 
     Raises:
-        CalibrationError: for a file that cannot be read; names the line that is no JSON object.
+        CalibrationError: if the file cannot be read, or a line is not a JSON object; names the
+            line.
 
     Example:
         >>> read_rows("no such file.jsonl")
@@ -29,10 +30,10 @@ def read_rows(path: str | Path) -> Rows:
 
 
 def check_rows(rows: Sequence[Any]) -> Rows:
-    """Return rows of which each is a mapping.
+    """Return the rows, each of which must be a mapping.
 
     Raises:
-        CalibrationError: for one that is not.
+        CalibrationError: if a row is not a mapping.
     """
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -44,7 +45,7 @@ def text_at(row: Mapping[str, Any], index: int, column: str) -> str:
     """Return the string in a column.
 
     Raises:
-        CalibrationError: if there is none; names the row.
+        CalibrationError: if there is no string; names the row.
     """
     value = _at(row, index, column, "text")
     if not isinstance(value, str):
@@ -53,16 +54,14 @@ def text_at(row: Mapping[str, Any], index: int, column: str) -> str:
 
 
 def class_at(row: Mapping[str, Any], index: int, column: str) -> int:
-    """Return the class in a column, a whole number from 0.
+    """Return the class in a column, an integer from 0.
 
     Raises:
-        CalibrationError: if there is none; names the row.
+        CalibrationError: if there is no class; names the row.
     """
     value = _at(row, index, column, "label")
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-        raise CalibrationError(
-            f"row {index}: {column}={value!r}, but classes are integers from 0 on"
-        )
+        raise CalibrationError(f"row {index}: {column}={value!r}, but classes are integers from 0")
     return int(value)
 
 

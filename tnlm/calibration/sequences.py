@@ -1,4 +1,4 @@
-"""Sequences, images and clips of the many kinds that users give, as batches of one."""
+"""Converts sequences, images and clips of many kinds to batches of one."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ALLOWED = (
 )
 
 Batch = dict[str, Tensor]
-"""What a model's forward takes, by name, each with as many sequences as its first dimension; text
-has ``input_ids`` and ``attention_mask``, int64, both ``(sequences, length)``. Beside it stand
-``labels``: a class for each sequence, ``(sequences,)``, or what a decoder writes,
-``(sequences, length)``."""
+"""Inputs of a model's forward, by name, all with the sequences as first dimension. Text has
+``input_ids`` and ``attention_mask``, int64, both ``(sequences, length)``. There may be ``labels``:
+one class per sequence, ``(sequences,)``, or the output of a decoder, ``(sequences, length)``."""
 
 
 def samples_of(item: Any, max_length: int, model: PreTrainedModel | None = None) -> list[Batch]:
-    """Return the sequences of one item, each a batch of one.
+    """Return the sequences of one item, each as a batch of one.
 
-    Padding at both ends is dropped before text is cut to ``max_length``, so that a row padded on
-    the left keeps its tokens; a row without tokens is dropped. A batch that cannot be taken apart,
-    since it has images beside its text or inputs that are not by the sequence, stays whole.
+    Padding at both ends is removed before text is truncated to ``max_length``, so that a row padded
+    on the left keeps its tokens; a row without tokens is removed. A batch that cannot be split,
+    since it has images beside its text or inputs that do not belong to single sequences, stays
+    whole.
     """
     if isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], Tensor):
-        item = item[0]  # what a TensorDataset yields
+        item = item[0]  # from a TensorDataset
     if not isinstance(item, Mapping):
         item = {main_input(model): item}
     columns = columns_of(item, model)
@@ -51,10 +51,10 @@ def samples_of(item: Any, max_length: int, model: PreTrainedModel | None = None)
 
 
 def sequences_of(batch: Mapping[str, Tensor]) -> list[Batch]:
-    """Return the sequences of a batch one by one.
+    """Return the sequences of a batch as batches of one.
 
     Raises:
-        CalibrationError: for a batch of several that cannot be taken apart.
+        CalibrationError: if the batch has several sequences and cannot be split.
 
     Example:
         >>> sequences_of({"input_ids": torch.tensor([[3, 4], [5, 6]])})
@@ -73,7 +73,7 @@ def sequences_of(batch: Mapping[str, Tensor]) -> list[Batch]:
 
 
 def collated(samples: Sequence[Batch], batch_size: int) -> list[Batch]:
-    """Put sequences of text together in batches, padded on the right; all else stays alone.
+    """Join sequences of text into batches, padded on the right; all others stay separate.
 
     Example:
         >>> ids = torch.tensor([[3, 4]])
@@ -95,7 +95,7 @@ def collated(samples: Sequence[Batch], batch_size: int) -> list[Batch]:
 
 
 def _stacked(samples: Sequence[Batch]) -> list[Batch]:
-    """Return sequences of text as one batch, with the columns that all have; none for none."""
+    """Return sequences of text as one batch with their common columns; no batch for none."""
     if len(samples) < 2:
         return list(samples)
 
@@ -127,7 +127,7 @@ def _mask(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _is_by_sequence(columns: Mapping[str, Tensor], main: str) -> bool:
-    """Whether every column belongs to the sequences in their order, one of its rows to each."""
+    """Return whether every column has one row per sequence."""
     ids = columns.get("input_ids")
     if any(tensor.dim() == 0 or len(tensor) != len(columns[main]) for tensor in columns.values()):
         return False
@@ -147,7 +147,7 @@ def _rows(columns: Mapping[str, Tensor]) -> list[Batch]:
 
 
 def _trimmed(row: Batch, max_length: int, main: str) -> Batch | None:
-    """Drop the padding of one sequence and cut its text; None if nothing is left."""
+    """Remove the padding of one sequence and truncate its text; None if nothing is left."""
     first, mask = row[main], row.get("attention_mask")
     text = "input_ids" in row
     if mask is not None and mask.dim() == 2 and mask.shape == first.shape[:2]:
@@ -163,7 +163,7 @@ def _trimmed(row: Batch, max_length: int, main: str) -> Batch | None:
 
 
 def _cut_targets(row: Batch, max_length: int) -> Batch:
-    """Drop the padding that ends what a decoder reads and writes, and cut that."""
+    """Remove the padding at the end of a decoder's input and labels, and truncate these."""
     sides = {name: row[name] for name in TARGET if name in row and row[name].dim() == 2}
     if not sides:
         return row

@@ -1,7 +1,7 @@
-"""Texts of any length: short ones are taken whole, and of long ones no more is read than is used.
+"""Texts of any length: short texts are read whole, and of long texts only the parts used.
 
-A long text is divided into chunks that begin and end between paragraphs, or between the lines of a
-``.jsonl`` file, so that each is tokenised by itself as it would be within the whole.
+A long text is divided into chunks that start and end between paragraphs, or between lines of a
+``.jsonl`` file, so that each has the same tokens alone as within the whole text.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WHOLE = 2**24
-"""Longest text that is tokenised as one, in bytes of a file and in characters of a string."""
+"""Longest text that is tokenised at once, in bytes of a file or characters of a string."""
 CHUNK = 2**16
-"""Bytes or characters of a chunk, unless windows are longer."""
+"""Length of a chunk in bytes or characters, unless windows are longer."""
 TOKEN = 16
-"""Bytes or characters of a token at most, but for texts that hardly are any."""
+"""Upper bound on the bytes or characters per token, except for texts that are barely text."""
 _ENDS = rb"\n[ \t\r]*\n", rb"\n", rb"\s"
-"""Where a chunk may end: after a paragraph, or else after a line, or else after a word."""
+"""Ends of chunks, in order of preference: after a paragraph, a line, or a word."""
 
 
 class Source(Protocol):
@@ -38,11 +38,11 @@ class Source(Protocol):
     size: int
 
     def part(self, start: int, stop: int) -> str:
-        """Return the paragraphs that begin from one place on and before another."""
+        """Return the paragraphs that start in a range of positions."""
 
 
 class Memory:
-    r"""A text in memory; places are characters.
+    r"""A text in memory, with positions in characters.
 
     Example:
         >>> text = Memory("one paragraph\n\nanother one\n\nthe last")
@@ -66,10 +66,10 @@ class Memory:
 
 
 class File:
-    """A text file in UTF-8; places are bytes.
+    """A text file in UTF-8, with positions in bytes.
 
     Args:
-        path: where it is.
+        path: the file's path.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +78,7 @@ class File:
         self._long: list[tuple[int, int]] = []
 
     def part(self, start: int, stop: int) -> str:
-        """See `Source`; of a ``.jsonl`` file the texts of the lines that begin there."""
+        """See `Source`; for a ``.jsonl`` file, the texts of the lines that start in the range."""
         with self._path.open("rb") as file:
             start, stop = self._edge(file, start), self._edge(file, stop)
             file.seek(start)
@@ -96,7 +96,7 @@ class File:
         lines = [line for line in text.split("\n") if line.strip()]
         try:
             return "\n\n".join(text_field(json_row(line, "?"), "?") for line in lines)
-        except CalibrationError:  # now it is worth counting the lines before
+        except CalibrationError:  # count the preceding lines only for an error
             first = self._line(start)
             for number, line in enumerate(text.split("\n"), start=first):
                 if line.strip():
@@ -104,7 +104,7 @@ class File:
             raise
 
     def _line(self, place: int) -> int:
-        """Return the number of the line that begins at a byte."""
+        """Return the number of the line that starts at a byte."""
         count = 1
         with self._path.open("rb") as file:
             while place > 0 and (data := file.read(min(place, 2**20))):
@@ -120,7 +120,7 @@ class File:
         return at - 1 + _after(file.read(CHUNK + 1), _ENDS, at + CHUNK >= self.size)
 
     def _line_end(self, file: BinaryIO, at: int) -> int:
-        """Return where the line ends that a place is in; of long lines it is looked for once."""
+        """Return the end of the line at a position; in long lines, it is searched only once."""
         for start, end in self._long:
             if start <= at < end:
                 return end
@@ -131,9 +131,9 @@ class File:
 
 
 def _after(near: Any, kinds: Sequence[Any], last: bool) -> int:
-    """Return where the next paragraph begins, or line, or word, or at least the next character.
+    """Return the start of the next paragraph, or else line, word or character.
 
-    In the last part of a text that is its end, if no paragraph begins there.
+    In the last part of a text without another paragraph, it is the end of the text.
     """
     for kind in kinds:
         if found := re.search(kind, near):
@@ -142,15 +142,15 @@ def _after(near: Any, kinds: Sequence[Any], last: bool) -> int:
             return len(near)
     if isinstance(near, str):
         return 1
-    whole = (n for n in range(1, len(near)) if near[n] & 0xC0 != 0x80)  # where a character begins
+    whole = (n for n in range(1, len(near)) if near[n] & 0xC0 != 0x80)  # the start of a character
     return next(whole, len(near))
 
 
 def open_source(data: str | os.PathLike[str] | Sequence[str]) -> Source:
-    """Return a text, a file that is named, or texts joined by blank lines.
+    """Open a text, a named file, or texts joined by blank lines.
 
     Raises:
-        CalibrationError: for the name of a file that does not exist, or cannot be read.
+        CalibrationError: if a named file does not exist, or cannot be read.
 
     Example:
         >>> open_source(["a text", "another"]).size
@@ -170,7 +170,7 @@ def open_source(data: str | os.PathLike[str] | Sequence[str]) -> Source:
 
 
 def is_long(data: Any) -> bool:
-    """Whether data is a text, or the name of a file, of which only chunks are tokenised.
+    """Return whether data is a text or a text file of which only chunks are tokenised.
 
     Example:
         >>> is_long(["a text"]), is_long([1, 2])
@@ -182,9 +182,10 @@ def is_long(data: Any) -> bool:
 
 
 def first_ids(source: Source, tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:
-    """Return the first ids of a text, at most ``count``, and read little more than gives them.
+    """Return at most ``count`` first ids of a text, reading little more than needed.
 
-    They are those of the whole text: twice as much text is tokenised until it changes nothing.
+    They equal those of the whole text: ever longer starts are tokenised until the ids do not
+    change.
     """
     size, before = max(CHUNK, TOKEN // 2 * count), None
     while True:
@@ -199,17 +200,17 @@ def first_ids(source: Source, tokenizer: PreTrainedTokenizerBase, count: int) ->
 def drawn_windows(
     source: Source, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
 ) -> list[Tensor]:
-    """Return full windows ``(length,)`` of a long text, at most ``count``, in the text's order.
+    """Return at most ``count`` full windows ``(length,)`` of a long text, in the text's order.
 
-    Chunks are drawn without replacement, and windows within each, as few of one chunk as give
-    enough; no other chunk is read.
+    Chunks are drawn without replacement, and from each as few windows as needed; other chunks are
+    not read.
 
     Args:
         source: the text.
-        tokenizer: the model's own.
-        length: tokens of a window.
-        count: windows wanted.
-        seed: of the draws.
+        tokenizer: the model's tokenizer.
+        length: tokens per window.
+        count: number of windows.
+        seed: seed of the sample.
     """
     step = max(CHUNK, TOKEN * length)
     starts = range(0, source.size, step)
@@ -217,7 +218,7 @@ def drawn_windows(
     found: list[tuple[int, int, Tensor]] = []
     order = torch.randperm(len(starts), generator=generator).tolist()
     left: dict[int, list[int]] = {}
-    while order and len(found) < count:  # again where long lines left most chunks empty
+    while order and len(found) < count:  # repeat if long lines left most chunks empty
         for done, chunk in enumerate(order):
             if len(found) >= count:
                 break

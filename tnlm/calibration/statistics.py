@@ -25,21 +25,21 @@ __all__ = ["Statistics", "collect"]
 logger = logging.getLogger("tnlm")
 
 ROWS = 1024
-"""Tokens multiplied at once: products in float32, sums in float64."""
+"""Number of tokens multiplied at once, with products in float32 and sums in float64."""
 
 
 class Accumulator(Protocol):
     """Sums statistics over batches."""
 
     def end_batch(self) -> None:
-        """Finish what belongs to the batch at hand."""
+        """Finish the current batch."""
 
     def flush(self, store: Statistics) -> None:
-        """Move all sums to a store, as means, and forget them."""
+        """Move all sums to a store, as means, and reset them."""
 
 
 class _Inputs:
-    """Sums over tokens for the watched modules, once for modules that share an input."""
+    """Sums over tokens for the watched modules, computed once for modules with the same input."""
 
     def __init__(self) -> None:
         self.sums: dict[str, dict[str, Tensor]] = {}
@@ -49,7 +49,7 @@ class _Inputs:
         self._last: tuple[str, Tensor] | None = None
 
     def see(self, name: str, x: Tensor, padding: Padding | None) -> None:
-        """Add the input of a module; without ``padding`` all of it counts."""
+        """Add the input of a module; without ``padding``, all rows count."""
         if self._last is not None and self._last[1] is x:
             self.leaders.setdefault(name, self._last[0])
         self._last = (self.leaders.setdefault(name, name), x)
@@ -69,21 +69,21 @@ class _Inputs:
             sums["magnitude"] += part.abs().sum(0, dtype=torch.float64)
 
     def end_batch(self) -> None:
-        """Modules share an input within one batch only."""
+        """Forget the inputs, which modules share only within a batch."""
         self._last = None
 
     def flush(self, store: Statistics) -> None:
-        """Move all sums to a store, as means over inputs, and forget them.
+        """Move all sums to a store, as means over inputs, and reset them.
 
-        Most modules have one input a token, a pooler one a sequence, a shared layer several.
+        Most modules have one input per token, a pooler one per sequence, a shared layer several.
         """
         for leader, sums in self.sums.items():
             count = self.rows[leader]
-            if not count:  # called, but with no token that counts
+            if not count:  # called, but only with padding
                 continue
             members = [name for name, other in self.leaders.items() if other == leader]
             check_finite(f"inputs of {leader}", sums)
-            with torch.inference_mode(False):  # the store's tensors may enter graphs later
+            with torch.inference_mode(False):  # the store's tensors may be used in graphs later
                 means = {name: (total / count).cpu() for name, total in sums.items()}
                 store.put(leader, members, {**means, "count": torch.tensor(self.rows[leader])})
         self.most = max(self.most, *self.rows.values(), 0)
@@ -92,12 +92,12 @@ class _Inputs:
 
 
 def counted_rows(name: str, x: Tensor, padding: Padding | None) -> Tensor:
-    """Return the rows of ``x`` that belong to places which count, ``(rows, width)``.
+    """Return the rows of ``x`` that are not padding, ``(rows, width)``.
 
     Args:
-        name: the module that ``x`` is an input or output of.
+        name: the module with the input or output ``x``.
         x: ``(..., width)``.
-        padding: of the batch, or None when all counts.
+        padding: masks of the batch, or None without padding.
 
     Raises:
         CalibrationError: if the masks do not fit.
@@ -137,18 +137,17 @@ def collect(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Run calibration data through a model and return statistics of modules' inputs.
+    """Run calibration data through a model, and return statistics of modules' inputs.
 
     They are means over inputs x, float64: ``moment`` C = E[x x.T] ``(in, in)``, ``mean`` E[x] and
-    ``magnitude`` E|x|, both ``(in,)``; ``count`` says how many there were.
+    ``magnitude`` E|x|, both ``(in,)``; ``count`` is the number of inputs.
 
     Args:
-        model: run in eval mode, without gradients; left as it was.
-        modules: dotted names of the modules watched; the statistics have none of those that no
-            token reaches.
+        model: run in eval mode, without gradients; left unchanged.
+        modules: dotted names of the modules to watch; those that no token reaches get no
+            statistics.
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
-        cache_dir: keep the statistics there, under a hash of weights, modules and data, and use
-            them again when the hash is the same.
+        cache_dir: cache of the statistics, under a hash of weights, modules and data.
         progress: show a progress bar.
 
     Raises:
@@ -175,7 +174,7 @@ def collect(
     widest = max(_width(model.get_submodule(name)) for name in store.leaders)
     if inputs.most < widest:
         logger.warning(
-            "%d calibration tokens for matrices of up to %d columns: directions never seen are "
+            "%d calibration tokens for matrices of up to %d columns: directions without data are "
             "damped; use more data for a better fit",
             inputs.most,
             widest,
@@ -191,22 +190,23 @@ def fill(
     batches: int,
     title: str | None,
 ) -> None:
-    """Run passes to their end and keep the statistics that an accumulator makes of them.
+    """Run all passes, and store the statistics that an accumulator computes.
 
     Args:
-        store: is complete afterwards.
+        store: complete afterwards.
         accumulator: called by the passes.
-        shares: yields after every batch, and 0 when the modules seen so far are complete.
-        modules: one of them must be reached.
+        shares: the passes; yields after every batch, and 0 when the modules processed so far are
+            complete.
+        modules: the watched modules, at least one of which must be reached.
         batches: the sum of the shares.
-        title: of the progress bar; None for none.
+        title: title of the progress bar; None for no bar.
 
     Raises:
         CalibrationError: if no module is reached, or a sum is not finite.
     """
     done = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with (
-        contextlib.closing(shares),  # the model is as it was before an error is seen
+        contextlib.closing(shares),  # the model is restored before an error is raised
         tqdm(total=1.0, desc=title, bar_format=done, disable=title is None) as bar,
     ):
         for share in shares:

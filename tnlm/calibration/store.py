@@ -1,4 +1,4 @@
-"""Keeps statistics of modules, in memory while they are small and else in files."""
+"""Stores statistics of modules, in memory while they are small, otherwise in files."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tnlm.utils.spill import Slot, Spill
 logger = logging.getLogger("tnlm")
 
 IN_MEMORY = 2**25
-"""Bytes of tensors held in memory; further ones go to a file and are read when needed."""
+"""Most bytes of tensors in memory; others are written to a file and read when needed."""
 
 VERSION = 5
-"""Counts the layouts that cache directories have had: none is read under another's name."""
+"""Version of the layout of cache directories, so that other layouts are not read."""
 
 
 class Statistics:
-    """Named tensors of modules, shared by modules that share what they describe.
+    """Named tensors of modules; modules with the same inputs share their tensors.
 
     Args:
-        folder: of a cache, where tensors are kept; without one they go to a temporary file when
-            memory is short.
-        tokens: how many tokens were seen.
+        folder: cache folder for the tensors; without one, they go to a temporary file when they
+            are large.
+        tokens: number of tokens.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ class Statistics:
     """
 
     def __init__(self, folder: cache.Folder | None = None, tokens: int = 0) -> None:
-        """Start with no tensors."""
+        """Start without tensors."""
         self.tokens = tokens
         self.leaders: dict[str, str] = {}
         self.complete = False
@@ -57,7 +57,7 @@ class Statistics:
         self.pools: set[str] = set()
 
     def put(self, leader: str, members: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under their leader, for all modules that share them.
+        """Store tensors under the leader's name, for all modules that share them.
 
         Raises:
             CheckpointError: if the disk is full.
@@ -75,13 +75,13 @@ class Statistics:
     def tensor(self, module: str, name: str) -> Tensor:
         """Return a tensor of a module.
 
-        Of inputs: ``moment`` E[x x.T] ``(in, in)``, ``mean`` E[x] ``(in,)`` and ``magnitude``
-        E|x| ``(in,)``, and ``count``, how many x were seen. Of gradients: ``gradient`` E[g g.T]
+        For inputs: ``moment`` E[x x.T] ``(in, in)``, ``mean`` E[x] ``(in,)``, ``magnitude`` E|x|
+        ``(in,)``, and ``count``, the number of inputs. For gradients: ``gradient`` E[g g.T]
         ``(out, out)`` and ``fisher`` ``(out, in)``.
 
         Raises:
             CalibrationError: if it was not gathered.
-            CheckpointError: if it cannot be read, or is not what was written.
+            CheckpointError: if it cannot be read, or has changed since it was written.
         """
         leader = self.leaders.get(module)
         if leader is None:
@@ -99,23 +99,23 @@ class Statistics:
         return tuple(self._find(self.leaders[module], "")[1].split(", "))
 
     def count(self, module: str) -> int:
-        """Return how many inputs of a module were seen; 0 if all it has is lent."""
+        """Return the number of a module's inputs; 0 if its statistics are all borrowed."""
         return 0 if self.leaders[module] in self.pools else int(self.tensor(module, "count"))
 
     def pool(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Hold tensors that :meth:`lend` gives to modules; they are not kept in a cache."""
+        """Store tensors for :meth:`lend` to share with modules, but not in a cache."""
         self._memory[name] = tensors
         self.pools.add(name)
 
     def lend(self, module: str, pool: str, share: float) -> None:
-        """Let a module have a share of a pool's tensors; all of them if it has none of its own."""
+        """Mix a fraction of a pool's tensors into a module's; use all if it has no own tensors."""
         if module in self.leaders:
             self._lent[self.leaders[module]] = pool, share
         else:
             self.leaders[module] = pool
 
     def _find(self, leader: str, name: str) -> tuple[Tensor | None, str]:
-        """Return a tensor, and the names of all that are there if there is no such one."""
+        """Return a tensor, or None with the names of those that exist."""
         if self._folder is not None and leader not in self.pools:
             found = self._folder.tensor(leader, name)
             return found, "" if found is not None else ", ".join(self._folder.names(leader))
@@ -129,15 +129,15 @@ class Statistics:
         return self.tensor(module, "moment")
 
     def metric(self, module: str) -> InputMoment:
-        """Return the metric of a module's input; the latest one is kept, with its square root."""
+        """Return the metric of a module's input; the last one is cached, with its square root."""
         leader = self.leaders[module]
         if self._latest is None or self._latest[0] != leader:
-            self._latest = None  # free the last one before the next is read
+            self._latest = None  # free the previous one before reading the next
             self._latest = leader, InputMoment(self.moment(module))
         return self._latest[1]
 
     def forget(self) -> None:
-        """Drop the latest metric from memory."""
+        """Free the cached metric."""
         self._latest = None
 
     def save_index(self) -> None:
@@ -148,7 +148,7 @@ class Statistics:
 
     @classmethod
     def read(cls, place: Path) -> Statistics | None:
-        """Return the statistics of a complete entry of a cache, or None."""
+        """Return the statistics of a complete cache entry, or None."""
         found = cache.read(place)
         if found is None:
             return None
@@ -166,18 +166,19 @@ def open_store(
     batches: Sequence[Batch],
     kind: object,
 ) -> Statistics:
-    """Return what the cache holds of such statistics, complete, or else an empty store.
+    """Return complete statistics from the cache, or else an empty store.
 
     Args:
-        cache_dir: where caches are kept, each under its content's hash; None for no cache.
-        tokens: tokens of the batches.
-        model: whose weights and config are a part of the content.
+        cache_dir: folder of cache entries, each under a hash of its contents; None for no cache.
+        tokens: number of tokens in the batches.
+        model: the model, whose weights and config are part of the hash.
         modules: dotted names.
         batches: the data.
-        kind: which statistics, with all that they depend on besides; known by its ``repr``.
+        kind: the kind of statistics, with everything else that they depend on, hashed by its
+            ``repr``.
 
     Raises:
-        CheckpointError: if ``cache_dir`` cannot be a cache.
+        CheckpointError: if ``cache_dir`` cannot be used as a cache.
     """
     if cache_dir is None:
         return Statistics(None, tokens)
@@ -193,7 +194,7 @@ def open_store(
 def content_hash(
     model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch], kind: object
 ) -> str:
-    """Name all that statistics depend on: layout, kind, config, weights, modules and data."""
+    """Return a hash of all that statistics depend on: layout, kind, config, weights and data."""
     digest = hashlib.blake2b(repr((VERSION, kind)).encode(), digest_size=16)
     digest.update(model_hash(model).encode())
     digest.update("\n".join(modules).encode())

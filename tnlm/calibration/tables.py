@@ -1,6 +1,6 @@
 """Rows with named columns: lists of dicts, ``.jsonl`` and parquet files, datasets, streams.
 
-Rows are taken in an order that a seed draws, and no more of them than give the samples wanted.
+Rows are read in random order, and only as many as the samples need.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tnlm.calibration.files import file_meant, is_lines, read_lines
 from tnlm.errors import CalibrationError
 
 BUFFER = 1000
-"""Rows of a stream that are held at once, of which one is drawn at a time."""
+"""Size of the buffer of a stream's rows, from which rows are drawn one at a time."""
 PARQUET = ".parquet"
 Row = Mapping[str, Any]
 
@@ -27,9 +27,9 @@ class Table:
     """Rows with named columns.
 
     Attributes:
-        columns: their names.
-        rows: yields the rows in the order that a seed draws.
-        streamed: whether rows come one after another, and cannot be looked up.
+        columns: names of the columns.
+        rows: yields the rows in random order, from a seed.
+        streamed: whether rows come one after another, without access by index.
     """
 
     columns: Sequence[str]
@@ -38,10 +38,10 @@ class Table:
 
 
 def open_table(data: Any) -> Table | None:
-    """Return data that has rows with named columns, or None for any other.
+    """Open data that has rows with named columns; return None for other data.
 
     Raises:
-        CalibrationError: for a file that cannot be read.
+        CalibrationError: if a file cannot be read.
 
     Example:
         >>> table = open_table([{"text": "one"}, {"text": "two"}])
@@ -64,7 +64,7 @@ def open_table(data: Any) -> Table | None:
 
 
 def is_streamed(data: Any) -> bool:
-    """Whether data is a stream of ``datasets``, whose rows come one after another.
+    """Return whether data is a stream of ``datasets``, whose rows come one after another.
 
     Example:
         >>> is_streamed([{"text": "one"}])
@@ -75,7 +75,7 @@ def is_streamed(data: Any) -> bool:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a file holds a table in parquet, by its name."""
+    """Return whether a file is a parquet table, judging by its name."""
     return path.suffix.lower() == PARQUET
 
 
@@ -84,13 +84,13 @@ def _listed(rows: Sequence[Row]) -> Table:
 
 
 def _looked_up(rows: Any, seed: int) -> Iterator[Row]:
-    """Yield rows in random order; only those that are asked for are read."""
+    """Yield rows in random order, reading each only when needed."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return (rows[index] for index in order.tolist())
 
 
 def _streamed(data: Any) -> Table:
-    """Return a stream, drawn from a buffer; its columns are those of its first row."""
+    """Return a stream with a shuffle buffer; its columns are those of its first row."""
     columns = data.column_names or list(next(iter(data), {}))
     return Table(columns, lambda seed: iter(data.shuffle(seed=seed, buffer_size=BUFFER)), True)
 

@@ -1,4 +1,4 @@
-"""Read text files and tokenise whole texts, the same way for calibration and evaluation."""
+"""Reads text files and tokenises whole texts, in the same way for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ AUTO = "auto"
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a text file; a ``.jsonl`` gives the ``text`` fields of its lines, joined by blank lines.
+    """Read a text file; for ``.jsonl``, join the lines' ``text`` fields by blank lines.
 
     Args:
-        path: a file in UTF-8, or in UTF-16 with its mark; maybe gzipped.
+        path: a file in UTF-8, or in UTF-16 with a byte order mark; possibly gzipped.
 
     Example:
         >>> read_text("no such file.txt")
@@ -36,7 +36,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def text_field(row: Mapping[str, Any], where: str) -> str:
-    """Return the ``text`` of one row; errors name the place."""
+    """Return the ``text`` of one row; errors name its location."""
     text = row.get("text")
     if not isinstance(text, str):
         raise CalibrationError(f"{where}: no string 'text'; every line must be {{\"text\": ...}}")
@@ -47,34 +47,34 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Tokenise a whole text once, without special tokens, to ids of shape ``(tokens,)``.
 
     Raises:
-        CalibrationError: for a text that is no Unicode, which JSON can hold.
+        CalibrationError: if the text has unpaired surrogates, which JSON can contain.
     """
     try:
         text.encode()
     except UnicodeEncodeError as err:
-        raise CalibrationError(f"the text holds half of a character: {err}") from err
-    # verbose=False: a text longer than the model is expected, it is cut into windows later.
+        raise CalibrationError(f"the text has an unpaired surrogate: {err}") from err
+    # verbose=False: the text may exceed the model's length, since it is cut into windows later.
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
 def check_bos(bos: object) -> None:
-    """Raise `OptionError` unless it says whether windows begin with BOS; 1 and 0 do not."""
+    """Raise `OptionError` unless ``bos`` is ``"auto"``, True or False; 1 and 0 are not allowed."""
     if not isinstance(bos, bool) and not (isinstance(bos, str) and bos == AUTO):
         hint = did_you_mean(str(bos), [AUTO])
         raise OptionError(f"bos={bos!r}{hint}, True or False", argument="bos")
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase, bos: bool | str = AUTO) -> int | None:
-    """Return the token that stands before every window of text, or None for none.
+    """Return the token at the start of every window of text, or None.
 
     Args:
-        tokenizer: the model's own.
-        bos: ``"auto"`` for its BOS token if it puts that in front of a text by itself; True for
-            its BOS token, False for none.
+        tokenizer: the model's tokenizer.
+        bos: True for the BOS token, False for none, or ``"auto"`` for the BOS token if the
+            tokenizer adds it by default.
 
     Raises:
-        OptionError: for another ``bos``, or if the tokenizer has no BOS token to put.
+        OptionError: if ``bos`` has another value, or the tokenizer has no BOS token.
     """
     check_bos(bos)
     if bos is False:

@@ -1,10 +1,10 @@
-"""Runs calibration data through a model, block by block where the model allows it.
+"""Runs calibration data through a model, block by block if the model allows it.
 
-Walking keeps the hidden states of all batches and finishes one block after another, so that only
-one block's statistics are in memory. Each stack of blocks is walked by itself: a tower for images,
-an encoder, a decoder of text. It needs batches of one shape without padding, and blocks that depend
-on the batch by the hidden state alone; two batches are checked against the whole model first.
-Anything else takes the plain way, whole forward passes with hooks on every module.
+A walk keeps the hidden states of all batches and finishes one block after another, so that only one
+block's statistics are in memory. Each stack of blocks is walked separately, such as an image tower,
+an encoder or a text decoder. The batches must have the same shape and no padding, and blocks may
+depend on the batch only through the hidden state; this is first checked on two batches against the
+whole model. Otherwise, whole forward passes are run with hooks on every module.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tnlm.utils.training_flags import modes_kept
 logger = logging.getLogger("tnlm")
 
 See = Callable[[str, Tensor, Padding | None], None]
-"""Called with a watched module's name, its input, and the padding if there is any."""
+"""Called with a watched module's name and input, and the padding or None."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is called with besides the hidden state."""
+"""The arguments of a block besides the hidden state."""
 
 Walk = tuple[Blocks, list[str], list[Call]]
 """A stack, the watched modules in it, and every block's further arguments."""
@@ -46,11 +46,11 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
 def stream(
     model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch], see: See
 ) -> Generator[float, None, None]:
-    """Show the inputs of modules to ``see``, batch by batch.
+    """Pass the inputs of modules to ``see``, batch by batch.
 
     Yields:
-        The batches done since the last yield, as a fraction of whole passes; 0 when the modules
-        seen so far are complete.
+        The batches processed since the last yield, as a fraction of whole passes; 0 when the
+        modules processed so far are complete.
     """
     with eval_mode(model), torch.inference_mode():
         walks, left = plan_walks(model, modules, lambda blocks: check_walk(model, blocks, batches))
@@ -64,12 +64,12 @@ def stream(
 def plan_walks(
     model: nn.Module, modules: Sequence[str], check: Callable[[Blocks], list[Call] | None]
 ) -> tuple[list[Walk], list[str]]:
-    """Return the stacks that can be walked, and the modules that whole passes are left with.
+    """Return the stacks that can be walked, and the modules that need whole passes.
 
     Args:
-        model: that holds the modules.
-        modules: dotted names of those watched.
-        check: returns every block's further arguments, or None for a stack that cannot be walked.
+        model: the model with the modules.
+        modules: dotted names of the watched modules.
+        check: returns every block's further arguments, or None if a stack cannot be walked.
     """
     walks, left = [], list(modules)
     for blocks in find_stacks(model, modules):
@@ -83,7 +83,7 @@ def plan_walks(
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without a cache, and restore both in each module after."""
+    """Put a model in eval mode without a cache, and restore both in every module afterwards."""
     with modes_kept(model), caches_kept(model, use=False):
         model.eval()
         yield
@@ -120,11 +120,11 @@ def _walk(
 def check_walk(
     model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch]
 ) -> list[Call] | None:
-    """Return every block's further arguments, or None if walking would not give the same states."""
+    """Return every block's further arguments, or None if walking would give other states."""
     shapes = {tuple(sorted((name, t.shape) for name, t in batch.items())) for batch in batches}
     if len(shapes) > 1 or any(padding_of(batch) is not None for batch in batches):
         return None
-    # Two batches, interleaved as in walking: blocks may leave things aside for later blocks.
+    # Two batches, interleaved as in a walk, since blocks may store values for later blocks.
     calls, first, after_first = record(model, blocks, batches[0])
     _, last, after_last = record(model, blocks, batches[-1])
     if calls is None or first is None or last is None or len(calls) != len(blocks):
@@ -138,11 +138,11 @@ def check_walk(
 
 
 def _replayed(blocks: Blocks, calls: Sequence[Call], states: list[Tensor]) -> list[Tensor] | None:
-    """Return what blocks make of states, one after the other, or None if one does not take them."""
+    """Return states after all blocks in turn, or None if a block does not accept them."""
     for (_, block), call in zip(blocks, calls, strict=True):
         try:
             states = [call_block(block, state, call) for state in states]
-        except Exception:  # code of others: whatever it raises, more than a state links its blocks
+        except Exception:  # the model's code may raise anything
             return None
         if not all(isinstance(state, Tensor) for state in states):
             return None
@@ -152,9 +152,9 @@ def _replayed(blocks: Blocks, calls: Sequence[Call], states: list[Tensor]) -> li
 def _calls_agree(
     model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch], call: Call
 ) -> bool:
-    """Whether all batches give the first block the same arguments besides the hidden state.
+    """Return whether all batches give the first block the same arguments besides the state.
 
-    Those of token ids alone do: they are masks and positions.
+    For batches of only token ids they do, since these arguments are masks and positions.
     """
     if set(batches[0]) <= set(TEXT) and not model.config.is_encoder_decoder:
         return True
@@ -164,7 +164,7 @@ def _calls_agree(
 
 
 def _equal(found: Any, expected: Any) -> bool:
-    """Whether two arguments hold the same tensors."""
+    """Return whether two arguments contain the same tensors."""
     if isinstance(found, Tensor) and isinstance(expected, Tensor):
         return found.shape == expected.shape and bool((found == expected).all())
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
@@ -175,7 +175,7 @@ def _equal(found: Any, expected: Any) -> bool:
 
 
 def same(state: Tensor, expected: Tensor | None) -> bool:
-    """Whether two computations of a tensor agree, up to rounding."""
+    """Return whether two computations of a tensor agree, up to rounding."""
     if expected is None or state.shape != expected.shape:
         return False
     expected = expected.float()
@@ -185,7 +185,7 @@ def same(state: Tensor, expected: Tensor | None) -> bool:
 def record(
     model: PreTrainedModel, blocks: Blocks, batch: Batch
 ) -> tuple[list[Call] | None, Tensor | None, Tensor | None]:
-    """Run one batch; return each block's further arguments, the first input and the last output."""
+    """Run one batch; return all blocks' further arguments, the first input and last output."""
     calls: list[Call] = []
     first: Tensor | None = None
     last: list[Any] = []
@@ -196,7 +196,7 @@ def record(
         state, call = take_state(args, kwargs)
         cached = any(isinstance(each, Cache) for each in (*call[0], *call[1].values()))
         known = known and state is not None and not cached  # a cache would grow with every call
-        first = state if not calls else first  # one of them: together they are large
+        first = state if not calls else first  # only the first, since together they are large
         calls.append(call)
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -213,7 +213,7 @@ def record(
 
 
 def first_states(model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch]) -> list[Tensor]:
-    """Return the hidden state that every batch brings to the first block."""
+    """Return the first block's hidden state for every batch."""
     body = _body(model, [blocks[0][0]])
     found = (_block_input(model, body, blocks, batch) for batch in batches)
     return [each[0] for each in found if each is not None]
@@ -222,7 +222,7 @@ def first_states(model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch
 def _block_input(
     model: PreTrainedModel, body: nn.Module, blocks: Blocks, batch: Batch
 ) -> tuple[Tensor, Call] | None:
-    """Return the hidden state that a batch brings to the first block, and its other arguments."""
+    """Return the first block's hidden state and other arguments for a batch."""
     found: list[tuple[Tensor, Call]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -256,7 +256,7 @@ def call_block(block: nn.Module, state: Tensor, call: Call) -> Tensor:
 
 
 def _body(model: PreTrainedModel, modules: Sequence[str]) -> nn.Module:
-    """Return the model without its output head, unless a module is in the head."""
+    """Return the model without its output head, unless a watched module is in the head."""
     inner, body = f"{model.base_model_prefix}.", model.base_model
     reads = main_input(model) in inspect.signature(body.forward).parameters
     return body if reads and all(name.startswith(inner) for name in modules) else model

@@ -1,4 +1,4 @@
-"""Windows of text and of token ids: all of one length, without overlap."""
+"""Cuts texts and token ids into windows of the same length, without overlap."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def text_windows(
     seed: int,
     bos: bool | str,
 ) -> list[Batch]:
-    """Cut a text into windows: a short one whole, of a long one no more than are wanted.
+    """Cut a text into windows: all of a short text, only as many as needed of a long one.
 
     Raises:
         CalibrationError: if there is no tokenizer, or no full window.
-        OptionError: if BOS leaves no room.
+        OptionError: if BOS leaves no room for tokens.
     """
     if tokenizer is None:
         raise CalibrationError(
@@ -46,7 +46,7 @@ def text_windows(
         found = drawn_windows(source, tokenizer, length, count, seed)
         if not found:
             raise CalibrationError(
-                f"no part of the calibration text holds a window of max_length={max_length} "
+                f"no part of the calibration text has a window of max_length={max_length} "
                 "tokens; use a smaller one",
                 argument="max_length",
             )
@@ -56,7 +56,7 @@ def text_windows(
 
 
 def id_windows(ids: Tensor, length: int, start: int | None = None) -> list[Batch]:
-    """Cut ids ``(tokens,)`` into full windows without overlap, each after a start token.
+    """Cut ids ``(tokens,)`` into full windows without overlap, each with a start token first.
 
     Example:
         >>> [window["input_ids"].tolist() for window in id_windows(torch.arange(5), 2)]

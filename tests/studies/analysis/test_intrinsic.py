@@ -149,7 +149,7 @@ def test_impossible_choices_are_refused(given, message, gpt2):
 
 @pytest.mark.parametrize("data", [[], torch.zeros(0, dtype=torch.int64), [[]]])
 def test_no_data_is_refused(data, gpt2):
-    with pytest.raises(TrainingError, match="holds no tokens"):
+    with pytest.raises(TrainingError, match="has no tokens"):
         find(gpt2, data)
 
 

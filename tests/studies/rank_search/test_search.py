@@ -412,7 +412,7 @@ def test_impossible_choices_are_refused(given, error, message, small):
         ({"growth": 0.9}, OptionError, "growth=0.9; allowed: a finite factor of at least 1"),
         ({"delta": 0.1}, OptionError, "delta= has no effect with score='perplexity'"),
         ({"report": IDS[32:96]}, EvaluationError, "item 0 of report= is item 1 of search="),
-        ({"search": IDS[:0]}, TnlmError, "holds no tokens"),
+        ({"search": IDS[:0]}, TnlmError, "has no tokens"),
     ],
 )
 def test_impossible_perplexities_are_refused(given, error, message, small):
