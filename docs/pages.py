@@ -41,6 +41,7 @@ PACKAGES = {
     "tnlm.recovery.pruning": "Pruning",
     "tnlm.runtimes": "Runtimes",
     "tnlm.schemes": "Schemes",
+    "tnlm.streaming": "Larger than memory",
     "tnlm.studies": "Studies",
     "tnlm.studies.analysis": "Analysis",
     "tnlm.studies.design": "Design space",

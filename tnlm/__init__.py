@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from tnlm.recovery.training import finetune as finetune
     from tnlm.runtimes.export import export as export
     from tnlm.schemes import list_schemes as list_schemes
+    from tnlm.streaming.compress import compress_files as compress_files
     from tnlm.studies.analysis.analyze import analyze as analyze
     from tnlm.studies.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
     from tnlm.studies.analysis.result import Analysis as Analysis
@@ -68,6 +69,7 @@ _HOMES = {
     "Analysis": "tnlm.studies.analysis.result",
     "truncate_groups": "tnlm.studies.analysis.truncation",
     "compress": "tnlm.api",
+    "compress_files": "tnlm.streaming.compress",
     "plan": "tnlm.api",
     "report": "tnlm.api",
     "to_dense": "tnlm.api",

@@ -52,6 +52,10 @@ class CheckpointError(TnlmError, OSError):
     """A directory or file that cannot be written, or whose contents do not fit the model."""
 
 
+class CapacityError(TnlmError, ValueError):
+    """Memory or disk that a run needs, and that a cap or a disk does not allow."""
+
+
 class EvaluationError(TnlmError, ValueError):
     """A measurement that has no meaning: too little text, or a loss that is not finite."""
 

@@ -15,6 +15,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Target
 from tnlm.tensors.network import Cost
+from tnlm.utils.residency import resident
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Problem:
         """Yield every target with its weight and metric, with a progress bar."""
         everything = [*self.targets, *self.joint]
         for target in tqdm(everything, desc="planning", unit="matrix", disable=not self.progress):
-            yield target, target.weight(self.model), self.metric(target)
+            with resident(self.model, *(member.module for member in target.members)):
+                yield target, target.weight(self.model), self.metric(target)
 
     def extra(self, target: Target) -> int:
         """Return the size of the bias added to a target, or 0."""

@@ -108,6 +108,11 @@ def looks_like_path(source: str | Path) -> bool:
     return "/" in name and Path(name).parent.is_dir()
 
 
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model's directory, or None if it has none."""
+    return _read_tokenizer(*_locate(source))
+
+
 def _read_tokenizer(place: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer, or return None; without one, transformers would create an empty one."""
     from transformers import AutoTokenizer
@@ -133,7 +138,7 @@ def _read_model(
         # Otherwise the model counts as quantized and cannot be saved.
         options = options | {"quantization_config": GgufConfig(dequantize=True)}
     else:
-        kind = _class_of(place) or kind
+        kind = class_of(place) or kind
     # Without trust_remote_code, transformers asks on the terminal whether to run code.
     options = options | {"dtype": dtype, "trust_remote_code": False}
     loaded: Any = kind.from_pretrained(place, output_loading_info=True, **options)
@@ -141,7 +146,7 @@ def _read_model(
     return model, sorted(info["missing_keys"])
 
 
-def _class_of(place: str) -> type[PreTrainedModel] | None:
+def class_of(place: str) -> type[PreTrainedModel] | None:
     """Return the class that a config names, if it is in transformers and fits the config."""
     import transformers
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -46,6 +47,16 @@ def _to_diff_dict(make: Callable[..., Any], config: Any, args: Any, kwargs: Any)
             if isinstance(part, dict):
                 part["transformers_weights"] = GUARD
     return written
+
+
+def save_description(model: PreTrainedModel, directory: Path) -> None:
+    """Write the config of a model as ``save_pretrained`` does, without the weights."""
+    with _described(model):
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
 
 
 @contextmanager

@@ -18,7 +18,18 @@ from typer.main import get_command
 
 import tnlm
 from tnlm.cli.choices import asked, with_choices
-from tnlm.cli.options import FILE, Dtype, Ignore, Json, Model, Overwrite, SchemeName, Targets
+from tnlm.cli.options import (
+    FILE,
+    Dtype,
+    Ignore,
+    Json,
+    Memory,
+    Model,
+    Overwrite,
+    SchemeName,
+    Scratch,
+    Targets,
+)
 from tnlm.cli.output import console, layers_table, print_json, print_report, printable
 from tnlm.cli.studies import studies
 from tnlm.cli.words import in_options
@@ -134,12 +145,32 @@ def compress(
     ignore: Ignore = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
+    memory: Memory = None,
+    scratch: Scratch = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Compress a model and save it."""
     choices = asked(given)
     scheme_or_plan = _read_plan(plan, scheme, choices)
+    if memory is not None or scratch is not None:
+        if plan is not None:
+            raise OptionError("--plan is not carried out block by block yet; give --scheme")
+        done = tnlm.compress_files(
+            model,
+            out,
+            str(scheme),
+            memory=memory,
+            scratch=scratch,
+            targets=targets,
+            ignore=ignore,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=not as_json,
+            **choices,
+        )
+        print_report(done, as_json)
+        return
     from tnlm.checkpoint.dense_models import load_model
     from tnlm.checkpoint.exchange import check_writable
 

@@ -65,6 +65,7 @@ def cascade(
     *,
     centered: bool = False,
     wanted: Callable[[Member], bool] = lambda _: True,
+    done: Callable[[], None] = lambda: None,
     progress: bool = True,
 ) -> None:
     """Fit all targets inside blocks, block by block, without changing the model.
@@ -77,6 +78,7 @@ def cascade(
         fit: called once per target, in execution order.
         centered: anchor centered inputs, because a bias corrects the means.
         wanted: returns whether a target is fitted; the others stay dense.
+        done: called when all targets of a block are fitted.
         progress: show a progress bar.
 
     Raises:
@@ -101,6 +103,7 @@ def cascade(
                 for target in group:
                     pair.put(target, fit(target, moments.move(pair.weight(target), centered)))
             pair.advance(compressed, dense)
+            done()
 
 
 def open_walk(

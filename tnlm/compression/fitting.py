@@ -18,6 +18,7 @@ from tnlm.layers.swap import Shelf
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan, Plan
 from tnlm.targets.base import Fitted, Member, Target
+from tnlm.utils.residency import resident
 
 
 class Fitting:
@@ -81,18 +82,31 @@ class Fitting:
         self._put(unit, layer, fitted)
         return dense
 
-    def fit_beside(self) -> None:
-        """Keep the parts of replaced modules that the plan does not name as they are."""
+    def fit_beside(self, within: str = "") -> None:
+        """Keep the parts of replaced modules that the plan does not name as they are.
+
+        Args:
+            within: how the names of the modules begin.
+        """
         for target in self._beside:
-            layer = stay_dense(target, target.weight(self._model), "not chosen")
-            self._put(target, layer, target.fit(self._model, layer, Metric()))
+            if target.name in self.entries or not target.module.startswith(within):
+                continue
+            with resident(self._model, target.module):
+                layer = stay_dense(target, target.weight(self._model), "not chosen")
+                self._put(target, layer, target.fit(self._model, layer, Metric()))
             del self.errors[layer.name]
+
+    def awaits(self, within: str) -> bool:
+        """Return whether a target is still to be fitted whose module's name begins so."""
+        due = (m for unit in self.units for m in unit.members if m.name in self._replaced)
+        return any(m.module.startswith(within) and m.name not in self.entries for m in due)
 
     def _fit(self, unit: Target, layer: LayerPlan, moved: Moved | None) -> Fitted:
         metric = self._job.evidence.metric(unit, moved.statistics if moved else None)
-        if moved is None:
-            return unit.fit(self._model, layer, metric)
-        return unit.fit(self._model, layer, metric, moved.weight, moved.output)
+        with resident(self._model, *(member.module for member in unit.members)):
+            if moved is None:
+                return unit.fit(self._model, layer, metric)
+            return unit.fit(self._model, layer, metric, moved.weight, moved.output)
 
     def _put(self, unit: Target, layer: LayerPlan, fitted: Fitted) -> None:
         squares = self._squares.setdefault(layer.name, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -155,7 +155,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     read = job.evidence.weights_of(model)
     shelf = Shelf()
     fitting = Fitting(read, job, decided, shelf)
-    _fit_all(read, job, fitting, progress)
+    fit_all(read, job, fitting, progress)
     if job.request.refine:
         _refine_all(read, job, fitting, progress)
     job.evidence.forget()
@@ -168,7 +168,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
             _recover(model, job, after, teacher, dense, progress)
         spent = time.perf_counter() - start
         job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
-        report = _report(job, with_errors(decided, fitting.errors))
+        report = report_of(job, with_errors(decided, fitting.errors))
         model.tnlm_report = report  # type: ignore[assignment]
         return model
 
@@ -198,7 +198,8 @@ def _swap_in(
     attach(model, config)
 
 
-def _report(job: Job, done: Plan) -> Report:
+def report_of(job: Job, done: Plan) -> Report:
+    """Return the report of a plan that was carried out."""
     known = job.evidence
     return Report(
         done, dict(job.seconds), known.tokens, data=known.drawn, fingerprint=known.fingerprint
@@ -242,7 +243,22 @@ def _recover(
     job.seconds["recover"] = time.perf_counter() - start
 
 
-def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool) -> None:
+def fit_all(
+    model: PreTrainedModel,
+    job: Job,
+    fitting: Fitting,
+    progress: bool,
+    fitted: Callable[[], None] = lambda: None,
+) -> None:
+    """Fit every target of a plan.
+
+    Args:
+        model: holds the weights.
+        job: the request.
+        fitting: holds the results.
+        progress: show progress bars.
+        fitted: called after every fit; those of a cascade come block by block.
+    """
     if job.request.cascade != "none":
         cascade(
             model,
@@ -252,12 +268,14 @@ def _fit_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool)
             fitting.fit,
             centered=job.request.measure.adds_bias,
             wanted=fitting.shrinks,
+            done=fitted,
             progress=progress,
         )
     for unit in tqdm(fitting.units, desc="fitting", unit="matrix", disable=not progress):
         if unit.members[0].name not in fitting.entries:
             fitting.fit(unit)
             release()
+            fitted()
     fitting.fit_beside()
 
 

@@ -60,6 +60,7 @@ class Format(ABC, Generic[S]):
         kinds: what it can replace: ``"linear"`` weights, ``"embedding"`` tables, or both.
         made_of: kinds of the matrices replaced together, if there are several.
         stacks: whether a stack of matrices can be cut apart after the fit, sharing ``right``.
+        copies: how many float64 copies of the matrix a fit holds, at most.
     """
 
     name: ClassVar[str]
@@ -69,6 +70,7 @@ class Format(ABC, Generic[S]):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     made_of: ClassVar[frozenset[str]] = frozenset()
     stacks: ClassVar[bool] = False
+    copies: ClassVar[float] = 8.0
 
     @abstractmethod
     def network(self, shape: Shape, spec: S) -> Network:

@@ -76,6 +76,7 @@ class TensorRing(Format[TensorRingSpec]):
     title = "tensor ring of the matrix"
     spec = TensorRingSpec
     metrics = frozenset({"identity", "input", "separable", "elementwise"})
+    copies = 20.0
 
     def network(self, shape: Shape, spec: TensorRingSpec) -> Network:
         """Return a ring of cores ``core0 .. core<d-1>``; a closing bond of rank 1 is left out."""

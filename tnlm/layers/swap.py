@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -82,11 +83,11 @@ class Shelf:
         Linear(in_features=2, out_features=3, bias=True)
     """
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, folder: Path | None = None) -> None:
+        """Start empty; the file is in a folder, or else in the system's temporary directory."""
         self._modules: dict[str, tuple[nn.Module, torch.device]] = {}
         self._slots: dict[str, dict[str, Slot]] = {}
-        self._spill = Spill()
+        self._spill = Spill(folder)
 
     def put(self, name: str, module: nn.Module) -> None:
         """Move a module's tensors to a file.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tnlm.errors import ModelError
 from tnlm.layers.peft_names import is_adapter
 from tnlm.targets.base import Target
+from tnlm.utils.residency import resident
 
 
 def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
@@ -20,8 +21,9 @@ def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
     for target in targets:
         for held in target.held(model):
             _check_plain(target, held)
-        for values in target.values(model):
-            _check_finite(target, values.detach())
+        with resident(model, *(member.module for member in target.members)):
+            for values in target.values(model):
+                _check_finite(target, values.detach())
 
 
 def _check_plain(target: Target, held: Tensor) -> None:

@@ -14,6 +14,7 @@ from tnlm.targets.probe import Finding, probe
 from tnlm.targets.signature import signature
 from tnlm.targets.stubs import Linear, widths
 from tnlm.targets.trial import Hidden
+from tnlm.utils.residency import resident
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class _Finder:
         key = self._kinds[parent], reader[cut:], inside
         if key not in self._known:
             layer = self._model.get_submodule(parent)
-            self._known[key] = probe(layer, reader[cut:], inside)
+            with resident(self._model, parent):
+                self._known[key] = probe(layer, reader[cut:], inside)
         return self._known[key]
 
 

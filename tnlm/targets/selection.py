@@ -27,8 +27,9 @@ from tnlm.targets.matching import (
 from tnlm.targets.matrix import matrices_of
 from tnlm.targets.mixtures import expert_shares
 from tnlm.targets.parts import fused_layouts
-from tnlm.targets.plain import oddity
+from tnlm.targets.plain import PLAIN, oddity
 from tnlm.targets.table import TableTarget
+from tnlm.utils.residency import resident
 
 AROUND = "outside the model's blocks, as heads are; name it in targets= to compress it"
 UNNAMED, IGNORED = "targets= does not choose it", "ignore= names it"
@@ -181,7 +182,9 @@ def _describe(
     if any(getattr(other, "_hf_hook", None) for other in modules):
         return "its weight is offloaded by accelerate; compress before dispatching"
     for user, other in zip(users, modules, strict=True):
-        found = oddity(other)
+        tried = [] if type(other) in PLAIN else [user]
+        with resident(model, *tried):
+            found = oddity(other)
         if found is not None:
             return f"{found}, at {user}"
     embeddings = [

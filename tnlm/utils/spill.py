@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,9 +36,14 @@ class Spill:
         tensor([0, 1, 2])
     """
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, folder: Path | None = None) -> None:
+        """Start empty.
+
+        Args:
+            folder: where the file is created; None for the system's temporary directory.
+        """
         self._file: Any = None
+        self._folder = folder
 
     def put(self, tensor: Tensor) -> Slot:
         """Write a copy of a tensor.
@@ -49,14 +55,17 @@ class Spill:
         rest = flat.numpy().data
         try:
             if self._file is None:  # unbuffered, so that a full disk fails here and not later
-                self._file = tempfile.TemporaryFile(prefix="tnlm-", buffering=0)  # noqa: SIM115
+                self._file = tempfile.TemporaryFile(  # noqa: SIM115
+                    prefix="tnlm-", buffering=0, dir=self._folder
+                )
                 weakref.finalize(self, self._file.close)
             offset = self._file.seek(0, 2)
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
+            place = self._folder or _place()
             raise CheckpointError(
-                f"the temporary directory {_place()} cannot hold {flat.numel() / 2**20:,.1f} MiB "
+                f"the temporary directory {place} cannot hold {flat.numel() / 2**20:,.1f} MiB "
                 f"more: {error}; the environment variable TMPDIR names another place"
             ) from error
         return Slot(offset, tensor.shape, tensor.dtype, tensor.device)
@@ -79,7 +88,8 @@ class Spill:
                     raise OSError("the file ends too early")
                 rest = rest[count:]
         except OSError as error:
-            raise CheckpointError(f"a file in {_place()} cannot be read: {error}") from error
+            place = self._folder or _place()
+            raise CheckpointError(f"a file in {place} cannot be read: {error}") from error
         return held.view(slot.dtype).reshape(slot.shape).to(slot.device)
 
 

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tnlm.compression.request import make_request
+from tnlm.streaming.blocks import block_names
+from tnlm.streaming.resources import OVERHEAD, resources
+from tnlm.targets.selection import select
+
+PEAK = """
+import json, resource, sys
+import tnlm
+from tnlm.evaluation.footprint import resident_bytes
+source, out, scheme, memory = sys.argv[1:]
+tnlm.compress_files(source, out, scheme, memory=memory, progress=False)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+"""
+
+
+def test_a_wider_model_needs_more(tiny_llama):
+    needed = []
+    for width in (48, 96):
+        model = tiny_llama(intermediate_size=width)
+        found = select(model, "all-linear").targets
+        needed.append(resources(model, block_names(model), found, make_request("svd")))
+    narrow, wide = (each.stages["fit"] - OVERHEAD for each in needed)
+    assert wide == 2 * narrow == 32 * 96 * (8 * 8 + 4)
+    assert needed[0].peak == needed[0].now + max(needed[0].stages.values())
+    assert needed[1].written > needed[0].written
+    assert "peak memory" in needed[0].lines()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ru_maxrss in kB")
+@pytest.mark.parametrize("scheme", ["svd", "tt"])
+def test_a_process_stays_below_its_cap(scheme, tiny_llama, tmp_path):
+    tiny_llama(hidden_size=512, intermediate_size=2048).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", PEAK, tmp_path / "model", tmp_path / "out", scheme, "650MB"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) < 650e6

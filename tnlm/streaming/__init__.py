@@ -1,0 +1,1 @@
+"""Compresses models that are larger than memory, from files to files, block by block."""

@@ -1,0 +1,186 @@
+"""compress_files: from a model's directory to a compressed one, block by block."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tnlm.checkpoint.dense_models import load_tokenizer
+from tnlm.checkpoint.disk_weights import DiskWeights, read_when_called
+from tnlm.checkpoint.exchange import check_writable, replace_directory
+from tnlm.checkpoint.folder import INDEX
+from tnlm.checkpoint.skeleton import open_skeleton
+from tnlm.checkpoint.sums import REPORT_FILE, record_sums
+from tnlm.checkpoint.transformers_plugin import attach
+from tnlm.checkpoint.writing import save_description
+from tnlm.compression.choices import Asked, gather_choices
+from tnlm.compression.fitting import Fitting
+from tnlm.compression.job import Job, prepare
+from tnlm.compression.pipeline import fit_all, report_of, settle
+from tnlm.compression.request import Request, request_of
+from tnlm.layers.swap import Shelf
+from tnlm.plans.plan import Plan
+from tnlm.plans.report import Report, with_errors
+from tnlm.schemes.base import Scheme
+from tnlm.streaming.blocks import block_names
+from tnlm.streaming.pieces import Pieces
+from tnlm.streaming.resources import check_resources, resources
+from tnlm.streaming.rules import check_request, check_source
+from tnlm.streaming.size import bytes_of
+from tnlm.targets.base import Selector
+from tnlm.targets.selection import select
+from tnlm.targets.stacks import tie
+
+
+def compress_files(
+    source: str | Path,
+    out: str | Path,
+    scheme: str | Scheme,
+    *,
+    memory: int | float | str | None = None,
+    scratch: str | Path | None = None,
+    targets: Selector | None = None,
+    ignore: Selector | None = None,
+    dtype: str | torch.dtype = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+    **choices: Any,
+) -> Report:
+    """Compress a model's directory into another, with one block of it in memory at a time.
+
+    The result is what :func:`tnlm.compress` and :func:`tnlm.save` give for the loaded model, with
+    the same factors, in one file for each block.
+
+    Args:
+        source: directory of a dense model, with safetensors files.
+        out: new or empty, unless ``overwrite``.
+        scheme: a name from ``tnlm.list_schemes()``, or a scheme.
+        memory: the most memory that the process may hold, such as ``"6GB"``; a run that needs more
+            is refused before it starts. None for no limit.
+        scratch: folder for temporary files; by default beside ``out``.
+        targets: the matrices to compress, as in :func:`tnlm.compress`.
+        ignore: matrices to leave alone.
+        dtype: dtype of the weights; ``"auto"`` keeps the checkpoint's.
+        overwrite: replace the contents of ``out``.
+        progress: show progress bars.
+        **choices: as in :func:`tnlm.compress`, except what trains the whole model.
+
+    Returns:
+        The report, which is also written to ``out``.
+
+    Raises:
+        CapacityError: if the run needs more than ``memory``, or more disk than is free.
+        TnlmError: other subclasses; ``out`` is unchanged.
+
+    Example:
+        >>> compress_files("no-such-model", "out", "svd")
+        Traceback (most recent call last):
+        tnlm.errors.CheckpointError: no-such-model has no config.json; ...
+    """
+    folder, target = check_source(source), Path(out)
+    asked = gather_choices(scheme, choices)
+    request = request_of(asked)
+    check_request(request, asked)
+    most = None if memory is None else bytes_of(memory, "memory")
+    check_writable(target, overwrite=overwrite)
+    place = target.parent if scratch is None else Path(scratch)
+    work = place / f".{target.name}.tnlm-parts"
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with torch.inference_mode(False):
+            run = _Run(folder, request, asked, work, dtype, progress)
+            run.check(targets, ignore, most)
+            return run.write(targets, ignore, target, overwrite)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+class _Run:
+    """One run, from files to files."""
+
+    def __init__(
+        self,
+        source: Path,
+        request: Request,
+        asked: Asked,
+        work: Path,
+        dtype: str | torch.dtype,
+        progress: bool,
+    ) -> None:
+        self._source, self._request, self._asked = source, request, asked
+        self._work, self._progress = work, progress
+        self._model, places = open_skeleton(source, dtype)
+        self._blocks = block_names(self._model)
+        read_when_called(self._model, DiskWeights(places, work), self._blocks)
+
+    def check(self, targets: Selector | None, ignore: Selector | None, memory: int | None) -> None:
+        """Raise `CapacityError` if the run needs more memory or disk than there is."""
+        chosen = self._request.scheme.targets if targets is None else targets
+        split = self._request.scheme.split
+        found = select(self._model, chosen, ignore, split=split).targets
+        needed = resources(self._model, self._blocks, found, self._request)
+        check_resources(needed, memory, self._work)
+
+    def write(
+        self, targets: Selector | None, ignore: Selector | None, out: Path, overwrite: bool
+    ) -> Report:
+        """Plan, fit and write, and return the report."""
+        model, progress = self._model, self._progress
+        job = prepare(model, self._request, targets, ignore, self._asked.calibration, progress)
+        decided = settle(model, job, predict=False, progress=progress)
+        report, pieces = self._fit(job, decided)
+
+        def fill(new: Path) -> None:
+            _assemble(model, pieces.files, new)
+            tokenizer = load_tokenizer(self._source)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+            (new / REPORT_FILE).write_text(report.to_json())
+            record_sums(new)
+
+        replace_directory(out, fill, overwrite=overwrite)
+        return report
+
+    def _fit(self, job: Job, decided: Plan) -> tuple[Report, Pieces]:
+        """Fit every matrix, and write every block."""
+        start, model = time.perf_counter(), self._model
+        shelf = Shelf(self._work)
+        fitting = Fitting(model, job, decided, shelf)
+        pieces = Pieces(model, self._blocks, job, fitting, shelf, self._work)
+        fit_all(model, job, fitting, self._progress, pieces.take)
+        job.evidence.forget()
+        config = pieces.finish()
+        config.scheme, config.options = decided.scheme, dict(decided.request)
+        tie(model, fitting.ties)
+        attach(model, config)
+        job.seconds["fit"] = time.perf_counter() - start
+        return report_of(job, with_errors(decided, fitting.errors)), pieces
+
+
+def _assemble(model: PreTrainedModel, files: Mapping[Path, Mapping[str, int]], new: Path) -> None:
+    """Put the files of all pieces into a directory, with their index and the config."""
+    weights: dict[str, str] = {}
+    for number, (path, sizes) in enumerate(sorted(files.items()), start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        _link(path, new / name)
+        weights.update(dict.fromkeys(sizes, name))
+    total = sum(size for sizes in files.values() for size in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    (new / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    save_description(model, new)
+
+
+def _link(path: Path, new: Path) -> None:
+    """Give a file a second name, or copy it where that is on another disk."""
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copyfile(path, new)

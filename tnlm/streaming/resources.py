@@ -1,0 +1,107 @@
+"""What a run needs of memory and disk, said before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from tnlm.compression.request import Request
+from tnlm.errors import CapacityError
+from tnlm.evaluation.footprint import resident_bytes
+from tnlm.streaming.blocks import tensors_of
+from tnlm.streaming.size import in_words
+from tnlm.targets.base import Target
+
+OVERHEAD = 120 * 10**6
+"""Bytes for libraries that are loaded during a run, and for memory that is not given back."""
+
+UNKNOWN = 500 * 10**6
+"""Bytes that the process is taken to hold where the system does not say."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run needs.
+
+    Attributes:
+        now: bytes of memory that the process holds already.
+        stages: the most bytes that each stage adds, by name.
+        scratch: bytes of temporary files.
+        read: bytes read from the model's files.
+        written: bytes written to the result, at most.
+    """
+
+    now: int
+    stages: dict[str, int]
+    scratch: int
+    read: int
+    written: int
+
+    @property
+    def peak(self) -> int:
+        """The most memory that the process will hold."""
+        return self.now + max(self.stages.values())
+
+    def lines(self) -> list[str]:
+        """Return the figures as text, one line each."""
+        stages = [f"{name}: {in_words(self.now + more)}" for name, more in self.stages.items()]
+        return [
+            f"peak memory: {in_words(self.peak)} ({', '.join(stages)})",
+            f"temporary files: at most {in_words(self.scratch)}",
+            f"read: {in_words(self.read)}; written: at most {in_words(self.written)}",
+        ]
+
+
+def resources(
+    model: PreTrainedModel, blocks: Sequence[str], targets: Sequence[Target], request: Request
+) -> Resources:
+    """Return what a run needs, from the shapes of the model alone.
+
+    A fit holds some float64 copies of its matrix (`Format.copies`); a block is written as a whole.
+
+    Args:
+        model: a skeleton.
+        blocks: names of its blocks.
+        targets: the chosen matrices.
+        request: says how they are fitted.
+    """
+    sizes = {block: _size(model, tensors_of(model, block, blocks)) for block in (*blocks, None)}
+    largest = max(target.params for target in targets) * request.share
+    copies = max(structure.copies for structure in request.structures)
+    itemsize = max(target.weight(model).element_size() for target in targets)
+    outside = max((p.nbytes for p in model.parameters()), default=0)
+    stages = {
+        "check": largest * (itemsize + 5),
+        "fit": int(largest * (8 * copies + itemsize)),
+        "write": max(*(sizes[block] for block in blocks), outside),
+    }
+    whole = sum(sizes.values())
+    work = {name: bytes_ + OVERHEAD for name, bytes_ in stages.items()}
+    return Resources(resident_bytes() or UNKNOWN, work, 2 * whole, 3 * whole, whole)
+
+
+def check_resources(needed: Resources, memory: int | None, scratch: Path) -> None:
+    """Raise `CapacityError` if a run needs more memory than a cap, or more disk than is free."""
+    if memory is not None and needed.peak > memory:
+        stage = max(needed.stages, key=lambda name: needed.stages[name])
+        raise CapacityError(
+            f"memory={in_words(memory)}, but the stage {stage!r} needs {in_words(needed.peak)}, "
+            f"{in_words(needed.now)} of which the process holds already; give at least "
+            f"memory='{-(-needed.peak // 10**6)}MB', or ignore the largest matrices",
+            argument=("memory", "ignore"),
+        )
+    free = shutil.disk_usage(scratch).free
+    if needed.scratch > free:
+        raise CapacityError(
+            f"the run needs up to {in_words(needed.scratch)} for temporary files and the result, "
+            f"but {scratch} has {in_words(free)}; make room, or give another scratch=",
+            argument="scratch",
+        )
+
+
+def _size(model: PreTrainedModel, names: Sequence[str]) -> int:
+    return sum(model.get_parameter_or_buffer(name).nbytes for name in names)

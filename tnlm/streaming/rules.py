@@ -1,0 +1,48 @@
+"""What cannot be done block by block, refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tnlm.calibration.generated import is_self
+from tnlm.compression.choices import Asked
+from tnlm.compression.request import Request
+from tnlm.errors import CheckpointError, OptionError
+
+
+def check_request(request: Request, asked: Asked) -> None:
+    """Raise `OptionError` if a request needs the whole model in memory."""
+    if request.trains:
+        raise OptionError(
+            f"recover={request.recover!r} with metric={request.measure.name!r} trains the whole "
+            "model, which is on disk here; compress first, and train the loaded result",
+            argument=("recover", "metric"),
+        )
+    if request.looks_at_data:
+        raise OptionError(
+            f"scheme {request.scheme.name!r} with metric={request.measure.name!r} needs data, "
+            "which is not gathered block by block yet; take a scheme without data, or compress in "
+            "memory",
+            argument="metric",
+        )
+    if request.refine:
+        raise OptionError(
+            f"refine={request.refine} is not done block by block yet; leave it out, or compress "
+            "in memory",
+            argument="refine",
+        )
+    if is_self(asked.calibration.data):
+        raise OptionError(
+            "calibration='self' reads the whole model for every token that it writes; give text",
+            argument="calibration",
+        )
+
+
+def check_source(source: str | Path) -> Path:
+    """Return the directory of a model, or raise `CheckpointError`."""
+    folder = Path(source).expanduser()
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{source} has no config.json; give the directory of a model with safetensors files"
+        )
+    return folder
