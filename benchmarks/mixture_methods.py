@@ -2,9 +2,11 @@
 
     python benchmarks/mixture_methods.py --out docs/benchmarks
 
-``svd-llm`` is low rank of every expert's matrices, ``reap`` drops experts, ``auto`` chooses between
-low rank and fewer channels under one loss-aware budget. All are calibrated on the training text and
-measured on held-out documents. Finished rows are kept beside the model, in the user's cache.
+``svd-llm`` is low rank of every expert's matrices, ``reap`` drops experts. The others have one
+loss-aware budget: ``low-rank``; ``tucker`` across the experts of a projection; ``stack-tucker``,
+which chooses between these two; and ``auto``, which chooses fewer channels as well. All are
+calibrated on the training text and measured on held-out documents. Finished rows are kept beside
+the model, in the user's cache.
 """
 
 from __future__ import annotations
@@ -29,6 +31,14 @@ CALIBRATION = {"num_samples": 128, "max_length": WINDOW}
 GRADIENTS = 64
 """Windows that gradients are taken of."""
 
+METHODS: dict[str, Any] = {
+    "svd-llm": tnlm.scheme("svd-llm"),
+    "reap": tnlm.scheme("reap"),
+    "low-rank": tnlm.scheme("auto", formats=("low-rank",)),
+    "tucker": tnlm.scheme("stack-tucker", formats=("expert-tucker",)),
+    "stack-tucker": tnlm.scheme("stack-tucker"),
+    "auto": tnlm.scheme("auto"),
+}
 Row = dict[str, Any]
 
 
@@ -38,24 +48,21 @@ def main() -> None:
     _, tokenizer, folder = trained_mixture(asked.steps)
     about = {"windows": asked.windows, **CALIBRATION, "gradients": GRADIENTS}
     journal = Journal(folder / "methods.jsonl", about)
-    for scheme, keep in [
-        ("dense", 1.0),
-        *((s, k) for k in asked.keep_targets for s in asked.scheme),
-    ]:
+    wanted = [("dense", 1.0), *((s, k) for k in asked.keep_targets for s in asked.scheme)]
+    for scheme, keep in wanted:
         if f"{scheme} {keep}" not in journal.rows:
             print(f"{scheme} at {keep:g} ...", file=sys.stderr, flush=True)
             found = measure(folder, tokenizer, scheme, keep, asked.windows)
             journal.add(f"{scheme} {keep}", {"scheme": scheme, "asked": keep, **found})
-    write(
-        asked.out, "mixture_methods", {"rows": list(journal.rows.values())}, as_text(journal.rows)
-    )
+    rows = [journal.rows[f"{scheme} {keep}"] for scheme, keep in wanted]
+    write(asked.out, "mixture_methods", {"rows": rows}, as_text(rows))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scheme", nargs="+", default=["svd-llm", "reap", "auto"])
+    parser.add_argument("--scheme", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--keep-targets", type=float, nargs="+", default=[0.75, 0.5])
     parser.add_argument("--windows", type=int, default=128, help="of 256 tokens, to measure on")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
@@ -63,13 +70,13 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(folder: Path, tokenizer: Any, scheme: str, keep: float, windows: int) -> Row:
+def measure(folder: Path, tokenizer: Any, method: str, keep: float, windows: int) -> Row:
     """Compress the experts, and return the loss of every held-out window."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     row: Row = {}
-    if scheme != "dense":
-        start = time.perf_counter()
-        gradients = {"gradient_samples": GRADIENTS} if scheme == "auto" else {}
+    if method != "dense":
+        start, scheme = time.perf_counter(), METHODS[method]
+        gradients = {"gradient_samples": GRADIENTS} if "gradients" in scheme.needs else {}
         data = {"calibration": folder / "training.jsonl", "tokenizer": tokenizer}
         options = {**data, **CALIBRATION, **gradients, "targets": ["experts"]}
         tnlm.compress(model, scheme, keep_targets=keep, progress=False, **options)
@@ -83,13 +90,13 @@ def measure(folder: Path, tokenizer: Any, scheme: str, keep: float, windows: int
     return row | {"losses": [loss / (WINDOW - 1) for loss in losses]}
 
 
-def as_text(rows: dict[str, Row]) -> str:
+def as_text(rows: list[Row]) -> str:
     """Return the table: perplexities, and ratios to dense with their paired standard errors."""
-    dense = rows["dense 1.0"]
+    dense = rows[0]
     head = ["scheme", "experts' parameters", "multiply-adds", "parameters", "perplexity"]
     head += ["ratio to dense", "seconds"]
     lines = []
-    for row in rows.values():
+    for row in rows:
         mean, error = paired(row["losses"], dense["losses"])
         lines.append(
             [

@@ -120,6 +120,11 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
     "experts": (mixtral, "svd", {"ignore": ["experts"]}),
     "stacked-experts": (gpt_oss, "svd", {}),
     "kronecker-experts": (mixtral, "kron", {}),
+    "sliced-experts": (
+        gpt_oss,
+        tnlm.scheme("stack-tucker", formats=("expert-tucker",), metric="identity"),
+        {"targets": ["experts"], "allocation": "uniform", "keep_targets": 0.6},
+    ),
     "dropped-experts": (mixtral, "reap", {"keep_targets": 0.5, **TEXT}),
     "renamed": (nomic, "svd", {}),
     "prefixed": (llava, "svd", {}),

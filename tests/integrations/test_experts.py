@@ -14,23 +14,27 @@ from transformers import AutoModelForCausalLM
 import tnlm
 from tests.mixtures import IDS, KINDS, make
 from tnlm.compression import pipeline
-from tnlm.errors import CheckpointError, TargetError
+from tnlm.errors import CheckpointError, OptionError, TargetError
 from tnlm.layers.experts import FactorizedExperts
 from tnlm.layers.linear import FactorizedLinear
 
 CASES = [(kind, scheme) for kind in KINDS for scheme in ("svd", "kron", "tt", "svd-llm")]
 CASES += [("Mixtral", "auto"), ("GptOss", "auto")]
+CASES += [(kind, "slices") for kind in KINDS if kind != "DeepseekV3"]  # whose attention stays dense
 every_case = pytest.mark.parametrize(("kind", "scheme"), CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 TABLE = re.compile(r"^\| ([\w-]+) \| .* \| (0\.\d+) \| (0\.\d+) \|$", re.M)
 
 
 def data(scheme):
-    return {"calibration": IDS, "max_length": 16} if scheme in ("svd-llm", "auto") else {}
+    return {} if scheme in ("svd", "kron", "tt") else {"calibration": IDS, "max_length": 16}
 
 
 def compressed(kind, scheme="svd", **options):
     options = {"keep_targets": 0.6, "progress": False, **data(scheme), **options}
+    if scheme == "slices":  # the experts of a projection are slices of one tensor
+        formats = ("stack-tucker", "expert-tucker")
+        scheme = tnlm.scheme("stack-tucker", formats=formats, allocation="uniform")
     return tnlm.compress(make(kind), scheme, **options)
 
 
@@ -51,6 +55,8 @@ def test_experts_are_compressed_saved_trained_and_made_dense(kind, scheme, tmp_p
 
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for parameter in loaded.parameters():  # how one row is multiplied depends on its alignment
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
@@ -114,7 +120,7 @@ def test_a_failed_compression_leaves_the_model_bit_for_bit(kind, monkeypatch):
     assert all(torch.equal(after[name], values[name]) for name in values)
 
 
-@pytest.mark.parametrize("scheme", ["svd", "kron"])
+@pytest.mark.parametrize("scheme", ["svd", "kron", "slices"])
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 def test_compiled_experts_are_exact(kind, scheme):
     _, experts = experts_of(compressed(kind, scheme))[0]
@@ -130,6 +136,37 @@ def test_compiled_experts_are_exact(kind, scheme):
     expected = torch.autograd.grad(experts(x, index, weights).square().sum(), parameters)
     for name, one, other in zip(names, found, expected, strict=True):
         torch.testing.assert_close(one, other, msg=name)
+
+
+@pytest.mark.parametrize("ranks", [None, (3, 20, 14)])
+def test_slices_share_factors_that_are_stored_once(ranks, tmp_path):
+    options = {} if ranks is None else {"ranks": ranks, "max_macs": 2.0}
+    model = compressed("Mixtral", "slices", targets=["experts"], **options)
+    plan = tnlm.report(model).plan
+    for _, experts in experts_of(model):
+        for projection in experts.layout.shapes:
+            stack = experts.stack(projection)
+            sizes = {name: len(each) for name, each in stack.named_parameters()}
+            assert stack.shared
+            assert sizes == {name: 1 if name in stack.shared else 4 for name in sizes}
+    for layer in plan.layers:
+        assert layer.format == "expert-tucker"
+        assert layer.before.macs == 2 * 48 * 32  # 2 of 4 experts
+        assert 0 < layer.error < 1
+    assert model.config.quantization_config.tied == {}
+    again = tnlm.Plan.from_json(plan.to_json())
+    tnlm.compress(plain := make("Mixtral"), again, **data("slices"), progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, model(IDS).logits)
+    model.save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    with torch.no_grad():
+        assert torch.equal(tnlm.load(tmp_path / "model")(IDS).logits, model(IDS).logits)
+
+
+def test_slices_need_an_allocation_that_chooses():
+    with pytest.raises(OptionError, match="expert-tucker and low-rank, which both replace"):
+        compressed("Mixtral", "stack-tucker", allocation="even")
 
 
 @pytest.mark.parametrize(
@@ -273,6 +310,26 @@ BROKEN = {
     ),
     "a large rank": (lambda e: e["parts"][0]["options"].update(rank=10**9), "rank=1000000000"),
 }
+
+
+BROKEN_SHARED = {
+    "no list": (lambda e: e["parts"][0].update(shared=True), "shared=True; allowed: some of"),
+    "another factor": (lambda e: e["parts"][0].update(shared=["left"]), r"shared=\['left'\]"),
+    "nothing": (lambda e: e["parts"][0].update(shared=[]), "larger than the dense matrices"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_SHARED)
+def test_broken_entries_of_shared_factors_are_refused(case, tmp_path):
+    options = {"targets": ["experts"], "ranks": (4, 22, 22), "max_macs": 2.0}
+    compressed("Mixtral", "slices", **options).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    change, message = BROKEN_SHARED[case]
+    change(config["quantization_config"]["modules"]["model.layers.0.mlp.experts"])
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("case", BROKEN)

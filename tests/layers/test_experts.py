@@ -11,12 +11,15 @@ from torch import nn
 from tests.mixtures import KINDS, make
 from tnlm.decompositions import formats, get_format
 from tnlm.decompositions.base import Ceiling
+from tnlm.decompositions.stack_tucker import FORMAT as STACK_TUCKER
+from tnlm.decompositions.stack_tucker import SLICE, StackTuckerSpec
 from tnlm.layers.expert_layout import layout_of
 from tnlm.layers.experts import FactorizedExperts, StackedFactors, StackedLinear
 from tnlm.layers.grouped import Groups
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.unfolded import bare
 from tnlm.metrics.metric import Metric
+from tnlm.targets.tensor_stacks import _slice
 from tnlm.tensors.gauge import fix
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]
@@ -98,3 +101,31 @@ def test_half_precision_and_devices_reach_every_stack():
     _, stacked = dense_experts("GptOss")
     assert {p.dtype for p in stacked.bfloat16().parameters()} == {torch.bfloat16}
     assert all(p.is_meta for p in stacked.to("meta").parameters())
+
+
+@pytest.mark.parametrize("ranks", [(4, 12, 9), (4, 24, 8), (4, 10, 16), (2, 12, 9), (2, 24, 16)])
+@pytest.mark.parametrize("gauge", [True, False])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_what_experts_share_is_held_once(ranks, gauge, needs_grad):
+    spec = StackTuckerSpec(ranks, 4, 4, gauge)
+    tall = torch.randn(4 * 24, 16, generator=torch.Generator().manual_seed(0)).double()
+    network = STACK_TUCKER.network(tall.shape, spec)
+    factors = fix(network, STACK_TUCKER.fit(tall, Metric(), spec))
+    one = STACK_TUCKER.network((24, 16), StackTuckerSpec(ranks, 1, 4, gauge))
+    layers = [
+        FactorizedLinear(one, bias=False, dtype=torch.float64).store(_slice(network, factors, e))
+        for e in range(4)
+    ]
+    shared = [name for name, modes in network.factors.items() if SLICE not in modes]
+    stack = StackedFactors(
+        4, one, bias=False, order=layers[0].chain.order, shared=shared, dtype=torch.float64
+    ).store(layers)
+    assert sum(p.numel() for p in stack.parameters()) == network.params
+    x = torch.randn(len(IDS), 16).double()
+    with torch.set_grad_enabled(needs_grad):
+        found = stack(x, Groups.of(IDS, 4))
+        for row, expert in enumerate(IDS.tolist()[:-1]):
+            torch.testing.assert_close(found[row], layers[expert](x[row]))
+    for number, layer in enumerate(layers):
+        again = stack.layer(number).state_dict()
+        assert all(torch.equal(again[name], each) for name, each in layer.state_dict().items())

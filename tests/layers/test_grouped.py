@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.layers.grouped import Groups
+from tnlm.layers.grouped import EVERYONE, Groups
 
 EXPERTS = 3
 sorted_ids = st.lists(st.integers(0, EXPERTS), max_size=7).map(sorted)  # the last is no expert
@@ -68,3 +68,14 @@ def test_the_operators_are_what_they_say():
         torch.ops.tnlm.grouped_product.default,
         (x.requires_grad_(), weights.requires_grad_(), torch.tensor([2, 2, 5])),
     )
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_what_everyone_shares_is_one_matrix_for_all_rows(blocks):
+    ids = [0, 1, 1, 2]
+    groups, x, weights = draws(ids, blocks)
+    same = weights[:1].expand(EXPERTS, -1, -1, -1)
+    torch.testing.assert_close(EVERYONE.product(x, weights[:1]), groups.product(x, same))
+    order = torch.randperm(4).unsqueeze(0)
+    found = EVERYONE.times(2).reorder(x[:, :1], order)
+    assert torch.equal(found, groups.reorder(x[:, :1], order.expand(EXPERTS, -1)))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tnlm.errors import OptionError
 from tnlm.metrics.metric import Elementwise, Metric
+from tnlm.metrics.several import Several
 from tnlm.metrics.sides import Side
 from tnlm.metrics.stacked import Stacked
 
@@ -101,3 +102,21 @@ def test_forms_may_be_diagonal_or_missing(gaussian):
 def test_members_must_be_separable_and_add_no_bias(member):
     with pytest.raises(OptionError, match="allowed: separable"):
         Stacked([member], [HEIGHT])
+
+
+@given(seed=seeds, outputs=st.booleans(), scales=st.tuples(*3 * [st.floats(0.1, 10)]))
+def test_several_matrices_one_below_the_other_have_the_same_norm(seed, outputs, scales, gaussian):
+    members = [*metrics(gaussian, seed, 2, outputs=outputs), Metric()]
+    several = Several([lambda m=m: m for m in members], scales)
+    error = gaussian(3 * HEIGHT, WIDTH, seed=seed)
+    stacked = Stacked.of(several, HEIGHT)
+    assert stacked.norm(error) == pytest.approx(several.norm(error.reshape(3, HEIGHT, WIDTH)))
+
+
+def test_what_does_not_count_has_the_least_weight(gaussian):
+    members = metrics(gaussian, 0, 2)
+    several = Several([lambda m=m: m for m in members], [1.0, 0.0])
+    error = gaussian(2 * HEIGHT, WIDTH)
+    stacked = Stacked.of(several, HEIGHT)
+    assert 0 < stacked.members[1].norm(error[HEIGHT:]) < 1e-3 * stacked.norm(error)
+    assert stacked.norm(error) == pytest.approx(members[0].norm(error[:HEIGHT]))

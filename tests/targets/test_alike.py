@@ -9,12 +9,15 @@ from torch import nn
 from tests.mixtures import KINDS, make
 from tnlm.decompositions import get_format
 from tnlm.decompositions.alike import Alike as AlikeFormat
+from tnlm.decompositions.base import to_dict
 from tnlm.layers.unfolded import unfold
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.several import Several
+from tnlm.plans.plan import LayerPlan
 from tnlm.targets import joint_targets
 from tnlm.targets.alike import alike, together
 from tnlm.targets.selection import select
+from tnlm.tensors.contraction import chain
 
 
 def units_of(kind="Mixtral"):
@@ -88,3 +91,38 @@ def test_a_stack_of_matrices_apart_is_copied():
 
     matrices = [nn.Linear(3, 2).weight.detach() for _ in range(3)]
     assert torch.equal(_as_one(matrices), torch.stack(matrices))
+
+
+@pytest.mark.parametrize("ranks", [(4, 20, 12), (3, 20, 12), (4, 48, 12)])
+@pytest.mark.parametrize("gauge", [True, False])
+def test_costs_of_a_shared_network_count_it_once(ranks, gauge):
+    _, _, (unit, *_) = units_of()
+    structure = unit.taken(get_format("expert-tucker"))
+    spec = structure.spec(ranks, 4, 4, gauge)
+    network = structure.network(unit.shape, spec)
+    one = get_format("expert-tucker").network(unit.shape, structure.spec(ranks, 1, 4, gauge))
+    found = unit.cost(network, 4)
+    assert found.params == network.params
+    assert found.bytes == 4 * network.params + one.index_bytes
+    assert found.macs == 2 * chain(one).macs  # 2 of 4 experts
+    assert unit.fixed == {"slices": 4, "stack": 4}
+
+
+def test_slices_of_a_tensor_share_what_numbers_no_expert():
+    model, _, (unit, *_) = units_of()
+    structure = unit.taken(get_format("expert-tucker"))
+    spec = structure.spec((4, 20, 12), 4, 4)
+    cost = unit.cost(structure.network(unit.shape, spec), 4)
+    layer = LayerPlan(
+        unit.name, unit.kind, unit.shape, "expert-tucker", to_dict(spec), unit.dense_cost(4), cost
+    )
+    several = Several([Metric] * 4, [1.0] * 4)
+    fitted = unit.fit(model, layer, several)
+    matrices = torch.stack([module.to_dense() for _, _, module in fitted.pieces])
+    assert several.relative(unit.weight(model), matrices) == pytest.approx(fitted.error, rel=1e-5)
+    place = "model.layers.0.mlp.experts"
+    assert fitted.ties == {
+        f"{place}.{e}.gate_proj.{name}.weight": f"{place}.0.gate_proj.{name}.weight"
+        for e in (1, 2, 3)
+        for name in ("mode1", "mode2")
+    }

@@ -140,7 +140,7 @@ def _candidates(
     macs = target.most_macs(limits.max_macs)
     found = [Candidate((stays,), limits.price(stays.before), 0.0)]
     for structure in problem.formats:
-        if target.kind not in structure.kinds:
+        if target.kinds.isdisjoint(structure.kinds):
             continue
         for spec, network, error in curve_of(target, weight, metric, structure, limits, macs):
             after = target.cost(network, size, extra)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 from tnlm.allocation.base import Allocation, Problem
@@ -59,15 +58,14 @@ class Even(Allocation):
 
 
 def _check_formats(problem: Problem) -> None:
-    kinds = Counter(kind for structure in problem.formats for kind in structure.kinds)
-    crowded = [kind for kind, count in kinds.items() if count > 1]
-    if crowded:
-        names = ", ".join(structure.name for structure in problem.formats)
-        raise OptionError(
-            f"allocation='even' with {names}, of which several replace a {crowded[0]}; allowed: "
-            "one format for each kind, or allocation='loss'",
-            argument="allocation",
-        )
+    for target in (*problem.targets, *problem.joint):
+        names = [each.name for each in problem.formats if target.kinds & each.kinds]
+        if len(names) > 1:
+            raise OptionError(
+                f"allocation='even' with {' and '.join(names)}, which both replace {target.name}; "
+                "allowed: one format for each kind of target, or allocation='loss'",
+                argument="allocation",
+            )
 
 
 ALLOCATION = Even()

@@ -101,8 +101,9 @@ def curve_of(
         OptionError: if the target cannot have the options; names it.
     """
     options = options_for(target, structure, limits)
+    structure = target.taken(structure)
     try:
-        sampled = target.taken(structure).curve(weight, metric, options, macs)
+        sampled = structure.curve(weight, metric, options, macs)
     except OptionError as wrong:
         raise name_target(target, wrong) from wrong
     return [(spec, structure.network(target.shape, spec), error) for spec, error in sampled]
@@ -125,10 +126,10 @@ def reprice(target: Target, weight: Tensor, layer: LayerPlan) -> LayerPlan:
         return replace(layer, kind=target.kind, before=before, after=before)
     try:
         structure = get_format(layer.format)
-        if target.kind not in structure.kinds:
+        if target.kinds.isdisjoint(structure.kinds):
             raise OptionError(f"{structure.name} cannot replace a {target.kind} target")
         spec = from_dict(structure.spec, layer.spec)
-        network = structure.network(target.shape, spec)
+        network = target.taken(structure).network(target.shape, spec)
         for name, allowed in target.fixed.items():
             if getattr(spec, name, allowed) != allowed:
                 raise OptionError(
@@ -163,7 +164,7 @@ def _specs(
     if limits.tolerance is None:
         return structure.candidates(target.shape, options, budget)
     found = structure.within(weight, metric, options, limits.tolerance)
-    return [spec for spec in found if budget.allows(structure.network(target.shape, spec))]
+    return [spec for spec in found if structure.allows(target.shape, spec, budget)]
 
 
 def _budget(target: Target, limits: Limits, extra: int) -> Ceiling:
@@ -210,7 +211,7 @@ class Uniform(Allocation):
         return [decided[name] for name in dict.fromkeys(order)]
 
     def _best(self, problem: Problem, target: Target, weight: Tensor, metric: Metric) -> LayerPlan:
-        formats = [f for f in problem.formats if target.kind in f.kinds]
+        formats = [f for f in problem.formats if target.kinds & f.kinds]
         predict = problem.predict or len(formats) > 1
         found = [
             decide(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -41,20 +42,27 @@ def fold(model: PreTrainedModel, config: TnlmConfig) -> None:
             kept: Any = experts.original
             model.set_submodule(name, kept.module)
             continue
-        entry = _entry(name, experts, mine)
+        entry = _entry(name, experts, mine, config.tied)
         model.set_submodule(name, _folded(entry, experts))
         config.modules = {k: v for k, v in config.modules.items() if k not in mine}
         config.modules[name] = entry
+        config.tied = {k: v for k, v in config.tied.items() if not k.startswith(start)}
 
 
-def _entry(name: str, experts: UnfoldedExperts, mine: dict[str, Entry]) -> Entry:
+def _entry(
+    name: str, experts: UnfoldedExperts, mine: Mapping[str, Entry], tied: Mapping[str, str]
+) -> Entry:
     """Return what a checkpoint says of all experts: that of the first, as all are alike."""
     layout = experts.layout
     parts = []
     for projection, shape in layout.shapes.items():
         dense = {"kind": "dense", "shape": list(shape), "bias": layout.biased}
-        part = mine.get(f"{name}.0.{projection}", dense)
-        parts.append({"name": CHILD[projection], **part})
+        first = f"{name}.0.{projection}"
+        part = {"name": CHILD[projection], **mine.get(first, dense)}
+        if "shared" in part:
+            sources = {source for source in tied.values() if source.startswith(f"{first}.")}
+            part["shared"] = sorted(source.split(".")[-2] for source in sources)
+        parts.append(part)
     return {"kind": "experts", "experts": layout.experts, "parts": parts}
 
 

@@ -193,8 +193,8 @@ def _swap_in(
     for name, norm in fitting.norms.items():
         replace_norm(model, swap, name, norm)
     tie(model, fitting.ties)
-    fold(model, config)
     config.tied.update(fitting.ties)
+    fold(model, config)
     attach(model, config)
 
 

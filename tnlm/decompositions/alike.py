@@ -33,7 +33,8 @@ class Alike(Format[Any]):
 
     def fit(self, weight: Tensor, metric: Metric, spec: Any) -> Factors:
         """Return every factor of all matrices, stacked."""
-        found = [self.inner.fit(one, part, spec) for one, part, _ in _several(metric).each(weight)]
+        several = Several.of(metric, len(weight))
+        found = [self.inner.fit(one, part, spec) for one, part, _ in several.each(weight)]
         return {name: torch.stack([each[name] for each in found]) for name in found[0]}
 
     def candidates(self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling) -> Any:
@@ -45,7 +46,7 @@ class Alike(Format[Any]):
     ) -> Sequence[Any]:
         """Return the specs, among those of single matrices, that all together are within."""
         found: list[Any] = []
-        for one, part, _ in _several(metric).each(weight):
+        for one, part, _ in Several.of(metric, len(weight)).each(weight):
             found += [s for s in self.inner.within(one, part, options, tolerance) if s not in found]
         errors = self.errors(weight, metric, found)
         return [s for s, error in zip(found, errors, strict=True) if error <= tolerance]
@@ -53,7 +54,7 @@ class Alike(Format[Any]):
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[Any]) -> list[float]:
         """Return the root of the summed squared errors over that of the summed squared norms."""
         total, sums = 0.0, [0.0] * len(specs)
-        for one, part, energy in _several(metric).each(weight):
+        for one, part, energy in Several.of(metric, len(weight)).each(weight):
             total += energy
             errors = self.inner.errors(one, part, specs) if energy and specs else ()
             for index, error in enumerate(errors):
@@ -64,16 +65,10 @@ class Alike(Format[Any]):
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
     ) -> list[tuple[Any, float]]:
         """Return the specs of the matrix that weighs most, with the errors of all."""
-        several = _several(metric)
+        several = Several.of(metric, len(weight))
         energies = [energy for _, _, energy in several.each(weight)]
         heaviest = max(range(len(energies)), key=energies.__getitem__)
         one, part = weight[heaviest], several.parts[heaviest]()
         sampled = self.inner.curve(one, part, options, macs / len(weight))
         specs = [spec for spec, _ in sampled]
         return list(zip(specs, self.errors(weight, metric, specs), strict=True))
-
-
-def _several(metric: Metric) -> Several:
-    if not isinstance(metric, Several):
-        raise TypeError("a stack of matrices is measured by Several")
-    return metric

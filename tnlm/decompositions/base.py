@@ -100,6 +100,10 @@ class Format(ABC, Generic[S]):
     ) -> Sequence[S]:
         """Return small specs whose relative error is at most ``tolerance``."""
 
+    def allows(self, shape: Shape, spec: S, ceiling: Ceiling) -> bool:
+        """Return whether a spec is within what the matrix may cost."""
+        return ceiling.allows(self.network(shape, spec))
+
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[S]) -> list[float]:
         """Return the relative error of each spec; by default, each is fitted and measured."""
         return [

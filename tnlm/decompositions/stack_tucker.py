@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -177,7 +178,7 @@ class StackTucker(Format[StackTuckerSpec]):
             spec = replace(like, ranks=ranks)
             if self.network(shape, spec).params > ceiling.params:
                 return False
-            return like.stack * macs_of(self.network(one, replace(spec, slices=1))) <= ceiling.macs
+            return like.stack * _work(one, replace(spec, slices=1)) <= ceiling.macs
 
         return fits
 
@@ -247,6 +248,12 @@ def _slices(weight: Tensor, metric: Metric, spec: StackTuckerSpec) -> list[Slice
     if spec.ranks[0] < spec.stack or metric.is_plain:
         return None
     return [Slice.of(w, m) for w, m in zip(weight.split(height), metric.members, strict=True)]
+
+
+@cache
+def _work(shape: Shape, spec: StackTuckerSpec) -> int:
+    """Return the multiply-adds of one slice; a search asks again for each size and each matrix."""
+    return macs_of(FORMAT.network(shape, spec))
 
 
 def _grid(dim: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tnlm.layers.arranged import Arranged, filled
 from tnlm.layers.expert_layout import ExpertLayout
-from tnlm.layers.grouped import Groups
+from tnlm.layers.grouped import EVERYONE, Everyone, Groups
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.unfolded import activated, normed
 from tnlm.tensors.contraction import Step
@@ -61,13 +61,15 @@ class StackedFactors(Arranged):
     """One matrix of every expert as networks of the same structure, with factors in stacks.
 
     It is executed like a `tnlm.layers.linear.FactorizedLinear`: each step of the chain is one
-    product of all rows with their experts' matrices.
+    product of all rows with their experts' matrices. A factor that all experts share is a stack of
+    one.
 
     Args:
         experts: number of experts.
         network: the network of one matrix.
         bias: whether there are biases.
         order: order in which the factors are applied.
+        shared: factors that are the same for all experts.
         **made: device and dtype of the (uninitialised) tensors.
     """
 
@@ -78,17 +80,20 @@ class StackedFactors(Arranged):
         *,
         bias: bool,
         order: Sequence[str] | None = None,
+        shared: Collection[str] = (),
         **made: Any,
     ) -> None:
         """Make the stacks; see the class for the arguments."""
         super().__init__()
         one = FactorizedLinear(network, bias=bias, order=order, device="meta")
         self.network, self.chain, self.order = network, one.chain, order
+        self.experts, self.shared = experts, frozenset(shared)
         self.gauged = network.gauge.factor if network.gauge else None
         self.bond = network.sizes[network.gauge.bond] if network.gauge else 0
         self.passes_in, self.passes_out = one._passes_in, one._passes_out
         for name, tensor in one.state_dict().items():
-            shape = (experts, *tensor.shape)
+            factor = name.removesuffix(".weight").removesuffix(ORDER)
+            shape = (1 if factor in self.shared else experts, *tensor.shape)
             if name.endswith(ORDER):
                 orders = torch.zeros(shape, dtype=torch.int64, device=made.get("device"))
                 self.register_buffer(name, orders)
@@ -103,9 +108,14 @@ class StackedFactors(Arranged):
         """Copy in the layers of all experts."""
         for number, layer in enumerate(layers):
             for name, tensor in layer.state_dict().items():
-                getattr(self, name.removesuffix(".weight"))[number].copy_(tensor)
+                self._of(number, name).copy_(tensor)
         self.arrange()
         return self
+
+    def _of(self, number: int, name: str) -> Tensor:
+        """Return an expert's tensor, by its name in a layer."""
+        stack: Tensor = getattr(self, name.removesuffix(".weight"))
+        return stack[min(number, len(stack) - 1)]
 
     def layer(self, number: int) -> nn.Module:
         """Return a copy of one expert's layer."""
@@ -115,7 +125,7 @@ class StackedFactors(Arranged):
         layer = FactorizedLinear(self.network, bias=biased, order=self.order, **made)
         with torch.no_grad():
             for name, tensor in layer.state_dict().items():
-                tensor.copy_(getattr(self, name.removesuffix(".weight"))[number])
+                tensor.copy_(self._of(number, name))
         return layer
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
@@ -126,7 +136,8 @@ class StackedFactors(Arranged):
             if step.permute is not None:
                 h = h.permute(0, *(1 + axis for axis in step.permute))
             h = h.reshape(-1, step.blocks, step.width)
-            h = self._multiply(step, h, groups.times(len(h) // rows if rows else 1))
+            one = EVERYONE if step.factor in self.shared else groups
+            h = self._multiply(step, h, one.times(len(h) // rows if rows else 1))
             h = h.reshape(rows, *step.after)
         if self.chain.permute is not None:
             h = h.permute(0, *(1 + axis for axis in self.chain.permute))
@@ -134,7 +145,7 @@ class StackedFactors(Arranged):
         bias: Tensor | None = self.bias
         return h if bias is None else h + bias[groups.ids].to(h.dtype)
 
-    def _multiply(self, step: Step, h: Tensor, groups: Groups) -> Tensor:
+    def _multiply(self, step: Step, h: Tensor, groups: Groups | Everyone) -> Tensor:
         """Multiply each of ``(rows, blocks, width)`` by its expert's factor."""
         stack: Tensor = getattr(self, step.factor)
         if step.factor != self.gauged:
@@ -163,8 +174,8 @@ class StackedFactors(Arranged):
     def extra_repr(self) -> str:
         """Show the shape and the equation."""
         rows, columns = self.network.shape
-        stack = next(self.parameters())
-        return f"{len(stack)} x ({rows}, {columns}), equation={self.network.equation!r}"
+        shared = f", shared={sorted(self.shared)}" if self.shared else ""
+        return f"{self.experts} x ({rows}, {columns}), equation={self.network.equation!r}{shared}"
 
 
 Stack = StackedLinear | StackedFactors

@@ -90,6 +90,30 @@ class Groups:
         return torch.cat([*found, rest]) if len(rest) or not found else torch.cat(found)
 
 
+class Everyone:
+    """Stands for groups where all rows meet the same matrix, a stack of one.
+
+    Example:
+        >>> EVERYONE.product(torch.ones(3, 1, 2), 2 * torch.eye(2)[None, None])[:, 0].tolist()
+        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+
+    def times(self, count: int) -> Everyone:
+        """Return the same."""
+        return self
+
+    def product(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Multiply every row; see `Groups.product`."""
+        return _multiply(x, weights[0])
+
+    def reorder(self, x: Tensor, orders: Tensor) -> Tensor:
+        """Put the last axis into one order; see `Groups.reorder`."""
+        return x.gather(-1, orders[0].expand(x.shape))
+
+
+EVERYONE = Everyone()
+
+
 def _ordered(x: Tensor, order: Tensor) -> Tensor:
     if len(x) == 1:
         return x.index_select(-1, order)

@@ -30,6 +30,11 @@ class Several(Metric):
         super().__init__()
         self.parts, self.scales = parts, scales
 
+    @classmethod
+    def of(cls, metric: Metric, count: int) -> Several:
+        """Return a metric that is one of several matrices, or that of each of ``count``."""
+        return metric if isinstance(metric, cls) else cls([lambda: metric] * count, [1.0] * count)
+
     def each(self, stack: Tensor) -> Iterator[tuple[Tensor, Metric, float]]:
         """Yield every matrix with its metric, and its weighted squared norm."""
         for matrix, part, scale in zip(stack, self.parts, self.scales, strict=True):

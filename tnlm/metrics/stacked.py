@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor
 
 from tnlm.errors import OptionError
 from tnlm.metrics.metric import Metric
+from tnlm.metrics.several import Several
 from tnlm.metrics.sides import DAMPING, Side
+
+UNSEEN = 1e-9
+"""Weight of a member whose errors do not count, relative to the largest."""
 
 
 class Stacked(Metric):
@@ -48,6 +53,18 @@ class Stacked(Metric):
                     "bias"
                 )
         self.members, self.rows = tuple(members), tuple(rows)
+
+    @classmethod
+    def of(cls, several: Several, rows: int) -> Stacked:
+        """Return the metric of several matrices of ``rows`` rows, one below the other."""
+        parts = [part() for part in several.parts]
+        weights = [_weight(part) * s for part, s in zip(parts, several.scales, strict=True)]
+        least = UNSEEN * max(weights)
+        found = [
+            _scaled(part, scale, rows) if weight > least else _even(least, rows)
+            for part, scale, weight in zip(parts, several.scales, weights, strict=True)
+        ]
+        return cls(found, [rows] * len(found))
 
     @property
     def is_plain(self) -> bool:
@@ -102,6 +119,26 @@ class Stacked(Metric):
         ]
         pooled = Side(_sum(weighed))
         return Side(pooled.values / pooled.mean)
+
+
+def _weight(member: Metric) -> float:
+    """Return the mean weight of the entries of a matrix."""
+    return math.prod(side.mean for side in (member.outputs, member.inputs) if side is not None)
+
+
+def _scaled(member: Metric, scale: float, rows: int) -> Metric:
+    """Return a metric whose squared norm is ``scale`` times as large."""
+    if scale == 1.0:
+        return member
+    if member.outputs is not None:
+        return Metric(Side(member.outputs.values * scale), member.inputs, member.mean)
+    if member.inputs is not None:
+        return Metric(None, Side(member.inputs.values * scale), member.mean)
+    return _even(scale, rows)
+
+
+def _even(weight: float, rows: int) -> Metric:
+    return Metric(Side(torch.full((rows,), weight)))
 
 
 def _outputs(member: Metric, rows: int) -> Tensor:

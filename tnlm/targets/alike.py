@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnlm.decompositions import get_format
 from tnlm.decompositions.alike import Alike as AlikeFormat
 from tnlm.decompositions.base import Ceiling, Format
+from tnlm.decompositions.slices import Slices, macs_of_one, one_slice, whole
 from tnlm.layers.unfolded import unfolded
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.several import Several
 from tnlm.plans.plan import LayerPlan
-from tnlm.targets.base import Fitted, Read, Target
+from tnlm.targets.base import Fitted, Member, Read, Target
+from tnlm.targets.tensor_stacks import fit_slices
 from tnlm.tensors.network import Cost, Network
+
+STACK = "expert-stack"
+"""What a format must be able to replace to take the same matrix of all experts as one tensor."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,51 @@ class Alike(Target):
 
 @dataclass(frozen=True)
 class AlikeMatrices(Alike):
-    """One matrix of all experts, with the same rank, or the same format and size."""
+    """One matrix of all experts: the same format and size for each, or one tensor of them all.
+
+    In a format for stacks of experts they share factors, which are stored once.
+    """
 
     kind = "linear"
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Matrices, and the stack of them."""
+        return frozenset({self.kind, STACK})
+
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """Decide how many slices there are."""
+        return {"slices": len(self.each), "stack": len(self.each)}
+
+    def taken(self, structure: Format[Any]) -> Format[Any]:
+        """Return the format for all matrices together, or for each alike."""
+        if STACK in structure.kinds:
+            return Slices(structure, len(self.each))
+        return super().taken(structure)
+
+    def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
+        """Return what the factors of all cost; those of a network of all are shared."""
+        if network.shape == self.shape:
+            return super().cost(network, itemsize, extra)
+        work = len(self.each) * macs_of_one(network)
+        size = (network.params + extra) * itemsize + one_slice(network).index_bytes
+        return Cost(network.params + extra, size, self.met(work))
+
+    def fit(
+        self,
+        model: nn.Module,
+        layer: LayerPlan,
+        metric: Metric,
+        weight: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> Fitted:
+        """Fit each by itself, or all as one tensor."""
+        if STACK not in get_format(str(layer.format)).kinds:
+            return super().fit(model, layer, metric, weight, output)
+        members = [one for one in self.each if isinstance(one, Member)]
+        tall, stacked = whole(self.weight(model), metric)
+        return fit_slices(members, model, layer, stacked, tall)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ class Target(ABC):
     unmeasured: ClassVar[str] = ""
 
     @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds that it is of: a format for any of them can replace it."""
+        return frozenset({self.kind})
+
+    @property
     def members(self) -> tuple[Target, ...]:
         """The targets that this one represents; usually only itself."""
         return (self,)

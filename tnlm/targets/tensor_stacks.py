@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from tnlm.checkpoint.entries import build
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import Ceiling, from_dict
+from tnlm.decompositions.base import Ceiling, from_dict, matrix_shape
+from tnlm.decompositions.slices import one_slice
 from tnlm.decompositions.stack_tucker import SLICE
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.stacked import Stacked
 from tnlm.plans.plan import LayerPlan
-from tnlm.targets.base import Finder, Fitted, Target
+from tnlm.targets.base import Finder, Fitted, Member, Target
 from tnlm.targets.fit import fit_factors
 from tnlm.targets.matrix import MatrixTarget, share_of
 from tnlm.targets.stacks import Stack
@@ -55,8 +56,7 @@ class TensorStack(Stack):
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
         """Return the cost of the factors: shared factors are stored once and applied everywhere."""
-        one = replace(network, sizes={**network.sizes, SLICE: 1})
-        copies = len(self.members)
+        one, copies = one_slice(network), len(self.members)
         size = (network.params + extra) * itemsize + copies * one.index_bytes
         return Cost(network.params + extra, size, self.met(copies * chain(one).macs))
 
@@ -75,25 +75,41 @@ class TensorStack(Stack):
         output: Tensor | None = None,
     ) -> Fitted:
         """Fit all slices, and return each matrix with its part of the factors."""
-        structure = get_format(str(layer.format))
-        network = structure.network(self.shape, from_dict(structure.spec, layer.spec))
-        whole = self.weight(model)
-        with torch.no_grad():
-            kept, rebuilt = fit_factors(network, whole, metric, layer)
-        pieces = []
-        for index, member in enumerate(self.members):
-            bias = member.bias(model)
-            own = replace(layer, spec={**layer.spec, "slices": 1})
-            entry = member.entry(own, biased=bias is not None) | {"shared": True}
-            module: Any = build(entry, device=whole.device, dtype=whole.dtype)
-            pieces.append((member, entry, module.store(_slice(network, kept, index), bias)))
-        return Fitted(pieces, metric.relative(whole, rebuilt), self._ties(network))
+        return fit_slices(self.members, model, layer, metric, self.weight(model))
 
-    def _ties(self, network: Network) -> dict[str, str]:
-        """Return the parameters that the members share: each name with the name it shares."""
-        first, *others = (member.path for member in self.members)
-        shared = [name for name, modes in network.factors.items() if SLICE not in modes]
-        return {f"{path}.{n}.weight": f"{first}.{n}.weight" for path in others for n in shared}
+
+def fit_slices(
+    members: Sequence[Member], model: nn.Module, layer: LayerPlan, metric: Metric, tall: Tensor
+) -> Fitted:
+    """Fit matrices as the slices of one tensor, and return each with its part of the factors.
+
+    Args:
+        members: the matrices, of one shape.
+        model: holds their biases.
+        layer: the decision.
+        metric: of all, one below the other.
+        tall: the matrices, one below the other.
+    """
+    structure = get_format(str(layer.format))
+    whole = replace(layer, shape=matrix_shape(tall))
+    network = structure.network(whole.shape, from_dict(structure.spec, layer.spec))
+    with torch.no_grad():
+        kept, rebuilt = fit_factors(network, tall, metric, whole)
+    pieces = []
+    for index, member in enumerate(members):
+        bias = member.bias(model)
+        own = replace(layer, spec={**layer.spec, "slices": 1})
+        entry = member.entry(own, biased=bias is not None) | {"shared": True}
+        module: Any = build(entry, device=tall.device, dtype=tall.dtype)
+        pieces.append((member, entry, module.store(_slice(network, kept, index), bias)))
+    return Fitted(pieces, metric.relative(tall, rebuilt), _ties(members, network))
+
+
+def _ties(members: Sequence[Member], network: Network) -> dict[str, str]:
+    """Return the parameters that the members share: each name with the name it shares."""
+    first, *others = (member.path for member in members)
+    shared = [name for name, modes in network.factors.items() if SLICE not in modes]
+    return {f"{path}.{n}.weight": f"{first}.{n}.weight" for path in others for n in shared}
 
 
 def _slice(network: Network, kept: Factors, index: int) -> Factors:

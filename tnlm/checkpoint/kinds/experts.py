@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,8 @@ class Experts(EntryKind):
                 raise CheckpointError(
                     f"{part['name']} is {by(kind.shape(part))}, but the model has {by(shape)}"
                 )
-            kind.check_part(part, layout.biased)
+            _check_shared(part, count)
+            kind.check_part(part | ({"shared": True} if "shared" in part else {}), layout.biased)
         _check_channels({CHILD_OF[part["name"]]: part["shape"] for part in parts})
 
     def build(self, entry: Entry, place: Place) -> nn.Module:
@@ -92,7 +94,24 @@ def _stack(count: int, part: Entry, **made: Any) -> Stack:
         rows, columns = part["shape"]
         return StackedLinear(count, (rows, columns), bias=part["bias"], **made)
     order = part["order"]
-    return StackedFactors(count, network_of(part), bias=part["bias"], order=order, **made)
+    made |= {"order": order, "shared": part.get("shared", ())}
+    return StackedFactors(count, network_of(part), bias=part["bias"], **made)
+
+
+def _check_shared(part: Entry, count: int) -> None:
+    """Raise `CheckpointError` unless some factors are shared, and all are smaller than dense."""
+    if "shared" not in part:
+        return
+    network, shared = network_of(part), part["shared"]
+    if not isinstance(shared, list) or not set(shared) <= network.factors.keys():
+        raise CheckpointError(f"shared={shared!r}; allowed: some of {list(network.factors)}")
+    sizes = {name: network.size(modes) for name, modes in network.factors.items()}
+    params = sum(size * (1 if name in shared else count) for name, size in sizes.items())
+    if network.gauge is not None:
+        copies = 1 if network.gauge.factor in shared else count
+        params -= copies * network.sizes[network.gauge.bond] ** 2
+    if params > count * math.prod(part["shape"]):
+        raise CheckpointError(f"{part['options']} is larger than the dense matrices")
 
 
 def _kind(part: Entry) -> MatrixKind:
