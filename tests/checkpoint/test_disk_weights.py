@@ -18,7 +18,7 @@ def made(tiny_llama, tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path)
     skeleton, places = open_skeleton(tmp_path)
-    read_when_called(skeleton, DiskWeights(places, tmp_path), BLOCKS)
+    read_when_called(skeleton, DiskWeights(skeleton, places, tmp_path), BLOCKS)
     return model, skeleton
 
 
@@ -85,5 +85,5 @@ def test_other_files_have_another_identity(tiny_llama, tmp_path):
     found = []
     for seed in (0, 1):
         tiny_llama(seed=seed).save_pretrained(tmp_path)
-        found.append(DiskWeights(open_skeleton(tmp_path)[1], None).identity)
+        found.append(DiskWeights(*open_skeleton(tmp_path), None).identity)
     assert found[0] != found[1]

@@ -65,11 +65,13 @@ def test_an_encoder_keeps_its_class(kind, tiny_bert, word_tokenizer, text, tmp_p
         assert kind.__name__ in error
 
 
-def test_a_model_is_compressed_from_files_to_files(source, tmp_path):
+def test_a_model_is_compressed_from_files_to_files(source, text, tmp_path):
     out, options = tmp_path / "out", ("--scheme", "svd", "--keep-targets", 0.6)
     report = run("compress", source, out, *options, "--memory", "4GB", "--scratch", tmp_path)
     assert report["request"]["keep_targets"] == 0.6
     assert tnlm.load(out).config.model_type == "llama"
+    data = ("--calibration", text, "--num-samples", 2, "--max-length", 16, "--memory", "4GB")
+    run("compress", source, tmp_path / "data", "--scheme", "svd-llm", *data)
     error = fails("compress", source, tmp_path / "other", *options, "--memory", "1MB")
     assert "give at least memory=" in error
     (tmp_path / "plan.json").write_text("{}")

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import tnlm
-from tnlm.errors import CapacityError, CheckpointError, ModelError, OptionError
+from tnlm.errors import CalibrationError, CapacityError, CheckpointError, ModelError, OptionError
 
 SIZES = {
     "hidden_size": 32,
@@ -65,6 +65,46 @@ def test_parts_of_a_fused_module_and_half_precision_are_the_same(both, same):
     same(*both(model, "svd", targets=["qkv_proj.q", "gate_up_proj.up"], keep_targets=0.5))
 
 
+DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["svd-llm", "asvd", "afm", "rom", "svd-llm-v2", "basis-sharing", "modegpt", "aa-svd"],
+)
+def test_walks_forwards_give_the_same(scheme, make_model, both, same):
+    same(*both(make_model("llama"), scheme, **DATA))
+
+
+@pytest.mark.parametrize("scheme", ["auto", "fwsvd", "kfac-svd", "tfwsvd"])
+def test_walks_backwards_give_the_same(scheme, tiny_llama, both, same):
+    same(*both(tiny_llama(num_hidden_layers=5, hidden_size=16), scheme, **DATA))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "masked-bert", "tied-llama"])
+def test_other_families_are_walked(kind, make_model, both, same):
+    same(*both(make_model(kind), "auto", **DATA))
+
+
+def test_a_sequential_cascade_gives_the_same(make_model, both, same):
+    same(*both(make_model("gpt2"), "svd-llm", cascade="sequential", **DATA))
+
+
+def test_statistics_from_files_are_cached_under_the_files(source, tmp_path):
+    call = {"scheme": "svd-llm", "progress": False, "cache_dir": tmp_path / "cache", **DATA}
+    reports = [tnlm.compress_files(source, tmp_path / name, **call) for name in "ab"]
+    assert reports[0].plan == reports[1].plan
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_gradients_outside_of_blocks_are_refused(source, tmp_path):
+    with pytest.raises(CalibrationError, match="a pass through the whole model"):
+        tnlm.compress_files(
+            source, tmp_path / "out", "fwsvd", targets=["lm_head", "q_proj"], progress=False, **DATA
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_the_result_loads_and_runs(source, tmp_path, word_tokenizer):
     word_tokenizer.save_pretrained(source)
     report = tnlm.compress_files(source, tmp_path / "out", "svd", progress=False)
@@ -107,7 +147,9 @@ def test_a_full_disk_is_noticed_before_any_work(source, tmp_path, monkeypatch):
     ("choices", "message"),
     [
         ({"recover": "finetune", "training": [3, 4]}, "trains the whole model"),
-        ({"refine": 16, "calibration": [3, 4]}, "not"),
+        ({"refine": 16, "calibration": [3, 4]}, "not done block by block"),
+        ({"metric": "lora-fisher", "calibration": [3, 4]}, "needs lora"),
+        ({"metric": "input", "calibration": "self"}, "reads the whole model for every token"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(source, tmp_path, choices, message):

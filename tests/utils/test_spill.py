@@ -32,3 +32,14 @@ def test_a_file_that_is_cut_off_is_an_error():
     spill._file.truncate(3)
     with pytest.raises(CheckpointError, match="the file ends too early"):
         spill.take(slot)
+
+
+def test_space_is_used_again_for_the_same_size(tmp_path):
+    spill = Spill(tmp_path)
+    slot = spill.put(torch.ones(3))
+    other = spill.put(torch.zeros(3))
+    again = spill.put(torch.full((3,), 2.0), instead=slot)
+    larger = spill.put(torch.ones(4), instead=other)
+    assert again.offset == slot.offset
+    assert larger.offset == 2 * slot.nbytes
+    assert [spill.take(each).sum() for each in (again, other, larger)] == [6, 0, 4]

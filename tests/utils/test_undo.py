@@ -110,7 +110,7 @@ def same(model, before):
     return now.keys() == before.keys() and all(torch.equal(now[n], before[n]) for n in before)
 
 
-@pytest.mark.parametrize("where", ["_report", "with_errors"])
+@pytest.mark.parametrize("where", ["report_of", "with_errors"])
 def test_a_report_that_cannot_be_made_leaves_the_model(where, make_model, monkeypatch):
     def missing(*_):
         raise ModuleNotFoundError("no package metadata")

@@ -21,22 +21,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.blocks import Blocks, state_of
+from tnlm.calibration.bypass import bypassed
 from tnlm.calibration.inputs import TEXT
 from tnlm.calibration.loss import Task, make_tasks
 from tnlm.calibration.padding import Padding, padding_of
 from tnlm.calibration.passes import run
 from tnlm.calibration.sequences import Batch
+from tnlm.calibration.states import States
 from tnlm.calibration.walk import (
     Call,
     call_block,
     check_walk,
     eval_mode,
+    first_states,
     plan_walks,
     record,
     same,
     take_state,
 )
-from tnlm.utils.spill import Spill
+from tnlm.errors import CalibrationError
+from tnlm.utils.residency import offloaded, resident
 
 logger = logging.getLogger("tnlm")
 
@@ -63,7 +67,18 @@ def stream(
         for blocks, inside, calls in walks:
             yield from (f / passes for f in _walk(model, blocks, inside, tasks, calls, see))
         if left:
+            _check_memory(model, left)
             yield from (f / passes for f in _whole(model, left, tasks, see))
+
+
+def _check_memory(model: nn.Module, modules: Sequence[str]) -> None:
+    """Raise `CalibrationError` if a whole backward pass would need weights that are on disk."""
+    if offloaded(model) is not None:
+        raise CalibrationError(
+            f"gradients at {modules[0]} and {len(modules) - 1} other modules need a pass through "
+            "the whole model, which is on disk; ignore them, or compress the model in memory",
+            argument="ignore",
+        )
 
 
 @contextlib.contextmanager
@@ -100,18 +115,25 @@ def _walk(
 ) -> Iterator[float]:
     inside = [[m for m in modules if m.startswith(f"{name}.")] for name, _ in blocks]
     lowest = next(number for number, found in enumerate(inside) if found)
-    gradients = []
-    spill, slots = Spill(), []
-    for task in tasks:
-        states, gradient = _top(model, blocks, task)
-        slots.append({n: spill.put(s) for n, s in enumerate(states) if n >= lowest})
-        gradients.append(gradient)
-        yield 1 / 3
+    with torch.no_grad():
+        hidden = first_states(model, blocks, [task.batch for task in tasks])
+    inputs = [hidden] * len(blocks)
+    like: Any = None
+    for number, ((name, block), call) in enumerate(zip(blocks, calls, strict=True)):
+        if number >= lowest:
+            inputs[number] = States(model, hidden, on_disk=True)
+        with resident(model, name), torch.no_grad():
+            for index, state in enumerate(hidden):
+                like = block(state, *call[0], **call[1])
+                hidden[index] = state_of(like)
+                yield 1 / 3 / len(blocks)
+    gradients = States(
+        model, (_top(model, blocks, task, hidden[n], like) for n, task in enumerate(tasks))
+    )
     for number in reversed(range(lowest, len(blocks))):
-        block, call = blocks[number][1], calls[number]
-        with _watched(model, inside[number], see, None):
-            for index, held in enumerate(slots):
-                state = spill.take(held[number]).to(model.device)
+        (name, block), call = blocks[number], calls[number]
+        with resident(model, name), _watched(model, inside[number], see, None):
+            for index, state in enumerate(inputs[number]):
                 gradients[index] = _pull(block, call, state, gradients[index])
                 yield 2 / 3 / (len(blocks) - lowest)
         yield 0.0
@@ -121,23 +143,49 @@ def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> lis
     """Return every block's further arguments, or None if walking would give another result."""
     with torch.no_grad():
         calls = check_walk(model, blocks, [task.batch for task in tasks])
-    if calls is None or _agrees(model, blocks, tasks[0].batch):
+    if calls is None:
+        return None
+    with _few(model, blocks, calls, tasks[0].batch) as tried:
+        agrees = _agrees(model, tried, tasks[0].batch)
+    if agrees:
         return calls
-    logger.info("blocks are linked by more than the hidden state: using whole backward passes")
+    logger.info("the hidden state is not all that links blocks: taking whole backward passes")
     return None
 
 
+@contextlib.contextmanager
+def _few(
+    model: PreTrainedModel, blocks: Blocks, calls: Sequence[Call], batch: Batch
+) -> Iterator[Blocks]:
+    """Yield all blocks; if weights are on disk, the first two and the last, without the others.
+
+    The graph of a whole pass holds the weights of all blocks that it goes through.
+    """
+    few = list(dict([*blocks[:2], blocks[-1]]).items())
+    if offloaded(model) is None:
+        yield blocks
+        return
+    others = [each for each in blocks if each not in few]
+    with resident(model, *(name for name, _ in few)), torch.no_grad():
+        [state] = first_states(model, blocks, [batch])
+        like = blocks[0][1](state, *calls[0][0], **calls[0][1])
+        with bypassed(model, others, like), torch.enable_grad():
+            yield few
+
+
 def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
-    """Return whether a walk and a whole pass give the same gradient at the first block."""
+    """Return whether the gradient of a few tokens at the first block is the same walked and whole.
+
+    The blocks' weights are in memory.
+    """
     few = _shortened(batch)
     [task] = make_tasks(model, [few])
     with torch.no_grad():
         calls = record(model, blocks, few)[0]
-    if calls is None:
+        states, output = _through(model, blocks, few)
+    if calls is None or len(states) != len(blocks):  # the head does not call them all
         return False
-    states, walked = _top(model, blocks, task)
-    if len(states) != len(blocks):  # the head does not call all of them
-        return False
+    walked = _top(model, blocks, task, state_of(output), output)
     for (_, block), call, state in reversed(list(zip(blocks, calls, states, strict=True))):
         walked = _pull(block, call, state, walked)
     return same(walked, _bottom(model, blocks, task))
@@ -151,29 +199,36 @@ def _shortened(batch: Batch) -> Batch:
     return {key: value[:1, :SHORT] for key, value in batch.items() if key not in labels} | labels
 
 
-def _top(model: PreTrainedModel, blocks: Blocks, task: Task) -> tuple[list[Tensor], Tensor]:
-    """Return the hidden state at every block's input, and the gradient at the last's output."""
+def _through(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> tuple[list[Tensor], Any]:
+    """Return the hidden state at every block's input, and the last one's output."""
     states: list[Tensor] = []
-    leaves: list[Tensor] = []
+    output: Any = None
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = take_state(args, kwargs)[0]
         if state is not None:
-            states.append(state.detach().clone())  # a block may change it in place
+            states.append(state.detach().clone())  # a block may work in place
 
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
-        leaves.append(_leaf(state_of(output)))
-        whole = isinstance(output, tuple | list)
-        return (leaves[0].clone(), *output[1:]) if whole else leaves[0].clone()
+    def after(_: nn.Module, __: Any, found: Any) -> None:
+        nonlocal output
+        output = found
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for _, block in blocks]
     handles.append(blocks[-1][1].register_forward_hook(after))
     try:
-        _back(task.loss(model, run(model, task.batch)))
+        run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return states, _gradient(leaves[0]) if leaves else torch.zeros(0)
+    return states, output
+
+
+def _top(model: PreTrainedModel, blocks: Blocks, task: Task, state: Tensor, like: Any) -> Tensor:
+    """Return the gradient at the last block's output, given this, without running the blocks."""
+    leaf = _leaf(state)
+    with bypassed(model, blocks, like, leaf.clone()):
+        _back(task.loss(model, run(model, task.batch)))
+    return _gradient(leaf)
 
 
 def _bottom(model: PreTrainedModel, blocks: Blocks, task: Task) -> Tensor:

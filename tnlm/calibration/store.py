@@ -16,6 +16,7 @@ from tnlm.calibration.data import Batch, fingerprint
 from tnlm.errors import CalibrationError
 from tnlm.metrics.metric import InputMoment
 from tnlm.utils.hashing import model_hash
+from tnlm.utils.residency import scratch_of
 from tnlm.utils.spill import Slot, Spill
 
 logger = logging.getLogger("tnlm")
@@ -34,6 +35,7 @@ class Statistics:
         folder: cache folder for the tensors; without one, they go to a temporary file when they
             are large.
         tokens: number of tokens.
+        scratch: where the temporary file is; None for the system's temporary directory.
 
     Example:
         >>> import torch
@@ -43,14 +45,16 @@ class Statistics:
         torch.Size([2, 2])
     """
 
-    def __init__(self, folder: cache.Folder | None = None, tokens: int = 0) -> None:
+    def __init__(
+        self, folder: cache.Folder | None = None, tokens: int = 0, scratch: Path | None = None
+    ) -> None:
         """Start without tensors."""
         self.tokens = tokens
         self.leaders: dict[str, str] = {}
         self.complete = False
         self._folder = folder
         self._memory: dict[str, Mapping[str, Tensor]] = {}
-        self._spill = Spill()
+        self._spill = Spill(scratch)
         self._slots: dict[str, dict[str, Slot]] = {}
         self._latest: tuple[str, InputMoment] | None = None
         self._lent: dict[str, tuple[str, float]] = {}
@@ -181,7 +185,7 @@ def open_store(
         CheckpointError: if ``cache_dir`` cannot be used as a cache.
     """
     if cache_dir is None:
-        return Statistics(None, tokens)
+        return Statistics(None, tokens, scratch_of(model))
     cache.check_cache(cache_dir)
     place = Path(cache_dir) / content_hash(model, modules, batches, kind)
     cached = Statistics.read(place)

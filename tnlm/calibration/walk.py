@@ -25,6 +25,8 @@ from tnlm.calibration.inputs import TEXT, main_input
 from tnlm.calibration.padding import Padding, padding_of
 from tnlm.calibration.passes import run
 from tnlm.calibration.sequences import Batch
+from tnlm.calibration.states import States
+from tnlm.utils.residency import resident
 from tnlm.utils.training_flags import modes_kept
 
 logger = logging.getLogger("tnlm")
@@ -110,7 +112,7 @@ def _walk(
     hidden = first_states(model, blocks, batches)
     for (name, block), call in zip(blocks, calls, strict=True):
         inside = [module for module in modules if module.startswith(name + ".")]
-        with _watched(model, inside, see, None):
+        with resident(model, name), _watched(model, inside, see, None):
             for index, state in enumerate(hidden):
                 hidden[index] = call_block(block, state, call)
                 yield 1.0 / len(blocks)
@@ -129,7 +131,7 @@ def check_walk(
     _, last, after_last = record(model, blocks, batches[-1])
     if calls is None or first is None or last is None or len(calls) != len(blocks):
         return None
-    states = _replayed(blocks, calls, [first, last])
+    states = _replayed(model, blocks, calls, [first, last])
     walked = all(map(same, states, (after_first, after_last))) if states else False
     if walked and _calls_agree(model, blocks, batches, calls[0]):
         return calls
@@ -137,11 +139,14 @@ def check_walk(
     return None
 
 
-def _replayed(blocks: Blocks, calls: Sequence[Call], states: list[Tensor]) -> list[Tensor] | None:
+def _replayed(
+    model: nn.Module, blocks: Blocks, calls: Sequence[Call], states: list[Tensor]
+) -> list[Tensor] | None:
     """Return states after all blocks in turn, or None if a block does not accept them."""
-    for (_, block), call in zip(blocks, calls, strict=True):
+    for (name, block), call in zip(blocks, calls, strict=True):
         try:
-            states = [call_block(block, state, call) for state in states]
+            with resident(model, name):
+                states = [call_block(block, state, call) for state in states]
         except Exception:  # the model's code may raise anything
             return None
         if not all(isinstance(state, Tensor) for state in states):
@@ -212,11 +217,11 @@ def record(
     return (calls, first, last[-1]) if known and calls and last else (None, None, None)
 
 
-def first_states(model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch]) -> list[Tensor]:
+def first_states(model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch]) -> States:
     """Return the first block's hidden state for every batch."""
     body = _body(model, [blocks[0][0]])
     found = (_block_input(model, body, blocks, batch) for batch in batches)
-    return [each[0] for each in found if each is not None]
+    return States(model, (each[0] for each in found if each is not None))
 
 
 def _block_input(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tnlm.checkpoint.raw import Place, read
-from tnlm.checkpoint.skeleton import placeholder
 from tnlm.utils.memory import release
 from tnlm.utils.residency import offload
 
@@ -22,26 +21,41 @@ LARGE = 2**20
 class DiskWeights:
     """Reads the weights of a model's modules from files, and frees them.
 
+    A parameter that is read is a new one in the place of the model's own, which has no values. So
+    a graph that holds it stays right after it was freed.
+
     Args:
+        model: a skeleton.
         places: where every parameter is.
         scratch: folder for temporary files; None for the system's.
     """
 
-    def __init__(self, places: Mapping[nn.Parameter, Place], scratch: Path | None) -> None:
+    def __init__(
+        self, model: nn.Module, places: Mapping[nn.Parameter, Place], scratch: Path | None
+    ) -> None:
         """Start with all weights on disk."""
         self.scratch = scratch
         self.identity = _identity(places)
         self._places = places
         self._uses: Counter[nn.Parameter] = Counter()
+        self._empty: dict[nn.Parameter, nn.Parameter] = {}
+        self._full: dict[nn.Parameter, nn.Parameter] = {}
+        self._owners: dict[nn.Parameter, dict[nn.Module, str]] = {each: {} for each in places}
+        for module in model.modules():
+            list(self._known(module))
 
     def load(self, module: nn.Module, recurse: bool = True) -> list[nn.Parameter]:
         """Read the weights of a module, and of all inside it, and return the parameters."""
-        found = [each for each in module.parameters(recurse) if each in self._places]
+        modules = module.modules() if recurse else [module]
+        found = dict.fromkeys(each for owner in modules for each in self._known(owner))
         for parameter in found:
             self._uses[parameter] += 1
             if self._uses[parameter] == 1:
-                parameter.data = read(self._places[parameter]).to(parameter.dtype)
-        return found
+                values = read(self._places[parameter]).to(parameter.dtype)
+                full = nn.Parameter(values, parameter.requires_grad)
+                self._full[parameter], self._empty[full] = full, parameter
+                self._put(parameter, parameter, full)
+        return list(found)
 
     def free(self, parameters: Sequence[nn.Parameter]) -> None:
         """Free what :meth:`load` has read, unless another caller still needs it."""
@@ -49,10 +63,27 @@ class DiskWeights:
         for parameter in parameters:
             self._uses[parameter] -= 1
             if not self._uses[parameter]:
+                full = self._full.pop(parameter)
+                del self._empty[full]
+                self._put(parameter, full, parameter)
                 freed += parameter.nbytes
-                parameter.data = placeholder(parameter)
         if freed >= LARGE:
             release()
+
+    def _known(self, module: nn.Module) -> Iterator[nn.Parameter]:
+        """Yield the parameters of a module that are in the files, and remember whose they are."""
+        for name, held in module._parameters.items():
+            if held is not None:
+                parameter = self._empty.get(held, held)
+                if parameter in self._places:
+                    self._owners[parameter][module] = name
+                    yield parameter
+
+    def _put(self, parameter: nn.Parameter, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Replace what stands for a parameter in all modules that have it."""
+        for module, name in self._owners[parameter].items():
+            if module._parameters.get(name) is old:
+                module._parameters[name] = new
 
 
 def read_when_called(model: nn.Module, weights: DiskWeights, units: Sequence[str]) -> None:

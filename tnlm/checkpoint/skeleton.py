@@ -58,6 +58,7 @@ def open_skeleton(
     return model, _found(model, _renamed(model, stored))
 
 
+@torch.inference_mode(False)  # the weight may enter graphs later
 def placeholder(like: Tensor) -> Tensor:
     """Return NaNs of a tensor's shape and dtype that take no memory.
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.blocks import Blocks, find_blocks
 from tnlm.calibration.data import Batch, count_tokens
+from tnlm.calibration.states import States
 from tnlm.calibration.walk import (
     Call,
     call_block,
@@ -38,6 +39,7 @@ from tnlm.calibration.walk import (
 from tnlm.compression.moments import Moments, Moved, Sums
 from tnlm.errors import CalibrationError
 from tnlm.targets.base import Member
+from tnlm.utils.residency import resident
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,6 @@ Fit = Callable[[Member, Moved | None], Output | None]
 """Fits a target, to the dense statistics if `Moved` is None; returns None to leave it dense."""
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
-States = list[Tensor]
-"""Hidden states between two blocks, one tensor per batch."""
 
 
 def cascade(
@@ -89,21 +89,36 @@ def cascade(
     with eval_mode(model), torch.no_grad():
         blocks, calls = open_walk(model, modules, batches)
         compressed = first_states(model, blocks, batches)
-        dense = list(compressed) if mode == "anchored" else None
+        dense = States(model, compressed) if mode == "anchored" else None
         bar = tqdm(blocks, desc="cascade", unit="block", disable=not progress)
         for (name, block), call in zip(bar, calls, strict=True):
-            pair = _Pair(name, block, copy.deepcopy(block), call)
             inside = [t for t in filter(wanted, targets) if t.module.startswith(name + ".")]
-            groups = list(pair.groups(inside, compressed[0]))
-            for target in inside:
-                if not any(target in group for group in groups):
-                    pair.put(target, fit(target, None))
-            for group in groups:
-                moments = pair.moments(group[0].module, compressed, dense, tokens)
-                for target in group:
-                    pair.put(target, fit(target, moments.move(pair.weight(target), centered)))
-            pair.advance(compressed, dense)
+            with resident(model, name):
+                pair = _Pair(name, block, copy.deepcopy(block), call)
+                _fit_block(pair, inside, compressed, dense, fit, tokens, centered)
+                pair.advance(compressed, dense)
+                del pair  # frees the clone before the next one is made
             done()
+
+
+def _fit_block(
+    pair: _Pair,
+    targets: Sequence[Member],
+    compressed: States,
+    dense: States | None,
+    fit: Fit,
+    tokens: int,
+    centered: bool,
+) -> None:
+    """Fit the targets of one block, in execution order, and put each fit into its clone."""
+    groups = list(pair.groups(targets, compressed[0]))
+    for target in targets:
+        if not any(target in group for group in groups):
+            pair.put(target, fit(target, None))
+    for group in groups:
+        moments = pair.moments(group[0].module, compressed, dense, tokens)
+        for target in group:
+            pair.put(target, fit(target, moments.move(pair.weight(target), centered)))
 
 
 def open_walk(
@@ -190,9 +205,10 @@ class _Pair:
 
     def advance(self, compressed: States, dense: States | None) -> None:
         """Run the streams through the block."""
-        for states, module in ((dense or [], self._block), (compressed, self._clone)):
-            for index, state in enumerate(states):
-                states[index] = call_block(module, state, self._call)
+        for states, module in ((dense, self._block), (compressed, self._clone)):
+            if states is not None:
+                for index, state in enumerate(states):
+                    states[index] = call_block(module, state, self._call)
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error

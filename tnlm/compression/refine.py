@@ -67,7 +67,7 @@ def refine(
     """
     with eval_mode(model), torch.no_grad():
         blocks, calls = open_walk(model, modules, batches)
-        dense = first_states(model, blocks, batches)
+        dense = list(first_states(model, blocks, batches))
         compressed = list(dense)
         bar = tqdm(blocks, desc="refining", unit="block", disable=not progress)
         for (name, block), given in zip(bar, calls, strict=True):

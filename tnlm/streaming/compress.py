@@ -71,7 +71,8 @@ def compress_files(
         dtype: dtype of the weights; ``"auto"`` keeps the checkpoint's.
         overwrite: replace the contents of ``out``.
         progress: show progress bars.
-        **choices: as in :func:`tnlm.compress`, except what trains the whole model.
+        **choices: as in :func:`tnlm.compress`, except what trains the whole model; the tokenizer is
+            the one in ``source`` if none is given.
 
     Returns:
         The report, which is also written to ``out``.
@@ -86,6 +87,8 @@ def compress_files(
         tnlm.errors.CheckpointError: no-such-model has no config.json; ...
     """
     folder, target = check_source(source), Path(out)
+    if "calibration" in choices and choices.get("tokenizer") is None:
+        choices["tokenizer"] = load_tokenizer(folder)
     asked = gather_choices(scheme, choices)
     request = request_of(asked)
     check_request(request, asked)
@@ -119,14 +122,16 @@ class _Run:
         self._work, self._progress = work, progress
         self._model, places = open_skeleton(source, dtype)
         self._blocks = block_names(self._model)
-        read_when_called(self._model, DiskWeights(places, work), self._blocks)
+        read_when_called(self._model, DiskWeights(self._model, places, work), self._blocks)
 
     def check(self, targets: Selector | None, ignore: Selector | None, memory: int | None) -> None:
         """Raise `CapacityError` if the run needs more memory or disk than there is."""
         chosen = self._request.scheme.targets if targets is None else targets
         split = self._request.scheme.split
         found = select(self._model, chosen, ignore, split=split).targets
-        needed = resources(self._model, self._blocks, found, self._request)
+        cut = self._asked.calibration.cut
+        windows = (cut.num_samples, cut.max_length) if self._request.looks_at_data else (0, 0)
+        needed = resources(self._model, self._blocks, found, self._request, windows)
         check_resources(needed, memory, self._work)
 
     def write(

@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 from tnlm.compression.request import Request
 from tnlm.errors import CapacityError
 from tnlm.evaluation.footprint import resident_bytes
+from tnlm.metrics.measure import FISHER, GRADIENTS
 from tnlm.streaming.blocks import tensors_of
 from tnlm.streaming.size import in_words
+from tnlm.streaming.stages import Shapes, stages, statistics_bytes
 from tnlm.targets.base import Target
+from tnlm.targets.ends import vocabulary_of
 
 OVERHEAD = 120 * 10**6
 """Bytes for libraries that are loaded during a run, and for memory that is not given back."""
@@ -57,31 +60,53 @@ class Resources:
 
 
 def resources(
-    model: PreTrainedModel, blocks: Sequence[str], targets: Sequence[Target], request: Request
+    model: PreTrainedModel,
+    blocks: Sequence[str],
+    targets: Sequence[Target],
+    request: Request,
+    windows: tuple[int, int] = (0, 0),
 ) -> Resources:
     """Return what a run needs, from the shapes of the model alone.
-
-    A fit holds some float64 copies of its matrix (`Format.copies`); a block is written as a whole.
 
     Args:
         model: a skeleton.
         blocks: names of its blocks.
         targets: the chosen matrices.
         request: says how they are fitted.
+        windows: how many windows of data, and the tokens of each.
     """
-    sizes = {block: _size(model, tensors_of(model, block, blocks)) for block in (*blocks, None)}
-    largest = max(target.params for target in targets) * request.share
-    copies = max(structure.copies for structure in request.structures)
-    itemsize = max(target.weight(model).element_size() for target in targets)
-    outside = max((p.nbytes for p in model.parameters()), default=0)
-    stages = {
-        "check": largest * (itemsize + 5),
-        "fit": int(largest * (8 * copies + itemsize)),
-        "write": max(*(sizes[block] for block in blocks), outside),
+    count, tokens = windows
+    names: list[str | None] = [*blocks, None]
+    sizes = {name: _size(model, tensors_of(model, name, blocks)) for name in names}
+    by_block: dict[str | None, list[Target]] = {
+        name: [t for t in targets if t.module.startswith(f"{name}.")] for name in blocks
     }
+    known = {target.name for found in by_block.values() for target in found}
+    by_block[None] = [target for target in targets if target.name not in known]
+    shapes = Shapes(
+        by_block,
+        sizes,
+        max((parameter.nbytes for parameter in model.parameters()), default=0),
+        max(target.weight(model).element_size() for target in targets),
+        vocabulary_of(model) or 0,
+        tokens,
+    )
+    work = {name: more + OVERHEAD for name, more in stages(shapes, request).items()}
     whole = sum(sizes.values())
-    work = {name: bytes_ + OVERHEAD for name, bytes_ in stages.items()}
-    return Resources(resident_bytes() or UNKNOWN, work, 2 * whole, 3 * whole, whole)
+    passes = _passes(request)
+    width = max(target.shape[1] for target in targets)
+    kept = len(blocks) if request.needs & {GRADIENTS, FISHER} else 2
+    hidden = 4 * count * tokens * width * kept
+    scratch = 2 * whole + statistics_bytes(targets, request) + hidden
+    return Resources(resident_bytes() or UNKNOWN, work, scratch, passes * whole, whole)
+
+
+def _passes(request: Request) -> int:
+    """Return how often the weights are read: for checks, plans, fits, copies and walks."""
+    if not request.looks_at_data:
+        return 3
+    forward = 5 + (4 if request.cascade != "none" else 0)
+    return 3 + forward + (7 if request.needs & {GRADIENTS, FISHER} else 0)
 
 
 def check_resources(needed: Resources, memory: int | None, scratch: Path) -> None:

@@ -8,6 +8,7 @@ from tnlm.calibration.generated import is_self
 from tnlm.compression.choices import Asked
 from tnlm.compression.request import Request
 from tnlm.errors import CheckpointError, OptionError
+from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS
 
 
 def check_request(request: Request, asked: Asked) -> None:
@@ -18,11 +19,11 @@ def check_request(request: Request, asked: Asked) -> None:
             "model, which is on disk here; compress first, and train the loaded result",
             argument=("recover", "metric"),
         )
-    if request.looks_at_data:
+    left = request.needs - {INPUTS, GRADIENTS, FISHER}
+    if left:
         raise OptionError(
-            f"scheme {request.scheme.name!r} with metric={request.measure.name!r} needs data, "
-            "which is not gathered block by block yet; take a scheme without data, or compress in "
-            "memory",
+            f"metric={request.measure.name!r} needs {', '.join(sorted(left))}, gathered from the "
+            "whole model in memory; compress in memory, or take another metric",
             argument="metric",
         )
     if request.refine:

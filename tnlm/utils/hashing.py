@@ -8,12 +8,14 @@ import json
 import torch
 from transformers import PreTrainedModel
 
+from tnlm.utils.residency import offloaded
+
 _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 """Config fields about a model's origin, not its computation."""
 
 
 def model_hash(model: PreTrainedModel) -> str:
-    """Return a hash of a model's config and weights.
+    """Return a hash of a model's config and weights, or of its files if weights are on disk.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -26,6 +28,10 @@ def model_hash(model: PreTrainedModel) -> str:
     digest = hashlib.blake2b(digest_size=16)
     settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    weights = offloaded(model)
+    if weights is not None:
+        digest.update(weights.identity.encode())
+        return digest.hexdigest()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -23,6 +23,11 @@ class Slot:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
 
 class Spill:
     """One temporary file for many tensors, created for the first one.
@@ -45,8 +50,12 @@ class Spill:
         self._file: Any = None
         self._folder = folder
 
-    def put(self, tensor: Tensor) -> Slot:
+    def put(self, tensor: Tensor, instead: Slot | None = None) -> Slot:
         """Write a copy of a tensor.
+
+        Args:
+            tensor: any.
+            instead: a place that is not needed any more, used again if the size is the same.
 
         Raises:
             CheckpointError: if the temporary directory is full or cannot be written.
@@ -59,7 +68,8 @@ class Spill:
                     prefix="tnlm-", buffering=0, dir=self._folder
                 )
                 weakref.finalize(self, self._file.close)
-            offset = self._file.seek(0, 2)
+            again = instead is not None and instead.nbytes == flat.numel()
+            offset = self._file.seek(instead.offset if instead and again else 0, 0 if again else 2)
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
@@ -77,8 +87,7 @@ class Spill:
         Raises:
             CheckpointError: if it cannot be read.
         """
-        size = slot.shape.numel() * slot.dtype.itemsize
-        held = torch.empty(size, dtype=torch.uint8)
+        held = torch.empty(slot.nbytes, dtype=torch.uint8)
         rest = held.numpy().data
         try:
             self._file.seek(slot.offset)
