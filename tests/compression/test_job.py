@@ -13,7 +13,7 @@ from tnlm.metrics.named import measures
 from tnlm.targets.channels import FeedForward
 from tnlm.targets.matrix import MatrixTarget
 
-MEASURES = {name: each for name, each in measures().items() if name != "reap"}  # of experts
+MEASURES = {name: each for name, each in measures().items() if not each.weighs_experts}
 
 IDS = torch.arange(256) % 61 + 3
 DATA = Calibration(IDS, num_samples=4, max_length=32, gradient_samples=2)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.decompositions.base import Ceiling
+from tnlm.decompositions.base import Ceiling, Format
 from tnlm.decompositions.channels import FORMAT, ChannelsSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
@@ -59,13 +59,22 @@ def test_the_path_is_the_measured_error_and_falls(two_sided, steps, hidden, weig
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tnlm.decompositions.channels.STEPS", steps)
         curve = FORMAT.curve(weight, metric, {}, float("inf"))
-        measured = FORMAT.errors(weight, metric, [spec for spec, _ in curve])
+        specs = [spec for spec, _ in curve]
+        measured = Format.errors(FORMAT, weight, metric, specs)
+        assert FORMAT.errors(weight, metric, specs) == pytest.approx(measured, abs=1e-6)
     errors = [error for _, error in curve]
     assert errors == pytest.approx(measured, abs=1e-5)
     assert errors == sorted(errors, reverse=True)
     assert curve[-1][0].width == HIDDEN
     assert errors[-1] < 1e-5
     assert len(curve) == min(HIDDEN, -(-HIDDEN // -(-HIDDEN // steps)))
+
+
+def test_errors_between_steps_are_measured(hidden, weight, monkeypatch):
+    monkeypatch.setattr("tnlm.decompositions.channels.STEPS", 4)  # of three channels each
+    specs = [ChannelsSpec(width) for width in (2, 6, 7)] + [ChannelsSpec(4, 2)]
+    found = FORMAT.errors(weight, on(hidden), specs)
+    assert found == pytest.approx(Format.errors(FORMAT, weight, on(hidden), specs), rel=1e-9)
 
 
 def test_every_step_takes_the_channel_that_helps_most(hidden, weight):

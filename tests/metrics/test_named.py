@@ -11,7 +11,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.metrics.named import get_measure, measures
 from tnlm.metrics.named.two_sided import GRADIENT_SHRINK
 
-MEASURES = {name: each for name, each in measures().items() if name != "reap"}  # of experts
+MEASURES = {name: each for name, each in measures().items() if not each.weighs_experts}
 
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
 NAMES |= {"gradient": GRADIENTS, "fisher": FISHER}

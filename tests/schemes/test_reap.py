@@ -197,3 +197,14 @@ def test_what_weighs_experts_weighs_nothing_else(tiny_llama):
     for scheme, metric in (("svd", "reap"), ("reap", "identity"), ("reap", "two-sided")):
         with pytest.raises(OptionError, match="can be fitted"):
             tnlm.compress(tiny_llama(), scheme, metric=metric, **DATA)
+
+
+def test_by_the_loss_blocks_keep_different_numbers_within_one_budget():
+    model = mixture("mixtral")
+    with torch.no_grad():  # experts of the second block do nothing
+        model.model.layers[1].mlp.experts.down_proj.mul_(1e-3)
+    tnlm.compress(model, "reap", metric="removal", allocation="loss", keep_targets=0.75, **DATA)
+    plan = tnlm.report(model).plan
+    assert plan.targets_after.params == 0.75 * plan.targets_before.params
+    assert [layer.spec.get("experts", 8) for layer in plan.layers] == [8, 4]
+    assert model(X).logits.isfinite().all()

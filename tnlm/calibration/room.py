@@ -27,15 +27,16 @@ def check_room(model: nn.Module, modules: Sequence[str]) -> None:
 
     Args:
         model: the model with the modules.
-        modules: dotted names of the watched linear modules.
+        modules: dotted names of the watched modules.
 
     Raises:
         CalibrationError: if the machine, or the module's GPU, does not have enough memory.
     """
-    name, rows = max(
-        ((name, matrix(model.get_submodule(name)).shape[0]) for name in modules),
-        key=lambda found: found[1],
-    )
+    found = {name: model.get_submodule(name) for name in modules}
+    # Modules of experts have no weight of their own; their outputs are as wide as the model.
+    sizes = {n: matrix(module).shape[0] for n, module in found.items() if hasattr(module, "weight")}
+    name = max(sizes, key=sizes.__getitem__, default="")
+    rows = sizes.get(name, 0)
     size = 8 * rows**2
     if size < MUCH:
         return

@@ -57,7 +57,12 @@ def gather(
             continue
         found = gatherer(task, **request.measure.gathering.get(gatherer.name, {}))
         known.add(gatherer, found)
-        task = replace(task, model=found.model or task.model, targets=_reached(task, found, known))
+        task = replace(
+            task,
+            model=found.model or task.model,
+            targets=_reached(task, found, known),
+            earlier={**task.earlier, gatherer.name: found},
+        )
         if found.model is not None:
             known.seconds["prune"] = time.perf_counter() - start
     _warn(known, len(targets))

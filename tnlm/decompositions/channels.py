@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.decompositions.base import QUIET, Ceiling, Format, Shape, matrix_shape
+from tnlm.decompositions.base import QUIET, Ceiling, Format, Shape
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.network import Factors, Network
@@ -18,6 +18,9 @@ from tnlm.utils.ties import greatest
 
 STEPS = 128
 """Number of greedy steps that order all channels; each adds a batch."""
+
+ACCURATE = 1e-8
+"""Squared relative error above which that of a greedy step is accurate."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,24 @@ class Channels(Format[ChannelsSpec]):
         ]
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[ChannelsSpec]) -> list[float]:
-        """Return the measured relative error of each width."""
-        return [
-            metric.relative(weight, self.reconstruct(matrix_shape(weight), spec, fitted))
-            for spec in specs
-            for fitted in [self.fit(weight, metric, spec)]
-        ]
+        """Return the relative error of each width: of a greedy step, or measured between steps.
+
+        Errors that are small enough for rounding to matter are measured as well.
+        """
+        found: dict[ChannelsSpec, float] = {}
+        for multiple in {spec.multiple for spec in specs}:
+            widest = max(spec.width for spec in specs if spec.multiple == multiple)
+            _, path = _order(weight, metric, multiple, widest)
+            total = path[0][1]
+            found |= {
+                ChannelsSpec(width, multiple): (left / total) ** 0.5
+                for width, left in path
+                if left > ACCURATE * total
+            }
+        between = [spec for spec in specs if spec not in found]
+        measured = super().errors(weight, metric, between)
+        found |= dict(zip(between, measured, strict=True))
+        return [found[spec] for spec in specs]
 
     def reconstruct(self, shape: Shape, spec: ChannelsSpec, factors: Factors) -> Tensor:
         """Return the ``(hidden, out)`` matrix: the new rows, and zeros for dropped channels."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,7 @@ class Task:
         tokens: how many tokens to train on.
         data: the calibration data, and how it is cut.
         progress: show progress bars.
+        earlier: the outputs of earlier gatherers, by name.
     """
 
     model: PreTrainedModel
@@ -36,6 +37,7 @@ class Task:
     tokens: int
     data: Calibration
     progress: bool
+    earlier: Mapping[str, Found] = field(default_factory=dict)
 
     @property
     def modules(self) -> list[str]:
