@@ -117,6 +117,14 @@ class Fitting:
             self.entries[target.name] = entry
             self._shelf.put(target.name, module)
 
+    def restore(
+        self, entries: Mapping[str, Entry], errors: Mapping[str, float], ties: Mapping[str, str]
+    ) -> None:
+        """Take over the results of an earlier run, whose modules are written already."""
+        self.entries.update(entries)
+        self.errors.update(errors)
+        self.ties.update(ties)
+
     def take(self, block: str) -> dict[str, nn.Module]:
         """Take the fitted modules of a block off the shelf, by module name."""
         self._taken = {}

@@ -272,7 +272,7 @@ def fit_all(
             progress=progress,
         )
     for unit in tqdm(fitting.units, desc="fitting", unit="matrix", disable=not progress):
-        if unit.members[0].name not in fitting.entries:
+        if any(member.name not in fitting.entries for member in unit.members):
             fitting.fit(unit)
             release()
             fitted()

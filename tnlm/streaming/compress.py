@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,27 @@ from tnlm.checkpoint.skeleton import open_skeleton
 from tnlm.checkpoint.sums import REPORT_FILE, record_sums
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.checkpoint.writing import save_description
-from tnlm.compression.choices import Asked, gather_choices
+from tnlm.compression.choices import Asked, Calibration, gather_choices
 from tnlm.compression.fitting import Fitting
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import fit_all, report_of, settle
 from tnlm.compression.request import Request, request_of
+from tnlm.errors import CheckpointError, TnlmError
 from tnlm.layers.swap import Shelf
 from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report, with_errors
 from tnlm.schemes.base import Scheme
 from tnlm.streaming.blocks import block_names
 from tnlm.streaming.pieces import Pieces
+from tnlm.streaming.recipe import recipe
 from tnlm.streaming.resources import check_resources, resources
 from tnlm.streaming.rules import check_request, check_source
 from tnlm.streaming.size import bytes_of
+from tnlm.streaming.work import PLAN, STATISTICS, Work
 from tnlm.targets.base import Selector
 from tnlm.targets.selection import select
 from tnlm.targets.stacks import tie
+from tnlm.utils.files import write_file
 
 
 def compress_files(
@@ -94,16 +99,19 @@ def compress_files(
     check_request(request, asked)
     most = None if memory is None else bytes_of(memory, "memory")
     check_writable(target, overwrite=overwrite)
-    place = target.parent if scratch is None else Path(scratch)
-    work = place / f".{target.name}.tnlm-parts"
-    work.mkdir(parents=True, exist_ok=True)
+    work = Work(target, None if scratch is None else Path(scratch))
+    keep = False
     try:
         with torch.inference_mode(False):
             run = _Run(folder, request, asked, work, dtype, progress)
             run.check(targets, ignore, most)
+            work.agree(run.recipe(targets, ignore))
             return run.write(targets, ignore, target, overwrite)
+    except BaseException as error:
+        keep = not isinstance(error, TnlmError) or isinstance(error, CheckpointError)
+        raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        work.close(keep=keep)
 
 
 class _Run:
@@ -114,15 +122,21 @@ class _Run:
         source: Path,
         request: Request,
         asked: Asked,
-        work: Path,
+        work: Work,
         dtype: str | torch.dtype,
         progress: bool,
     ) -> None:
         self._source, self._request, self._asked = source, request, asked
-        self._work, self._progress = work, progress
+        self._work, self._progress = work.folder, progress
         self._model, places = open_skeleton(source, dtype)
+        self._files = {place.file for place in places.values()}
         self._blocks = block_names(self._model)
-        read_when_called(self._model, DiskWeights(self._model, places, work), self._blocks)
+        weights = DiskWeights(self._model, places, self._work)
+        read_when_called(self._model, weights, self._blocks)
+
+    def recipe(self, targets: Selector | None, ignore: Selector | None) -> dict[str, Any]:
+        """Return what the result depends on."""
+        return recipe(self._model, self._files, self._request, self._asked, targets, ignore)
 
     def check(self, targets: Selector | None, ignore: Selector | None, memory: int | None) -> None:
         """Raise `CapacityError` if the run needs more memory or disk than there is."""
@@ -139,9 +153,8 @@ class _Run:
     ) -> Report:
         """Plan, fit and write, and return the report."""
         model, progress = self._model, self._progress
-        job = prepare(model, self._request, targets, ignore, self._asked.calibration, progress)
-        decided = settle(model, job, predict=False, progress=progress)
-        report, pieces = self._fit(job, decided)
+        job = prepare(model, self._request, targets, ignore, self._data(), progress)
+        report, pieces = self._fit(job, self._decide(job))
 
         def fill(new: Path) -> None:
             _assemble(model, pieces.files, new)
@@ -154,12 +167,30 @@ class _Run:
         replace_directory(out, fill, overwrite=overwrite)
         return report
 
+    def _data(self) -> Calibration:
+        """Return the data, with statistics kept among the pieces if nowhere else."""
+        data = self._asked.calibration
+        if not self._request.measures or data.cache_dir is not None:
+            return data
+        return replace(data, cache_dir=self._work / STATISTICS)
+
+    def _decide(self, job: Job) -> Plan:
+        """Return the plan of an earlier run, or make one and keep it."""
+        path = self._work / PLAN
+        if not path.exists():
+            decided = settle(self._model, job, predict=False, progress=self._progress)
+            write_file(path, decided.to_json())
+        job.seconds.setdefault("plan", 0.0)
+        return Plan.load(path)
+
     def _fit(self, job: Job, decided: Plan) -> tuple[Report, Pieces]:
         """Fit every matrix, and write every block."""
         start, model = time.perf_counter(), self._model
         shelf = Shelf(self._work)
         fitting = Fitting(model, job, decided, shelf)
         pieces = Pieces(model, self._blocks, job, fitting, shelf, self._work)
+        if job.request.cascade == "none":  # which needs the dense blocks, and fits them again
+            pieces.restore()
         fit_all(model, job, fitting, self._progress, pieces.take)
         job.evidence.forget()
         config = pieces.finish()

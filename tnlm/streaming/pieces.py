@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.description import TnlmConfig
-from tnlm.checkpoint.entries import Entry
+from tnlm.checkpoint.entries import Entry, build
+from tnlm.checkpoint.json_file import read_object
 from tnlm.checkpoint.raw import write
 from tnlm.checkpoint.skeleton import placeholder
 from tnlm.compression.fitting import Fitting, by_module
@@ -20,6 +23,7 @@ from tnlm.compression.job import Job
 from tnlm.errors import CheckpointError, ModelError
 from tnlm.layers.swap import Shelf, Swap
 from tnlm.streaming.blocks import tensors_of
+from tnlm.utils.files import write_file
 from tnlm.utils.memory import release
 from tnlm.utils.residency import resident
 
@@ -66,13 +70,23 @@ class Pieces:
         self._left = list(blocks)
         self.files: dict[Path, dict[str, int]] = {}
 
+    def restore(self) -> None:
+        """Take over the blocks that an earlier run has finished."""
+        for block in list(self._left):
+            about = self._finished(block)
+            if about is not None:
+                self._left.remove(block)
+                self._put_back(block, about)
+
     def take(self) -> None:
         """Write every block of which all targets are fitted."""
         for block in list(self._left):
             if not self._fitting.awaits(f"{block}."):
                 self._left.remove(block)
+                before = {*self._described}
                 self._install(f"{block}.")
                 self._write(block)
+                self._finish(block, {*self._described} - before)
                 self._blank(block)
                 release()
 
@@ -88,6 +102,45 @@ class Pieces:
             made.tied.update(tied)
         made.tied.update(self._fitting.ties)
         return made
+
+    def _finish(self, block: str, modules: set[str]) -> None:
+        """Say beside a block's file that it is whole, and what was fitted."""
+        path, fitting = self._path(block), self._fitting
+        start = f"{block}."
+        about = {
+            "digest": _digest(path),
+            "sizes": self.files[path],
+            "modules": {name: self._described[name] for name in sorted(modules)},
+            "entries": {n: entry for n, entry in fitting.entries.items() if n.startswith(start)},
+            "errors": fitting.errors,
+            "ties": fitting.ties,
+        }
+        write_file(path.with_suffix(".json"), json.dumps(about))
+
+    def _finished(self, block: str) -> dict[str, Any] | None:
+        """Return what stands beside a block's file, if the file is whole."""
+        path = self._path(block)
+        if not path.exists() or not path.with_suffix(".json").exists():
+            return None
+        about = read_object(path.with_suffix(".json"))
+        return about if _digest(path) == about["digest"] else None
+
+    def _put_back(self, block: str, about: Mapping[str, Any]) -> None:
+        """Let a block stand as it was when it was written, without values."""
+        self.files[self._path(block)] = about["sizes"]
+        self._fitting.restore(about["entries"], about["errors"], about["ties"])
+        for module, (entries, tied) in about["modules"].items():
+            self._described[module] = entries, tied
+            for name, entry in entries.items():
+                old = self._model.get_submodule(name)
+                like = next(old.parameters())
+                made = build(entry, device=like.device, dtype=like.dtype, old=old)
+                self._swap.replace(name, made.train(old.training))
+        self._blank(block)
+
+    def _path(self, block: str | None) -> Path:
+        number = len(self._blocks) if block is None else self._blocks.index(block)
+        return self._folder / f"part-{number:05d}.safetensors"
 
     def _install(self, within: str) -> None:
         """Put fitted modules into the model whose names begin so."""
@@ -105,8 +158,7 @@ class Pieces:
         shared = {*self._fitting.ties}.union(*(tied for _, tied in self._described.values()))
         names = [n for n in tensors_of(self._model, block, self._blocks) if n not in shared]
         like = {name: self._model.get_parameter_or_buffer(name) for name in names}
-        number = len(self._blocks) if block is None else self._blocks.index(block)
-        path = self._folder / f"part-{number:05d}.safetensors"
+        path = self._path(block)
         try:
             self.files[path] = write(path, like, self._values(names))
         except OSError as error:
@@ -129,6 +181,11 @@ class Pieces:
         for parameter in self._model.get_submodule(block).parameters():
             held: Any = placeholder(parameter)
             parameter.data = held
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
 
 
 def _is_finite(tensor: Tensor) -> bool:
