@@ -268,7 +268,7 @@ def test_intrinsic_measures_every_kind_and_resumes(start, classifier, tmp_path):
     rows = [{"text": f"word{i % 2} word{i}", "label": i % 2} for i in range(32)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    sizes = "--dims 50 400 --steps 40 --learning-rate 1e-2 --batch-size 8 --max-length 8"
+    sizes = "--dims 50 400 --steps 12 --learning-rate 3e-2 --batch-size 8 --max-length 8"
     sizes += " --freeze word_embeddings"
     words = ("intrinsic", tmp_path / "m", file, file, tmp_path / "out", *sizes.split())
     start(*words)
@@ -293,7 +293,7 @@ def test_intrinsic_keeps_the_scores_where_no_size_is_enough(start, tmp_path, mon
     rows = [{"text": f"word{i % 2} word{i}", "label": i % 2} for i in range(32)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    sizes = "--dims 1 2 --steps 40 --learning-rate 1e-2 --batch-size 8 --max-length 8 --kinds did"
+    sizes = "--dims 1 2 --steps 4 --learning-rate 1e-2 --batch-size 8 --max-length 8 --kinds did"
     start("intrinsic", tmp_path / "m", file, file, tmp_path / "out", *sizes.split())
     found = json.loads((tmp_path / "out" / "intrinsic.json").read_text())["kinds"]["did"]
     assert found["dimension"] is None

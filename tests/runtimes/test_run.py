@@ -20,9 +20,6 @@ def test_a_program_that_does_not_import_tnlm_loads_a_compressed_model(tiny_llama
     model = tnlm.compress(tiny_llama(), "svd", keep_targets=0.5, progress=False)
     tnlm.save(model, tmp_path / "model")
     command = [sys.executable, "-c", LOAD, str(tmp_path / "model")]
-    alone = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert alone.returncode != 0
-    assert "IMPORT_TNLM_BEFORE_LOADING" in alone.stderr
     found = subprocess.run(
         [sys.executable, "-m", "tnlm", "run", "--", *command],
         capture_output=True,

@@ -335,3 +335,8 @@ def test_parts_of_a_slice_are_checked(parts):
     check_entry("m", {**entry, "slabs": 2}, nn.Linear(6, 16))
     with pytest.raises(CheckpointError, match="m"):
         check_entry("m", {**entry, "slabs": parts}, nn.Linear(6, 16))
+
+
+def test_nothing_is_run_where_no_matrix_could_hold_gates(make_model, monkeypatch):
+    monkeypatch.setattr("tnlm.targets.parts.feed_forward_layers", None)
+    assert fused_layouts(make_model("llama")) == {}

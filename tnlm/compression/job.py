@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from tnlm.compression.evidence import Evidence
 from tnlm.compression.gather import gather
 from tnlm.compression.request import Request
 from tnlm.errors import TargetError
+from tnlm.metrics.measure import FISHER, GRADIENTS
 from tnlm.targets import joint_targets, usable_targets
 from tnlm.targets.alike import alike
 from tnlm.targets.base import Fitted, Selector, Target
@@ -79,7 +80,7 @@ def prepare(
     selection = select(model, chosen, ignore, split=request.scheme.split)
     _check_kinds(model, request, selection)
     check_weights(model, selection.targets)
-    groups = joint_targets(model, selection.targets)
+    groups = joint_targets(model, selection.targets, _group_kinds(request))
     usable = alike(model, usable_targets(model, groups, request.kinds))
     evidence = Evidence(request.measure, request.damping)
     if request.looks_at_data:
@@ -100,6 +101,11 @@ def prepare(
         _in_words(targets=targets, ignore=ignore),
         {**evidence.seconds} or {"calibrate": 0.0},
     )
+
+
+def _group_kinds(request: Request) -> Set[str] | None:
+    """Return the kinds of joint targets that matter: all (None) if the loss weights errors."""
+    return None if request.needs & {GRADIENTS, FISHER} else request.kinds
 
 
 def _in_words(**given: Selector | None) -> dict[str, Any]:

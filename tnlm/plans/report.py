@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import platform
@@ -30,7 +31,12 @@ def versions() -> dict[str, str]:
     """
     own = importlib.import_module("tnlm").__version__  # the running code may not be installed
     found = {"python": platform.python_version(), "tnlm": own, "torch": str(torch.__version__)}
-    return found | {package: metadata.version(package) for package in PACKAGES}
+    return found | {package: _installed(package) for package in PACKAGES}
+
+
+@functools.cache  # reading the metadata takes longer than fitting a small matrix
+def _installed(package: str) -> str:
+    return metadata.version(package)
 
 
 @dataclass(frozen=True)

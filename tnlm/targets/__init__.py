@@ -12,9 +12,12 @@ from tnlm.utils.registry import Registry
 FINDERS: Registry[Finder] = Registry(__name__, "FINDER", "kind of target")
 
 
-def joint_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
-    """Return the joint targets of every kind that may replace several of the given targets."""
-    return [found for each in FINDERS.all().values() for found in each.find(model, targets)]
+def joint_targets(
+    model: nn.Module, targets: Sequence[Target], kinds: Set[str] | None = None
+) -> list[Target]:
+    """Return the joint targets, of some or all kinds, that may replace several of the targets."""
+    finders = [each for name, each in FINDERS.all().items() if kinds is None or name in kinds]
+    return [found for each in finders for found in each.find(model, targets)]
 
 
 def usable_targets(model: nn.Module, found: Sequence[Target], kinds: Set[str]) -> list[Target]:

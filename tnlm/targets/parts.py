@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.layers.fused import Layout
@@ -95,9 +96,7 @@ def _first(*places: tuple[Any, ...]) -> int | None:
 
 
 def _gates(model: nn.Module) -> Iterator[tuple[str, Layout]]:
-    linear = [widths(module) for module in model.modules() if _is_matrix(module)]
-    read = {columns for _, columns in linear}
-    if not any(rows % 2 == 0 and rows // 2 in read for rows, _ in linear):
+    if not _may_be_gated(model):
         return
     for layer in feed_forward_layers(model):
         if layer.reason is None:
@@ -107,6 +106,27 @@ def _gates(model: nn.Module) -> Iterator[tuple[str, Layout]]:
                 groups = count if slabs.size == 2 else 1
                 whole = f"{layer.parent}.{name}".lstrip(".")
                 yield whole, Layout(names, (count, count), groups)
+
+
+def _may_be_gated(model: nn.Module) -> bool:
+    """Return whether a matrix has twice as many outputs as one near it has inputs."""
+    sizes = {name: widths(module) for name, module in model.named_modules() if _is_matrix(module)}
+    outputs: dict[str, set[int]] = {}
+    for name, (rows, _) in sizes.items():
+        for around in _enclosing(name):
+            outputs.setdefault(around, set()).add(rows)
+    return any(
+        2 * columns in outputs[around]
+        for name, (_, columns) in sizes.items()
+        for around in _enclosing(name)[:2]
+        if around or not isinstance(model, PreTrainedModel)
+    )
+
+
+def _enclosing(name: str) -> list[str]:
+    """Return the names of the modules around a module, from the inside out."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
 
 
 def _is_matrix(module: Any) -> bool:

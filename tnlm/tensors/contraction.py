@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import opt_einsum
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tnlm.errors import RankError
-from tnlm.tensors.network import Network
+from tnlm.tensors.network import Gauge, Network
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,21 @@ def chain(network: Network, order: Sequence[str] | None = None) -> Chain:
         >>> plan.order, plan.macs
         (('right', 'left'), 22)
     """
+    modes, sizes = tuple(network.factors.items()), tuple(network.sizes.items())
+    wanted = None if order is None else tuple(order)
+    return _planned(modes, network.out, network.inp, sizes, network.gauge, wanted)
+
+
+@lru_cache(maxsize=4096)  # layers of one shape have the same candidates
+def _planned(
+    modes: Sequence[tuple[str, str]],
+    out: str,
+    inp: str,
+    sizes: Sequence[tuple[str, int]],
+    gauge: Gauge | None,
+    order: Sequence[str] | None,
+) -> Chain:
+    network = Network(dict(modes), out, inp, dict(sizes), gauge)
     if order is None:
         order = min(_orders(network), key=lambda item: item[0])[1]
     if sorted(order) != sorted(network.factors):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 from torch import nn
 
@@ -16,11 +18,17 @@ def release() -> None:
     Fits allocate large short-lived tensors between small long-lived ones; glibc keeps the gaps,
     which add up to more than the model itself.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    trim = getattr(ctypes.CDLL(ctypes.util.find_library("c") or "libc.so.6"), "malloc_trim", None)
+    trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+@functools.cache  # finding a library starts a process, and a fit takes less time than that
+def _malloc_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(ctypes.util.find_library("c") or "libc.so.6")
+    return getattr(library, "malloc_trim", None)
 
 
 def unmap(model: nn.Module) -> None:
