@@ -95,7 +95,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr(cache, "write", full)
     with pytest.raises(CheckpointError, match=r"cache .* cannot be written: .*no space.*cache_dir"):
         Folder(tmp_path / "entry").put("a", ONES)
     assert not list(tmp_path.iterdir())

@@ -72,6 +72,10 @@ def test_a_model_is_compressed_from_files_to_files(source, text, tmp_path):
     assert tnlm.load(out).config.model_type == "llama"
     data = ("--calibration", text, "--num-samples", 2, "--max-length", 16, "--memory", "4GB")
     run("compress", source, tmp_path / "data", "--scheme", "svd-llm", *data)
+    needed = run("plan", source, "--scheme", "auto", *data[:-2], "--resources")
+    assert needed["peak"] == needed["now"] + max(needed["stages"].values())
+    plain = CliRunner().invoke(cli.app, ["plan", str(source), "-s", "svd", "--resources"])
+    assert "peak memory: " in plain.stdout
     error = fails("compress", source, tmp_path / "other", *options, "--memory", "1MB")
     assert "give at least memory=" in error
     (tmp_path / "plan.json").write_text("{}")

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tnlm.checkpoint.exchange import check_place
+from tnlm.checkpoint.raw import places, write
+from tnlm.checkpoint.raw import read as raw_read
 from tnlm.errors import CheckpointError
 from tnlm.utils.claim import Claim
 
@@ -61,7 +62,7 @@ class Folder:
             if self._claim is None:
                 self._open()
             path = self._file(group)
-            save_file(dict(tensors), path)
+            write(path, tensors, tensors.items())
             self._digests[group] = _digest(path)
         except (OSError, SafetensorError) as error:
             raise self._failed(error) from error
@@ -75,9 +76,8 @@ class Folder:
         try:
             path = self._file(group)
             if _digest(path) == self._digests[group]:
-                with safe_open(path, framework="pt") as file:
-                    # A copy: if another process truncated a mapped file, this one would crash.
-                    return file.get_tensor(name).clone() if name in self.names(group) else None
+                place = places([path]).get(name)
+                return None if place is None else raw_read(place)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the cache {self._folder} cannot be read: {error}") from error
         raise CheckpointError(

@@ -18,16 +18,15 @@ from typer.main import get_command
 
 import tnlm
 from tnlm.cli.choices import asked, with_choices
+from tnlm.cli.large import Memory, Resources, Scratch, compress_on_disk, show_resources
 from tnlm.cli.options import (
     FILE,
     Dtype,
     Ignore,
     Json,
-    Memory,
     Model,
     Overwrite,
     SchemeName,
-    Scratch,
     Targets,
 )
 from tnlm.cli.output import console, layers_table, print_json, print_report, printable
@@ -98,12 +97,18 @@ def plan(
         Path | None, typer.Option(help="Save the plan as JSON, for `tnlm compress --plan`.")
     ] = None,
     dtype: Dtype = "auto",
+    resources: Resources = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Show what compress would do to every matrix, and the resulting cost."""
     choices = asked(given)
     _read_plan(None, scheme, choices)
+    if resources:
+        show_resources(
+            model, scheme, as_json, targets=targets, ignore=ignore, dtype=dtype, **choices
+        )
+        return
     from tnlm.checkpoint.dense_models import load_model
 
     loaded, tokenizer = load_model(model, dtype=dtype)
@@ -154,21 +159,9 @@ def compress(
     choices = asked(given)
     scheme_or_plan = _read_plan(plan, scheme, choices)
     if memory is not None or scratch is not None:
-        if plan is not None:
-            raise OptionError("--plan is not carried out block by block yet; give --scheme")
-        done = tnlm.compress_files(
-            model,
-            out,
-            str(scheme),
-            memory=memory,
-            scratch=scratch,
-            targets=targets,
-            ignore=ignore,
-            dtype=dtype,
-            overwrite=overwrite,
-            progress=not as_json,
-            **choices,
-        )
+        choices |= {"targets": targets, "ignore": ignore, "dtype": dtype, "overwrite": overwrite}
+        choices |= {"memory": memory, "scratch": scratch, "progress": not as_json}
+        done = compress_on_disk(model, out, scheme, plan, **choices)
         print_report(done, as_json)
         return
     from tnlm.checkpoint.dense_models import load_model

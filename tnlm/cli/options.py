@@ -103,20 +103,6 @@ Seed = Annotated[int, typer.Option(help="Seed for the calibration windows.")]
 SeedAsked = Annotated[
     int | None, typer.Option(help="Seed for the windows and other random choices; 0 by default.")
 ]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        help="Compress block by block, from files to files, within this much memory: 6GB.",
-        rich_help_panel="Large models",
-    ),
-]
-Scratch = Annotated[
-    Path | None,
-    typer.Option(
-        help="Compress block by block, with temporary files in this folder.",
-        rich_help_panel="Large models",
-    ),
-]
 Dtype = Annotated[str, typer.Option(help="Data type: auto, float32, bfloat16, float16 or float64.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace the contents of OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

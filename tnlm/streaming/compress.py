@@ -35,12 +35,11 @@ from tnlm.schemes.base import Scheme
 from tnlm.streaming.blocks import block_names
 from tnlm.streaming.pieces import Pieces
 from tnlm.streaming.recipe import recipe
-from tnlm.streaming.resources import check_resources, resources
+from tnlm.streaming.resources import Resources, check_resources, needed
 from tnlm.streaming.rules import check_request, check_source
 from tnlm.streaming.size import bytes_of
 from tnlm.streaming.work import PLAN, STATISTICS, Work
 from tnlm.targets.base import Selector
-from tnlm.targets.selection import select
 from tnlm.targets.stacks import tie
 from tnlm.utils.files import write_file
 
@@ -114,6 +113,27 @@ def compress_files(
         work.close(keep=keep)
 
 
+def predict_resources(
+    source: str | Path,
+    scheme: str | Scheme,
+    *,
+    targets: Selector | None = None,
+    ignore: Selector | None = None,
+    dtype: str | torch.dtype = "auto",
+    **choices: Any,
+) -> Resources:
+    """Return the memory and disk that :func:`compress_files` would need, without running it.
+
+    The arguments are those of :func:`compress_files`.
+    """
+    folder = check_source(source)
+    asked = gather_choices(scheme, choices)
+    request = request_of(asked)
+    check_request(request, asked)
+    model, _ = open_skeleton(folder, dtype)
+    return needed(model, block_names(model), request, asked, targets, ignore)
+
+
 class _Run:
     """One run, from files to files."""
 
@@ -140,13 +160,8 @@ class _Run:
 
     def check(self, targets: Selector | None, ignore: Selector | None, memory: int | None) -> None:
         """Raise `CapacityError` if the run needs more memory or disk than there is."""
-        chosen = self._request.scheme.targets if targets is None else targets
-        split = self._request.scheme.split
-        found = select(self._model, chosen, ignore, split=split).targets
-        cut = self._asked.calibration.cut
-        windows = (cut.num_samples, cut.max_length) if self._request.looks_at_data else (0, 0)
-        needed = resources(self._model, self._blocks, found, self._request, windows)
-        check_resources(needed, memory, self._work)
+        found = needed(self._model, self._blocks, self._request, self._asked, targets, ignore)
+        check_resources(found, memory, self._work)
 
     def write(
         self, targets: Selector | None, ignore: Selector | None, out: Path, overwrite: bool

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from tnlm.compression.choices import Asked
 from tnlm.compression.request import Request
 from tnlm.errors import CapacityError
 from tnlm.evaluation.footprint import resident_bytes
@@ -16,8 +18,9 @@ from tnlm.metrics.measure import FISHER, GRADIENTS
 from tnlm.streaming.blocks import tensors_of
 from tnlm.streaming.size import in_words
 from tnlm.streaming.stages import Shapes, stages, statistics_bytes
-from tnlm.targets.base import Target
+from tnlm.targets.base import Selector, Target
 from tnlm.targets.ends import vocabulary_of
+from tnlm.targets.selection import select
 
 OVERHEAD = 120 * 10**6
 """Bytes for libraries that are loaded during a run, and for memory that is not given back."""
@@ -49,6 +52,10 @@ class Resources:
         """The most memory that the process will hold."""
         return self.now + max(self.stages.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures in bytes."""
+        return {**asdict(self), "peak": self.peak}
+
     def lines(self) -> list[str]:
         """Return the figures as text, one line each."""
         stages = [f"{name}: {in_words(self.now + more)}" for name, more in self.stages.items()]
@@ -57,6 +64,22 @@ class Resources:
             f"temporary files: at most {in_words(self.scratch)}",
             f"read: {in_words(self.read)}; written: at most {in_words(self.written)}",
         ]
+
+
+def needed(
+    model: PreTrainedModel,
+    blocks: Sequence[str],
+    request: Request,
+    asked: Asked,
+    targets: Selector | None,
+    ignore: Selector | None,
+) -> Resources:
+    """Return what a run needs whose targets are still to be chosen; see :func:`resources`."""
+    chosen = request.scheme.targets if targets is None else targets
+    found = select(model, chosen, ignore, split=request.scheme.split).targets
+    cut = asked.calibration.cut
+    windows = (cut.num_samples, cut.max_length) if request.looks_at_data else (0, 0)
+    return resources(model, blocks, found, request, windows)
 
 
 def resources(
@@ -109,20 +132,20 @@ def _passes(request: Request) -> int:
     return 3 + forward + (7 if request.needs & {GRADIENTS, FISHER} else 0)
 
 
-def check_resources(needed: Resources, memory: int | None, scratch: Path) -> None:
+def check_resources(found: Resources, memory: int | None, scratch: Path) -> None:
     """Raise `CapacityError` if a run needs more memory than a cap, or more disk than is free."""
-    if memory is not None and needed.peak > memory:
-        stage = max(needed.stages, key=lambda name: needed.stages[name])
+    if memory is not None and found.peak > memory:
+        stage = max(found.stages, key=lambda name: found.stages[name])
         raise CapacityError(
-            f"memory={in_words(memory)}, but the stage {stage!r} needs {in_words(needed.peak)}, "
-            f"{in_words(needed.now)} of which the process holds already; give at least "
-            f"memory='{-(-needed.peak // 10**6)}MB', or ignore the largest matrices",
+            f"memory={in_words(memory)}, but the stage {stage!r} needs {in_words(found.peak)}, "
+            f"{in_words(found.now)} of which the process holds already; give at least "
+            f"memory='{-(-found.peak // 10**6)}MB', or ignore the largest matrices",
             argument=("memory", "ignore"),
         )
     free = shutil.disk_usage(scratch).free
-    if needed.scratch > free:
+    if found.scratch > free:
         raise CapacityError(
-            f"the run needs up to {in_words(needed.scratch)} for temporary files and the result, "
+            f"the run needs up to {in_words(found.scratch)} for temporary files and the result, "
             f"but {scratch} has {in_words(free)}; make room, or give another scratch=",
             argument="scratch",
         )

@@ -1,0 +1,61 @@
+"""The options of models that are larger than memory, and what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tnlm.cli.output import console, print_json
+from tnlm.errors import OptionError
+from tnlm.plans.report import Report
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Compress block by block, from files to files, within this much memory: 6GB.",
+        rich_help_panel="Large models",
+    ),
+]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(
+        help="Compress block by block, with temporary files in this folder.",
+        rich_help_panel="Large models",
+    ),
+]
+Resources = Annotated[
+    bool,
+    typer.Option(
+        "--resources",
+        help="Show only the memory and disk that compressing block by block needs.",
+        rich_help_panel="Large models",
+    ),
+]
+
+
+def show_resources(model: str, scheme: str, as_json: bool, **choices: Any) -> None:
+    """Print what compressing block by block needs."""
+    from tnlm.streaming.compress import predict_resources
+
+    found = predict_resources(model, scheme, **choices)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    console.print("\n".join(found.lines()), highlight=False, soft_wrap=True)
+
+
+def compress_on_disk(
+    model: str,
+    out: Path,
+    scheme: str | None,
+    plan: Path | None,
+    **choices: Any,
+) -> Report:
+    """Compress block by block, and return the report."""
+    from tnlm.streaming.compress import compress_files
+
+    if plan is not None:
+        raise OptionError("--plan is not carried out block by block yet; give --scheme")
+    return compress_files(model, out, str(scheme), **choices)
