@@ -4,9 +4,10 @@
 
 ``svd-llm`` is low rank of every expert's matrices, ``reap`` drops experts. The others have one
 loss-aware budget: ``removal`` drops the experts that harm the loss least; ``low-rank``; ``tucker``
-across the experts of a projection; ``stack-tucker``, which chooses between the last two; and
-``auto``, which chooses fewer channels as well. All are calibrated on the training text and measured
-on held-out documents. Statistics and finished rows are kept beside the model, in the user's cache.
+across the experts of a projection; ``stack-tucker``, which chooses between the last two; ``auto``,
+which chooses fewer channels as well; and ``removal, then auto``, which first drops a tenth of the
+experts. All are calibrated on the training text and measured on held-out documents. Statistics and
+finished rows are kept beside the model, in the user's cache.
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ CALIBRATION = {"num_samples": 128, "max_length": WINDOW}
 GRADIENTS = 64
 """Windows that gradients are taken of."""
 
+DROPPED, BOTH = 0.9, "removal, then auto"
+"""Part of the experts that is left where some are dropped first, and the name of that method."""
+REMOVAL = tnlm.scheme("reap", metric="removal", allocation="loss")
 METHODS: dict[str, Any] = {
     "svd-llm": tnlm.scheme("svd-llm"),
     "reap": tnlm.scheme("reap"),
-    "removal": tnlm.scheme("reap", metric="removal", allocation="loss"),
+    "removal": REMOVAL,
     "low-rank": tnlm.scheme("auto", formats=("low-rank",)),
     "tucker": tnlm.scheme("stack-tucker", formats=("expert-tucker",)),
     "stack-tucker": tnlm.scheme("stack-tucker"),
     "auto": tnlm.scheme("auto"),
+    BOTH: tnlm.scheme("auto"),
 }
 Row = dict[str, Any]
 
@@ -73,21 +78,29 @@ def _arguments() -> argparse.Namespace:
 def measure(folder: Path, tokenizer: Any, method: str, keep: float, windows: int) -> Row:
     """Compress the experts, and return the loss of every held-out window."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    row: Row = {}
-    if method != "dense":
-        scheme = METHODS[method]
+    row: Row = {"keep_targets": 1.0, "keep_macs": 1.0}
+    data = {"calibration": folder / "training.jsonl", "tokenizer": tokenizer}
+    data["cache_dir"] = folder / "statistics"
+    for scheme, part in steps(method, keep):
         gradients = {"gradient_samples": GRADIENTS} if "gradients" in scheme.needs else {}
-        data = {"calibration": folder / "training.jsonl", "tokenizer": tokenizer}
-        data["cache_dir"] = folder / "statistics"
         options = {**data, **CALIBRATION, **gradients, "targets": ["experts"]}
-        tnlm.compress(model, scheme, keep_targets=keep, progress=False, **options)
+        asked = part / row["keep_targets"]
+        tnlm.compress(model, scheme, keep_targets=asked, progress=False, **options)
         plan = tnlm.report(model).plan
-        row["keep_targets"] = plan.targets_after.params / plan.targets_before.params
-        row["keep_macs"] = plan.targets_after.macs / plan.targets_before.macs
+        row["keep_targets"] *= plan.targets_after.params / plan.targets_before.params
+        row["keep_macs"] *= plan.targets_after.macs / plan.targets_before.macs
     row["parameters"] = model.num_parameters()
     text = folder / "held_out.jsonl"
     _, losses = window_losses(model, text, tokenizer, window=WINDOW, windows=windows)
     return row | {"losses": [loss / (WINDOW - 1) for loss in losses]}
+
+
+def steps(method: str, keep: float) -> list[tuple[Any, float]]:
+    """Return the schemes of a method, each with the part of the experts that is left after it."""
+    if method == "dense":
+        return []
+    first = [(REMOVAL, DROPPED)] if method == BOTH else []
+    return [*first, (METHODS[method], keep)]
 
 
 def as_text(rows: list[Row]) -> str:

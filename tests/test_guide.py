@@ -119,7 +119,7 @@ def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
         ("concepts/allocation.md", 1),
         ("guide/large.md", 1),
         ("guide/large_models.md", 2),
-        ("guide/experts.md", 3),
+        ("guide/experts.md", 4),
         ("guide/reproduce.md", 2),
     ],
 )

@@ -208,3 +208,70 @@ def test_by_the_loss_blocks_keep_different_numbers_within_one_budget():
     assert plan.targets_after.params == 0.75 * plan.targets_before.params
     assert [layer.spec.get("experts", 8) for layer in plan.layers] == [8, 4]
     assert model(X).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["svd", "stack-tucker"])
+def test_what_is_left_can_be_compressed(kind, scheme, tmp_path):
+    model = mixture(kind)
+    tnlm.compress(model, "reap", keep_targets=0.75, **DATA)
+    smaller = sum(parameter.numel() for parameter in model.parameters())
+    data = DATA if scheme == "stack-tucker" else {"progress": False}
+    tnlm.compress(model, scheme, keep_targets=0.6, **data)
+    plan = tnlm.report(model).plan
+    assert plan.model.params == smaller
+    assert plan.model_after.params == sum(parameter.numel() for parameter in model.parameters())
+    entries = model.hf_quantizer.quantization_config.modules
+    counts = [entry["experts"] for entry in entries.values() if entry["kind"] == "experts"]
+    assert counts
+    assert set(counts) == {6}
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        expected = model(X).logits
+        torch.testing.assert_close(loaded(X).logits, expected)
+        for compressed in (model, loaded):
+            dense = tnlm.to_dense(compressed)
+            torch.testing.assert_close(dense(X).logits, expected, rtol=0, atol=1e-4)
+            dense.save_pretrained(tmp_path / "dense")
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+            torch.testing.assert_close(again(X).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_experts_are_dropped_once_and_before_all_else():
+    model = mixture("mixtral")
+    tnlm.compress(model, "reap", keep_targets=0.75, **DATA)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(TargetError, match="no matrix matches targets='experts'"):
+        tnlm.compress(model, "reap", keep_targets=0.75, **DATA)
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+    tnlm.compress(model, "svd", keep_targets=0.6, progress=False)
+    with pytest.raises(ModelError, match="compressed already"):
+        tnlm.compress(model, "svd", keep_targets=0.6, progress=False)
+
+
+def test_a_failure_leaves_the_dropped_model(monkeypatch):
+    model = mixture("mixtral")
+    tnlm.compress(model, "reap", keep_targets=0.75, **DATA)
+    modules, entries = dict(model.named_modules()), model.hf_quantizer.quantization_config.modules
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("tnlm.compression.pipeline.attach", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        tnlm.compress(model, "svd", keep_targets=0.6, progress=False)
+    assert dict(model.named_modules()) == modules
+    assert model.hf_quantizer.quantization_config.modules == entries
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_blocks_of_different_numbers_are_not_made_dense(then):
+    model = mixture("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj.mul_(1e-3)
+    tnlm.compress(model, "reap", metric="removal", allocation="loss", keep_targets=0.75, **DATA)
+    if then:
+        tnlm.compress(model, "svd", keep_targets=0.6, progress=False)
+    with pytest.raises(ModelError, match="does not say how many experts each block has"):
+        tnlm.to_dense(model)

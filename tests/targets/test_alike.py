@@ -126,3 +126,10 @@ def test_slices_of_a_tensor_share_what_numbers_no_expert():
         for e in (1, 2, 3)
         for name in ("mode1", "mode2")
     }
+
+
+def test_metrics_that_take_too_much_memory_leave_each_expert_by_itself(monkeypatch):
+    _, _, (unit, *_) = units_of()
+    assert unit.kinds == {"linear", "expert-stack"}
+    monkeypatch.setattr("tnlm.targets.alike.LARGEST", 4 * 8 * (48**2 + 32**2) - 1)
+    assert unit.kinds == {"linear"}

@@ -35,6 +35,7 @@ from tnlm.plans.report import Report, with_errors
 from tnlm.recovery.kinds import get_recovery
 from tnlm.recovery.kinds.base import Practice, RecoveryKind
 from tnlm.recovery.recover import as_lessons
+from tnlm.targets.dropping import dropped
 from tnlm.targets.stacks import tie
 from tnlm.utils.memory import release, unmap
 from tnlm.utils.undo import attempt
@@ -150,6 +151,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     """Fit every matrix, then swap them all in; any failure leaves or restores the model."""
     start = time.perf_counter()
     config = TnlmConfig(scheme=decided.scheme, options=decided.request)
+    config.modules.update(dropped(model))
     after = None if job.request.recover == NO_RECOVERY else get_recovery(job.request.recover)
     teacher = copy.deepcopy(model) if after is not None and after.needs_teacher else None
     read = job.evidence.weights_of(model)

@@ -25,6 +25,9 @@ from tnlm.tensors.network import Cost, Network
 STACK = "expert-stack"
 """What a format must be able to replace to take the same matrix of all experts as one tensor."""
 
+LARGEST = 2**34
+"""Bytes that the metrics of all experts may take, which a fit of them as one tensor holds."""
+
 
 @dataclass(frozen=True)
 class Alike(Target):
@@ -121,8 +124,10 @@ class AlikeMatrices(Alike):
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Matrices, and the stack of them."""
-        return frozenset({self.kind, STACK})
+        """Matrices, and the stack of them if all their metrics fit in memory together."""
+        rows, columns = self.shape
+        size = 8 * len(self.each) * (rows**2 + columns**2)
+        return frozenset({self.kind, STACK} if size <= LARGEST else {self.kind})
 
     @property
     def fixed(self) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tnlm.errors import ModelError
 from tnlm.layers.peft_names import is_adapter
 from tnlm.targets.base import Target
+from tnlm.targets.dropping import only_dropped
 from tnlm.utils.residency import resident
 
 
@@ -48,7 +49,10 @@ def _check_finite(target: Target, weight: Tensor) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise `ModelError` unless the model is an ordinary, uncompressed Hugging Face model."""
+    """Raise `ModelError` unless the model is an ordinary Hugging Face model, not yet compressed.
+
+    Experts may have been dropped from it before.
+    """
     if not isinstance(model, PreTrainedModel) or hasattr(model, "_orig_mod"):
         raise ModelError(
             f"a transformers PreTrainedModel is wanted, not {type(model).__name__}{_inside(model)}"
@@ -64,6 +68,8 @@ def check_model(model: Any) -> None:
         return
     method = quantizer.quantization_config.quant_method
     method = getattr(method, "value", method)
+    if method == "tnlm" and only_dropped(model):
+        return
     if method == "tnlm":
         raise ModelError(
             "the model is compressed already; start from tnlm.to_dense(model) or the original"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnlm.checkpoint.entries import Entry
+from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Ceiling, from_dict
 from tnlm.layers.rows import row_tensors, with_rows
@@ -18,6 +19,9 @@ from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Fitted, Member, Target
 from tnlm.targets.routing import Mixture, find_mixture, stacks_of_experts
 from tnlm.tensors.network import Cost, Network
+
+ROWS = "rows"
+"""Kind of the entries of modules that lost rows."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class ExpertsTarget(Member):
 
     def entry(self, layer: LayerPlan, *, biased: bool) -> Entry:
         """Return the checkpoint entry of the experts, without the indices of those kept."""
-        return {"kind": "rows", "rows": self.shape[0]}
+        return {"kind": ROWS, "rows": self.shape[0]}
 
     def fit(
         self,
@@ -155,8 +159,23 @@ def droppable(model: nn.Module) -> Iterator[ExpertsTarget]:
         [((4, 1), 384)]
     """
     for name, count in stacks_of_experts(model):
+        if name in dropped(model):
+            continue
         params = sum(p.numel() for p in model.get_submodule(name).parameters())
         yield ExpertsTarget(name, name, (count, 1), each=params // count)
+
+
+def dropped(model: nn.Module) -> dict[str, Entry]:
+    """Return the entries of the modules that lost experts, or their rows, in an earlier call."""
+    config = config_of(model)
+    entries = {} if config is None else config.modules
+    return {name: entry for name, entry in entries.items() if entry["kind"] == ROWS}
+
+
+def only_dropped(model: nn.Module) -> bool:
+    """Return whether a compressed model has lost experts and is dense otherwise."""
+    config = config_of(model)
+    return config is not None and len(dropped(model)) == len(config.modules)
 
 
 def mixtures_among(targets: Sequence[Target]) -> list[Mixture]:

@@ -15,7 +15,7 @@ from tnlm.layers.fused import Layout
 from tnlm.layers.unfolded import objection
 from tnlm.targets.alike import aliases, incomplete
 from tnlm.targets.base import Matrix, Member, Selector
-from tnlm.targets.dropping import droppable
+from tnlm.targets.dropping import droppable, dropped
 from tnlm.targets.matching import (
     ALL_LINEAR,
     Ends,
@@ -93,11 +93,15 @@ def select(
     all_linear = ALL_LINEAR in ([targets] if isinstance(targets, str | type) else targets)
     layouts = fused_layouts(model) if split else {}
     claimed: set[int] = set()
+    smaller = dropped(model)
     for name, module in model.named_modules():
         if not isinstance(module, Matrix):
             continue
         if ignore and matches(name, module, ignore, ends):
             selection.unwanted[name] = IGNORED
+            continue
+        if name in smaller:
+            selection.skipped[name] = "it lost the rows of the experts that were dropped"
             continue
         whole, layout = matches(name, module, targets, ends), layouts.get(name)
         parts = [] if layout is None else [f"{name}.{part}" for part in layout.parts]

@@ -14,6 +14,7 @@ from tnlm.checkpoint.kinds.base import Entry, EntryKind, MatrixKind, Place, by, 
 from tnlm.errors import CheckpointError
 from tnlm.layers.expert_layout import DOWN, GATE, UP, ExpertLayout, layout_of
 from tnlm.layers.experts import CHILD, FactorizedExperts, Stack, StackedFactors, StackedLinear
+from tnlm.layers.rows import set_counts
 from tnlm.layers.unfolded import UnfoldedExperts, bare
 
 CHILD_OF = {child: projection for projection, child in CHILD.items()}
@@ -53,6 +54,8 @@ class Experts(EntryKind):
             raise CheckpointError("experts take over the code of a module; none was given")
         layout, owner = origin(place.old)
         count = entry["experts"]
+        if count < layout.experts:
+            set_counts(owner, layout.experts, count)
         parts = {CHILD_OF[part["name"]]: part for part in entry["parts"]}
         stacks = {name: _stack(count, part, **place.tensors) for name, part in parts.items()}
         return FactorizedExperts(replace(layout, experts=count), owner, stacks)

@@ -65,7 +65,7 @@ class Rows(EntryKind):
             )
         (rows, left) = counts.pop()
         config = _with_count(model.config, rows, left)
-        if not _fits(type(model), config, model, entries):
+        if not _fits(type(model), config, model, entries, rows, left):
             raise ModelError(
                 f"the config of a {type(model).__name__} does not say how many experts each block "
                 f"has, of which {left} of {rows} are left; keep the model compressed"
@@ -101,12 +101,21 @@ def _fits(
     config: PreTrainedConfig,
     model: PreTrainedModel,
     entries: Mapping[str, Entry],
+    rows: int,
+    left: int,
 ) -> bool:
-    """Return whether a config's model has modules like those that lost rows."""
+    """Return whether a config's model has modules like those that lost rows, and all others."""
     try:
         with torch.device("meta"):
             skeleton = kind(config)
-        return all(_shapes(skeleton, name) == _shapes(model, name) for name in entries)
+        sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        same = (_shapes(skeleton, name) == _shapes(model, name) for name in entries)
+        # A block that kept all its experts has more rows in its router than the config's model.
+        whole = (
+            name in sizes and tuple(sizes[name][:1]) == (rows,) and tuple(each.shape[:1]) == (left,)
+            for name, each in skeleton.state_dict().items()
+        )
+        return all(same) and not any(whole)
     except Exception:  # code of others: whatever it raises, the config does not do
         return False
 
