@@ -144,10 +144,10 @@ def test_walking_goes_from_the_last_block_to_the_first_watched(make_model, walke
     runs.clear()
     found, shares = gradients(model)
     ends = [index for index, share in enumerate(shares) if share == 0]
-    assert ends == [2 * len(BATCHES), 3 * len(BATCHES) + 1]
+    assert ends == [3 * len(BATCHES), 4 * len(BATCHES) + 1]  # two blocks forwards, one back
     assert runs[-2 * len(BATCHES) :] == [1] * len(BATCHES) + [0] * len(BATCHES)
     gradients(model, modules=[UP])
-    assert runs[-len(BATCHES) - 2 :] == [0, 1] + [1] * len(BATCHES)
+    assert runs[-3 * len(BATCHES) :] == [0] * len(BATCHES) + [1] * 2 * len(BATCHES)
 
 
 def test_a_head_takes_passes_of_its_own_without_a_graph_below(make_model, walked):

@@ -11,6 +11,8 @@ import torch
 from tqdm import tqdm
 
 import tnlm
+from tnlm.calibration.store import Statistics
+from tnlm.calibration.trail import Trail
 from tnlm.compression.fitting import Fitting
 from tnlm.errors import CapacityError, CheckpointError, ModelError, OptionError
 from tnlm.streaming.pieces import Pieces
@@ -68,6 +70,34 @@ def test_a_killed_run_goes_on(scheme, owner, name, source, tmp_path, same, monke
     tnlm.compress_files(source, tmp_path / "out", **call)
     assert "model.layers.0" not in written
     assert names(tmp_path) == ["model", "out", "whole"]
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("scheme", "mark"), [("svd-llm", 3), ("auto", 3), ("auto", 6)])
+@pytest.mark.parametrize(("owner", "name"), [(Statistics, "mark"), (Trail, "drop")])
+def test_a_killed_walk_goes_on(scheme, mark, owner, name, source, tmp_path, same, monkeypatch):
+    call = {"scheme": scheme, "progress": False, "keep_targets": 0.6, **DATA}
+    tnlm.compress_files(source, tmp_path / "whole", **call)
+    with monkeypatch.context() as patched:
+        killing(patched, owner, name, mark)
+        assert killed(lambda: tnlm.compress_files(source, tmp_path / "out", **call))
+    marks, before = [], Statistics.mark
+    monkeypatch.setattr(Statistics, "mark", lambda self: (marks.append(1), before(self)))
+    tnlm.compress_files(source, tmp_path / "out", **call)
+    blocks = 4 if scheme == "svd-llm" else 8
+    assert blocks - mark <= len(marks) <= blocks - 2  # the finished ones are not walked again
+    same(tmp_path / "whole", tmp_path / "out")
+    assert names(tmp_path) == ["model", "out", "whole"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6])
+def test_a_walk_backwards_goes_on_from_any_state(count, source, tmp_path, same, monkeypatch):
+    call = {"scheme": "fwsvd", "progress": False, **DATA}
+    tnlm.compress_files(source, tmp_path / "whole", **call)
+    with monkeypatch.context() as patched:
+        killing(patched, Trail, "keep", count)
+        assert killed(lambda: tnlm.compress_files(source, tmp_path / "out", **call))
+    tnlm.compress_files(source, tmp_path / "out", **call)
     same(tmp_path / "whole", tmp_path / "out")
 
 

@@ -20,25 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tnlm.calibration.backward_check import agrees, few_blocks
 from tnlm.calibration.blocks import Blocks, state_of
-from tnlm.calibration.bypass import bypassed
-from tnlm.calibration.inputs import TEXT
-from tnlm.calibration.loss import Task, make_tasks
+from tnlm.calibration.loss import Task
 from tnlm.calibration.padding import Padding, padding_of
 from tnlm.calibration.passes import run
-from tnlm.calibration.sequences import Batch
+from tnlm.calibration.pulls import back, leaf_of, pull, top
 from tnlm.calibration.states import States
-from tnlm.calibration.walk import (
-    Call,
-    call_block,
-    check_walk,
-    eval_mode,
-    first_states,
-    plan_walks,
-    record,
-    same,
-    take_state,
-)
+from tnlm.calibration.trail import Trail
+from tnlm.calibration.walk import Call, check_walk, eval_mode, first_states, plan_walks
 from tnlm.errors import CalibrationError
 from tnlm.utils.residency import offloaded, resident
 
@@ -48,12 +38,13 @@ See = Callable[[str, Tensor, Tensor, Padding | None], None]
 """Called with a watched module's name, input and output, and the padding or None; a hook on the
 output receives its gradient."""
 
-SHORT = 32
-"""Number of tokens whose gradient is compared between a walk and a whole pass."""
-
 
 def stream(
-    model: PreTrainedModel, modules: Sequence[str], tasks: Sequence[Task], see: See
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    tasks: Sequence[Task],
+    see: See,
+    trail: Trail | None = None,
 ) -> Generator[float, None, None]:
     """Pass modules' inputs and outputs to ``see``, and propagate gradients back to the outputs.
 
@@ -65,7 +56,9 @@ def stream(
         walks, left = plan_walks(model, modules, lambda blocks: _check(model, blocks, tasks))
         passes = len(walks) + bool(left)
         for blocks, inside, calls in walks:
-            yield from (f / passes for f in _walk(model, blocks, inside, tasks, calls, see))
+            mine = (trail or Trail(None)).within(blocks[0][0])
+            shares = _walk(model, blocks, inside, tasks, calls, see, mine)
+            yield from (share / passes for share in shares)
         if left:
             _check_memory(model, left)
             yield from (f / passes for f in _whole(model, left, tasks, see))
@@ -100,7 +93,7 @@ def _whole(
 ) -> Iterator[float]:
     for task in tasks:
         with _watched(model, modules, see, padding_of(task.batch)):
-            _back(task.loss(model, run(model, task.batch)))
+            back(task.loss(model, run(model, task.batch)))
         yield 1.0
     yield 0.0
 
@@ -112,31 +105,81 @@ def _walk(
     tasks: Sequence[Task],
     calls: list[Call],
     see: See,
+    trail: Trail,
 ) -> Iterator[float]:
     inside = [[m for m in modules if m.startswith(f"{name}.")] for name, _ in blocks]
     lowest = next(number for number, found in enumerate(inside) if found)
-    with torch.no_grad():
-        hidden = first_states(model, blocks, [task.batch for task in tasks])
-    inputs = [hidden] * len(blocks)
-    like: Any = None
-    for number, ((name, block), call) in enumerate(zip(blocks, calls, strict=True)):
-        if number >= lowest:
-            inputs[number] = States(model, hidden, on_disk=True)
-        with resident(model, name), torch.no_grad():
-            for index, state in enumerate(hidden):
-                like = block(state, *call[0], **call[1])
-                hidden[index] = state_of(like)
-                yield 1 / 3 / len(blocks)
-    gradients = States(
-        model, (_top(model, blocks, task, hidden[n], like) for n, task in enumerate(tasks))
-    )
-    for number in reversed(range(lowest, len(blocks))):
+    inputs: dict[int, States] = {}
+    kept = trail.latest([f"gradient-{n}" for n in reversed(range(lowest, len(blocks) + 1))])
+    if kept is None:
+        forward = _Forward(model, blocks, calls, tasks, lowest, trail)
+        yield from (share / 3 for share in forward.run(inputs))
+        gradients, last = forward.gradients(), len(blocks)
+        trail.keep(f"gradient-{last}", gradients)
+    else:
+        gradients, last = trail.states(model, kept), int(kept.removeprefix("gradient-"))
+    for number in reversed(range(lowest, last)):
         (name, block), call = blocks[number], calls[number]
+        is_here = number in inputs
+        states = inputs.pop(number) if is_here else trail.states(model, f"input-{number}")
         with resident(model, name), _watched(model, inside[number], see, None):
-            for index, state in enumerate(inputs[number]):
-                gradients[index] = _pull(block, call, state, gradients[index])
+            for index, state in enumerate(states):
+                gradients[index] = pull(block, call, state, gradients[index])
                 yield 2 / 3 / (len(blocks) - lowest)
-        yield 0.0
+        yield 0.0  # what was seen is stored before the next line
+        trail.keep(f"gradient-{number}", gradients)
+        trail.drop(f"gradient-{number + 1}")
+        trail.drop(f"input-{number}")
+
+
+class _Forward:
+    """The forward half of the walk, up to the gradients at the last block's output."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Blocks,
+        calls: Sequence[Call],
+        tasks: Sequence[Task],
+        lowest: int,
+        trail: Trail,
+    ) -> None:
+        self._model, self._blocks, self._calls, self._tasks = model, blocks, calls, tasks
+        self._lowest, self._trail = lowest, trail
+        self._hidden = States(model, [])
+        self._like: Any = None
+
+    def run(self, inputs: dict[int, States]) -> Iterator[float]:
+        """Put every block's inputs into a dictionary, unless the trail keeps them."""
+        places = range(self._lowest, len(self._blocks))
+        found = self._trail.latest([f"input-{number}" for number in places])
+        start = 0 if found is None else int(found.removeprefix("input-"))
+        if found is None:
+            batches = [task.batch for task in self._tasks]
+            with torch.no_grad():
+                self._hidden = first_states(self._model, self._blocks, batches)
+        else:
+            self._hidden = self._trail.states(self._model, found)
+        for number in range(start, len(self._blocks)):
+            name, block = self._blocks[number]
+            args, named = self._calls[number]
+            if number >= self._lowest and not self._trail.keep(f"input-{number}", self._hidden):
+                inputs[number] = States(self._model, self._hidden, on_disk=True)
+            with resident(self._model, name):
+                for index, state in enumerate(self._hidden):
+                    with torch.no_grad():
+                        self._like = block(state, *args, **named)
+                    self._hidden[index] = state_of(self._like)
+                    yield 1 / len(self._blocks)
+
+    def gradients(self) -> States:
+        """Return the gradient of every task at the last block's output."""
+        model, blocks, like = self._model, self._blocks, self._like
+        found = (
+            top(model, blocks, task, state, like)
+            for task, state in zip(self._tasks, self._hidden, strict=True)
+        )
+        return States(model, found)
 
 
 def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> list[Call] | None:
@@ -145,130 +188,11 @@ def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> lis
         calls = check_walk(model, blocks, [task.batch for task in tasks])
     if calls is None:
         return None
-    with _few(model, blocks, calls, tasks[0].batch) as tried:
-        agrees = _agrees(model, tried, tasks[0].batch)
-    if agrees:
-        return calls
-    logger.info("the hidden state is not all that links blocks: taking whole backward passes")
+    with few_blocks(model, blocks, calls, tasks[0].batch) as tried:
+        if agrees(model, tried, tasks[0].batch):
+            return calls
+    logger.info("blocks are linked by more than the hidden state: using whole backward passes")
     return None
-
-
-@contextlib.contextmanager
-def _few(
-    model: PreTrainedModel, blocks: Blocks, calls: Sequence[Call], batch: Batch
-) -> Iterator[Blocks]:
-    """Yield all blocks; if weights are on disk, the first two and the last, without the others.
-
-    The graph of a whole pass holds the weights of all blocks that it goes through.
-    """
-    few = list(dict([*blocks[:2], blocks[-1]]).items())
-    if offloaded(model) is None:
-        yield blocks
-        return
-    others = [each for each in blocks if each not in few]
-    with resident(model, *(name for name, _ in few)), torch.no_grad():
-        [state] = first_states(model, blocks, [batch])
-        like = blocks[0][1](state, *calls[0][0], **calls[0][1])
-        with bypassed(model, others, like), torch.enable_grad():
-            yield few
-
-
-def _agrees(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> bool:
-    """Return whether the gradient of a few tokens at the first block is the same walked and whole.
-
-    The blocks' weights are in memory.
-    """
-    few = _shortened(batch)
-    [task] = make_tasks(model, [few])
-    with torch.no_grad():
-        calls = record(model, blocks, few)[0]
-        states, output = _through(model, blocks, few)
-    if calls is None or len(states) != len(blocks):  # the head does not call them all
-        return False
-    walked = _top(model, blocks, task, state_of(output), output)
-    for (_, block), call, state in reversed(list(zip(blocks, calls, states, strict=True))):
-        walked = _pull(block, call, state, walked)
-    return same(walked, _bottom(model, blocks, task))
-
-
-def _shortened(batch: Batch) -> Batch:
-    """Return one sequence's first tokens, unless there are images or audio beside them."""
-    if not set(batch) <= set(TEXT):
-        return batch
-    labels = {key: batch[key][:1] for key in ("labels",) if key in batch}
-    return {key: value[:1, :SHORT] for key, value in batch.items() if key not in labels} | labels
-
-
-def _through(model: PreTrainedModel, blocks: Blocks, batch: Batch) -> tuple[list[Tensor], Any]:
-    """Return the hidden state at every block's input, and the last one's output."""
-    states: list[Tensor] = []
-    output: Any = None
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = take_state(args, kwargs)[0]
-        if state is not None:
-            states.append(state.detach().clone())  # a block may work in place
-
-    def after(_: nn.Module, __: Any, found: Any) -> None:
-        nonlocal output
-        output = found
-
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for _, block in blocks]
-    handles.append(blocks[-1][1].register_forward_hook(after))
-    try:
-        run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return states, output
-
-
-def _top(model: PreTrainedModel, blocks: Blocks, task: Task, state: Tensor, like: Any) -> Tensor:
-    """Return the gradient at the last block's output, given this, without running the blocks."""
-    leaf = _leaf(state)
-    with bypassed(model, blocks, like, leaf.clone()):
-        _back(task.loss(model, run(model, task.batch)))
-    return _gradient(leaf)
-
-
-def _bottom(model: PreTrainedModel, blocks: Blocks, task: Task) -> Tensor:
-    """Return the gradient at the first block's input, through all paths to the loss."""
-    leaves: list[Tensor] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state, (rest, named) = take_state(args, kwargs)
-        if state is None:
-            return args, kwargs
-        leaves.append(_leaf(state))
-        return (leaves[0].clone(), *rest), named
-
-    handle = blocks[0][1].register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        _back(task.loss(model, run(model, task.batch)))
-    finally:
-        handle.remove()
-    return _gradient(leaves[0])
-
-
-def _pull(block: nn.Module, call: Call, state: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient at a block's input, from the one at its output."""
-    leaf = _leaf(state)
-    _back(call_block(block, leaf.clone(), call), gradient)
-    return _gradient(leaf)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """Return the start of a graph; models get a copy, since they may change it in place."""
-    return tensor.detach().requires_grad_()
-
-
-def _back(output: Tensor, gradient: Tensor | None = None) -> None:
-    if output.requires_grad:  # otherwise it depends on no watched module
-        torch.autograd.backward(output, gradient)
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 @contextlib.contextmanager
@@ -278,7 +202,7 @@ def _watched(
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:  # nothing below is watched: the graph starts here
-                output = _leaf(output)
+                output = leaf_of(output)
             see(name, args[0], output, padding)
             return output.clone()  # in-place changes would lose a hook on a view
 

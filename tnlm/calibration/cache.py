@@ -14,14 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tnlm.checkpoint.exchange import check_place
+from tnlm.checkpoint.json_file import read_object
 from tnlm.checkpoint.raw import places, write
 from tnlm.checkpoint.raw import read as raw_read
 from tnlm.errors import CheckpointError
 from tnlm.utils.claim import Claim
+from tnlm.utils.files import write_file
 
 logger = logging.getLogger("tnlm")
 
-INDEX = "index.json"
+INDEX, PARTIAL = "index.json", "partial.json"
 
 
 class Folder:
@@ -45,10 +47,11 @@ class Folder:
         (tensor([1., 1.]), {'tokens': 3})
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, *, partial: bool = False) -> None:
         """Start empty, without creating anything on disk."""
         self.place = place
-        self._folder = place
+        self._partial = place.with_name(f"{place.name}.partial") if partial else None
+        self._folder = self._partial or place
         self._claim: Claim | None = None
         self._digests: dict[str, str] = {}
 
@@ -59,8 +62,7 @@ class Folder:
             CheckpointError: if the cache is full or cannot be written.
         """
         try:
-            if self._claim is None:
-                self._open()
+            self._open()
             path = self._file(group)
             write(path, tensors, tensors.items())
             self._digests[group] = _digest(path)
@@ -89,6 +91,20 @@ class Folder:
         with safe_open(self._file(group), framework="pt") as file:
             return list(file.keys())
 
+    def mark(self, about: Mapping[str, Any]) -> None:
+        """Note what a partial folder holds so far, for the next process if this one is killed."""
+        if self._partial is not None:
+            text = json.dumps({**about, "digests": self._digests})
+            write_file(self._partial / PARTIAL, text)
+
+    def begun(self) -> dict[str, Any] | None:
+        """Take over what a killed process has noted, and return it; None if there is nothing."""
+        if self._partial is None or not (self._partial / PARTIAL).exists():
+            return None
+        about = read_object(self._partial / PARTIAL)
+        self._digests = about.pop("digests")
+        return about
+
     def finish(self, about: Mapping[str, Any]) -> None:
         """Write the index, and rename the folder to its place unless another process was first.
 
@@ -97,8 +113,8 @@ class Folder:
         """
         index = {**about, "digests": self._digests}
         try:
-            if self._claim is None:
-                self._open()
+            self._open()
+            (self._folder / PARTIAL).unlink(missing_ok=True)
             text = json.dumps({**index, "digest": _digest_of(index)}, indent=1)
             (self._folder / INDEX).write_text(text, encoding="utf-8")
             self._take_place()
@@ -123,8 +139,11 @@ class Folder:
 
     def _open(self) -> None:
         self.place.parent.mkdir(parents=True, exist_ok=True)
-        self._claim = Claim(self.place.parent)
-        self._folder = self._claim.folder
+        if self._partial is not None:
+            self._partial.mkdir(exist_ok=True)
+        elif self._claim is None:
+            self._claim = Claim(self.place.parent)
+            self._folder = self._claim.folder
 
     def _file(self, group: str) -> Path:
         return self._folder / f"{group}.safetensors"

@@ -163,7 +163,7 @@ def collect_gradients(
     if store.complete:
         return store
     gradients = _Gradients(moment, len(batches) if fisher else None)
-    shares = stream(model, modules, tasks, gradients.see)
+    shares = stream(model, modules, tasks, gradients.see, store.trail)
     fill(store, gradients, shares, modules, len(tasks), "computing gradients" if progress else None)
     if gradients.zeros:
         logger.warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tnlm.utils.residency import offloaded, scratch_of
@@ -47,6 +48,14 @@ class States:
     def __iter__(self) -> Iterator[Tensor]:
         """Yield one state after the other."""
         return (self[index] for index in range(len(self)))
+
+    def like(self) -> Iterator[Tensor]:
+        """Yield a tensor of the shape and dtype of every state, without reading it."""
+        for held in self._held:
+            if isinstance(held, Tensor):
+                yield held
+            else:
+                yield torch.empty(held.shape, dtype=held.dtype, device="meta")
 
     def __getitem__(self, index: int) -> Tensor:
         """Return a state."""

@@ -169,7 +169,7 @@ def collect(
     if store.complete:
         return store
     inputs = _Inputs()
-    shares = stream(model, modules, batches, inputs.see)
+    shares = stream(model, modules, batches, inputs.see, store.trail)
     fill(store, inputs, shares, modules, len(batches), "calibrating" if progress else None)
     widest = max(_width(model.get_submodule(name)) for name in store.leaders)
     if inputs.most < widest:
@@ -214,6 +214,7 @@ def fill(
             accumulator.end_batch()
             if share == 0:  # a block is done: its sums are complete
                 accumulator.flush(store)
+                store.mark()
                 release()
     check_reached(store, modules)
     store.save_index()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration import cache
 from tnlm.calibration.data import Batch, fingerprint
+from tnlm.calibration.trail import Trail
 from tnlm.errors import CalibrationError
 from tnlm.metrics.metric import InputMoment
 from tnlm.utils.hashing import model_hash
@@ -36,6 +37,7 @@ class Statistics:
             are large.
         tokens: number of tokens.
         scratch: where the temporary file is; None for the system's temporary directory.
+        trail: where the walk that computes them keeps how far it has come.
 
     Example:
         >>> import torch
@@ -46,9 +48,14 @@ class Statistics:
     """
 
     def __init__(
-        self, folder: cache.Folder | None = None, tokens: int = 0, scratch: Path | None = None
+        self,
+        folder: cache.Folder | None = None,
+        tokens: int = 0,
+        scratch: Path | None = None,
+        trail: Trail | None = None,
     ) -> None:
         """Start without tensors."""
+        self.trail = trail or Trail(None)
         self.tokens = tokens
         self.leaders: dict[str, str] = {}
         self.complete = False
@@ -144,11 +151,17 @@ class Statistics:
         """Free the cached metric."""
         self._latest = None
 
+    def mark(self) -> None:
+        """Note what there is so far, for a run that goes on after this process was killed."""
+        if self._folder is not None:
+            self._folder.mark({"leaders": self.leaders})
+
     def save_index(self) -> None:
         """Mark the statistics as complete; in a cache, for other processes too."""
         self.complete = True
         if self._folder is not None:
             self._folder.finish({"tokens": self.tokens, "leaders": self.leaders})
+        self.trail.clear()
 
     @classmethod
     def read(cls, place: Path) -> Statistics | None:
@@ -192,7 +205,14 @@ def open_store(
     if cached is not None:
         logger.info("statistics of %d tokens read from the cache", cached.tokens)
         return cached
-    return Statistics(cache.Folder(place), tokens)
+    scratch = scratch_of(model)
+    if scratch is None or not place.is_relative_to(scratch):
+        return Statistics(cache.Folder(place), tokens)
+    folder = cache.Folder(place, partial=True)  # among the pieces of a run that may go on
+    trail = Trail(place.with_name(f"{place.name}.walk"))
+    made = Statistics(folder, tokens, scratch, trail)
+    made.leaders = (folder.begun() or {}).get("leaders", {})
+    return made
 
 
 def content_hash(

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from tnlm.calibration.agreement import equal, same
 from tnlm.calibration.blocks import Blocks, find_stacks, split, state_of
 from tnlm.calibration.caching import caches_kept
 from tnlm.calibration.inputs import TEXT, main_input
@@ -26,6 +27,7 @@ from tnlm.calibration.padding import Padding, padding_of
 from tnlm.calibration.passes import run
 from tnlm.calibration.sequences import Batch
 from tnlm.calibration.states import States
+from tnlm.calibration.trail import Trail
 from tnlm.utils.residency import resident
 from tnlm.utils.training_flags import modes_kept
 
@@ -46,7 +48,11 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
 
 
 def stream(
-    model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch], see: See
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    batches: Sequence[Batch],
+    see: See,
+    trail: Trail | None = None,
 ) -> Generator[float, None, None]:
     """Pass the inputs of modules to ``see``, batch by batch.
 
@@ -58,7 +64,9 @@ def stream(
         walks, left = plan_walks(model, modules, lambda blocks: check_walk(model, blocks, batches))
         passes = len(walks) + bool(left)
         for blocks, inside, calls in walks:
-            yield from (f / passes for f in _walk(model, blocks, inside, batches, calls, see))
+            mine = (trail or Trail(None)).within(blocks[0][0])
+            shares = _walk(model, blocks, inside, batches, calls, see, mine)
+            yield from (share / passes for share in shares)
         if left:
             yield from (f / passes for f in _whole(model, left, batches, see))
 
@@ -108,15 +116,29 @@ def _walk(
     batches: Sequence[Batch],
     calls: list[Call],
     see: See,
+    trail: Trail,
 ) -> Iterator[float]:
-    hidden = first_states(model, blocks, batches)
-    for (name, block), call in zip(blocks, calls, strict=True):
+    start, hidden = _resume(model, blocks, batches, trail)
+    for number in range(start, len(blocks)):
+        (name, block), call = blocks[number], calls[number]
         inside = [module for module in modules if module.startswith(name + ".")]
         with resident(model, name), _watched(model, inside, see, None):
             for index, state in enumerate(hidden):
                 hidden[index] = call_block(block, state, call)
                 yield 1.0 / len(blocks)
-        yield 0.0
+        yield 0.0  # what was seen is stored before the next line
+        trail.keep(str(number + 1), hidden)
+        trail.drop(str(number))
+
+
+def _resume(
+    model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch], trail: Trail
+) -> tuple[int, States]:
+    """Return the block at which a walk starts, and the states there."""
+    found = trail.latest([str(number) for number in range(len(blocks) + 1)])
+    if found is None:
+        return 0, first_states(model, blocks, batches)
+    return int(found), trail.states(model, found)
 
 
 def check_walk(
@@ -165,26 +187,7 @@ def _calls_agree(
         return True
     body = _body(model, [blocks[0][0]])
     found = (_block_input(model, body, blocks, batch) for batch in batches)
-    return all(each is not None and _equal(each[1], call) for each in found)
-
-
-def _equal(found: Any, expected: Any) -> bool:
-    """Return whether two arguments contain the same tensors."""
-    if isinstance(found, Tensor) and isinstance(expected, Tensor):
-        return found.shape == expected.shape and bool((found == expected).all())
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        return found.keys() == expected.keys() and all(_equal(found[k], expected[k]) for k in found)
-    if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
-        return len(found) == len(expected) and all(map(_equal, found, expected))
-    return type(found) is type(expected)
-
-
-def same(state: Tensor, expected: Tensor | None) -> bool:
-    """Return whether two computations of a tensor agree, up to rounding."""
-    if expected is None or state.shape != expected.shape:
-        return False
-    expected = expected.float()
-    return bool((state.float() - expected).norm() <= 1e-3 * expected.norm())
+    return all(each is not None and equal(each[1], call) for each in found)
 
 
 def record(
