@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnlm
 from tnlm.errors import BudgetError, OptionError
 
 
+@settings(max_examples=12)  # an example plans a model; the budget is exact
 @given(keep=st.floats(0.45, 0.95))
 def test_one_width_that_meets_the_whole_budget(keep, tiny_llama):
     model = tiny_llama(intermediate_size=64)

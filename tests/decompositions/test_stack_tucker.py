@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnlm.decompositions.als import als
@@ -97,6 +97,7 @@ def test_with_one_metric_for_all_the_error_is_within_the_hosvd_bound(seed, found
     assert fitted_error(weight, metric, spec) ** 2 * size >= max(tails) * (1 - 1e-6) - 1e-9
 
 
+@settings(max_examples=12)  # an example is a whole fit
 @given(seed=seeds, found=ranks)
 def test_least_squares_never_raise_the_true_error(seed, found, gaussian):
     weight, metric, spec = gaussian(*SHAPE, seed=seed), apart(gaussian, seed), spec_of(found)
@@ -128,6 +129,7 @@ def test_members_of_a_stack_compute_what_its_slices_do(seed, found, cut, gaussia
         torch.testing.assert_close(layer.to_dense(), rows, **close)
 
 
+@settings(max_examples=10)  # an example is a whole curve
 @given(seed=seeds)
 @pytest.mark.parametrize("make", [shared, apart])
 def test_a_curve_falls_as_sizes_grow(make, seed, gaussian):

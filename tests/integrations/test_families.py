@@ -59,8 +59,11 @@ def check_dense(model, original, directory):
     assert torch.equal(outputs(read(type(model), directory / "dense")), expected)
 
 
-@pytest.mark.parametrize("scheme", ["svd", "kron"])
-@pytest.mark.parametrize("family", FAMILIES)
+# Names in files depend on the family, and those of factors on the format: no need of the product.
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [*((family, "svd") for family in FAMILIES), *((family, "kron") for family in FAMILIES[::3])],
+)
 def test_a_family_is_saved_and_loaded(family, scheme, tmp_path):
     model = compressed(family, scheme)
     again = check_saves(model, tmp_path)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -55,6 +55,7 @@ def solved(model, d, projection, seed):
     return float(space().detach()) < 1e-8
 
 
+@settings(max_examples=10)  # an example is a whole search
 @pytest.mark.parametrize("projection", ["dense", "fastfood"])
 @given(size=st.integers(40, 80), k=st.integers(1, 12), seed=st.integers(0, 99))
 def test_a_planted_codimension_is_found(size, k, seed, projection):

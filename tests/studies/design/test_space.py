@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -79,6 +79,7 @@ def test_configurations_are_as_many_as_counted_and_all_in_the_space(rules, tenso
     assert all(space.broken(configuration) is None for configuration in found)
 
 
+@settings(max_examples=12)  # an example compresses a model; costs are exact
 @given(st.data())
 def test_costs_are_those_of_the_compressed_model(data):
     ranks, forms = (1, 2, 6), ("tucker", "low-rank")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnlm
@@ -137,6 +137,7 @@ def test_matrices_are_tried_in_order_and_ranks_smallest_first(order, small):
         assert not any(accepted[:-1])  # it stops at the first that is good enough
 
 
+@settings(max_examples=10)  # an example is a whole search, decided by hashes
 @given(seed=st.integers(0, 10_000), delta=st.sampled_from([0.0, 0.1, 0.4]))
 def test_a_violation_is_never_accepted(seed, delta, small):
     model = small("two")
@@ -158,6 +159,7 @@ def test_a_violation_is_never_accepted(seed, delta, small):
     assert all(-trial.loss >= dense - delta for trial in found.trials if trial.accepted)
 
 
+@settings(max_examples=10)  # an example is a whole search, decided by hashes
 @given(seed=st.integers(0, 10_000), delta=st.sampled_from([0.1, 0.4]))
 def test_with_chunks_a_rank_is_good_enough_on_each_and_on_the_whole(seed, delta, small):
     model = small("two")
