@@ -8,7 +8,7 @@ import pytest
 
 from tnlm.compression.request import make_request
 from tnlm.streaming.blocks import block_names
-from tnlm.streaming.resources import OVERHEAD, resources
+from tnlm.streaming.resources import EACH, OVERHEAD, resources
 from tnlm.targets.selection import select
 
 PEAK = """
@@ -27,7 +27,7 @@ def test_a_wider_model_needs_more(tiny_llama):
         model = tiny_llama(intermediate_size=width)
         found = select(model, "all-linear").targets
         needed.append(resources(model, block_names(model), found, make_request("svd")))
-    narrow, wide = (each.stages["fit"] - OVERHEAD for each in needed)
+    narrow, wide = (each.stages["fit"] - OVERHEAD - 2 * EACH for each in needed)
     assert wide == 2 * narrow == 32 * 96 * (8 * 8 + 4)
     assert needed[0].peak == needed[0].now + max(needed[0].stages.values())
     assert needed[1].written > needed[0].written

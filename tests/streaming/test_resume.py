@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from tnlm.calibration.store import Statistics
 from tnlm.calibration.trail import Trail
 from tnlm.compression.fitting import Fitting
 from tnlm.errors import CapacityError, CheckpointError, ModelError, OptionError
+from tnlm.streaming import pieces
 from tnlm.streaming.pieces import Pieces
 
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
@@ -160,6 +162,27 @@ def test_a_damaged_piece_is_made_again(unfinished, source, tmp_path, same):
     tnlm.compress_files(source, tmp_path / "out", "svd", progress=False)
     tnlm.compress_files(source, tmp_path / "whole", "svd", progress=False)
     same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_run_goes_on_when_a_full_disk_has_room_again(source, tmp_path, same, monkeypatch):
+    call = {"scheme": "svd", "progress": False}
+    write, written = pieces.write, []
+
+    def full(path, *args):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        written.append(path)
+        return write(path, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pieces, "write", full)
+        with pytest.raises(CheckpointError, match="make room, or give another scratch="):
+            tnlm.compress_files(source, tmp_path / "out", **call)
+    assert not (tmp_path / "out").exists()
+    tnlm.compress_files(source, tmp_path / "out", **call)
+    tnlm.compress_files(source, tmp_path / "whole", **call)
+    same(tmp_path / "whole", tmp_path / "out")
+    assert names(tmp_path) == ["model", "out", "whole"]
 
 
 def test_pieces_of_a_model_that_cannot_be_compressed_are_removed(tmp_path, tiny_llama):

@@ -30,6 +30,7 @@ from tnlm.calibration.states import States
 from tnlm.calibration.trail import Trail
 from tnlm.calibration.walk import Call, check_walk, eval_mode, first_states, plan_walks
 from tnlm.errors import CalibrationError
+from tnlm.targets.ends import output_head
 from tnlm.utils.residency import offloaded, resident
 
 logger = logging.getLogger("tnlm")
@@ -179,7 +180,8 @@ class _Forward:
             top(model, blocks, task, state, like)
             for task, state in zip(self._tasks, self._hidden, strict=True)
         )
-        return States(model, found)
+        with resident(model, output_head(model)):  # read once, not for every task
+            return States(model, found)
 
 
 def _check(model: PreTrainedModel, blocks: Blocks, tasks: Sequence[Task]) -> list[Call] | None:

@@ -28,6 +28,7 @@ from tnlm.calibration.passes import run
 from tnlm.calibration.sequences import Batch
 from tnlm.calibration.states import States
 from tnlm.calibration.trail import Trail
+from tnlm.targets.ends import input_table
 from tnlm.utils.residency import resident
 from tnlm.utils.training_flags import modes_kept
 
@@ -224,7 +225,8 @@ def first_states(model: PreTrainedModel, blocks: Blocks, batches: Sequence[Batch
     """Return the first block's hidden state for every batch."""
     body = _body(model, [blocks[0][0]])
     found = (_block_input(model, body, blocks, batch) for batch in batches)
-    return States(model, (each[0] for each in found if each is not None))
+    with resident(model, input_table(model)):  # read once, not for every batch
+        return States(model, (each[0] for each in found if each is not None))
 
 
 def _block_input(

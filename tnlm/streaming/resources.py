@@ -25,6 +25,8 @@ from tnlm.targets.selection import select
 OVERHEAD = 120 * 10**6
 """Bytes for libraries that are loaded during a run, and for memory that is not given back."""
 
+EACH = 5 * 10**5
+"""Bytes that stay in memory of each block: modules without values, entries, decisions."""
 UNKNOWN = 500 * 10**6
 """Bytes that the process is taken to hold where the system does not say."""
 
@@ -114,7 +116,8 @@ def resources(
         vocabulary_of(model) or 0,
         tokens,
     )
-    work = {name: more + OVERHEAD for name, more in stages(shapes, request).items()}
+    always = OVERHEAD + EACH * len(blocks)
+    work = {name: more + always for name, more in stages(shapes, request).items()}
     whole = sum(sizes.values())
     passes = _passes(request)
     width = max(target.shape[1] for target in targets)

@@ -60,14 +60,16 @@ def scratch_of(model: nn.Module) -> Path | None:
 
 
 @contextmanager
-def resident(model: nn.Module, *names: str, recurse: bool = True) -> Iterator[None]:
+def resident(
+    model: nn.Module, *names: str | nn.Module | None, recurse: bool = True
+) -> Iterator[None]:
     """Keep the weights of modules in memory for the length of a block.
 
     Does nothing for a model that is in memory. Blocks may be nested.
 
     Args:
         model: holds the modules.
-        names: dotted names.
+        names: dotted names, or the modules themselves; None is passed over.
         recurse: whether the weights of the modules inside them are wanted as well.
 
     Example:
@@ -83,7 +85,8 @@ def resident(model: nn.Module, *names: str, recurse: bool = True) -> Iterator[No
     held: list[nn.Parameter] = []
     try:
         for name in names:
-            held += weights.load(model.get_submodule(name), recurse)
+            module = model.get_submodule(name) if isinstance(name, str) else name
+            held += [] if module is None else weights.load(module, recurse)
         yield
     finally:
         weights.free(held)
