@@ -25,8 +25,8 @@ cut = len(given.measure) // 2
 # fitted once; smaller ranks are slices of that fit.
 
 common = {
-    "search": [given.measure[:cut][:4000]],
-    "report": [given.measure[cut:][:4000]],
+    "search": [given.measure[:cut][:2000]],
+    "report": [given.measure[cut:][:2000]],
     "calibration": [given.learn],
     "tokenizer": given.tokenizer,
     "num_samples": 32,
