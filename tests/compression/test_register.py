@@ -92,11 +92,12 @@ def test_a_metric_and_how_it_is_gathered(tiny_llama):
     assert tnlm.report(model).plan.metric == "weights"
 
 
-def test_a_kind_of_target_is_asked_for(tiny_llama):
+@pytest.mark.parametrize(("kind", "expected"), [("linear", [14]), ("none", [])])
+def test_a_kind_of_target_is_asked_for_if_a_format_replaces_it(kind, expected, tiny_llama):
     asked = []
-    with registered(Finder("none", lambda model, targets: asked.append(len(targets)) or [])):
+    with registered(Finder(kind, lambda model, targets: asked.append(len(targets)) or [])):
         tnlm.plan(tiny_llama(), "svd", progress=False)
-    assert asked == [14]
+    assert asked == expected
 
 
 def test_a_recovery(tiny_llama):
