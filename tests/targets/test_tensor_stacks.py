@@ -129,8 +129,8 @@ def test_shared_factors_are_one_parameter_and_counted_once(kind, gauge, make_mod
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_saves_and_loads_bit_for_bit(kind, make_model, tmp_path):
-    model = tnlm.compress(make_model(kind), "stack-tucker", keep_targets=0.5, **DATA)
+def test_it_saves_and_loads_bit_for_bit(kind, compressed, tmp_path):
+    model = compressed(kind, "stack-tucker", keep_targets=0.5)
     assert stacked(tnlm.report(model))
     loaded = tnlm.load(tnlm.save(model, tmp_path / "saved"))
     assert torch.equal(logits(loaded), logits(model))
@@ -140,9 +140,12 @@ def test_it_saves_and_loads_bit_for_bit(kind, make_model, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [DATA, DATA | {"metric": "input"}, PLAIN])
-def test_the_error_reported_is_the_measured_one(arguments, make_model):
-    dense, model = make_model("llama"), make_model("llama")
-    tnlm.compress(model, "stack-tucker", keep_targets=0.5, **arguments)
+def test_the_error_reported_is_the_measured_one(arguments, make_model, compressed):
+    dense = make_model("llama")
+    if arguments is DATA:
+        model = compressed("llama", "stack-tucker", keep_targets=0.5)
+    else:
+        model = tnlm.compress(make_model("llama"), "stack-tucker", keep_targets=0.5, **arguments)
     planned = tnlm.plan(dense, "stack-tucker", keep_targets=0.5, **arguments)
     predicted = {layer.name: layer.error for layer in planned.layers}
     found = stacked(tnlm.report(model))
