@@ -52,12 +52,6 @@ def edit(directory, change):
     (directory / "config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture
-def saved(compressed, tmp_path):
-    """A directory with a low-rank Llama."""
-    return tnlm.save(compressed("llama", "svd"), tmp_path / "model")
-
-
 # What is written is what is read
 
 

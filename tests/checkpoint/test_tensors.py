@@ -30,11 +30,6 @@ WAYS = {"load": tnlm.load, "auto": AutoModelForCausalLM.from_pretrained}
 way = pytest.mark.parametrize("read", WAYS.values(), ids=WAYS.keys())
 
 
-@pytest.fixture
-def saved(compressed, tmp_path):
-    return tnlm.save(compressed("llama", "svd"), tmp_path / "model")
-
-
 def change(directory, name, value):
     """Put another tensor in a saved one's place, or none."""
     path = directory / "model.safetensors"

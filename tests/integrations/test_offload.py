@@ -26,9 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:accelerate")
 
 
 @pytest.fixture(params=SCHEMES)
-def saved(request, tiny_llama, tmp_path):
+def saved(request, compressed, tmp_path):
     """A compressed model, and where it is saved."""
-    model = tnlm.compress(tiny_llama(), request.param, keep_targets=0.5)
+    model = compressed("llama", request.param, keep_targets=0.5)
     return model, tnlm.save(model, tmp_path / "model")
 
 
