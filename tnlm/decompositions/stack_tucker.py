@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -250,7 +250,7 @@ def _slices(weight: Tensor, metric: Metric, spec: StackTuckerSpec) -> list[Slice
     return [Slice.of(w, m) for w, m in zip(weight.split(height), metric.members, strict=True)]
 
 
-@cache
+@lru_cache(maxsize=2**16)
 def _work(shape: Shape, spec: StackTuckerSpec) -> int:
     """Return the multiply-adds of one slice; a search asks again for each size and each matrix."""
     return macs_of(FORMAT.network(shape, spec))
