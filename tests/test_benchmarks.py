@@ -396,3 +396,13 @@ def test_methods_for_experts_are_compared_and_resumed(start, python_pieces, monk
     monkeypatch.setattr("tnlm.compress", None)  # it is not called again
     start(*options)
     assert json.loads((tmp_path / "out" / "mixture_methods.json").read_text())["rows"] == rows
+
+
+def test_large_models_stay_below_their_cap(run, tmp_path):
+    sizes = "--hidden 64 --blocks 3 --vocabulary 64 --memory 4GB --scheme svd-llm --length 32"
+    figures, text = run("large_models", tmp_path / "large", *sizes.split())
+    assert 0 < figures["peak"] < 4e9
+    assert len(figures["block"]) == 3
+    block = 4 * 64**2 + 3 * 64 * 176 + 2 * 64
+    assert figures["size"] == 4 * (2 * 64**2 + 64 + 3 * block)
+    assert "| svd-llm | 0.00 GB | 4GB |" in text

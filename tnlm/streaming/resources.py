@@ -22,10 +22,10 @@ from tnlm.targets.base import Selector, Target
 from tnlm.targets.ends import vocabulary_of
 from tnlm.targets.selection import select
 
-OVERHEAD = 120 * 10**6
+OVERHEAD = 150 * 10**6
 """Bytes for libraries that are loaded during a run, and for memory that is not given back."""
 
-EACH = 5 * 10**5
+EACH = 10**6
 """Bytes that stay in memory of each block: modules without values, entries, decisions."""
 UNKNOWN = 500 * 10**6
 """Bytes that the process is taken to hold where the system does not say."""
