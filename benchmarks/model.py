@@ -1,13 +1,15 @@
 """Speed and size of whole models against dense: prefill, decoding, bytes of weights.
 
     python benchmarks/model.py [MODEL] [--models real random] [--keep-targets 0.8 0.6]
-        [--dtypes float32 bfloat16] [--out DIR]
+        [--dtypes float32 bfloat16] [--precision int8] [--out DIR]
 
 Two models are measured, dense and of low rank. The real one, MODEL, is the demo's if not given, and
 is compressed by plain SVD. The random one has Llama-7B's blocks, few of them, and a tiny
 vocabulary; its matrices are replaced by random factors of the ranks that ``tnlm.compress`` would
-choose, since speed does not depend on values and the SVD of such matrices takes long. All variants
-of a model take turns in one process; rates are medians, and ratios are to dense.
+choose, since speed does not depend on values and the SVD of such matrices takes long. With a
+precision there are also the dense model in few bits, its embedding and head as well, and a random
+one whose feed-forward layers are narrowed to the size. All variants of a model take turns in one
+process; rates are medians, and ratios are to dense.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2, help="blocks of the random model")
     parser.add_argument("--hidden", type=int, default=4096, help="its width")
     parser.add_argument("--intermediate", type=int, default=11008, help="that of its feed-forwards")
+    parser.add_argument("--precision", help="measure packed models too, such as int8")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="for prefill")
     parser.add_argument("--new-tokens", type=int, default=16, help="decoded in a turn")
     add_options(parser, keep_targets=(0.8, 0.6), repeats=5)
@@ -95,7 +98,7 @@ def _real(asked: argparse.Namespace) -> tuple[str, Variants]:
     for keep in asked.keep_targets:
         model = copy.deepcopy(loaded)
         variants[_named(keep)] = tnlm.compress(model, "svd", keep_targets=keep, progress=False)
-    return Path(source).name, variants
+    return Path(source).name, variants | _packed(variants["dense"], asked)
 
 
 def _random(asked: argparse.Namespace) -> tuple[str, Variants]:
@@ -110,7 +113,28 @@ def _random(asked: argparse.Namespace) -> tuple[str, Variants]:
     variants: Variants = {"dense": dense}
     variants |= {_named(keep): _factorized(dense, keep) for keep in asked.keep_targets}
     blocks = f"{asked.layers} block{'s' * (asked.layers > 1)}"
-    return f"Llama of width {asked.hidden}, {blocks}", variants
+    return f"Llama of width {asked.hidden}, {blocks}", variants | _packed(dense, asked)
+
+
+def _packed(dense: Any, asked: argparse.Namespace) -> Variants:
+    """Return the dense model in few bits, and narrowed ones with random weights."""
+    if asked.precision is None:
+        return {}
+    models = {asked.precision: copy.deepcopy(dense)}
+    for keep in asked.keep_targets:
+        config = copy.deepcopy(dense.config)
+        config.intermediate_size = _width(dense, keep)
+        models[f"{asked.precision}, narrowed to {keep:g}"] = LlamaForCausalLM(config)
+    choice = {"precision": asked.precision, "targets": ["all-linear", "embeddings"]}
+    return {n: tnlm.compress(m, "rtn", progress=False, **choice) for n, m in models.items()}
+
+
+def _width(dense: Any, keep: float) -> int:
+    """Return the width of feed-forward layers at which the blocks have so many multiply-adds."""
+    sizes = [m.weight.numel() for m in dense.model.layers.modules() if isinstance(m, nn.Linear)]
+    hidden = dense.config.intermediate_size
+    narrow = 3 * dense.config.hidden_size * dense.config.num_hidden_layers
+    return int(hidden - (1 - keep) * sum(sizes) / narrow) // 16 * 16
 
 
 def _factorized(dense: LlamaForCausalLM, keep: float) -> LlamaForCausalLM:

@@ -36,6 +36,7 @@ PACKAGES = {
     "tnlm.metrics": "Metrics",
     "tnlm.metrics.named": "Named metrics",
     "tnlm.plans": "Plans and reports",
+    "tnlm.precision": "Bits: grids, rounding, packing",
     "tnlm.recovery": "Recovery",
     "tnlm.recovery.kinds": "Named recoveries",
     "tnlm.recovery.pruning": "Pruning",

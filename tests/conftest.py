@@ -57,6 +57,8 @@ def sort_of(scheme: Scheme) -> str:
     tables = {"embeddings", "token-embeddings"} & set(np.atleast_1d(scheme.targets))
     if tables:
         return "tables" if len(np.atleast_1d(scheme.targets)) == 1 else "tables and matrices"
+    if not scheme.formats:
+        return "bits"
     if "channels" in scheme.formats:
         return "channels"
     if scheme.share > 1:

@@ -123,6 +123,7 @@ def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
         ("guide/large.md", 1),
         ("guide/large_models.md", 2),
         ("guide/experts.md", 4),
+        ("guide/bits.md", 2),
         ("guide/reproduce.md", 2),
     ],
 )

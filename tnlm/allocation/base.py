@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from tnlm.decompositions.base import Format
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
+from tnlm.precision.grid import Precision
 from tnlm.targets.base import Target
 from tnlm.tensors.network import Cost
 from tnlm.utils.residency import resident
@@ -59,6 +60,7 @@ class Problem:
         limits: the budget.
         predict: whether to compute errors even if no decision depends on them.
         progress: show a progress bar.
+        grids: on which candidates may be stored; None for the model's dtype.
     """
 
     model: nn.Module
@@ -71,6 +73,7 @@ class Problem:
     adds_bias: bool = False
     predict: bool = False
     progress: bool = False
+    grids: Sequence[Precision | None] = (None,)
 
     @property
     def replaced(self) -> dict[str, Target]:
@@ -102,6 +105,7 @@ class Allocation(ABC):
         tolerates: whether it supports a tolerance instead of a budget.
         counts_blocks: whether it takes the number of blocks to compress.
         formats: names of the formats that it supports; None for all.
+        chooses_bits: whether it counts and chooses the bits of codes.
     """
 
     name: ClassVar[str]
@@ -111,6 +115,7 @@ class Allocation(ABC):
     tolerates: ClassVar[bool] = False
     counts_blocks: ClassVar[bool] = False
     formats: ClassVar[frozenset[str] | None] = None
+    chooses_bits: ClassVar[bool] = False
 
     @abstractmethod
     def allocate(self, problem: Problem) -> list[LayerPlan]:

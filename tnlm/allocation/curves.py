@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any
@@ -12,36 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from tnlm.allocation.base import Problem
+from tnlm.allocation.bits import Bits
+from tnlm.allocation.candidate import Candidate
 from tnlm.allocation.uniform import curve_of, stay_dense
 from tnlm.decompositions.base import to_dict
 from tnlm.errors import BudgetError
 from tnlm.metrics.metric import Metric
-from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Target
+from tnlm.tensors.network import Network
 from tnlm.utils.ties import RELATIVE, significant
 
 STEPS = 60
 """Bisection steps on a multiplier or a tolerance, enough for full precision."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A possible decision for a matrix, or for several together.
-
-    Attributes:
-        layers: the decisions.
-        price: their cost, in the unit of the budget.
-        loss: the predicted loss: squared errors times their effect on the loss.
-    """
-
-    layers: tuple[LayerPlan, ...]
-    price: float
-    loss: float
-
-    @property
-    def error(self) -> float:
-        """The largest relative error."""
-        return max(layer.error or 0.0 for layer in self.layers)
 
 
 Curve = list[Candidate]
@@ -68,8 +50,11 @@ def curves(
     Raises:
         RankError: if a target cannot have the options; the message names it.
     """
-    combine = together or by_multiplier
-    alone = {each[0].name: _front(_candidates(problem, *each), harm) for each in problem.each()}
+    combine, bits = together or by_multiplier, Bits(problem)
+    alone = {
+        each[0].name: _front(bits.spread(_candidates(problem, *each), *each), harm)
+        for each in problem.each()
+    }
     replaced = problem.replaced
     parts: dict[str, list[Curve]] = {}
     for target in problem.targets:
@@ -132,13 +117,15 @@ def _slope(a: Candidate, b: Candidate) -> float:
 
 def _candidates(
     problem: Problem, target: Target, weight: Tensor, metric: Metric
-) -> list[Candidate]:
+) -> list[tuple[Candidate, Network | None]]:
+    """Return the candidates of a target in the model's dtype, each with its network."""
     limits, size = problem.limits, weight.element_size()
     stays = stay_dense(target, weight, "worth more than it costs")
     extra = problem.extra(target)
     energy = metric.norm(weight) ** 2 * problem.importance(target)
     macs = target.most_macs(limits.max_macs)
-    found = [Candidate((stays,), limits.price(stays.before), 0.0)]
+    dense = Candidate((stays,), limits.price(stays.before), 0.0)
+    found: list[tuple[Candidate, Network | None]] = [(dense, None)]
     for structure in problem.formats:
         if target.kinds.isdisjoint(structure.kinds):
             continue
@@ -157,7 +144,8 @@ def _candidates(
                 note="",
                 bias=extra > 0,
             )
-            found.append(Candidate((layer,), limits.price(after), energy * error**2))
+            candidate = Candidate((layer,), limits.price(after), energy * error**2)
+            found.append((candidate, network))
     return found
 
 

@@ -15,9 +15,10 @@ from torch import nn
 
 from tnlm.checkpoint.kinds import KINDS
 from tnlm.checkpoint.kinds.base import Entry as Entry
-from tnlm.checkpoint.kinds.base import Place
+from tnlm.checkpoint.kinds.base import Place, grids
 from tnlm.checkpoint.kinds.base import network_of as network_of
 from tnlm.errors import CheckpointError, TnlmError
+from tnlm.layers.packed import packed, unpacked
 
 if TYPE_CHECKING:  # whose import imports the plug-in, and that this file
     from transformers import PreTrainedModel
@@ -45,7 +46,16 @@ def build(
     old: nn.Module | None = None,
 ) -> nn.Module:
     """Return the (uninitialised) module that an entry describes, in the place of an old one."""
-    return KINDS.get(entry["kind"]).build(entry, Place(device, dtype, old))
+    kind, bits = KINDS.get(entry["kind"]), grids(entry)
+    if not bits:
+        return kind.build(entry, Place(device, dtype, old))
+    module = packed(kind.build(entry, Place("meta", dtype, old)), bits)
+    return module.to_empty(device=device or torch.get_default_device())
+
+
+def link(model: PreTrainedModel, entry: Entry, module: nn.Module) -> None:
+    """Let a built module that stands in a model find others that it reads."""
+    KINDS.get(entry["kind"]).link(model, module)
 
 
 def before_dense(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
@@ -62,4 +72,4 @@ def before_dense(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
 
 def dense_module(entry: Entry, module: nn.Module) -> nn.Module:
     """Return an ordinary dense module with the weight of a built one."""
-    return KINDS.get(entry["kind"]).dense(entry, module)
+    return KINDS.get(entry["kind"]).dense(entry, unpacked(module))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # importing it imports the plug-in, which imports this file
 
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 """The dtypes in which weights may be stored, with their names in safetensors."""
+WHOLE = {torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8"}
+"""The dtypes of row orders and of packed codes, with their names in safetensors."""
 SPARE = 2**26
 """Elements allowed beyond four times those in the files, for new heads and position tables."""
 
@@ -77,8 +79,10 @@ class Arrivals:
             raise CheckpointError(
                 f"{name} is stored as {kind or tensor.dtype}; allowed: {', '.join(FLOATS.values())}"
             )
-        if name.endswith(ORDER) and self._owner(name) and kind != "I64":
-            raise CheckpointError(f"{name} is stored as {kind}; allowed for row orders: I64")
+        if wanted in WHOLE and self._owner(name) and kind != WHOLE[wanted]:
+            what = "row orders" if wanted is torch.int64 else "codes"
+            allowed = f"allowed for {what}: {WHOLE[wanted]}"
+            raise CheckpointError(f"{name} is stored as {kind}; {allowed}")
         self._noted[name] = kind
 
     def check(self, model: PreTrainedModel) -> None:
@@ -134,7 +138,7 @@ class Arrivals:
         found: dict[str, tuple[str, str]] = {}
         for name, kind in self._noted.items():
             owner = self._owner(name)
-            if owner is None or name.endswith((ORDER, ".bias")):
+            if owner is None or name.endswith(".bias") or kind in WHOLE.values():
                 continue
             first, before = found.setdefault(owner, (name, kind))
             if kind != before:

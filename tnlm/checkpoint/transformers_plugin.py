@@ -19,7 +19,7 @@ from tnlm.checkpoint.configs import GUARD as GUARD
 from tnlm.checkpoint.configs import METHOD as METHOD
 from tnlm.checkpoint.configs import clear_guard, own_config
 from tnlm.checkpoint.description import FORMAT_VERSION, READABLE, TnlmConfig
-from tnlm.checkpoint.entries import before_dense, build, check_entry, dense_module
+from tnlm.checkpoint.entries import before_dense, build, check_entry, dense_module, link
 from tnlm.checkpoint.naming import has, names_in, owner_of, rename, rename_in, with_wildcards
 from tnlm.checkpoint.parts import PART, around, describe_parts, submodels
 from tnlm.checkpoint.tensors import Arrivals
@@ -157,6 +157,8 @@ def place(model: PreTrainedModel, config: TnlmConfig) -> None:
         like = next(old.parameters())
         made = build(entry, device=like.device, dtype=like.dtype, old=old)
         model.set_submodule(names[name] or "", made)
+    for name, entry in found.items():
+        link(model, entry, model.get_submodule(names[name] or ""))
     tied = {
         rename(names, target): rename(names, source)
         for target, source in config.tied.items()

@@ -78,7 +78,7 @@ class Budget:
     keep_targets: float | None = choice(None, "Fraction of the targets' parameters to keep.")
     tolerance: float | None = choice(None, "Relative error allowed per matrix.")
     max_macs: float = choice(1.0, "Maximum multiply-adds per matrix, as a multiple of dense.")
-    unit: str = choice("params", "Unit of the budget: params, bytes or macs.")
+    unit: str | None = choice(None, "Unit of the budget: params, bytes or macs; params by default.")
     blocks: int | None = choice(None, "Number of last blocks to compress, for allocation last.")
     portable: str | None = choice(
         None, "Runtime that runs the result without tnlm: llama.cpp or transformers."

@@ -81,6 +81,8 @@ class Evidence:
             target: the matrix.
             newer: statistics that replace those of the dense model.
         """
+        if target.unmeasured:
+            return Metric()
         if len(target.alike) > 1:
             parts = [partial(self.metric, one) for one in target.alike]
             return Several(parts, self._scales(target.alike))

@@ -18,6 +18,7 @@ from tnlm.layers.swap import Shelf
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan, Plan
 from tnlm.targets.base import Fitted, Member, Target
+from tnlm.targets.rounding import rounded
 from tnlm.utils.residency import resident
 
 
@@ -49,7 +50,7 @@ class Fitting:
         self._shrinks = {
             member.name
             for unit in self.units
-            if self._layers[unit.name].format is not None
+            if self._layers[unit.name].replaced
             for member in unit.members
         }
         # A fused module is replaced whole, so its dense parts are kept beside the fitted ones.
@@ -73,11 +74,12 @@ class Fitting:
         members = [member for member in unit.members if member.name in self._replaced]
         if not members:
             return None
-        if layer.format is None:  # dense parts of a fused module whose other parts are fitted
+        if not layer.replaced:  # dense parts of a fused module whose other parts are fitted
             for member in members:
                 self._put(member, layer, self._fit(member, layer, None))
             return None
         fitted = self._job.ready.get(unit.name) or self._fit(unit, layer, moved)
+        fitted = self._stored(unit, layer, moved, fitted)
         dense = None if moved is None else _dense(fitted.pieces[0][2])
         self._put(unit, layer, fitted)
         return dense
@@ -107,6 +109,22 @@ class Fitting:
             if moved is None:
                 return unit.fit(self._model, layer, metric)
             return unit.fit(self._model, layer, metric, moved.weight, moved.output)
+
+    def _stored(
+        self, unit: Target, layer: LayerPlan, moved: Moved | None, fitted: Fitted
+    ) -> Fitted:
+        """Return what was fitted, in as few bits as planned."""
+        if layer.grid is None:
+            return fitted
+        newer = moved.statistics if moved else None
+        with resident(self._model, *(member.module for member in unit.members)):
+            weight = moved.weight if moved else unit.weight(self._model)
+            return rounded(
+                fitted,
+                layer.grid,
+                lambda target: self._job.evidence.metric(target, newer),
+                weight if len(fitted.pieces) == 1 else None,
+            )
 
     def _put(self, unit: Target, layer: LayerPlan, fitted: Fitted) -> None:
         squares = self._squares.setdefault(layer.name, [])

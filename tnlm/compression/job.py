@@ -84,7 +84,8 @@ def prepare(
     usable = alike(model, usable_targets(model, groups, request.kinds))
     evidence = Evidence(request.measure, request.damping)
     if request.looks_at_data:
-        evidence = gather(model, request, selection.targets, data, progress)
+        measured = [target for target in selection.targets if not target.unmeasured]
+        evidence = gather(model, request, measured, data, progress)
     reached = [target for target in selection.targets if target.name not in evidence.skipped]
     known = {target.name for target in reached}
     groups = [each for each in groups if all(member.name in known for member in each.members)]
@@ -124,7 +125,7 @@ def _check_kinds(model: PreTrainedModel, request: Request, selection: Selection)
         if target.kind not in allowed:
             names = " or ".join(structure.name for structure in request.structures)
             reason = f"{names} replaces only {' and '.join(sorted(allowed))}"
-        elif target.unmeasured and request.looks_at_data:
+        elif target.unmeasured and request.looks_at_data and not request.rounds_unmeasured:
             reason = target.unmeasured
         else:
             found = target.tried(model)

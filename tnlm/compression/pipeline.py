@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.allocation.base import Limits, Problem
+from tnlm.allocation.bits import all_on_grid, repriced
 from tnlm.allocation.pricing import model_cost
-from tnlm.allocation.uniform import reprice
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.compression.cascade import cascade
@@ -48,13 +48,13 @@ RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens")
 def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -> Plan:
     """Choose the spec of every target, and return the plan."""
     start = time.perf_counter()
-    request, chosen = job.request, job.units
+    request, units = job.request, job.units
     cost = model_cost(model)
-    part = total(t.dense_cost(t.weight(model).element_size()) for t in chosen)
+    part = total(t.dense_cost(t.weight(model).element_size()) for t in units)
     limits = request.limits(cost, part)
     problem = Problem(
         job.evidence.weights_of(model),
-        chosen,
+        units,
         request.structures,
         job.evidence.metric,
         job.evidence.importance,
@@ -63,12 +63,14 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
         adds_bias=request.measure.adds_bias,
         predict=predict,
         progress=progress,
+        grids=request.grids if request.allocation.chooses_bits else (None,),
     )
+    chosen = request.allocation.allocate(problem)
     decided = Plan(
         request.scheme.name,
         request.measure.name,
         {**job.chosen, **request.record()},
-        tuple(request.allocation.allocate(problem)),
+        tuple(all_on_grid(problem, chosen, request.grid)),
         cost,
         job.selection.skipped,
     )
@@ -78,7 +80,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
 
 
 def _check_worth(decided: Plan, limits: Limits) -> None:
-    dense = [layer for layer in decided.layers if layer.format is None]
+    dense = [layer for layer in decided.layers if not layer.replaced]
     if len(dense) == len(decided.layers):
         raise BudgetError(f"no matrix would shrink; {dense[0].name}: {dense[0].note}")
     achieved = limits.price(decided.targets_after) / limits.price(decided.targets_before)
@@ -142,7 +144,7 @@ def resume(
     job.seconds["plan"] = 0.0
     layers = {layer.name: layer for layer in decided.layers}
     read = job.evidence.weights_of(model)
-    priced = tuple(reprice(t, t.weight(read), layers[t.name]) for t in chosen)
+    priced = tuple(repriced(t, t.weight(read), layers[t.name]) for t in chosen)
     again = replace(decided, layers=priced, model=model_cost(model))
     return with_coverage(model, job.selection, again), job
 

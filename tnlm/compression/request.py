@@ -9,6 +9,7 @@ from typing import Any
 
 from tnlm.allocation import get_allocation
 from tnlm.allocation.base import Allocation, Limits
+from tnlm.compression.bit_rules import check_precision
 from tnlm.compression.choices import Asked, gather_choices
 from tnlm.compression.portable import portable
 from tnlm.compression.rules import (
@@ -31,6 +32,7 @@ from tnlm.decompositions.base import Format
 from tnlm.errors import BudgetError
 from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS, MOVEMENT, Measure
 from tnlm.metrics.named import get_measure
+from tnlm.precision.grid import Precision
 from tnlm.schemes.base import Scheme
 from tnlm.tensors.network import Cost
 
@@ -63,6 +65,7 @@ class Request:
         blocks: how many last blocks to compress, for allocations that take it.
         training: training data; the calibration data if None.
         portable: runtime that runs the result without tnlm, or None.
+        grids: on which weights may be stored; None for the model's dtype.
     """
 
     scheme: Scheme
@@ -84,6 +87,17 @@ class Request:
     blocks: int | None
     training: Any = None
     portable: str | None = None
+    grids: tuple[Precision | None, ...] = (None,)
+
+    @property
+    def grid(self) -> Precision | None:
+        """The grid of all weights; None for the model's dtype, or if the allocation chooses."""
+        return self.grids[0] if len(self.grids) == 1 else None
+
+    @property
+    def rounds_unmeasured(self) -> bool:
+        """Whether targets that data cannot measure are stored in few bits, each to the nearest."""
+        return self.grid is not None and not self.structures
 
     @property
     def needs(self) -> frozenset[str]:
@@ -97,7 +111,8 @@ class Request:
     def kinds(self) -> frozenset[str]:
         """The kinds of targets that its formats replace."""
         formats = self.structures
-        return frozenset[str]().union(*(each.kinds | each.made_of for each in formats))
+        dense = () if self.grids == (None,) else ("linear", "embedding")
+        return frozenset(dense).union(*(each.kinds | each.made_of for each in formats))
 
     @property
     def trains(self) -> bool:
@@ -166,6 +181,9 @@ class Request:
             "split": self.scheme.split and None,
             "recover": self.recover if self.recover != "none" else None,
             "recover_tokens": self.recover_tokens if self.trains else None,
+            "precision": self.scheme.precision,
+            "group": self.scheme.group,
+            "symmetric": None if self.scheme.symmetric else False,
             "unit": self.unit,
             "blocks": self.blocks,
             "portable": self.portable,
@@ -211,8 +229,9 @@ def request_of(asked: Asked) -> Request:
     check_refine(recovery.refine)
     after = named.recover if recovery.kind is None else recovery.kind
     check_recover(measure, after, recovery.tokens)
-    check_shared(shared, budget)
+    unit = check_shared(shared, budget, named.unit)
     check_shared_formats(shared, structures)
+    grids = check_precision(named, shared, budget, unit, recovery)
     return Request(
         scheme=named,
         structures=structures,
@@ -229,10 +248,11 @@ def request_of(asked: Asked) -> Request:
         keep_targets=budget.keep_targets,
         tolerance=budget.tolerance,
         max_macs=float(budget.max_macs),
-        unit=budget.unit,
+        unit=unit,
         blocks=budget.blocks,
         training=recovery.training,
         portable=budget.portable,
+        grids=grids,
     )
 
 

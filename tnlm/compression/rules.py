@@ -163,9 +163,18 @@ def check_shared_formats(allocation: Allocation, structures: Sequence[Format[Any
             )
 
 
-def check_shared(allocation: Allocation, budget: Budget) -> None:
-    """Raise an `OptionError` unless the allocation supports the budget."""
-    unit, blocks = budget.unit, budget.blocks
+def check_shared(allocation: Allocation, budget: Budget, usual: str = "params") -> str:
+    """Return the unit of the budget.
+
+    Args:
+        allocation: shares the budget out.
+        budget: the budget.
+        usual: the unit of a budget that names none.
+
+    Raises:
+        OptionError: unless the allocation supports the budget in this unit.
+    """
+    unit, blocks = usual if budget.unit is None else budget.unit, budget.blocks
     if not is_word(unit, UNITS):
         raise BudgetError(f"unknown unit {unit!r}{did_you_mean(str(unit), UNITS)}")
     if unit not in allocation.units:
@@ -181,7 +190,7 @@ def check_shared(allocation: Allocation, budget: Budget) -> None:
             argument=("tolerance", "keep", "keep_targets", "allocation"),
         )
     if blocks is None:
-        return
+        return unit
     if not allocation.counts_blocks:
         raise OptionError(
             f"blocks={blocks!r} has no effect with allocation={allocation.name!r}",
@@ -189,6 +198,7 @@ def check_shared(allocation: Allocation, budget: Budget) -> None:
         )
     if not is_whole(blocks) or blocks < 1:
         raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1", argument="blocks")
+    return unit
 
 
 def check_budgets(budget: Budget, sizes: Sequence[str]) -> None:

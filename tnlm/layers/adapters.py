@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tnlm.errors import ModelError, OptionError, RankError, TargetError
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.packed import PackedLinear
 from tnlm.layers.shapes import shape_of
 from tnlm.utils.checks import is_whole
 from tnlm.utils.mounting import modules_kept
@@ -171,7 +172,8 @@ def attach(
         rank_pattern=exact,
         alpha_pattern={name: scaling * rank for name, rank in exact.items()},
     )
-    config._register_custom_module({FactorizedLinear: peft.tuners.lora.Linear})
+    plain = peft.tuners.lora.Linear
+    config._register_custom_module({FactorizedLinear: plain, PackedLinear: plain})
     # PEFT draws its own weights, which are overwritten.
     with torch.random.fork_rng(), warnings.catch_warnings():
         for message in _KNOWN:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tnlm.errors import ModelError
 from tnlm.layers.arranged import ArrangedLinear
+from tnlm.layers.packed import PackedLinear
 
 
 def applied_weight(child: nn.Linear) -> Tensor:
@@ -33,7 +34,7 @@ def applied_weight(child: nn.Linear) -> Tensor:
 
 def _weight(child: nn.Linear) -> Tensor:
     """Return the weight; if it is quantized or wrapped by an adapter, as the product with I."""
-    plain = type(child) in (nn.Linear, ArrangedLinear)
+    plain = type(child) in (nn.Linear, ArrangedLinear, PackedLinear)
     if plain and not hasattr(child.weight, "__tensor_flatten__"):  # not quantized
         return child.weight
     like: Tensor = child.weight

@@ -16,7 +16,7 @@ from tnlm.layers.arranged import arrange_made, linear
 from tnlm.layers.machine import machine
 from tnlm.layers.pricing import crossing
 from tnlm.layers.rebuilt import RebuiltWeights
-from tnlm.tensors.contraction import Step, chain, pairwise, passes_in, passes_out
+from tnlm.tensors.contraction import Step, chain, pairwise, passes_in, passes_out, stored_shapes
 from tnlm.tensors.gauge import ORDER, expand, with_identity
 from tnlm.tensors.network import Factors, Network
 
@@ -86,8 +86,9 @@ class FactorizedLinear(nn.Module):
         self._passes_in = any(
             passes_in(network, s.factor, s.batch, s.kept) for s in self.chain.steps
         )
+        shapes = stored_shapes(network, self.chain.steps)
         for step in self.chain.steps:
-            rows, columns = self._stored_shape(step)
+            rows, columns = shapes[step.factor]
             child = linear(rows, columns, arranged=step.is_flat, device=device, dtype=dtype)
             setattr(self, step.factor, child)
         if network.gauge is not None:
@@ -95,13 +96,6 @@ class FactorizedLinear(nn.Module):
             self.register_buffer(network.gauge.factor + ORDER, order_of_rows)
         empty = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty)
-
-    def _stored_shape(self, step: Step) -> tuple[int, int]:
-        gauge, network = self.network.gauge, self.network
-        if gauge is not None and gauge.factor == step.factor:
-            bond, free = self._split
-            return (bond, free) if self._passes_in else (free, bond)
-        return network.size(step.rows), network.size(step.contracted)
 
     @torch.no_grad()
     def store(self, factors: Factors, bias: Tensor | None = None) -> FactorizedLinear:

@@ -28,7 +28,7 @@ class Made:
     @property
     def approximated(self) -> bool:
         """Whether it is compressed, as some parts of a fused module may have stayed dense."""
-        return str(self.entry["kind"]) != "dense"
+        return str(self.entry["kind"]) != "dense" or "precision" in self.entry
 
     @property
     def linear(self) -> bool:

@@ -11,6 +11,7 @@ from tnlm.errors import ModelError, OptionError
 from tnlm.layers.embedding import FactorizedEmbedding
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.packed import PackedLinear
 
 if TYPE_CHECKING:
     import peft
@@ -65,6 +66,7 @@ def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
         {
             FactorizedLinear: FactoredLinear,
             FusedLinear: FactoredLinear,
+            PackedLinear: FactoredLinear,
             FactorizedEmbedding: FactoredTable,
         }
     )

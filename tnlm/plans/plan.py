@@ -10,6 +10,7 @@ from typing import Any
 
 from tnlm.errors import CheckpointError, OptionError
 from tnlm.plans.coverage import Coverage
+from tnlm.precision.grid import Precision
 from tnlm.tensors.network import Cost
 
 FORMAT_VERSION = 2
@@ -30,6 +31,7 @@ class LayerPlan:
         error: predicted relative error in the metric, if computed.
         note: why the matrix stays dense.
         bias: whether a bias is added to a matrix without one.
+        precision: bits, group and symmetry of its codes, plain values; None for the model's dtype.
     """
 
     name: str
@@ -42,6 +44,17 @@ class LayerPlan:
     error: float | None = None
     note: str = ""
     bias: bool = False
+    precision: Mapping[str, Any] | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether anything takes the matrix's place."""
+        return self.format is not None or self.precision is not None
+
+    @property
+    def grid(self) -> Precision | None:
+        """The grid of its codes, if it is stored in few bits."""
+        return None if self.precision is None else Precision(**self.precision)
 
     @property
     def keep(self) -> float:
@@ -166,6 +179,7 @@ def table(layers: Iterable[LayerPlan]) -> list[str]:
 def row(layer: LayerPlan) -> tuple[str, ...]:
     """Return the table row of one decision."""
     spec = layer.note or " ".join(f"{k}={_short(v)}" for k, v in layer.spec.items())
+    spec = f"{spec} {layer.grid.name}".strip() if layer.grid else spec
     error = "" if layer.error is None else f"{layer.error:.4f}"
     macs = (
         f"{layer.after.macs / layer.before.macs:.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from tnlm.layers.adapters import Lora, attach, attached, check_bare, matrix, siz
 from tnlm.layers.adapters import check as check_ranks
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.made import made_layers
+from tnlm.layers.packed import PackedLinear
 from tnlm.metrics.metric import Metric
 from tnlm.recovery.compensate import residual_start
 from tnlm.recovery.examples import batches as in_batches
@@ -71,7 +73,8 @@ def heal(
     into it; ranks, parameter counts and identity blocks do not change. With ``on="layers"``, for
     low-rank layers, each product gets a LoRA beside it. ``merge`` sets how LoRAs are merged:
 
-    - ``"factors"``: add the LoRA to its factor;
+    - ``"factors"``: add the LoRA to its factor; the codes of a packed factor stay on their scales,
+      so what is less than half a step is lost: keep the adapter there;
     - ``"concatenate"``: exact; the rank grows by the LoRA's;
     - ``"retruncate"``: merge, and truncate to the layer's previous rank;
     - ``"adapter"``: leave the LoRAs in the model as PEFT layers, with frozen factors. Save them
@@ -164,7 +167,7 @@ def heal(
         if not bool(lora.A.isfinite().all() and lora.B.isfinite().all()):
             raise TrainingError(f"the LoRA at {name} is not finite; lower learning_rate")
     changed = loras if merge == "factors" else ()
-    before = {name: matrix(model.get_submodule(name)).clone() for name in changed}
+    before = {name: copy.deepcopy(model.get_submodule(name).state_dict()) for name in changed}
 
     def finish() -> PreTrainedModel:
         if merge == "factors":
@@ -178,8 +181,8 @@ def heal(
         return model
 
     def undo() -> None:
-        for name, weight in before.items():
-            matrix(model.get_submodule(name)).copy_(weight)
+        for name, state in before.items():
+            model.get_submodule(name).load_state_dict(state)
 
     return attempt(finish, undo)
 
@@ -224,7 +227,8 @@ def _on_factors(model: nn.Module, names: Sequence[str], rank: int) -> dict[str, 
         for full in inner:
             if full not in modules:
                 raise TargetError(f"the model has no module {full!r}")
-            own = owners[id(getattr(modules[full], "weight", None))] == 1
+            held = modules[full]._parameters
+            own = owners[id(held.get("scales", held.get("weight")))] == 1
             most = min(size_of(modules[full]))
             if own and most > 0:
                 ranks[full] = min(rank, most)
@@ -253,8 +257,12 @@ def _starts(
 def _add(model: nn.Module, loras: Mapping[str, Lora]) -> None:
     """Add every LoRA to its weight."""
     for name, lora in loras.items():
-        weight = matrix(model.get_submodule(name))
-        weight.copy_(weight.double() + lora.delta())
+        layer = model.get_submodule(name)
+        if isinstance(layer, PackedLinear):
+            layer.add(lora.delta())
+        else:
+            weight = matrix(layer)
+            weight.copy_(weight.double() + lora.delta())
 
 
 def _check(

@@ -39,9 +39,13 @@ class Scheme:
             if None.
         split: whether fused projections are several matrices, or one each.
         share: consecutive blocks whose matrices share their input factor.
+        precision: in which weights are stored; the model's dtype if None, by the budget if "auto".
+        group: columns that share a scale.
+        symmetric: whether zero is the middle code.
         recover: how the whole model is trained after fitting; see `tnlm.recovery`.
         distillation: what ``recover="distill"`` compares; a preset of `tnlm.recovery.lessons`.
         keep_targets: fraction of the targets' parameters to keep if the call sets no size.
+        unit: unit of the budget if the call names none.
         defaults: default values of the formats' options.
         with_data: the metric if calibration data is given and the call names no metric; None for
             a scheme that ignores data by definition, and so refuses it.
@@ -66,9 +70,19 @@ class Scheme:
         True, "Take fused projections as several matrices: q, k and v; gate and up."
     )
     share: int = choice(1, "Consecutive blocks that share an input factor (low rank only).")
+    precision: str | None = choice(
+        None, "Bits of the codes in which weights are stored: int2 to int8, or auto for the budget."
+    )
+    group: int | None = choice(
+        None, "Columns that share a scale; 64 by default, and a whole row for int8."
+    )
+    symmetric: bool = choice(
+        True, "Put zero in the middle of the codes; otherwise each group has its own zero."
+    )
     recover: str = "none"
     distillation: str = "logits"
     keep_targets: float = 0.8
+    unit: str = "params"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     with_data: str | None = None
 

@@ -34,11 +34,13 @@ class Fitted:
         pieces: the checkpoint entry and the module of each matrix, by target.
         error: relative error of the target in its metric.
         ties: parameters to tie: each name with the name it shares.
+        columns: the columns kept by matrices that lost inputs, by target name.
     """
 
     pieces: Sequence[tuple[Target, Entry, nn.Module]]
     error: float
     ties: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,18 @@ class Target(ABC):
     def met(self, work: int) -> int:
         """Return MACs averaged over all tokens of the model, some of which skip an expert."""
         return math.floor(work * self.share)
+
+    def packs(self, structure: str | None) -> bool:
+        """Return whether a format, or the dense matrix if None, can be stored in few bits here."""
+        return False
+
+    def packed_shapes(self, network: Network | None) -> Sequence[tuple[int, int]]:
+        """Return the shapes of the layers that can be stored in few bits.
+
+        Args:
+            network: what replaces the target; None if it stays dense.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is never packed")
 
     @abstractmethod
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:

@@ -91,6 +91,17 @@ class FeedForward(Target):
         work = width * (self.params // self.shape[0])
         return Cost(rest, rest * itemsize, self.met(work))
 
+    def packs(self, structure: str | None) -> bool:
+        """Return True: all of it is linear layers."""
+        return True
+
+    def packed_shapes(self, network: Network | None) -> Sequence[tuple[int, int]]:
+        """Return the shapes of all the matrices with the network's channels alone."""
+        channels = self.shape[0]
+        width = channels if network is None else network.shape[0]
+        producers = [(each.shape[0] * width // channels, each.shape[1]) for each in self.producers]
+        return [*producers, (self.consumer.shape[0], width)]
+
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
@@ -115,7 +126,8 @@ class FeedForward(Target):
             rows = rounded(factors["rows"], whole.dtype, f"the weight of {self.consumer.name}")
             seen = factors | ({"rows": rows.double()} if is_half(whole.dtype) else {})
             error = metric.relative(whole, structure.reconstruct(self.shape, spec, seen))
-        return Fitted(sliced(self, model, factors), error)
+        kept = {self.consumer.name: factors["kept"]}
+        return Fitted(sliced(self, model, factors), error, columns=kept)
 
 
 def pairs(model: nn.Module, targets: Sequence[Target]) -> list[FeedForward]:

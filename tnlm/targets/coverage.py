@@ -75,7 +75,7 @@ def _planned(
         weights, layer = target.held(model), decided.get(together(places, target.name))
         whole = sum(weight.numel() for weight in weights)
         for weight in weights:
-            if layer is None or layer.format is None:
+            if layer is None or not layer.replaced:
                 kept[id(weight)] = (layer and layer.note) or LEFT_OUT
             else:
                 own = weight.numel() * target.params // whole

@@ -21,7 +21,7 @@ from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Fitted, Member, Read
 from tnlm.targets.fit import fit_matrix
 from tnlm.targets.stubs import widths
-from tnlm.tensors.contraction import chain
+from tnlm.tensors.contraction import chain, stored_shapes
 from tnlm.tensors.costs import macs
 from tnlm.tensors.network import Cost, Factors, Network
 
@@ -101,6 +101,16 @@ class MatrixTarget(Member):
         """Return the cost of the factors and of a bias with ``extra`` parameters."""
         size = network.params * itemsize + network.index_bytes + extra * itemsize
         return Cost(network.params + extra, size, self.met(macs(network)))
+
+    def packs(self, structure: str | None) -> bool:
+        """Return True: all of it is linear layers."""
+        return True
+
+    def packed_shapes(self, network: Network | None) -> Sequence[tuple[int, int]]:
+        """Return the shape of the matrix, or those in which its factors are stored."""
+        if network is None:
+            return [self.shape]
+        return list(stored_shapes(network, chain(network).steps).values())
 
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
@@ -209,7 +219,7 @@ def _turned(module: nn.Module, stored: Tensor) -> Tensor:
 
 def _fused(layout: Layout, parts: Sequence[Entry]) -> Entry:
     """Return the checkpoint entry of a fused module: one layer, if its parts are plain slices."""
-    if all(part["kind"] == "sliced" for part in parts):
+    if all(part["kind"] == "sliced" and "precision" not in part for part in parts):
         shape, full = (
             [sum(p[key][0] for p in parts), parts[0][key][1]] for key in ("shape", "full")
         )

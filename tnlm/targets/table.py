@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tnlm.checkpoint.entries import Entry, network_of
 from tnlm.decompositions.base import Ceiling
 from tnlm.layers.embedding import FactorizedHead
+from tnlm.layers.packed import PackedEmbedding, PackedHead
 from tnlm.layers.swap import Swap
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
@@ -60,6 +61,14 @@ class TableTarget(Member):
         size = network.params * itemsize + network.index_bytes
         return Cost(network.params, size, lookup + head * len(self.tied))
 
+    def packs(self, structure: str | None) -> bool:
+        """Return whether the table stays whole: factors that are looked up are not packed."""
+        return structure is None
+
+    def packed_shapes(self, network: Network | None) -> Sequence[tuple[int, int]]:
+        """Return the shape of the table."""
+        return [self.shape]
+
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
@@ -75,7 +84,7 @@ class TableTarget(Member):
         """Return the checkpoint entry of the replaced table."""
         shape = list(self.shape)
         if layer.format is None:
-            return {"kind": "dense", "shape": shape, "bias": biased}
+            return {"kind": "table", "shape": shape, "bias": biased}
         spec = dict(layer.spec)
         return {
             "kind": "embedding",
@@ -97,6 +106,8 @@ class TableTarget(Member):
         own = self.weight(model)
         entry = self.entry(layer, biased=False)
         wanted = own if weight is None else weight.to(own)
+        if layer.format is None:
+            return Fitted([(self, entry, nn.Embedding.from_pretrained(wanted.clone()))], 0.0)
         module, error = fit_matrix(entry, wanted, None, metric, layer)
         return Fitted([(self, entry, module)], error)
 
@@ -109,6 +120,9 @@ class TableTarget(Member):
         found, ties = {self.module: entry}, {}
         for head in self.tied:
             biased = getattr(model.get_submodule(head), "bias", None) is not None
+            if entry["kind"] == "table":  # reads the codes of the table
+                found[head] = {"kind": "packed-head", "shape": list(self.shape), "bias": biased}
+                continue
             found[head] = {**entry, "kind": "head", "bias": biased}
             for factor in network_of(entry).factors:
                 ties[f"{head}.{factor}"] = f"{self.module}.{factor}"
@@ -122,10 +136,18 @@ class TableTarget(Member):
         table.padding_idx = entries[self.module]["padding_idx"]
         for name in self.tied:
             old = model.get_submodule(name)
-            head = FactorizedHead(table.network, bias=False, device="meta")
-            for factor in table.network.factors:
-                setattr(head, factor, getattr(table, factor))
             bias: nn.Parameter | None = getattr(old, "bias", None)
-            head.bias = bias
+            head = _head(table, bias)
             swap.replace(name, head.train(old.training))
         super().install(model, swap, module, entries)
+
+
+def _head(table: Any, bias: nn.Parameter | None) -> nn.Module:
+    """Return a head that shares what a table holds."""
+    if isinstance(table, PackedEmbedding):
+        return PackedHead(bias).share(table)
+    head = FactorizedHead(table.network, bias=False, device="meta")
+    for factor in table.network.factors:
+        setattr(head, factor, getattr(table, factor))
+    head.bias = bias
+    return head

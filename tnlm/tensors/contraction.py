@@ -210,6 +210,25 @@ def passes_in(network: Network, factor: str, batch: str, kept: str) -> bool:
     )
 
 
+def stored_shapes(network: Network, steps: Sequence[Step]) -> dict[str, tuple[int, int]]:
+    """Return the shape in which every factor is stored, laid out for its step of a chain.
+
+    Example:
+        >>> net = Network({"left": "oa", "right": "ai"}, "o", "i", {"o": 6, "a": 2, "i": 5})
+        >>> stored_shapes(net, chain(net).steps)
+        {'right': (2, 5), 'left': (6, 2)}
+    """
+    shapes = {}
+    for step in steps:
+        shapes[step.factor] = (network.size(step.rows), network.size(step.contracted))
+        if network.gauge is not None and network.gauge.factor == step.factor:
+            bond = network.sizes[network.gauge.bond]
+            free = network.gauge_rows - bond
+            across = passes_in(network, step.factor, step.batch, step.kept)
+            shapes[step.factor] = (bond, free) if across else (free, bond)
+    return shapes
+
+
 def _permutation(network: Network, current: str, wanted: str) -> tuple[int, ...] | None:
     """Return how modes are reordered; None if only modes of size 1 move (a reshape suffices)."""
 

@@ -15,6 +15,7 @@ from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
 from tnlm.errors import CheckpointError
 from tnlm.layers.shapes import shape_of
+from tnlm.precision.grid import Precision
 from tnlm.tensors.network import Network
 
 if TYPE_CHECKING:  # whose import imports the plug-in, and that this file
@@ -43,6 +44,10 @@ class Place:
     def tensors(self) -> dict[str, Any]:
         """Device and dtype, as keywords."""
         return {"device": self.device, "dtype": self.dtype}
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Return an uninitialised tensor there."""
+        return torch.empty(*shape, **self.tensors)
 
 
 class EntryKind(ABC):
@@ -74,6 +79,9 @@ class EntryKind(ABC):
     @abstractmethod
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return an ordinary dense module with the weights of a built one."""
+
+    def link(self, model: PreTrainedModel, module: nn.Module) -> None:  # noqa: B027
+        """Let a module that stands in a model find others that it reads."""
 
     def before_dense(  # noqa: B027 - most kinds have nothing to change
         self, model: PreTrainedModel, entries: Mapping[str, Entry]
@@ -127,6 +135,23 @@ class MatrixKind(EntryKind):
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return a linear layer with the module's dense weight."""
         return plain(entry, module.to_dense().detach(), module.bias, trained(module))
+
+
+def grids(entry: Mapping[str, Any], before: str = "") -> dict[str, Precision]:
+    """Return the precision of every packed layer in the module of an entry, by its name there.
+
+    Raises:
+        OptionError: if a precision is invalid.
+
+    Example:
+        >>> grids({"kind": "dense", "precision": {"": {"bits": 4}}})
+        {'': Precision(bits=4, group=64, symmetric=True)}
+    """
+    own = entry.get("precision", {}).items()
+    found = {f"{before}{name}".rstrip("."): Precision(**values) for name, values in own}
+    for part in entry.get("parts", ()):
+        found |= grids(part, f"{before}{part['name']}.")
+    return found
 
 
 def network_of(entry: Mapping[str, Any]) -> Network:

@@ -1,0 +1,225 @@
+"""Weights in few bits: saved, loaded, made dense, in the bytes planned; and what is refused."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import tnlm
+from tnlm.errors import BudgetError, CheckpointError, ModelError, OptionError
+from tnlm.layers.packed import Packed, PackedEmbedding, PackedHead, PackedLinear
+from tnlm.schemes import get_scheme as scheme
+
+IDS = torch.arange(2 * 24).remainder(61).reshape(2, -1) + 3
+DATA = {"calibration": torch.arange(512) % 61 + 3, "max_length": 32, "progress": False}
+WIDE = {"hidden_size": 64, "intermediate_size": 96}
+
+RECIPES = {
+    "rtn": {"scheme": "rtn"},
+    "rtn int3": {"scheme": "rtn", "precision": "int3", "symmetric": False},
+    "rtn tables": {"scheme": "rtn", "precision": "int4", "targets": ["all-linear", "embeddings"]},
+    "gptq": {"scheme": "gptq", **DATA},
+    "gptq tables": {"scheme": "gptq", "targets": ["all-linear", "embeddings"], **DATA},
+    "low rank": {"scheme": "svd", "precision": "int8"},
+    "kron": {"scheme": "kron", "precision": "int4", "group": 16},
+    "narrowed": {"scheme": "auto", "precision": "int4", "keep_targets": 0.6, **DATA},
+    "bytes": {"scheme": "auto-bytes", "keep_targets": 0.2, **DATA},
+    "cascade": {"scheme": "svd-llm", "precision": "int8", "cascade": "sequential", **DATA},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama, tmp_path_factory):
+    """Compress a tied Llama in bfloat16 by each recipe, once."""
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_llama(tie_word_embeddings=True, **WIDE).save_pretrained(folder)
+    found = {}
+
+    def make(name):
+        if name not in found:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+            found[name] = tnlm.compress(model, **{"progress": False, **RECIPES[name]})
+        return found[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_saved_and_loaded_the_logits_are_the_same_and_the_bytes_as_planned(made, name, tmp_path):
+    model = made(name)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        tnlm.save(model, tmp_path / "saved")
+        for load in (tnlm.load, AutoModelForCausalLM.from_pretrained):
+            again = load(tmp_path / "saved").eval()
+            assert torch.equal(again(IDS).logits, wanted)
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert size == tnlm.report(model).plan.model_after.bytes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_made_dense_it_computes_the_same(made, name):
+    model = copy.deepcopy(made(name))
+    with torch.no_grad():
+        wanted = model.float()(IDS).logits
+        dense = tnlm.to_dense(model)
+        assert not any(isinstance(module, Packed | PackedHead) for module in dense.modules())
+        assert torch.allclose(dense(IDS).logits, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_shards_hold_the_codes(made, tmp_path):
+    model = made("gptq tables")
+    tnlm.save(model, tmp_path / "saved", max_shard_size="20KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        assert torch.equal(tnlm.load(tmp_path / "saved")(IDS).logits, model(IDS).logits)
+
+
+def test_tables_share_their_codes_with_the_head(made):
+    model = made("rtn tables")
+    table, head = model.get_input_embeddings(), model.lm_head
+    assert isinstance(table, PackedEmbedding)
+    assert isinstance(head, PackedHead)
+    assert not head.state_dict()
+
+
+def test_generation_decodes_the_same_tokens_as_dense_weights(made):
+    model = made("rtn")
+    dense = tnlm.to_dense(copy.deepcopy(model))
+    found = [m.generate(IDS[:1, :8], max_new_tokens=8, do_sample=False) for m in (model, dense)]
+    assert torch.equal(*found)
+
+
+def test_fused_projections_are_packed_part_by_part(tiny_gpt2):
+    model = tnlm.compress(tiny_gpt2(n_embd=64), "rtn", progress=False)
+    parts = model.transformer.h[0].attn.c_attn
+    assert all(isinstance(getattr(parts, name), PackedLinear) for name in parts.parts)
+    dense = tnlm.to_dense(copy.deepcopy(model))
+    with torch.no_grad():
+        assert torch.allclose(dense(IDS).logits, model(IDS).logits, atol=1e-4)
+
+
+def test_narrowed_layers_and_their_bits_are_in_the_report(made):
+    layers = tnlm.report(made("narrowed")).plan.layers
+    assert {layer.precision["bits"] for layer in layers} == {4}
+    assert "channels" in {layer.format for layer in layers}
+    assert "int4" in str(tnlm.report(made("narrowed")))
+
+
+def test_a_plan_carries_the_bits(tiny_llama):
+    base = tiny_llama(**WIDE)
+    plan = tnlm.plan(base, "rtn", precision="int4", progress=False)
+    edited = json.loads(plan.to_json())
+    edited["layers"][0]["precision"] = {"bits": 8, "group": None, "symmetric": True}
+    again = tnlm.Plan.from_json(json.dumps(edited))
+    model = tnlm.compress(base, again, progress=False)
+    kinds = [m.precision.bits for m in model.modules() if isinstance(m, PackedLinear)]
+    assert kinds[0] == 8
+    assert set(kinds[1:]) == {4}
+
+
+def test_feedback_beats_the_nearest_codes_on_the_inputs_it_was_fitted_to(tiny_llama):
+    base = tiny_llama(**WIDE)
+    ids = DATA["calibration"][:256].reshape(8, 32)
+
+    def apart(scheme, **data):
+        model = tnlm.compress(copy.deepcopy(base), scheme, precision="int3", **data)
+        with torch.no_grad():
+            return float((model(ids).logits - base(ids).logits).norm())
+
+    assert apart("gptq", **DATA) < apart("rtn", progress=False)
+
+
+def test_training_changes_the_scales_and_leaves_the_codes(tiny_llama):
+    model = tnlm.compress(tiny_llama(**WIDE), "rtn", precision="int4", progress=False).train()
+    layer = model.model.layers[0].mlp.up_proj
+    codes, scales = layer.codes.clone(), layer.scales.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert torch.equal(layer.codes, codes)
+    assert not torch.equal(layer.scales, scales)
+
+
+def broken(tmp_path, made, change):
+    tnlm.save(made("gptq"), tmp_path / "saved")
+    file = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return tmp_path / "saved"
+
+
+CODES, SCALES = (f"model.layers.0.mlp.up_proj.{name}" for name in ("codes", "scales"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t[SCALES].fill_(torch.nan), "not finite"),
+        (lambda t: t.pop(CODES), "missing keys"),
+        (lambda t: t.update({CODES: t[CODES].float()}), "allowed for codes: U8"),
+        (lambda t: t.update({CODES: t[CODES][:, :-1].contiguous()}), "mismatched|size"),
+    ],
+    ids=["nan", "missing", "dtype", "shape"],
+)
+def test_broken_files_are_refused(tmp_path, made, change, said):
+    with pytest.raises(CheckpointError, match=said):
+        tnlm.load(broken(tmp_path, made, change))
+
+
+@pytest.mark.parametrize(
+    "precision", [{"up": {"bits": 4}}, {"": {"bits": 12}}, {"": {"bits": 4, "other": 1}}, {"": 4}]
+)
+def test_broken_entries_are_refused(tmp_path, made, precision):
+    tnlm.save(made("gptq"), tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]["precision"] = precision
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="up_proj"):
+        tnlm.load(tmp_path / "saved")
+
+
+REFUSED = {
+    "unknown": ({"scheme": "rtn", "precision": "int1"}, "int2 to int8"),
+    "group": ({"scheme": "rtn", "group": 3}, "8 columns or more"),
+    "group alone": ({"scheme": "svd", "group": 32}, "no effect without precision="),
+    "symmetric alone": ({"scheme": "svd", "symmetric": False}, "no effect without precision="),
+    "none": ({"scheme": replace(scheme("rtn"), precision=None)}, "no format and no precision"),
+    "keep": ({"scheme": "rtn", "keep_targets": 0.5}, "no effect with scheme 'rtn'"),
+    "auto": ({"scheme": "svd", "precision": "auto"}, "unit='bytes' and allocation='loss'"),
+    "refine": ({"scheme": "svd-llm", "precision": "int4", "refine": 8, **DATA}, "refine="),
+    "portable": (
+        {"scheme": "auto", "precision": "int4", "portable": "llama.cpp", **DATA},
+        "types of its own",
+    ),
+    "unit": (
+        {"scheme": "svd", "precision": "int4", "unit": "bytes", "allocation": "energy"},
+        "allocation='loss'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_go_together_is_refused_before_work(tiny_llama, name):
+    model, (call, said) = tiny_llama(), REFUSED[name]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((OptionError, BudgetError), match=said):
+        tnlm.compress(model, **call)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_packed_model_is_not_compressed_again(made):
+    with pytest.raises(ModelError, match="compressed"):
+        tnlm.compress(copy.deepcopy(made("rtn")), "svd", progress=False)
+
+
+def test_too_few_bytes_say_the_least(tiny_llama):
+    with pytest.raises(BudgetError, match="the smallest fraction"):
+        tnlm.compress(tiny_llama(**WIDE), "auto-bytes", keep_targets=0.001, **DATA)

@@ -1,0 +1,50 @@
+"""Products with packed codes: torch's own kernels where there is one, else through the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tnlm.precision.grid import Precision
+
+TOKENS = 16
+"""Tokens up to which reading packed codes is faster than a product with the weight."""
+COLUMNS = 16
+"""What columns must be a multiple of: the kernel reads so many at once, past the end if need be."""
+
+
+def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Return ``x @ (scales * codes).T`` by torch's kernel for int8 weights.
+
+    Args:
+        x: ``(..., in)``, bfloat16; its columns a multiple of 16.
+        codes: ``(out, in)``, int8.
+        scales: ``(out, 1)``, bfloat16.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(flat, codes, scales.squeeze(1))
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def has_kernel(x: Tensor, precision: Precision) -> bool:
+    """Return whether a product of ``x`` with int8 codes is faster packed than through the weight.
+
+    torch has a fast kernel for bfloat16 on the CPU; for float32 its own is slower than
+    dequantising. It has no backward pass. A compiled graph keeps one path for every length.
+
+    Example:
+        >>> x = torch.zeros(1, 32, dtype=torch.bfloat16)
+        >>> has_kernel(x, Precision(8, None)), has_kernel(x.float(), Precision(8, None))
+        (True, False)
+    """
+    return (
+        precision.bits == 8
+        and precision.group is None
+        and precision.symmetric
+        and x.dtype is torch.bfloat16
+        and x.device.type == "cpu"
+        and x.shape[-1] % COLUMNS == 0
+        and 0 < x.numel() <= TOKENS * x.shape[-1]
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+    )
