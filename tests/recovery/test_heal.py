@@ -333,3 +333,38 @@ def test_failures_leave_the_model(compressed, make_model, monkeypatch):
         run(model, data, on="layers", merge="retruncate")
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.config.quantization_config.to_dict() == config
+
+
+def test_a_single_step_trains(compressed):
+    model = compressed("llama", "svd", **SMALL)
+    before = loss_of(model)
+    run(model, with_labels(model, BATCHES[:1]), tokens=1)
+    assert loss_of(model) < before
+
+
+@pytest.mark.parametrize("scheme", ["rtn", "svd"])
+def test_loras_train_beside_codes_and_stay(scheme, tiny_llama):
+    model = tiny_llama(hidden_size=64)
+    tnlm.compress(model, scheme, precision="int4", progress=False)
+    codes = {name: b.clone() for name, b in model.named_buffers() if name.endswith("codes")}
+    before = loss_of(model)
+    run(model, with_labels(model, BATCHES), merge="adapter")
+    assert loss_of(model) < before
+    now = {name.replace(".base_layer", ""): b for name, b in model.named_buffers()}
+    assert codes
+    assert all(torch.equal(now[name], held) for name, held in codes.items())
+
+
+def test_a_lora_merged_into_codes_moves_those_that_it_can(tiny_llama, tmp_path):
+    model = tiny_llama(hidden_size=64)
+    tnlm.compress(model, "rtn", precision="int8", progress=False)
+    layer = model.get_submodule(UP)
+    codes, scales, before = layer.codes.clone(), layer.scales.detach().clone(), loss_of(model)
+    run(model, with_labels(model, BATCHES))
+    assert loss_of(model) < before
+    assert torch.equal(layer.scales, scales)
+    assert not torch.equal(layer.codes, codes)
+    tnlm.save(model, tmp_path / "saved")
+    loaded = tnlm.load(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(model(IDS[:16][None]).logits, loaded(IDS[:16][None]).logits)

@@ -69,6 +69,13 @@ def test_training_lowers_the_loss(kind, scheme, model_of, data_of, loss_of):
     assert loss_of(model, given) < 0.9 * before
 
 
+def test_a_single_step_trains(model_of, data_of):
+    model = model_of("gpt2", SCHEMES[0])
+    before = state(model)
+    finetune(model, **data_of("gpt2"), tokens=1, learning_rate=1e-2, progress=False)
+    assert any(not torch.equal(before[name], held) for name, held in state(model).items())
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_factors_alone_are_trained(scheme, model_of, data_of):
     model = model_of("gpt2", scheme)

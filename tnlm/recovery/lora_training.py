@@ -53,7 +53,7 @@ def train(
     before = {name: adapter.lora() for name, adapter in adapters.items()}
     first = _mean_loss(model, batches)
     adam = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    rising = max(1, round(WARM_UP * len(order)))
+    rising = round(WARM_UP * len(order))  # none of a few steps, the first of which would do nothing
     schedule = get_cosine_schedule_with_warmup(adam, rising, len(order) + 1)
     with torch.inference_mode(False), torch.enable_grad():
         for index in tqdm(order, desc="healing", unit="step", disable=not progress):

@@ -132,7 +132,8 @@ def finetune(
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
         "per_device_train_batch_size": batch_size,
-        "warmup_steps": warmup,
+        # The first step of a warm-up has a learning rate of 0: a single step would do nothing.
+        "warmup_steps": warmup if len(examples) * epochs > batch_size else 0,
         "weight_decay": weight_decay,
         "seed": seed,
     } | arguments
