@@ -123,6 +123,14 @@ def test_a_plan_carries_the_bits(tiny_llama):
     assert set(kinds[1:]) == {4}
 
 
+@pytest.mark.parametrize("precision", [{"bits": 9}, {"bits": 4, "other": 1}, {}, 4])
+def test_a_plan_with_a_broken_precision_is_refused(tiny_llama, precision):
+    plan = json.loads(tnlm.plan(tiny_llama(), "rtn", progress=False).to_json())
+    plan["layers"][0]["precision"] = precision
+    with pytest.raises(OptionError):
+        tnlm.Plan.from_json(json.dumps(plan))
+
+
 def test_feedback_beats_the_nearest_codes_on_the_inputs_it_was_fitted_to(tiny_llama):
     base = tiny_llama(**WIDE)
     ids = DATA["calibration"][:256].reshape(8, 32)

@@ -213,6 +213,7 @@ def _layer(
     rows, columns = shape
     layer = LayerPlan(shape=(rows, columns), before=Cost(**before), after=Cost(**after), **rest)
     plain = isinstance(layer.name, str) and isinstance(layer.spec, Mapping)
+    plain = plain and (layer.precision is None or layer.grid is not None)  # which checks it
     if not plain or not type(rows) is type(columns) is int:
         raise ValueError(f"broken entry for {layer.name!r}")
     return layer
