@@ -104,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids = torch.arange(100, 164).unsqueeze(0)
+    ids = torch.arange(64).unsqueeze(0) % model.config.vocab_size
     with torch.no_grad():
         before = model(ids).logits
         apart = (off_grid(model)(ids).logits - before).abs().max() / before.abs().max()

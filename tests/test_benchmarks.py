@@ -117,6 +117,8 @@ def test_model_measures_a_real_and_a_random_model(run, tmp_path, tiny_llama):
         "mixture",
         "encoder_channels",
         "mixture_methods",
+        "bits",
+        "off_grid",
     ],
 )
 def test_examples_in_docstrings_run(name):
@@ -406,3 +408,22 @@ def test_large_models_stay_below_their_cap(run, tmp_path):
     block = 4 * 64**2 + 3 * 64 * 176 + 2 * 64
     assert figures["size"] == 4 * (2 * 64**2 + 64 + 3 * block)
     assert "| svd-llm | 0.00 GB | 4GB |" in text
+
+
+def test_bits_and_structure_are_compared_off_the_grid_and_resumed(
+    start, tiny_llama, word_tokenizer, word_text, monkeypatch, tmp_path
+):
+    tiny_llama(tie_word_embeddings=True, max_position_embeddings=512).save_pretrained(
+        tmp_path / "m"
+    )
+    word_tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "text.txt").write_text(word_text(900))
+    start("off_grid", tmp_path / "m", tmp_path / "rotated")
+    options = ["bits", tmp_path / "rotated", tmp_path / "out", "--text", f"t={tmp_path}/text.txt"]
+    options += ["--calibration", tmp_path / "text.txt", "--recipe", "dense", "rtn:precision=int4"]
+    start(*options)
+    text = (tmp_path / "out" / "bits.md").read_text()
+    assert "| rtn:precision=int4 | 0.3" in text
+    monkeypatch.setattr("tnlm.compress", None)  # it is not called again
+    start(*options)
+    assert (tmp_path / "out" / "bits.md").read_text() == text
