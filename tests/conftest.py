@@ -49,6 +49,8 @@ WORDS = [f"word{i}" for i in range(61)]
 VOCAB_SIZE = len(WORDS) + 3
 TRAINED = {"recover_tokens": 256}
 """Few tokens, for schemes that train."""
+PACKED = [name for name, scheme in schemes().items() if scheme.precision is not None]
+"""Schemes that store weights as codes, which are buffers and no parameters."""
 NEED_DATA = [name for name, scheme in schemes().items() if scheme.needs_calibration]
 
 

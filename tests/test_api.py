@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnlm
-from tests.conftest import TRAINED, cover, one_each
+from tests.conftest import PACKED, TRAINED, cover, one_each
 from tnlm.allocation import get_allocation
 from tnlm.checkpoint import transformers_plugin
 from tnlm.compression import pipeline
@@ -31,8 +31,12 @@ from tnlm.targets.selection import select
 
 SCHEMES = tnlm.list_schemes()
 LINEAR = [name for name in SCHEMES if schemes()[name].targets == "all-linear"]
-TOLERANT = [name for name in LINEAR if get_allocation(schemes()[name].allocation).tolerates]
-WEIGHTS_ONLY = [name for name in LINEAR if not schemes()[name].needs_calibration]
+TOLERANT = [
+    name
+    for name in LINEAR
+    if get_allocation(schemes()[name].allocation).tolerates and schemes()[name].formats
+]
+WEIGHTS_ONLY = [n for n in LINEAR if not schemes()[n].needs_calibration and schemes()[n].formats]
 IDS = torch.arange(24).reshape(2, 12) % 61 + 3
 SQUARE = {"targets": ["q_proj", "o_proj"]}
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
@@ -101,9 +105,11 @@ def test_the_report_counts_what_the_model_holds(kind, scheme, compressed, make_m
     dense, model = make_model(kind), compressed(kind, scheme)
     report = tnlm.report(model)
     assert report.parameters_before == count(dense)
-    assert report.parameters_after == count(model) < count(dense)
-    orders = sum(b.nbytes for n, b in model.named_buffers() if n.endswith("_order"))
-    stored = sum(p.nbytes for p in model.parameters()) + orders
+    if scheme not in PACKED:
+        assert report.parameters_after == count(model) < count(dense)
+    held = ("_order", "codes", "zeros")
+    others = sum(b.nbytes for n, b in model.named_buffers() if n.endswith(held))
+    stored = sum(p.nbytes for p in model.parameters()) + others
     assert report.to_dict()["bytes_after"] == stored
     assert logits(model).shape == logits(dense).shape
     assert logits(model).isfinite().all()
@@ -113,10 +119,11 @@ def test_the_report_counts_what_the_model_holds(kind, scheme, compressed, make_m
 def test_by_default_targets_shrink_to_four_fifths_without_more_work(kind, scheme, compressed):
     report = tnlm.report(compressed(kind, scheme))
     plan = report.plan
-    assert 0 < plan.targets_after.params <= 0.8 * plan.targets_before.params
+    unit = "bytes" if scheme in PACKED else "params"
+    assert 0 < getattr(plan.targets_after, unit) <= 0.8 * getattr(plan.targets_before, unit)
     for layer in plan.layers:
         if schemes()[scheme].allocation == "uniform":
-            assert layer.after.params <= 0.8 * layer.before.params
+            assert getattr(layer.after, unit) <= 0.8 * getattr(layer.before, unit)
         if layer.kind != "embedding":
             assert layer.after.macs <= layer.before.macs
 
@@ -153,7 +160,7 @@ def test_the_report_is_json_and_a_table(kind, scheme, compressed):
     report = tnlm.report(compressed(kind, scheme))
     record = json.loads(report.to_json())
     assert record["parameters_after"] == report.parameters_after
-    assert record["target_parameters_before"] > record["target_parameters_after"]
+    assert record["bytes_before"] > record["bytes_after"]
     assert record["seconds"] >= 0
     assert record["scheme"] == scheme
     for layer in report.plan.layers:
@@ -374,7 +381,7 @@ def test_ties_survive(kind, scheme, compressed):
     ]
     assert shared[0] == shared[1]
     model.tie_weights()
-    assert tnlm.report(model).parameters_after == count(model)
+    assert scheme in PACKED or tnlm.report(model).parameters_after == count(model)
     if bias_was_added(model):
         return
     dense = tnlm.to_dense(model)
@@ -429,8 +436,8 @@ def test_generation_is_that_of_the_dense_form(kind, scheme, compressed):
 @every_pair
 def test_gradients_reach_every_factor_and_a_step_lowers_the_loss(kind, scheme, compressed):
     model = compressed(kind, scheme).train()
-    if kind == "gpt2":
-        model.eval()  # without its dropout the loss compares
+    if kind in ("gpt2", "masked-bert"):
+        model.eval()  # without dropout the losses compare
     before, after = step(model)
     assert after < before
     unused = "pooler", "position_embeddings", "wpe", "embed"
@@ -506,6 +513,8 @@ def test_a_plan_is_what_compress_does(kind, scheme, compressed, make_model):
     if schemes()[scheme].cascade != "none":  # fitted to inputs that are not known before
         return
     for planned, fitted in zip(plan.layers, done.layers, strict=True):
+        if planned.precision is not None:  # rounding is predicted for a choice alone
+            continue
         # A prediction may be an upper bound (HOSVD, a start) or come from a sample of the rows.
         bound = 0.25 if scheme == "tfwsvd" else 0.05
         assert (planned.error or 0.0) == pytest.approx(fitted.error or 0.0, rel=bound)

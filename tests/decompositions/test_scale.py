@@ -9,7 +9,9 @@ import tnlm
 from tnlm.calibration.statistics import products
 from tnlm.schemes import schemes
 
-FREE = [name for name, scheme in schemes().items() if not scheme.needs_calibration]
+FREE = [
+    name for name, scheme in schemes().items() if not scheme.needs_calibration and scheme.formats
+]
 TABLES = ("albert", "tensorgpt")
 
 

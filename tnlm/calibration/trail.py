@@ -26,7 +26,7 @@ class Trail:
     Example:
         >>> import tempfile, torch
         >>> trail, model = Trail(Path(tempfile.mkdtemp())), torch.nn.Linear(1, 1)
-        >>> trail.keep("3", States(model, [torch.ones(2)]))
+        >>> _ = trail.keep("3", States(model, [torch.ones(2)]))
         >>> trail.latest(["2", "3", "4"]), list(trail.states(model, "3"))
         ('3', [tensor([1., 1.])])
     """

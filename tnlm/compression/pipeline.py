@@ -35,6 +35,7 @@ from tnlm.plans.report import Report, with_errors
 from tnlm.recovery.kinds import get_recovery
 from tnlm.recovery.kinds.base import Practice, RecoveryKind
 from tnlm.recovery.recover import as_lessons
+from tnlm.schemes import get_scheme
 from tnlm.targets.dropping import dropped
 from tnlm.targets.stacks import tie
 from tnlm.utils.memory import release, unmap
@@ -108,6 +109,12 @@ def _check_worth(decided: Plan, limits: Limits) -> None:
         )
 
 
+def _in_bits(decided: Plan) -> bool:
+    """Return whether a plan has codes, or its scheme always has."""
+    packed = any(layer.precision is not None for layer in decided.layers)
+    return packed or get_scheme(decided.scheme).precision is not None
+
+
 def resume(
     model: PreTrainedModel, decided: Plan, data: Mapping[str, Any], progress: bool
 ) -> tuple[Plan, Job]:
@@ -122,6 +129,8 @@ def resume(
         "allocation": "uniform",  # already decided, so no gradients are needed
         "share": decided.request.get("share", 1),
         "recover": decided.request.get("recover", "none"),
+        "unit": "params",
+        "precision": "int8" if _in_bits(decided) else None,  # layers have their own
         **{name: decided.request.get(name) for name in RESUMED},
     }
     asked = gather_choices(decided.scheme, {**choices, **data})

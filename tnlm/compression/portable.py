@@ -30,7 +30,11 @@ def portable(scheme: Scheme, name: str | None) -> Scheme:
     runtime = get_runtime(name)
     kept = tuple(each for each in scheme.formats if each in runtime.formats)
     if not kept:
-        good = [n for n, s in schemes().items() if set(s.formats) & set(runtime.formats)]
+        good = [
+            name
+            for name, each in schemes().items()
+            if set(each.formats) & set(runtime.formats) and each.precision is None
+        ]
         raise OptionError(
             f"portable={name!r} with scheme {scheme.name!r}: it does not execute "
             f"{', '.join(scheme.formats)}; allowed schemes: {', '.join(good)}",

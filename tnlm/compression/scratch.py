@@ -149,13 +149,20 @@ def _request(
         )
     fields = {f.name for name in named.formats for f in dataclasses.fields(get_format(name).spec)}
     whole = {"gauge": False} if "gauge" in fields else {}
-    return make_request(
+    request = make_request(
         scheme,
         keep=keep,
         keep_targets=keep_targets,
         max_macs=max_macs,
         **whole | dict(options),
     )
+    if request.grids != (None,):
+        raise OptionError(
+            f"precision={request.scheme.precision!r} of a model that is not trained yet: codes do "
+            "not change in training; train it, then compress it",
+            argument="precision",
+        )
+    return request
 
 
 def skeleton(

@@ -113,8 +113,8 @@ def moved(stored: Rounded, change: Tensor) -> Rounded:
 
     Example:
         >>> stored = nearest(torch.tensor([[1.0, -0.5]]), Precision(4))
-        >>> moved(stored, torch.tensor([[-1.0, 0.0]])).values().round(decimals=2).tolist()
-        [[0.0, -0.5]]
+        >>> moved(stored, torch.tensor([[0.0, 0.25]])).values().round(decimals=2).tolist()
+        [[1.0, -0.25]]
     """
     columns = stored.codes.shape[1]
     scale, zero = _spread(stored, stored.precision.width(columns), columns)
@@ -132,7 +132,8 @@ def conditional_variances(moment: Tensor, damping: float = 0.01) -> Tensor:
     """Return the variance of every column given those that are rounded after it.
 
     Example:
-        >>> conditional_variances(torch.tensor([[2.0, 1.0], [1.0, 1.0]]), damping=0.0).tolist()
+        >>> found = conditional_variances(torch.tensor([[2.0, 1.0], [1.0, 1.0]]), damping=0.0)
+        >>> found.round(decimals=6).tolist()
         [1.0, 1.0]
     """
     moment = moment.detach().double()
