@@ -231,3 +231,100 @@ def test_a_packed_model_is_not_compressed_again(made):
 def test_too_few_bytes_say_the_least(tiny_llama):
     with pytest.raises(BudgetError, match="the smallest fraction"):
         tnlm.compress(tiny_llama(**WIDE), "auto-bytes", keep_targets=0.001, **DATA)
+
+
+# What others do with a packed model
+
+
+def test_layer_loras_are_not_merged_into_codes(made, tiny_llama):
+    model = copy.deepcopy(made("low rank")).float()
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    for merge in ("concatenate", "retruncate"):
+        with pytest.raises(ModelError, match="merge='adapter'"):
+            tnlm.heal(model, [batch], rank=2, tokens=64, on="layers", merge=merge, progress=False)
+
+
+def test_small_weights_keep_their_bits_in_float16(tiny_llama):
+    model = tiny_llama(**WIDE).half()
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.weight.mul_(0.02)
+    weight = layer.weight.detach().double()
+    tnlm.compress(model, "rtn", progress=False)
+    stored = model.model.layers[0].mlp.up_proj.weight.detach().double()
+    assert float((stored - weight).norm() / weight.norm()) < 0.01
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"scheme": "albert", "precision": "int4"},
+        {"scheme": "svd", "targets": "embeddings", "precision": "int4"},
+        {"scheme": "svd", "tolerance": 0.3, "precision": "int2"},
+        {"scheme": "rtn", "max_macs": 0.5},
+        {"scheme": "rtn", "unit": "macs"},
+        {"scheme": "rtn", "portable": "transformers"},
+    ],
+    ids=str,
+)
+def test_what_would_have_no_effect_is_refused(tiny_llama, call):
+    with pytest.raises((OptionError, BudgetError), match=r"no effect|on top of|types of its own"):
+        tnlm.compress(tiny_llama(tie_word_embeddings=True), progress=False, **call)
+
+
+def test_codes_count_as_parameters(made):
+    model, report = made("rtn tables"), tnlm.report(made("rtn tables"))
+    tokens = {"prompt_tokens": (4,), "new_tokens": 2, "repeats": 1}
+    assert tnlm.efficiency(model, **tokens).model.parameters == report.parameters_after
+
+
+def test_speed_in_few_bits_is_measured_and_not_predicted(made):
+    with pytest.raises(ModelError, match=r"tnlm\.efficiency"):
+        tnlm.predict_speed(made("low rank"))
+
+
+def test_a_packed_vocabulary_is_not_resized(made):
+    model = copy.deepcopy(made("rtn tables"))
+    with pytest.raises(ModelError, match="few bits"):
+        model.resize_token_embeddings(70)
+    with pytest.raises(ModelError, match="few bits"):
+        tnlm.set_rows(model, torch.tensor([3]), torch.ones(1, 64))
+
+
+def test_packed_tables_are_not_healed(made):
+    model = copy.deepcopy(made("rtn tables")).float()
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    tnlm.heal(model, [batch], rank=2, tokens=64, merge="adapter", progress=False)
+
+
+def test_narrowed_packed_layers_are_refused_by_plain_checkpoints_or_written(made, tmp_path):
+    before = {name: type(module) for name, module in made("narrowed").named_modules()}
+    with pytest.raises(ModelError):  # of several widths
+        tnlm.export(made("narrowed"), tmp_path / "plain", to="transformers")
+    assert {name: type(module) for name, module in made("narrowed").named_modules()} == before
+
+
+def test_a_trained_layer_takes_inputs_without_gradients(made):
+    layer = copy.deepcopy(made("rtn").model.layers[0].mlp.up_proj)
+    layer(torch.ones(1, 64, dtype=torch.bfloat16)).sum().backward()
+    assert layer.scales.grad is not None
+
+
+def test_a_tied_head_finds_its_offloaded_table(made, tmp_path):
+    tnlm.save(made("rtn tables"), tmp_path / "saved")
+    where = {"model": "disk", "lm_head": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=where, offload_folder=tmp_path / "off"
+    )
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, made("rtn tables")(IDS).logits)
+
+
+@pytest.mark.parametrize("scheme", ["rtn", "svd"])
+def test_from_files_to_files_codes_are_the_same(scheme, tiny_llama, tmp_path):
+    tiny_llama(**WIDE).save_pretrained(tmp_path / "dense")
+    tnlm.compress_files(tmp_path / "dense", tmp_path / "out", scheme, precision="int4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    tnlm.compress(model, scheme, precision="int4", progress=False)
+    with torch.no_grad():
+        assert torch.equal(tnlm.load(tmp_path / "out")(IDS).logits, model(IDS).logits)

@@ -18,6 +18,7 @@ from tnlm.errors import ModelError, TargetError, TnlmError
 from tnlm.layers.embedding import FactorizedEmbedding, FactorizedHead
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.linear import FactorizedLinear
+from tnlm.layers.packed import PackedEmbedding
 from tnlm.metrics.metric import Metric
 
 HOOK = "resize_token_embeddings"
@@ -40,6 +41,7 @@ def resize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> nn.Module:
     New rows approximate those that transformers would give a dense model, as closely as the factors
     allow. The rows of other tokens do not change.
     """
+    _check_unpacked(model.get_input_embeddings())
     work, before = _Resizing(model), _Snapshot(model)
     own: Any = vars(model)
     own["_get_resized_embeddings"], own["_get_resized_lm_head"] = work.embeddings, work.head
@@ -82,6 +84,7 @@ def set_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> None:
         [1.0]
     """
     table: Any = model.get_input_embeddings()
+    _check_unpacked(table)
     count, width = table.num_embeddings, table.embedding_dim
     fits = ids.dim() == 1 and rows.shape == (len(ids), width) and len(ids.unique()) == len(ids)
     if not fits or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < count):
@@ -98,6 +101,15 @@ def set_rows(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> None:
     for name in holders(table.network):
         factor = getattr(table, name)
         factor[ids.to(like.device)] = found[name].to(factor)
+
+
+def _check_unpacked(table: Any) -> None:
+    """Raise `ModelError` if a table is stored in few bits."""
+    if isinstance(table, PackedEmbedding):
+        raise ModelError(
+            "the embedding is stored in few bits, so its rows cannot be changed; use the result of "
+            "tnlm.to_dense, and compress it again"
+        )
 
 
 def _is_factored(module: Any) -> bool:

@@ -145,7 +145,9 @@ def _show_evaluation(found: tnlm.Evaluation, model: Any, text: Path | None, as_j
     if text is None:
         _show(found, as_json)
         return
-    count = sum(p.numel() for p in model.parameters())
+    from tnlm.layers.packed import count_parameters
+
+    count = count_parameters(model)
     alone = len(found.results) == 1 and found.results[0].figures[0].baseline is None
     if not as_json:
         shown = f"{found.perplexity if alone else found}, {count:,} parameters"

@@ -78,7 +78,15 @@ def _check_together(scheme: Scheme, budget: Budget, recovery: Recovery) -> None:
 
 def _check_fixed(scheme: Scheme, allocation: Allocation, budget: Budget, unit: str) -> None:
     """Raise `BudgetError` unless a budget has an effect beside a fixed precision."""
-    given = [n for n in ("keep", "keep_targets", "tolerance") if getattr(budget, n) is not None]
+    if budget.tolerance is not None:
+        raise BudgetError(
+            f"tolerance= with precision={scheme.precision!r}: rounding comes on top of the error "
+            "that it limits; give keep= or keep_targets=",
+            argument=("tolerance", "precision", "keep", "keep_targets"),
+        )
+    given = [n for n in ("keep", "keep_targets") if getattr(budget, n) is not None]
+    given += ["unit"] if budget.unit not in (None, "params") else []
+    given += ["max_macs"] if budget.max_macs != 1.0 else []
     if given and not scheme.formats:
         raise BudgetError(
             f"{given[0]}= has no effect with scheme {scheme.name!r}, whose size is given by "

@@ -123,7 +123,8 @@ def _check_kinds(model: PreTrainedModel, request: Request, selection: Selection)
     allowed = request.kinds
     for target in list(selection.targets):
         if target.kind not in allowed:
-            names = " or ".join(structure.name for structure in request.structures)
+            formats = " or ".join(structure.name for structure in request.structures)
+            names = formats or f"scheme {request.scheme.name!r}"
             reason = f"{names} replaces only {' and '.join(sorted(allowed))}"
         elif target.unmeasured and request.looks_at_data and not request.rounds_unmeasured:
             reason = target.unmeasured

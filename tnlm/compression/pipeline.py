@@ -28,10 +28,11 @@ from tnlm.compression.job import Job, prepare
 from tnlm.compression.refine import refine
 from tnlm.compression.request import request_of
 from tnlm.compression.rules import NO_RECOVERY
-from tnlm.errors import BudgetError, TargetError
+from tnlm.errors import BudgetError, OptionError, TargetError
 from tnlm.layers.swap import Shelf, Swap
 from tnlm.plans.plan import Plan, total
 from tnlm.plans.report import Report, with_errors
+from tnlm.precision.grid import Precision
 from tnlm.recovery.kinds import get_recovery
 from tnlm.recovery.kinds.base import Practice, RecoveryKind
 from tnlm.recovery.recover import as_lessons
@@ -76,8 +77,30 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
         job.selection.skipped,
     )
     _check_worth(decided, limits)
+    _check_packed(decided, request.grid)
     job.seconds["plan"] = time.perf_counter() - start
     return with_coverage(model, job.selection, decided)
+
+
+def _check_packed(decided: Plan, grid: Precision | None) -> None:
+    """Raise if a precision was given and nothing can be packed; warn of what cannot."""
+    left = [layer for layer in decided.layers if layer.precision is None]
+    if grid is None or not left:
+        return
+    why = "the factors of embeddings and of stacked experts keep the model's dtype"
+    if len(left) == len(decided.layers):
+        raise OptionError(
+            f"precision={grid.name!r} has no effect on {left[0].name}, nor on any other: {why}",
+            argument="precision",
+        )
+    logger.warning(
+        "%d of %d targets are not stored as %s, %s first: %s",
+        len(left),
+        len(decided.layers),
+        grid.name,
+        left[0].name,
+        why,
+    )
 
 
 def _check_worth(decided: Plan, limits: Limits) -> None:

@@ -25,7 +25,7 @@ def portable(scheme: Scheme, name: str | None) -> Scheme:
         >>> portable(get_scheme("auto"), "llama.cpp").formats
         ('channels',)
     """
-    if name is None:
+    if name is None or scheme.precision is not None:  # which is refused beside a runtime
         return scheme
     runtime = get_runtime(name)
     kept = tuple(each for each in scheme.formats if each in runtime.formats)

@@ -17,6 +17,7 @@ from tnlm.evaluation.footprint import disk_bytes, resident_bytes, weight_bytes, 
 from tnlm.evaluation.mode import check_positions, evaluating
 from tnlm.evaluation.speed import timed_decoding
 from tnlm.evaluation.usage import Efficiency, Spread, Timing, Usage
+from tnlm.layers.packed import count_parameters
 from tnlm.targets.ends import vocabulary_of
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def efficiency(
         working = {name: _working(each, prompts[-1], new_tokens) for name, each in models.items()}
     usage = {
         name: Usage(
-            parameters=sum(p.numel() for p in each.parameters()),
+            parameters=count_parameters(each),
             weights=weight_bytes(each),
             working=working[name],
             disk=disk_bytes(each, tokenizer, places[name]),

@@ -48,6 +48,12 @@ def predict_speed(model: nn.Module, tokens: Sequence[int] = (1, 16, 512)) -> dic
     layers = [made for made in made_layers(model) if made.linear]
     if not layers:
         raise ModelError("tnlm replaced no linear layer of this model; compress or load one first")
+    packed = [made.name for made in layers if "precision" in made.entry]
+    if packed:
+        raise ModelError(
+            f"{packed[0]} is stored in few bits, whose time is not predicted; measure it with "
+            "tnlm.efficiency"
+        )
     parameter = next(layers[0].module.parameters())
     prices = machine(parameter.dtype, parameter.device.type)
     size = parameter.element_size()

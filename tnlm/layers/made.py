@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+VOCABULARY = ("embedding", "head", "table", "packed-head")
+"""Kinds of entries of tables and the heads that share them."""
+
 
 @dataclass(frozen=True)
 class Made:
@@ -33,7 +36,7 @@ class Made:
     @property
     def linear(self) -> bool:
         """Whether it is one linear layer: no embedding, no head, no stack of experts."""
-        return not self.experts and self.entry["kind"] not in ("embedding", "head")
+        return not self.experts and self.entry["kind"] not in VOCABULARY
 
 
 def made_layers(model: nn.Module) -> Iterator[Made]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,7 +105,8 @@ class Packed(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``(..., rows)`` for ``(..., columns)``."""
-        if self.scales.dtype is x.dtype and has_kernel(x, self.precision):
+        trained = torch.is_grad_enabled() and self.scales.requires_grad
+        if self.scales.dtype is x.dtype and not trained and has_kernel(x, self.precision):
             return int8_product(x, self.codes, self.scales)
         if self.scales.shape[1] == 1 and x.dtype is not torch.float16:  # whose sums overflow
             # Codes are exact in bfloat16, a weight put together of them would be rounded again.
@@ -187,8 +189,10 @@ class PackedEmbedding(Packed):
         self.fill(rounded)
         return self
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of token ids ``(...)``, ``(..., width)``."""
+    def forward(self, ids: Tensor, *, as_head: bool = False) -> Tensor:
+        """Return the rows of token ids ``(...)``; or, as a head, the logits of hidden states."""
+        if as_head:
+            return self.product(ids)
         return self.rows(ids.flatten()).reshape(*ids.shape, self.columns)
 
 
@@ -210,9 +214,11 @@ class PackedHead(nn.Module):
         """Take the bias; :meth:`share` brings the table."""
         super().__init__()
         self.bias = bias
-        self._tables: list[Packed] = []  # in a list, so that it is not a child of two modules
+        self._tables: list[
+            PackedEmbedding
+        ] = []  # in a list, so that it is not a child of two modules
 
-    def share(self, table: Packed) -> PackedHead:
+    def share(self, table: PackedEmbedding) -> PackedHead:
         """Read a table from now on."""
         self._tables = [table]
         return self
@@ -224,7 +230,7 @@ class PackedHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits ``(..., vocabulary)`` of hidden states ``(..., width)``."""
-        logits = self._tables[0].product(hidden)
+        logits: Tensor = self._tables[0](hidden, as_head=True)  # hooks bring what is offloaded
         return logits if self.bias is None else logits + self.bias
 
 
@@ -250,7 +256,7 @@ def packed(module: nn.Module, grids: Mapping[str, Precision]) -> nn.Module:
 
 
 def unpacked(module: nn.Module) -> nn.Module:
-    """Return a module with plain layers in the place of packed ones, changed in place.
+    """Return a module with plain layers in the place of packed ones, or itself if it has none.
 
     Example:
         >>> unpacked(PackedLinear(4, 16, Precision(4)))
@@ -265,10 +271,26 @@ def unpacked(module: nn.Module) -> nn.Module:
         layer = filled(module.weight.detach(), module.bias)
         layer.weight.requires_grad_(module.scales.requires_grad)
         return layer.train(module.training)
-    for name, child in list(module.named_modules()):
-        if isinstance(child, Packed):
-            module.set_submodule(name, unpacked(child))
-    return module
+    inner = [name for name, child in module.named_modules() if isinstance(child, Packed)]
+    if not inner:
+        return module
+    copied = copy.deepcopy(module)
+    for name in inner:
+        copied.set_submodule(name, unpacked(copied.get_submodule(name)))
+    return copied
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the parameters of a model, shared ones once, with one for every code.
+
+    Example:
+        >>> count_parameters(PackedLinear(4, 16, Precision(4), bias=True))
+        68
+    """
+    scales = {id(m.scales) for m in model.modules() if isinstance(m, Packed)}
+    held = {id(p): p.numel() for p in model.parameters() if id(p) not in scales}
+    codes = {id(m): len(m.codes) * m.columns for m in model.modules() if isinstance(m, Packed)}
+    return sum(held.values()) + sum(codes.values())
 
 
 def _like(old: Any, precision: Precision) -> Packed:

@@ -10,7 +10,7 @@ from tnlm.precision.grid import Precision
 TOKENS = 16
 """Tokens up to which reading packed codes is faster than a product with the weight."""
 COLUMNS = 16
-"""What columns must be a multiple of: the kernel reads so many at once, past the end if need be."""
+"""Columns that the kernel reads at once; other than a multiple would be read out of bounds."""
 
 
 def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

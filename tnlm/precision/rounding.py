@@ -235,6 +235,6 @@ def _tried(groups: Tensor, precision: Precision, dtype: torch.dtype) -> list[tup
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales as they can be stored: rounded to their dtype, and never zero."""
-    least = torch.finfo(dtype).tiny
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest above zero
     sign = torch.where(scale < 0, -1.0, 1.0).to(scale)
     return (sign * scale.abs().clamp_min(least)).to(dtype).to(scale.dtype)

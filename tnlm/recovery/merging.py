@@ -43,6 +43,11 @@ def check_merge(model: nn.Module, ranks: Mapping[str, int], merge: str) -> None:
     config = _config(model)
     for name, rank in ranks.items():
         entry = entry_of(config, name)
+        if entry is not None and "precision" in entry:
+            raise ModelError(
+                f"{name} is stored in few bits, so merge={merge!r} cannot change its factors; use "
+                "merge='adapter'"
+            )
         if entry is None or entry.get("format") != "low-rank" or entry["kind"] != "linear":
             raise OptionError(
                 f"merge={merge!r} needs low rank, but {name} is not; use on='factors'"

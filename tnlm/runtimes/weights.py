@@ -12,6 +12,7 @@ from tnlm.checkpoint.entries import Entry, dense_module
 from tnlm.checkpoint.naming import owner_of
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.errors import ModelError
+from tnlm.layers.packed import unpacked
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, entry in entries.items():
         module = model.get_submodule(name)
         kept = entry["kind"] == "sliced"
-        plain = module if kept else dense_module(entry, module)
+        plain = unpacked(module) if kept else dense_module(entry, module)
         turned = kept and entry.get("conv1d")  # GPT-2's class stores (in, out)
         for part, tensor in plain.state_dict().items():
             found[f"{name}.{part}"] = tensor.T if turned and tensor.dim() == 2 else tensor

@@ -88,7 +88,8 @@ def _write(shapes: Shapes) -> int:
 
 def _fit(shapes: Shapes, request: Request) -> int:
     """Return the bytes of the largest fit: the matrix, its copies, and its metric."""
-    copies = max(structure.copies for structure in request.structures)
+    rounding = 4 if request.grids != (None,) else 1  # float64 copies that rounding makes
+    copies = max((structure.copies for structure in request.structures), default=rounding)
     most = 0
     for target in shapes.all_targets:
         rows, columns = target.shape

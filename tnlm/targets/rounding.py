@@ -38,8 +38,9 @@ def rounded(
         fitted: what replaces it.
         grid: of the codes.
         metric: returns the metric of each matrix.
-        wanted: the ``(out, in)`` matrix that a single piece approximates; None for several, whose
-            error adds the rounding of those that lost inputs to that of the fit.
+        wanted: the ``(out, in)`` matrix that a single piece approximates, and against which its
+            error is measured; None for the layers around narrowed channels, where the error of
+            rounding the layer that reads them is added to that of the fit.
 
     Source: the rounding is GPTQ's, Frantar et al. 2022, arXiv 2210.17323.
     """

@@ -34,7 +34,9 @@ class TableTarget(Member):
     tied: tuple[str, ...] = ()
 
     kind = "embedding"
-    unmeasured = "an embedding has no input to measure; use metric='identity'"
+    unmeasured = (
+        "an embedding has no input to measure; use metric='identity', or scheme 'rtn' or 'gptq'"
+    )
 
     @property
     def fixed(self) -> Mapping[str, Any]:
