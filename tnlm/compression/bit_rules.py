@@ -33,8 +33,8 @@ def check_precision(
             "unit='bytes' and allocation='loss', as in scheme 'auto-bytes'",
             argument=("precision", "unit", "allocation"),
         )
-    names = [f"int{bits}" for bits in BITS]
-    return (None, *(_grid(scheme, precision_of(name, scheme.group)) for name in names))
+    grids = [precision_of(f"int{bits}", scheme.group if bits < 8 else None) for bits in BITS]
+    return (None, *(_grid(scheme, grid) for grid in grids))
 
 
 def _grid(scheme: Scheme, grid: Precision) -> Precision:

@@ -9,6 +9,7 @@ SCHEME = Scheme(
     metric="two-sided",
     allocation="loss",
     precision="auto",
+    group=128,
     keep_targets=0.25,
     unit="bytes",
     source="tnlm; the hull of auto with the bits of GPTQ, one Lagrangian allocation",
