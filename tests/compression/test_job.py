@@ -12,6 +12,7 @@ from tnlm.metrics.measure import MOVEMENT
 from tnlm.metrics.named import measures
 from tnlm.targets.channels import FeedForward
 from tnlm.targets.matrix import MatrixTarget
+from tnlm.targets.table import TableTarget
 
 MEASURES = {name: each for name, each in measures().items() if not each.weighs_experts}
 
@@ -132,9 +133,7 @@ def test_data_is_asked_for_where_it_is_needed_and_refused_where_not(tiny_llama):
 def test_targets_that_cannot_be_served_are_passed_over_with_the_reason(make_model):
     model = make_model("tied-llama")
     job = prepared(model, metric="input", targets=["q_proj", "embed_tokens"])
-    assert job.selection.skipped == {
-        "model.embed_tokens": "an embedding has no input to measure; use metric='identity'"
-    }
+    assert job.selection.skipped == {"model.embed_tokens": TableTarget.unmeasured}
     assert all(target.kind == "linear" for target in job.units)
     nothing = Calibration()
     with pytest.raises(TargetError, match="no target is left for scheme 'tensorgpt'"):
