@@ -91,8 +91,8 @@ def prune(
         every: steps between two updates of the masks.
         warmup: fraction of the steps before masking starts.
         cooldown: fraction of the steps after masking ends.
-        kind: ``"taylor"`` for ``|ĝ w|`` as in the published code, or ``"squared"`` for (ĝ w)² as in the
-            paper.
+        kind: ``"taylor"`` for ``|ĝ w|`` as in the published code, or ``"squared"`` for (ĝ w)² as in
+            the paper.
         seed: seed of the adapters, the order of batches, and dropout.
         progress: show a progress bar.
 
