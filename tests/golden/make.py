@@ -129,6 +129,13 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
     "renamed": (nomic, "svd", {}),
     "prefixed": (llava, "svd", {}),
     "shards": (llama, "svd", {}),
+    "packed": (
+        lambda: llama(tie_word_embeddings=True),
+        "rtn",
+        {"precision": "int4", "symmetric": False, "targets": ["all-linear", "embeddings"]},
+    ),
+    "packed-factors": (llama, "svd", {"precision": "int3", "group": 8}),
+    "packed-parts": (gpt2, "rtn", {}),
 }
 
 
