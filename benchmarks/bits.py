@@ -33,9 +33,11 @@ RECIPES = (
     "auto:keep_targets=0.8",
     "auto:keep_targets=0.8,precision=int8",
     "gptq",
-    "auto-bytes:keep_targets=0.2656",
+    "auto-bytes:keep_targets=0.2656,group=64",
     "auto:keep_targets=0.8,precision=int5",
     "gptq:precision=int3",
+    "auto-bytes:keep_targets=0.2032,group=64,formats=[]",
+    "auto-bytes:keep_targets=0.2032,group=64",
     "auto-bytes:keep_targets=0.2032",
 )
 """A scheme each, with its options after a colon."""
@@ -72,8 +74,9 @@ def measured(recipe: str, asked: argparse.Namespace) -> Row:
         if get_scheme(name).needs_calibration:
             chosen |= {"calibration": asked.calibration, "tokenizer": tokenizer}
             chosen["cache_dir"] = asked.out / "cache"
+        scheme = tnlm.scheme(name, formats=tuple(chosen.pop("formats", get_scheme(name).formats)))
         start = time.perf_counter()
-        tnlm.compress(model, name, progress=False, **chosen)
+        tnlm.compress(model, scheme, progress=False, **chosen)
         row["seconds"] = round(time.perf_counter() - start)
         plan = tnlm.report(model).plan
         for unit in ("bytes", "macs"):

@@ -7,14 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tnlm.layers.packed import (
-    Packed,
-    PackedEmbedding,
-    PackedHead,
-    PackedLinear,
-    packed,
-    unpacked,
-)
+from tnlm.layers.packed import Packed, PackedEmbedding, PackedHead, PackedLinear
+from tnlm.layers.packing import packed, unpacked
 from tnlm.precision.grid import Precision
 from tnlm.precision.kernels import TOKENS, has_kernel
 from tnlm.precision.rounding import nearest

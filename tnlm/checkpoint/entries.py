@@ -18,7 +18,7 @@ from tnlm.checkpoint.kinds.base import Entry as Entry
 from tnlm.checkpoint.kinds.base import Place, grids
 from tnlm.checkpoint.kinds.base import network_of as network_of
 from tnlm.errors import CheckpointError, TnlmError
-from tnlm.layers.packed import packed, unpacked
+from tnlm.layers.packing import packed, unpacked
 
 if TYPE_CHECKING:  # whose import imports the plug-in, and that this file
     from transformers import PreTrainedModel

@@ -145,7 +145,7 @@ def _show_evaluation(found: tnlm.Evaluation, model: Any, text: Path | None, as_j
     if text is None:
         _show(found, as_json)
         return
-    from tnlm.layers.packed import count_parameters
+    from tnlm.layers.packing import count_parameters
 
     count = count_parameters(model)
     alone = len(found.results) == 1 and found.results[0].figures[0].baseline is None

@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tnlm.allocation.base import Limits, Problem
+from tnlm.allocation.base import Problem
 from tnlm.allocation.bits import all_on_grid, repriced
 from tnlm.allocation.pricing import model_cost
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.compression.cascade import cascade
+from tnlm.compression.checked_plan import check_packed, check_worth
 from tnlm.compression.choices import gather_choices
 from tnlm.compression.covered import with_coverage
 from tnlm.compression.fitting import Fitting, by_module
@@ -28,11 +29,10 @@ from tnlm.compression.job import Job, prepare
 from tnlm.compression.refine import refine
 from tnlm.compression.request import request_of
 from tnlm.compression.rules import NO_RECOVERY
-from tnlm.errors import BudgetError, OptionError, TargetError
+from tnlm.errors import TargetError
 from tnlm.layers.swap import Shelf, Swap
 from tnlm.plans.plan import Plan, total
 from tnlm.plans.report import Report, with_errors
-from tnlm.precision.grid import Precision
 from tnlm.recovery.kinds import get_recovery
 from tnlm.recovery.kinds.base import Practice, RecoveryKind
 from tnlm.recovery.recover import as_lessons
@@ -76,60 +76,10 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
         cost,
         job.selection.skipped,
     )
-    _check_worth(decided, limits)
-    _check_packed(decided, request.grid)
+    check_worth(decided, limits)
+    check_packed(decided, request.grid)
     job.seconds["plan"] = time.perf_counter() - start
     return with_coverage(model, job.selection, decided)
-
-
-def _check_packed(decided: Plan, grid: Precision | None) -> None:
-    """Raise if a precision was given and nothing can be packed; warn of what cannot."""
-    left = [layer for layer in decided.layers if layer.precision is None]
-    if grid is None or not left:
-        return
-    why = "the factors of embeddings and of stacked experts keep the model's dtype"
-    if len(left) == len(decided.layers):
-        raise OptionError(
-            f"precision={grid.name!r} has no effect on {left[0].name}, nor on any other: {why}",
-            argument="precision",
-        )
-    logger.warning(
-        "%d of %d targets are not stored as %s, %s first: %s",
-        len(left),
-        len(decided.layers),
-        grid.name,
-        left[0].name,
-        why,
-    )
-
-
-def _check_worth(decided: Plan, limits: Limits) -> None:
-    dense = [layer for layer in decided.layers if not layer.replaced]
-    if len(dense) == len(decided.layers):
-        raise BudgetError(f"no matrix would shrink; {dense[0].name}: {dense[0].note}")
-    achieved = limits.price(decided.targets_after) / limits.price(decided.targets_before)
-    if dense and achieved > limits.keep * (1 + 1e-9):
-        logger.warning(
-            "asked to keep %.3f of the targets' %s, achieved %.3f: "
-            "%d of %d matrices stay dense (%s: %s)",
-            limits.keep,
-            limits.unit,
-            achieved,
-            len(dense),
-            len(decided.layers),
-            dense[0].name,
-            dense[0].note,
-        )
-    sized = set(decided.request) & {"terms", "rank", "ranks", "tolerance"}
-    if achieved < limits.keep / 2 and not sized:
-        logger.warning(
-            "asked to keep %.3f of the targets' %s, achieved %.3f: larger factors would need more "
-            "than max_macs=%s times the dense multiply-adds; raise max_macs= to allow them",
-            limits.keep,
-            limits.unit,
-            achieved,
-            decided.request.get("max_macs", "inf"),
-        )
 
 
 def _in_bits(decided: Plan) -> bool:

@@ -17,7 +17,7 @@ from tnlm.evaluation.footprint import disk_bytes, resident_bytes, weight_bytes, 
 from tnlm.evaluation.mode import check_positions, evaluating
 from tnlm.evaluation.speed import timed_decoding
 from tnlm.evaluation.usage import Efficiency, Spread, Timing, Usage
-from tnlm.layers.packed import count_parameters
+from tnlm.layers.packing import count_parameters
 from tnlm.targets.ends import vocabulary_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tnlm.precision.grid import Precision
 
 TOKENS = 16
-"""Tokens up to which reading packed codes is faster than a product with the weight."""
+"""Tokens up to which the kernel is used: it is meant for decoding, not for long inputs."""
 COLUMNS = 16
 """Columns that the kernel reads at once; other than a multiple would be read out of bounds."""
 

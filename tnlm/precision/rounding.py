@@ -75,9 +75,9 @@ def with_feedback(
 ) -> Rounded:
     """Round column by column, so that later columns make up for the errors of earlier ones.
 
-    Columns are taken in the order of their weight in the moment, and their scales are chosen
-    beforehand. Where this is not better than :func:`nearest` in the moment's norm, that is
-    returned.
+    Columns are taken in the order of their diagonal entries in the moment; scales are chosen first
+    and do not change. If the result is worse than :func:`nearest` in the moment's norm, that of
+    :func:`nearest` is returned.
 
     Args:
         weight: ``(out, in)``.

@@ -257,12 +257,11 @@ def _starts(
 def _add(model: nn.Module, loras: Mapping[str, Lora]) -> None:
     """Add every LoRA to its weight."""
     for name, lora in loras.items():
-        layer = model.get_submodule(name)
+        layer, delta = model.get_submodule(name), lora.delta()
         if isinstance(layer, PackedLinear):
-            layer.add(lora.delta())
+            layer.add(delta)
         else:
-            weight = matrix(layer)
-            weight.copy_(weight.double() + lora.delta())
+            matrix(layer).copy_(matrix(layer).double() + delta)
 
 
 def _check(

@@ -12,7 +12,7 @@ from tnlm.checkpoint.entries import Entry, dense_module
 from tnlm.checkpoint.naming import owner_of
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.errors import ModelError
-from tnlm.layers.packed import unpacked
+from tnlm.layers.packing import unpacked
 
 
 @torch.no_grad()

@@ -157,12 +157,12 @@ class Target(ABC):
         return False
 
     def packed_shapes(self, network: Network | None) -> Sequence[tuple[int, int]]:
-        """Return the shapes of the layers that can be stored in few bits.
+        """Return the shapes of the layers that can be stored in few bits; none if none can.
 
         Args:
             network: what replaces the target; None if it stays dense.
         """
-        raise NotImplementedError(f"{type(self).__name__} is never packed")
+        return ()
 
     @abstractmethod
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
@@ -290,7 +290,7 @@ class Finder:
     Attributes:
         name: name of the kind.
         find: finds the targets, from a model and its chosen matrices.
-        usable: returns the usable ones of these, if that takes work to find out.
+        usable: returns those that can really be used, where that must be tried.
     """
 
     name: str

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tnlm.layers.adapters import matrix
 from tnlm.layers.linear import FactorizedLinear
-from tnlm.layers.packed import packed
+from tnlm.layers.packing import packed
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 from tnlm.precision.grid import Precision
