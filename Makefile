@@ -35,9 +35,9 @@ test: lint  ## Lint, then run every test and doctest, slow ones too
 test-fast: install  ## Run the tests and doctests that take no real model
 	$(BIN)/python -m pytest -n auto -m "not slow and not hostile"
 
-test-serving: install  ## Run exported models in real llama.cpp, which it installs
-	$(BIN)/python -m pip install "xllamacpp>=2026.10"
-	$(BIN)/python -m pytest tests/runtimes/test_xllamacpp.py
+test-serving: install  ## Run models in real llama.cpp and over HTTP; it installs what that needs
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[serve]" "xllamacpp>=2026.10"
+	$(BIN)/python -m pytest tests/runtimes/test_xllamacpp.py tests/runtimes/test_serve.py
 
 hostile: install  ## Injected faults, kills and broken checkpoints in full numbers (about 15 minutes)
 	$(BIN)/python -m pytest -n auto -m hostile tests/hostile

@@ -220,6 +220,19 @@ def run(
     start(command)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def serve(
+    directory: Annotated[Path, typer.Argument(help="A model with its tokenizer.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="Of `transformers serve`, such as --port 8000.")
+    ] = None,
+) -> None:
+    """Answer chats over HTTP, by `transformers serve` with tnlm registered."""
+    from tnlm.runtimes.serve import serve as start
+
+    start(directory, options or [])
+
+
 @app.command()
 def info(
     directory: Annotated[Path, typer.Argument(help="A directory written by tnlm.")],
