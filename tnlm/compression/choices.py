@@ -81,7 +81,7 @@ class Budget:
     unit: str | None = choice(None, "Unit of the budget: params, bytes or macs; params by default.")
     blocks: int | None = choice(None, "Number of last blocks to compress, for allocation last.")
     portable: str | None = choice(
-        None, "Runtime that runs the result without tnlm: llama.cpp or transformers."
+        None, "Runtime that runs the result without tnlm: llama.cpp, transformers or decilm."
     )
 
 

@@ -34,7 +34,8 @@ def export(
     Args:
         model: dense, or compressed by tnlm.
         directory: new or empty, unless ``overwrite``.
-        to: ``"gguf"`` for llama.cpp, or ``"transformers"`` for an ordinary checkpoint.
+        to: ``"gguf"`` for llama.cpp, ``"transformers"`` for an ordinary checkpoint, or ``"decilm"``
+            for vLLM, SGLang and MLX where blocks differ in width.
         type: of the weights, such as ``"F16"``; the first of the runtime's types if not given.
         tokenizer: written along.
         overwrite: replace what the directory holds.
