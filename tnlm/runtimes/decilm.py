@@ -68,7 +68,6 @@ def _config(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Any:
     fields = {k: v for k, v in config.to_dict().items() if k not in (*OURS, "model_type")}
     fields |= {"architectures": ["DeciLMForCausalLM"], "intermediate_size": max(widths)}
     fields["dtype"] = str(model.dtype).removeprefix("torch.")
-    DeciLMConfig.register_for_auto_class()  # so that its file is copied beside the config
     return DeciLMConfig(
         block_configs=[
             {"attention": {"no_op": False, "n_heads_in_group": group}, "ffn": width}

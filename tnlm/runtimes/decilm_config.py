@@ -26,6 +26,7 @@ class DeciLMConfig(LlamaConfig):
     """
 
     model_type = "nemotron-nas"
+    _auto_class = "AutoConfig"  # saving copies this file beside config.json
 
     def __init__(self, block_configs: Any = (), **fields: Any) -> None:
         """Take blocks as dicts; they become objects, which is how models read them."""
