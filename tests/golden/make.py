@@ -104,6 +104,11 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
     "tucker": (llama, "tucker", {}),
     "block-train": (llama, "btt", {}),
     "channels": (llama, "modegpt", TEXT),
+    "heads": (
+        lambda: llama(num_key_value_heads=2),
+        tnlm.scheme("modegpt", formats=("heads",)),
+        {"targets": r".*self_attn.*", "keep_targets": 0.7, **TEXT},
+    ),
     "added-bias": (llama, "afm", TEXT),
     "shared-factors": (lambda: llama(num_hidden_layers=2), "basis-sharing", TEXT),
     "stacks": (

@@ -34,6 +34,15 @@ def narrowed(tiny_llama, ids):
 
 
 @pytest.fixture
+def few_heads(tiny_llama, ids):
+    """A Llama whose blocks keep one, two and one of two key/value heads."""
+    model = tiny_llama(num_hidden_layers=3, num_key_value_heads=2)
+    scheme = tnlm.scheme("modegpt", formats=("heads",))
+    chosen = {"targets": r".*\.[02]\.self_attn.*", "keep_targets": 0.5, "progress": False}
+    return tnlm.compress(model, scheme, calibration=ids, max_length=16, **chosen)
+
+
+@pytest.fixture
 def tiny_qwen2():
     torch.manual_seed(0)
     config = Qwen2Config(

@@ -48,6 +48,21 @@ def test_every_block_has_its_own_width(narrowed, tmp_path):
         assert np.array_equal(found[f"blk.{number}.ffn_up.weight"], up)
 
 
+def test_every_block_has_its_own_heads(few_heads, tmp_path):
+    model = few_heads
+    tnlm.export(model, tmp_path, to="gguf", type="F32")
+    reader = read(tmp_path)
+    keys = [block.self_attn.k_proj.out_features // 8 for block in model.model.layers]
+    assert field(reader, "general.architecture") == "deci"
+    assert field(reader, "deci.attention.head_count_kv") == keys == [1, 2, 1]
+    assert field(reader, "deci.attention.head_count") == [2 * number for number in keys]
+    found = tensors(reader)
+    for number, block in enumerate(model.model.layers):
+        queries = block.self_attn.q_proj.weight.detach()
+        wanted = _interleaved(queries, 2 * keys[number]).numpy()
+        assert np.array_equal(found[f"blk.{number}.attn_q.weight"], wanted)
+
+
 def test_one_width_is_an_ordinary_llama(narrowed, tmp_path):
     tnlm.export(narrowed("transformers"), tmp_path, to="gguf")
     reader = read(tmp_path)

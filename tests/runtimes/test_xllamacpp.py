@@ -41,6 +41,10 @@ def test_greedy_tokens_are_those_of_transformers(narrowed, ids, letters, tmp_pat
     check(model, ids, letters, tmp_path)
 
 
+def test_every_block_has_its_own_heads(few_heads, ids, letters, tmp_path):
+    check(few_heads, ids, letters, tmp_path)
+
+
 def test_a_qwen2_with_biases(tiny_qwen2, ids, letters, tmp_path):
     check(tiny_qwen2, ids, letters, tmp_path)
 

@@ -13,7 +13,8 @@ from transformers import OPTConfig, OPTForCausalLM
 import tnlm
 from tnlm.decompositions.channels import FORMAT, ChannelsSpec
 from tnlm.errors import CheckpointError, OptionError
-from tnlm.targets.channels import narrowable, pairs, sliced
+from tnlm.targets.channels import narrowable, pairs
+from tnlm.targets.narrowed import sliced
 from tnlm.targets.selection import select
 
 IDS = torch.arange(24).reshape(2, 12) % 61 + 3

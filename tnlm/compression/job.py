@@ -58,8 +58,8 @@ class Job:
         A block's last addition to the residual stream has the same gradient as the stream.
         """
         for group in self.groups:
-            alone = len(group.alike) == 1
-            if alone and group.module.startswith(block + ".") and self.evidence.weighs_loss:
+            last = group.ends_block and len(group.alike) == 1
+            if last and group.module.startswith(block + ".") and self.evidence.weighs_loss:
                 side = self.evidence.metric(group.measured).outputs
                 return None if side is None or side.is_diagonal else side.root
         return None

@@ -110,12 +110,13 @@ def check_cascade(measure: Measure, cascade: str) -> None:
 
 
 def check_channels(structures: Sequence[Format[Any]], measure: Measure, cascade: str) -> None:
-    """Raise `OptionError` unless the metric and the cascade can select channels."""
-    if not any("channels" in structure.kinds for structure in structures):
+    """Raise `OptionError` unless the metric and the cascade can select channels or heads."""
+    chosen = [each.name for each in structures if each.kinds & {"channels", "heads"}]
+    if not chosen:
         return
     if measure.name not in ("input", "two-sided") or cascade != "none":
         raise OptionError(
-            f"metric={measure.name!r} and cascade={cascade!r} cannot select channels; "
+            f"metric={measure.name!r} and cascade={cascade!r} cannot select {' or '.join(chosen)}; "
             "allowed: metric='input' or 'two-sided', and cascade='none'",
             argument=("metric", "cascade"),
         )

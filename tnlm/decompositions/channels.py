@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tnlm.decompositions.base import QUIET, Ceiling, Format, Shape
+from tnlm.decompositions.nystrom import moment_of, refitted, ridged, weighted
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.network import Factors, Network
@@ -78,10 +79,7 @@ class Channels(Format[ChannelsSpec]):
         """Return ``kept``, the sorted channel indices, and ``rows``, their new projection."""
         chosen, _ = _order(weight, metric, spec.multiple, spec.width)
         kept = chosen[: spec.width].sort().values
-        moment = _moment(weight, metric)
-        cross = moment[kept] @ weight.detach().double()
-        rows = torch.linalg.solve(_safe(moment[kept][:, kept]), cross)
-        return {"kept": kept, "rows": rows}
+        return {"kept": kept, "rows": refitted(weight, moment_of(weight, metric), kept)}
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
@@ -143,20 +141,6 @@ class Channels(Format[ChannelsSpec]):
         return table
 
 
-def _moment(weight: Tensor, metric: Metric) -> Tensor:
-    """Return the second moment of the hidden channels, a full matrix."""
-    if metric.outputs is None:
-        return torch.eye(weight.shape[0], dtype=torch.float64, device=weight.device)
-    values = metric.outputs.values
-    return values.diag() if metric.outputs.is_diagonal else values
-
-
-def _safe(block: Tensor) -> Tensor:
-    """Return a block of a moment with a small ridge, invertible despite inactive channels."""
-    ridge = 1e-10 * float(block.diagonal().mean()) or 1.0
-    return block + ridge * torch.eye(len(block), dtype=block.dtype, device=block.device)
-
-
 def _order(
     weight: Tensor, metric: Metric, multiple: int = 1, width: int | None = None
 ) -> tuple[Tensor, list[tuple[int, float]]]:
@@ -164,9 +148,8 @@ def _order(
 
     Also return the number of channels taken and the squared error left after every step.
     """
-    residual = _moment(weight, metric).clone()
-    weight = weight.detach().double()
-    weighed = weight if metric.inputs is None else metric.inputs.scale(weight)
+    residual = moment_of(weight, metric).clone()
+    weighed = weighted(weight, metric)
     effect = residual @ weighed  # (hidden, out): what each channel explains, given those taken
     left = float((effect * weighed).sum())
     floor = 1e-12 * float(residual.diagonal().max())
@@ -182,7 +165,7 @@ def _order(
         best = greatest(gain, min(batch, int(free.sum())))
         free[best] = False
         taken.append(best)
-        columns, block = residual[:, best], _safe(residual[best][:, best])
+        columns, block = residual[:, best], ridged(residual[best][:, best])
         solved = torch.linalg.solve(block, torch.cat([columns.T, effect[best]], dim=1))
         left -= float((effect[best] * solved[:, len(residual) :]).sum())
         effect.addmm_(columns, solved[:, len(residual) :], alpha=-1.0)

@@ -14,7 +14,9 @@ from tnlm.errors import ModelError
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """Kinds of models, and llama.cpp's names for them where all blocks have one width."""
 ANY_WIDTHS = "deci"
-"""llama.cpp's name for the Llama graph with a width for each block."""
+"""llama.cpp's name for the Llama graph with widths and numbers of heads for each block."""
+ROTATED = ("q_proj", "k_proj")
+"""Matrices whose outputs are rotated by their position."""
 PRECISE = "Q8_0"
 """Of the embedding and the head, where matrices have fewer bits."""
 
@@ -52,17 +54,16 @@ def laid_out(config: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights by their names in GGUF files, in the layout of llama.cpp."""
     gguf = library()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    turned = FAMILIES[config.model_type] == "llama" or _varies(weights)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    found = {}
+    turned = FAMILIES[config.model_type] == "llama" or varies(weights)
+    size, found = head_size(config), {}
     for name, tensor in weights.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
             raise ModelError(f"{name} has no name in GGUF files")
-        part = name.split(".")[-2]
-        found[known] = _interleaved(tensor, heads[part]) if turned and part in heads else tensor
+        rotated = turned and name.split(".")[-2] in ROTATED
+        found[known] = _interleaved(tensor, len(tensor) // size) if rotated else tensor
     if (config.rope_parameters or {}).get("rope_type") == "llama3":
         found["rope_freqs.weight"] = _llama3(config)
     return found
@@ -91,9 +92,14 @@ def head_size(config: Any) -> int:
     return int(size or config.hidden_size // config.num_attention_heads)
 
 
-def _varies(weights: Mapping[str, Tensor]) -> bool:
-    sizes = {len(tensor) for name, tensor in weights.items() if name.endswith("gate_proj.weight")}
-    return len(sizes) > 1
+def varies(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether blocks differ in the width of a layer."""
+    shapes: dict[str, set[torch.Size]] = {}
+    for name, tensor in weights.items():
+        block, _, part = name.rpartition(".layers.")[2].partition(".")
+        if block.isdigit():
+            shapes.setdefault(part, set()).add(tensor.shape)
+    return any(len(different) > 1 for different in shapes.values())
 
 
 def type_of(name: str, tensor: Tensor, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""llama.cpp: a GGUF file, whose feed-forward layers may have a width of their own each."""
+"""llama.cpp: a GGUF file, whose blocks may differ in feed-forward width and number of heads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tnlm.runtimes.gguf_layout import (
     laid_out,
     library,
     type_of,
+    varies,
 )
 from tnlm.runtimes.gguf_tokens import Tokens, read_tokens
 from tnlm.runtimes.weights import plain_weights
@@ -36,8 +37,9 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, kind: str) -> Prepared:
     library()
     config: Any = model.config
     check_family(config)
-    weights = laid_out(config, plain_weights(model))
-    widths = _widths(config, weights)
+    plain = plain_weights(model)
+    family = ANY_WIDTHS if varies(plain) else FAMILIES[config.model_type]
+    weights = laid_out(config, plain)
     tokens = None if tokenizer is None else read_tokens(tokenizer, config.vocab_size)
     kinds = {name: type_of(name, tensor, kind) for name, tensor in weights.items()}
     wide = [name for name, tensor in weights.items() if tensor.dim() > 1 and kinds[name] == "F16"]
@@ -50,15 +52,19 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, kind: str) -> Prepared:
         )
 
     def write(directory: Path) -> None:
-        _write(directory / f"model-{kind}.gguf", config, widths, tokens, weights, kinds)
+        _write(directory / f"model-{kind}.gguf", family, config, tokens, weights, kinds)
 
     return Prepared(sum(_bytes(weights[name], kinds[name]) for name in weights), write)
 
 
-def _widths(config: Any, weights: Mapping[str, Tensor]) -> list[int]:
-    """Return the width of every block's feed-forward layer."""
-    blocks = range(config.num_hidden_layers)
-    return [len(weights[f"blk.{block}.ffn_gate.weight"]) for block in blocks]
+def _heights(config: Any, weights: Mapping[str, Tensor], name: str) -> list[int]:
+    """Return the number of rows of a matrix in every block."""
+    return [len(weights[f"blk.{block}.{name}.weight"]) for block in range(config.num_hidden_layers)]
+
+
+def _same(values: list[int]) -> int | list[int]:
+    """Return one value where all blocks agree, as fields of ordinary families must be."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _bytes(tensor: Tensor, kind: str) -> int:
@@ -69,16 +75,15 @@ def _bytes(tensor: Tensor, kind: str) -> int:
 
 def _write(
     path: Path,
+    family: str,
     config: Any,
-    widths: list[int],
     tokens: Tokens | None,
     weights: Mapping[str, Tensor],
     kinds: Mapping[str, str],
 ) -> None:
     gguf = library()
-    one = len(set(widths)) == 1
-    writer = gguf.GGUFWriter(path, FAMILIES[config.model_type] if one else ANY_WIDTHS)
-    _describe(writer, config, widths[0] if one else widths, path.stem.rpartition("-")[2])
+    writer = gguf.GGUFWriter(path, family)
+    _describe(writer, config, weights, path.stem.rpartition("-")[2])
     if tokens is not None:
         _tokens(writer, tokens)
     for name, tensor in weights.items():
@@ -98,9 +103,9 @@ def _finite(name: str, tensor: Tensor, kind: str) -> Any:
     return values.numpy()
 
 
-def _describe(writer: Any, config: Any, widths: int | list[int], kind: str) -> None:
+def _describe(writer: Any, config: Any, weights: Mapping[str, Tensor], kind: str) -> None:
     """Write the fields that fix the graph."""
-    gguf = library()
+    gguf, size = library(), head_size(config)
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     rope = config.rope_parameters or {}
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind}")])
@@ -108,14 +113,14 @@ def _describe(writer: Any, config: Any, widths: int | list[int], kind: str) -> N
     writer.add_context_length(min(window, config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(widths)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_size(config))
-    writer.add_value_length(head_size(config))
+    writer.add_feed_forward_length(_same(_heights(config, weights, "ffn_gate")))
+    writer.add_head_count(_same([rows // size for rows in _heights(config, weights, "attn_q")]))
+    writer.add_head_count_kv(_same([rows // size for rows in _heights(config, weights, "attn_k")]))
+    writer.add_key_length(size)
+    writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(head_size(config))
+    writer.add_rope_dimension_count(size)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -143,10 +148,10 @@ def _tokens(writer: Any, tokens: Tokens) -> None:
 
 RUNTIME = Runtime(
     name="llama.cpp",
-    title="GGUF files, with a feed-forward width for each block",
+    title="GGUF files, whose blocks differ in feed-forward width and number of heads",
     to="gguf",
     types=TYPES,
-    formats=("channels",),
+    formats=("channels", "heads"),
     multiple=32,
     prepare=_prepare,
 )

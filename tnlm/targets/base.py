@@ -57,6 +57,7 @@ class Target(ABC):
         share: fraction of tokens that use it: k / E for one of E experts.
         kind: the kind that a format must support, e.g. ``"linear"``.
         unmeasured: why calibration data cannot measure targets of this kind; empty if it can.
+        ends_block: whether its output is usually the last that a block adds to its residual stream.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Target(ABC):
 
     kind: ClassVar[str]
     unmeasured: ClassVar[str] = ""
+    ends_block: ClassVar[bool] = False
 
     @property
     def kinds(self) -> frozenset[str]:

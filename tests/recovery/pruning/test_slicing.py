@@ -9,7 +9,8 @@ from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.errors import ModelError, TrainingError
-from tnlm.recovery.pruning.groups import find_groups, matrix
+from tnlm.layers.adapters import matrix
+from tnlm.recovery.pruning.groups import find_groups
 from tnlm.recovery.pruning.slicing import cut_groups, smaller
 
 

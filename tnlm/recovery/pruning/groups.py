@@ -6,22 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.blocks import find_blocks
 from tnlm.errors import ModelError, OptionError
-from tnlm.layers.adapters import matrix
+from tnlm.targets.attention import attentions, heads_of
 from tnlm.targets.feed_forward import feed_forward_layers
 from tnlm.targets.trial import Hidden, Slabs
 
 HEADS, CHANNELS = "heads", "channels"
-
-ATTENTIONS = (
-    (("q_proj", "k_proj", "v_proj"), "o_proj"),  # Llama, Mistral, Qwen, Gemma, SmolLM
-    (("q_proj", "k_proj", "v_proj"), "dense"),  # Phi
-)
-"""Names of the matrices that make heads, and of the one that reads them."""
 
 WANTED = {
     HEADS: "that takes separate q_proj, k_proj and v_proj, and a config in which head_dim is "
@@ -136,40 +130,15 @@ def find_groups(model: PreTrainedModel, names: Sequence[str], kind: str) -> list
     return [groups[0] for groups in inside]
 
 
-def _match(names: Sequence[str], endings: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield every parent that has all endings, with their full names."""
-    known = set(names)
-    for name in names:
-        if name.endswith(f".{endings[0]}"):
-            parent = name.removesuffix(f".{endings[0]}")
-            members = [f"{parent}.{ending}" for ending in endings]
-            if known.issuperset(members):
-                yield parent, members
-
-
 def _heads(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Groups]:
-    for producers, consumer in ATTENTIONS:
-        for parent, members in _match(names, (*producers, consumer)):
-            yield _heads_of(model, parent, members)
-
-
-def _heads_of(model: PreTrainedModel, parent: str, members: list[str]) -> Groups:
-    shapes = [matrix(model.get_submodule(name)).shape for name in members]
-    (queries, _), (keys, _), (values, _), (_, read) = shapes
-    width = head_width(model)
-    if keys % width or queries % keys or values != keys or read != queries:
-        raise ModelError(
-            f"{parent}: matrices of shapes {[tuple(shape) for shape in shapes]} do not divide into "
-            f"heads of width {width} with equally many query heads each; use heads=False"
-        )
-    for name, parameter in _others(model, parent, members):
-        if "." not in name or parameter.shape != (width,):  # a norm per head may stay
-            raise ModelError(f"{parent}.{name} may depend on the number of heads; use heads=False")
-    count = keys // width
-    sizes = (queries // count, width, width)
-    *makers, reader = members
-    cuts = tuple(Cut(name, 0, Slabs(size)) for name, size in zip(makers, sizes, strict=True))
-    return Groups(HEADS, parent, count, cuts, Cut(reader, 1, Slabs(queries // count)))
+    for parent, members in attentions(names):
+        hidden = heads_of(model.get_submodule(parent), members, head_width(model))
+        if isinstance(hidden, str):
+            raise ModelError(f"{parent}: {hidden}; use heads=False")
+        slabs = hidden.producers.items()
+        cuts = tuple(Cut(f"{parent}.{name}", 0, each) for name, each in slabs)
+        reader = Cut(f"{parent}.{hidden.reader}", 1, Slabs(hidden.size))
+        yield Groups(HEADS, parent, hidden.count, cuts, reader)
 
 
 def _channels(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Groups]:
@@ -184,10 +153,3 @@ def _channels(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Groups]:
         cuts = tuple(Cut(name, 0, each) for name, each in slabs)
         reader = Cut(layer.reader, 1, Slabs())
         yield Groups(CHANNELS, layer.parent, layer.hidden.count, cuts, reader)
-
-
-def _others(model: nn.Module, parent: str, members: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters below a parent that belong to none of the members."""
-    for name, parameter in model.get_submodule(parent).named_parameters():
-        if f"{parent}.{name}".rpartition(".")[0] not in members:
-            yield name, parameter
