@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tnlm.decompositions.base import QUIET, Ceiling, Format, Shape
-from tnlm.decompositions.nystrom import moment_of, refitted, ridged, weighted
+from tnlm.decompositions.greedy import greedy_order
+from tnlm.decompositions.nystrom import moment_of, refitted, weighted
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.network import Factors, Network
-from tnlm.utils.ties import greatest
 
 STEPS = 128
 """Number of greedy steps that order all channels; each adds a batch."""
@@ -148,30 +147,9 @@ def _order(
 
     Also return the number of channels taken and the squared error left after every step.
     """
-    residual = moment_of(weight, metric).clone()
-    weighed = weighted(weight, metric)
-    effect = residual @ weighed  # (hidden, out): what each channel explains, given those taken
-    left = float((effect * weighed).sum())
-    floor = 1e-12 * float(residual.diagonal().max())
-    batch = -(-len(residual) // STEPS // multiple) * multiple
-    free = torch.ones(len(residual), dtype=torch.bool, device=weight.device)
-    taken: list[Tensor] = []
-    path = [(0, left)]
-    while path[-1][0] < (len(residual) if width is None else width):
-        spread = residual.diagonal()
-        gain = effect.square().sum(1) / spread.clamp_min(floor or 1.0)
-        gain[spread <= floor] = 0.0
-        gain[~free] = -1.0
-        best = greatest(gain, min(batch, int(free.sum())))
-        free[best] = False
-        taken.append(best)
-        columns, block = residual[:, best], ridged(residual[best][:, best])
-        solved = torch.linalg.solve(block, torch.cat([columns.T, effect[best]], dim=1))
-        left -= float((effect[best] * solved[:, len(residual) :]).sum())
-        effect.addmm_(columns, solved[:, len(residual) :], alpha=-1.0)
-        residual.addmm_(columns, solved[:, : len(residual)], alpha=-1.0)
-        path.append((path[-1][0] + len(best), max(left, 0.0)))
-    return torch.cat(taken), path
+    batch = -(-len(weight) // STEPS // multiple) * multiple
+    most = len(weight) if width is None else width
+    return greedy_order(moment_of(weight, metric), weighted(weight, metric), batch, most)
 
 
 FORMAT = Channels()
