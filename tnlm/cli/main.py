@@ -187,7 +187,7 @@ def compress(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
-    to: Annotated[str, typer.Option(help="gguf for llama.cpp, transformers, or decilm for vLLM.")],
+    to: Annotated[str, typer.Option(help="gguf for llama.cpp, transformers, decilm or vllm.")],
     type_: Annotated[
         str | None, typer.Option("--type", help="Of the weights, such as F16, Q8_0 or Q4_0.")
     ] = None,

@@ -27,15 +27,16 @@ def export(
 ) -> Path:
     """Write a model as files that a runtime reads without tnlm.
 
-    Narrowed and dense layers are written as they are, and factored ones multiplied out: what
-    :func:`tnlm.compress` makes with ``portable=`` is as small there as here. The size is logged
-    before anything is written, and a failure leaves the old files.
+    Narrowed and dense layers are written as they are, and factored ones multiplied out, except
+    for vLLM: what :func:`tnlm.compress` makes with ``portable=`` is as small there as here. The
+    size is logged before anything is written, and a failure leaves the old files.
 
     Args:
         model: dense, or compressed by tnlm.
         directory: new or empty, unless ``overwrite``.
-        to: ``"gguf"`` for llama.cpp, ``"transformers"`` for an ordinary checkpoint, or ``"decilm"``
-            for vLLM, SGLang and MLX where blocks differ in width.
+        to: ``"gguf"`` for llama.cpp, ``"transformers"`` for an ordinary checkpoint, ``"decilm"``
+            for vLLM, SGLang and MLX where blocks differ in width, or ``"vllm"`` for vLLM with the
+            plug-in tnlm-vllm, which runs factored layers as they are.
         type: of the weights, such as ``"F16"``; the first of the runtime's types if not given.
         tokenizer: written along.
         overwrite: replace what the directory holds.

@@ -22,7 +22,12 @@ WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", 
 
 def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
     weights = plain_weights(model)
-    made = _skeleton(model, weights)
+    made = skeleton(
+        model,
+        weights,
+        "its config has one width for all blocks. Compress with portable='transformers', which "
+        "gives all blocks the same width",
+    )
     made.load_state_dict(weights, strict=False, assign=True)
     made.tie_weights()
     made.generation_config = model.generation_config
@@ -35,8 +40,17 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
     return Prepared(sum(p.numel() * p.element_size() for p in made.parameters()), write)
 
 
-def _skeleton(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Return a model without values whose parameters have the shapes of some weights."""
+def skeleton(model: PreTrainedModel, weights: Mapping[str, Tensor], advice: str) -> PreTrainedModel:
+    """Return a model without values whose parameters have the shapes of some weights.
+
+    Args:
+        model: of the same class.
+        weights: by the names of its parameters; only their shapes count.
+        advice: what to do if the class has no place for the shapes, for the error.
+
+    Raises:
+        ModelError: if there is no such model.
+    """
     config = _ordinary(model.config)
     for change in (None, *_smaller(config, weights)):
         tried = copy.deepcopy(config)
@@ -49,8 +63,7 @@ def _skeleton(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrain
             return made
     raise ModelError(
         f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, and no {type(model).__name__} has that "
-        "shape there: its config has one width for all blocks. Compress with "
-        "portable='transformers', which gives all blocks the same width",
+        f"shape there: {advice}",
         argument="portable",
     )
 

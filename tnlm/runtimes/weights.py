@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from tnlm.layers.packing import unpacked
 
 
 @torch.no_grad()
-def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def plain_weights(model: PreTrainedModel, leave: Collection[str] = ()) -> dict[str, Tensor]:
     """Return every weight of a model by its name in the ordinary class.
 
     Feed-forward layers that lost channels keep their smaller shapes; factors are multiplied out.
@@ -24,6 +25,7 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Args:
         model: dense, or compressed by tnlm.
+        leave: compressed layers whose matrix is not needed; a bias of theirs is returned.
 
     Raises:
         ModelError: if a bias was added to a layer, for which the class has no place, or weights
@@ -50,7 +52,10 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     held = model.state_dict()
     found = {name: tensor for name, tensor in held.items() if owner_of(entries, name) is None}
     for name, entry in entries.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
+        if name in leave:
+            found |= {} if module.bias is None else {f"{name}.bias": module.bias.detach()}
+            continue
         kept = entry["kind"] == "sliced"
         plain = unpacked(module) if kept else dense_module(entry, module)
         turned = kept and entry.get("conv1d")  # GPT-2's class stores (in, out)
