@@ -156,7 +156,7 @@ def test_the_latest_metric_is_kept_for_those_that_share_it(make_model):
 
 def test_moments_move_to_files_when_memory_is_short(make_model, monkeypatch):
     expected = moments(gather(make_model("llama")))
-    monkeypatch.setattr(store, "IN_MEMORY", 3 * ((32 + 2) * 32 + 1) * 8)
+    monkeypatch.setattr(store, "IN_MEMORY", 3 * (33 * 16 * 4 + (3 * 32 + 1) * 8))
     found = gather(make_model("llama"))
     assert len(found._memory) == 3
     assert moments(found).keys() == expected.keys()
@@ -235,12 +235,29 @@ def test_where_a_model_was_loaded_from_does_not_matter(make_model, tmp_path, for
 
 
 def test_a_cache_of_another_layout_is_left_alone(make_model, tmp_path, monkeypatch, forward_fails):
-    monkeypatch.setattr(store, "VERSION", store.VERSION - 1)
+    monkeypatch.setattr(store, "VERSION", store.WHOLE - 1)
     gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
     monkeypatch.undo()
     forward_fails()
     with pytest.raises(AssertionError, match="a forward pass ran"):
         gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
+
+
+def test_a_cache_of_whole_matrices_is_read(make_model, tmp_path, monkeypatch, forward_fails):
+    with monkeypatch.context() as before:
+        before.setattr(store, "VERSION", store.WHOLE)
+        before.setattr(store, "HALVES", {})
+        gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
+    forward_fails()
+    moment = gather(make_model("llama"), modules=[UP], cache_dir=tmp_path).moment(UP)
+    assert_close(moment.tril(), direct(make_model("llama"), UP).tril())
+
+
+def test_matrices_are_stored_by_half(make_model, tmp_path):
+    found = gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
+    (size,) = (path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert size < 33 * 16 * 4 + (3 * 32 + 1) * 8 + 600  # and the header
+    assert found.names(UP) == ("count", "magnitude", "mean", "moment")
 
 
 def test_an_interrupted_cache_is_filled_again(make_model, tmp_path, monkeypatch):

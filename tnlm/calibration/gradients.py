@@ -18,9 +18,10 @@ from tnlm.calibration.loss import make_tasks
 from tnlm.calibration.padding import Padding
 from tnlm.calibration.room import check_room
 from tnlm.calibration.sequences import sequences_of
-from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill, products
+from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
+from tnlm.tensors.symmetric import add_outer
 
 logger = logging.getLogger("tnlm")
 
@@ -67,7 +68,7 @@ class _Gradients:
         rows = counted_rows(name, gradient, padding)
         for part in rows.split(ROWS) if self.moment != "none" else ():
             if self.moment == "full":
-                self.sums[name]["gradient"] += products(part.float())
+                add_outer(self.sums[name]["gradient"], part.float())
             else:
                 self.sums[name]["gradient"] += part.double().square().sum(0)
         if inputs is not None:  # a module may be called more than once

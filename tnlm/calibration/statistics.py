@@ -18,6 +18,7 @@ from tnlm.calibration.padding import Padding
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import stream
 from tnlm.errors import CalibrationError
+from tnlm.tensors.symmetric import add_outer
 from tnlm.utils.memory import release
 
 __all__ = ["Statistics", "collect"]
@@ -25,7 +26,7 @@ __all__ = ["Statistics", "collect"]
 logger = logging.getLogger("tnlm")
 
 ROWS = 1024
-"""Number of tokens multiplied at once, with products in float32 and sums in float64."""
+"""Number of tokens multiplied at once."""
 
 
 class Accumulator(Protocol):
@@ -64,7 +65,7 @@ class _Inputs:
         self.rows[name] += len(rows)
         for part in rows.split(ROWS):
             part = part.float()
-            sums["moment"] += products(part)
+            add_outer(sums["moment"], part)
             sums["mean"] += part.sum(0, dtype=torch.float64)
             sums["magnitude"] += part.abs().sum(0, dtype=torch.float64)
 
@@ -104,20 +105,6 @@ def counted_rows(name: str, x: Tensor, padding: Padding | None) -> Tensor:
     """
     x = x.detach()
     return x.reshape(-1, x.shape[-1]) if padding is None else padding.counted(name, x)
-
-
-def products(rows: Tensor) -> Tensor:
-    """Return the sum of the rows' outer products, in float32 unless that overflows.
-
-    Example:
-        >>> products(torch.full((2, 1), 1e30))
-        tensor([[2.0000e+60]], dtype=torch.float64)
-    """
-    found = rows.T @ rows
-    if bool(found.diagonal().isfinite().all()):
-        return found
-    wide = rows.double()
-    return wide.T @ wide
 
 
 def check_finite(what: str, sums: dict[str, Tensor]) -> None:

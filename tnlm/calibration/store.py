@@ -16,6 +16,7 @@ from tnlm.calibration.data import Batch, fingerprint
 from tnlm.calibration.trail import Trail
 from tnlm.errors import CalibrationError
 from tnlm.metrics.metric import InputMoment
+from tnlm.tensors.symmetric import packed, unpacked
 from tnlm.utils.hashing import model_hash
 from tnlm.utils.residency import scratch_of
 from tnlm.utils.spill import Slot, Spill
@@ -25,8 +26,17 @@ logger = logging.getLogger("tnlm")
 IN_MEMORY = 2**25
 """Most bytes of tensors in memory; others are written to a file and read when needed."""
 
-VERSION = 5
-"""Version of the layout of cache directories, so that other layouts are not read."""
+VERSION, WHOLE = 6, 5
+"""Version of the layout of cache directories, and an earlier one, with whole matrices in float64,
+that is read as well."""
+
+HALVES = {"moment": torch.float32, "gradient": torch.int16}
+"""Symmetric matrices of which one half is stored, rounded less than their products are, and less
+than the choice of the data changes them. Moments of inputs may be nearly singular; those of
+gradients never weight errors without the mean of their diagonal."""
+
+DIAGONAL = ".diagonal"
+"""Added to the name of a symmetric matrix for that of its diagonal."""
 
 
 class Statistics:
@@ -64,6 +74,7 @@ class Statistics:
         self._spill = Spill(scratch)
         self._slots: dict[str, dict[str, Slot]] = {}
         self._latest: tuple[str, InputMoment] | None = None
+        self._recent: dict[str, tuple[str, Tensor]] = {}
         self._lent: dict[str, tuple[str, float]] = {}
         self.pools: set[str] = set()
 
@@ -74,6 +85,7 @@ class Statistics:
             CheckpointError: if the disk is full.
         """
         self.leaders.update(dict.fromkeys(members, leader))
+        tensors = _in_halves(tensors)
         held = sum(tensor.nbytes for kept in self._memory.values() for tensor in kept.values())
         added = sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is not None:
@@ -84,7 +96,7 @@ class Statistics:
             self._slots[leader] = {name: self._spill.put(t) for name, t in tensors.items()}
 
     def tensor(self, module: str, name: str) -> Tensor:
-        """Return a tensor of a module.
+        """Return a tensor of a module, which is not to be changed.
 
         For inputs: ``moment`` E[x x.T] ``(in, in)``, ``mean`` E[x] ``(in,)``, ``magnitude`` E|x|
         ``(in,)``, and ``count``, the number of inputs. For gradients: ``gradient`` E[g g.T]
@@ -97,8 +109,9 @@ class Statistics:
         leader = self.leaders.get(module)
         if leader is None:
             raise CalibrationError(f"no statistics of {module} were gathered")
-        found, names = self._find(leader, name)
+        found = self._find(leader, name)
         if found is None:
+            names = ", ".join(self.names(module))
             raise CalibrationError(f"{name!r} of {module} was not gathered, only {names}")
         if leader in self._lent and name != "count":
             pool, share = self._lent[leader]
@@ -107,7 +120,14 @@ class Statistics:
 
     def names(self, module: str) -> tuple[str, ...]:
         """Return the names of a module's tensors."""
-        return tuple(self._find(self.leaders[module], "")[1].split(", "))
+        leader = self.leaders[module]
+        if leader in self._memory:
+            names = list(self._memory[leader])
+        elif self._folder is not None:
+            names = self._folder.names(leader)
+        else:
+            names = list(self._slots[leader])
+        return tuple(name for name in names if not name.endswith(DIAGONAL))
 
     def count(self, module: str) -> int:
         """Return the number of a module's inputs; 0 if its statistics are all borrowed."""
@@ -125,15 +145,27 @@ class Statistics:
         else:
             self.leaders[module] = pool
 
-    def _find(self, leader: str, name: str) -> tuple[Tensor | None, str]:
-        """Return a tensor, or None with the names of those that exist."""
-        if self._folder is not None and leader not in self.pools:
-            found = self._folder.tensor(leader, name)
-            return found, "" if found is not None else ", ".join(self._folder.names(leader))
+    def _find(self, leader: str, name: str) -> Tensor | None:
+        """Return a tensor, or None; the last matrix of a name stays, for modules with one input."""
+        if name not in HALVES:
+            return self._stored(leader, name)
+        if self._recent.get(name, ("",))[0] != leader:
+            self._recent.pop(name, None)  # free the previous one before reading the next
+            found = self._stored(leader, name)
+            if found is None:
+                return None
+            diagonal = self._stored(leader, name + DIAGONAL)
+            self._recent[name] = leader, found if diagonal is None else unpacked(found, diagonal)
+        return self._recent[name][1]
+
+    def _stored(self, leader: str, name: str) -> Tensor | None:
+        """Return a tensor as it was stored, or None."""
         if leader in self._memory:
-            return self._memory[leader].get(name), ", ".join(self._memory[leader])
+            return self._memory[leader].get(name)
+        if self._folder is not None:
+            return self._folder.tensor(leader, name)
         slots = self._slots[leader]
-        return self._spill.take(slots[name]) if name in slots else None, ", ".join(slots)
+        return self._spill.take(slots[name]) if name in slots else None
 
     def moment(self, module: str) -> Tensor:
         """Return the second moment ``(in, in)`` of a module's input, float64."""
@@ -148,8 +180,9 @@ class Statistics:
         return self._latest[1]
 
     def forget(self) -> None:
-        """Free the cached metric."""
+        """Free the cached metric and matrices."""
         self._latest = None
+        self._recent.clear()
 
     def mark(self) -> None:
         """Note what there is so far, for a run that goes on after this process was killed."""
@@ -200,11 +233,13 @@ def open_store(
     if cache_dir is None:
         return Statistics(None, tokens, scratch_of(model))
     cache.check_cache(cache_dir)
-    place = Path(cache_dir) / content_hash(model, modules, batches, kind)
-    cached = Statistics.read(place)
-    if cached is not None:
-        logger.info("statistics of %d tokens read from the cache", cached.tokens)
-        return cached
+    about = content(model, modules, batches)
+    for version in (WHOLE, VERSION):
+        place = Path(cache_dir) / content_hash(version, kind, about)
+        cached = Statistics.read(place)
+        if cached is not None:
+            logger.info("statistics of %d tokens read from the cache", cached.tokens)
+            return cached
     scratch = scratch_of(model)
     if scratch is None or not place.is_relative_to(scratch):
         return Statistics(cache.Folder(place), tokens)
@@ -215,12 +250,20 @@ def open_store(
     return made
 
 
-def content_hash(
-    model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch], kind: object
-) -> str:
-    """Return a hash of all that statistics depend on: layout, kind, config, weights and data."""
-    digest = hashlib.blake2b(repr((VERSION, kind)).encode(), digest_size=16)
-    digest.update(model_hash(model).encode())
-    digest.update("\n".join(modules).encode())
-    digest.update(fingerprint(batches).encode())
-    return digest.hexdigest()
+def content(model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch]) -> bytes:
+    """Return what statistics are of: hashes of config, weights and data, and names of modules."""
+    return "".join((model_hash(model), "\n".join(modules), fingerprint(batches))).encode()
+
+
+def content_hash(version: int, kind: object, about: bytes) -> str:
+    """Return a hash of all that statistics depend on: their layout and kind, and the content."""
+    return hashlib.blake2b(repr((version, kind)).encode() + about, digest_size=16).hexdigest()
+
+
+def _in_halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with only the lower halves of those that are symmetric."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if name in HALVES and tensor.dim() == 2:
+            found[name], found[name + DIAGONAL] = packed(tensor, HALVES[name])
+    return found

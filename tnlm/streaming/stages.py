@@ -59,10 +59,21 @@ def stages(shapes: Shapes, request: Request) -> dict[str, int]:
 
 
 def statistics_bytes(targets: Sequence[Target], request: Request) -> int:
-    """Return the bytes of the statistics of matrices, on disk and while they are summed.
+    """Return the bytes of the statistics of matrices on disk, where symmetric ones are halved.
 
     An input that several matrices share counts for each.
     """
+    total = 0
+    for target in targets:
+        rows, columns = target.shape
+        total += 2 * (columns + 1) ** 2 + 24 * columns if INPUTS in request.needs else 0
+        total += (rows + 1) ** 2 + 8 * rows if _is_full(request) else 0
+        total += 4 * target.params if FISHER in request.needs else 0
+    return total
+
+
+def _sums(targets: Sequence[Target], request: Request) -> int:
+    """Return the bytes of the same statistics while they are summed, in float64."""
     total = 0
     for target in targets:
         rows, columns = target.shape
@@ -104,7 +115,7 @@ def _fit(shapes: Shapes, request: Request) -> int:
 def _gather(shapes: Shapes, request: Request) -> int:
     """Return the bytes of a walk: a block with its sums, or the tables around the blocks."""
     inside = [found for name, found in shapes.targets.items() if name is not None]
-    sums = max((statistics_bytes(found, request) for found in inside), default=0)
+    sums = max((_sums(found, request) for found in inside), default=0)
     graph = 2 if request.needs & {GRADIENTS, FISHER} else 1
     one = max((max(t.shape) for t in shapes.all_targets), default=0)
     block = shapes.largest + sums + 2 * 8 * one**2 + graph * _activations(shapes)
