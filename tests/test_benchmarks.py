@@ -427,3 +427,48 @@ def test_bits_and_structure_are_compared_off_the_grid_and_resumed(
     monkeypatch.setattr("tnlm.compress", None)  # it is not called again
     start(*options)
     assert (tmp_path / "out" / "bits.md").read_text() == text
+
+
+@pytest.fixture
+def vllm_python(tmp_path):
+    """Stand in for a Python with vLLM: an echo of the same tokens, in one second."""
+
+    def make(tokens: list[list[int]]) -> Path:
+        said = json.dumps({"seconds": 1.0, "threads": 1, "tokens": tokens})
+        file = tmp_path / "python"
+        answer = f"print('RESULT', {said!r}, flush=True)"
+        file.write_text(f"#!{sys.executable}\nimport sys\nfor _ in sys.stdin: {answer}\n")
+        file.chmod(0o755)
+        return file
+
+    return make
+
+
+def run_vllm_serving(monkeypatch, capsys, *words: object) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["vllm_serving", *map(str, words)])
+    runpy.run_path(str(BENCHMARKS / "vllm_serving.py"), run_name="__main__")
+    return json.loads(capsys.readouterr().out)
+
+
+def test_speed_in_vllm_is_a_median_of_turns(monkeypatch, capsys, vllm_python):
+    sizes = ["--width", 64, "--layers", 1, "--vocabulary", 32, "--prompts", 4, "--count", 5]
+    words = ["speed", *sizes, "--turns", 3, "--python", vllm_python([[1]])]
+    found = run_vllm_serving(monkeypatch, capsys, *words)
+    assert found["ratios"] == [1.0] * 3
+    assert found["tokens_per_second"] == [20.0, 20.0]
+    assert found["parameters"][1] < found["parameters"][0]
+
+
+def test_tokens_in_vllm_are_compared(
+    monkeypatch, capsys, vllm_python, tmp_path, tiny_llama, word_tokenizer, word_text
+):
+    import tnlm
+
+    model = tnlm.compress(tiny_llama(), "svd", keep_targets=0.6, progress=False)
+    tnlm.save(model, tmp_path / "small", tokenizer=word_tokenizer)
+    (tmp_path / "text.txt").write_text(word_text(64))
+    words = ["tokens", tmp_path / "small", "--text", tmp_path / "text.txt", "--prompts", 2]
+    words += ["--prompt-tokens", 4, "--count", 3, "--python", vllm_python([[0] * 3] * 2)]
+    found = run_vllm_serving(monkeypatch, capsys, *words)
+    assert found["equal"] + len(found["others"]) == found["prompts"] == 2
+    assert all(other["log_ratio"] >= 0 for other in found["others"])
