@@ -50,6 +50,26 @@ def test_widths_that_the_kernel_cannot_read_go_through_the_weight(columns):
     assert bool(layer(torch.randn(1, columns).bfloat16()).isfinite().all())
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("offset", [2, 8, 56])
+@torch.no_grad()
+def test_memory_that_starts_anywhere_gives_the_same(tokens, offset):
+    layer, _ = made(Precision(8, None), dtype=torch.bfloat16)  # its kernel reads aligned memory
+    x = torch.randn(tokens, 48).bfloat16()
+    wanted = layer(x)
+    layer.codes = moved_by(offset, layer.codes)
+    assert torch.equal(layer(moved_by(offset, x)), wanted)
+    assert torch.equal(layer(torch.cat([x, x], 1)[:, 48:]), wanted)
+
+
+def moved_by(offset, tensor):
+    """Return a copy whose memory starts some bytes behind a multiple of 64."""
+    held = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    start = -held.data_ptr() % 64 + offset
+    copy = held[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
 def test_an_empty_batch_gives_no_rows():
     layer, _ = made(Precision(8, None), dtype=torch.bfloat16)
     assert layer(torch.zeros(0, 48, dtype=torch.bfloat16)).shape == (0, 12)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnlm.precision.grid import Precision
-from tnlm.precision.kernels import has_kernel, int8_product
+from tnlm.precision.kernels import aligned, has_kernel, int8_product
 from tnlm.precision.packing import pack, unpack
 from tnlm.precision.rounding import Rounded, moved
 
@@ -99,6 +99,7 @@ class Packed(nn.Module):
         """Return ``(..., rows)`` for ``(..., columns)``."""
         trained = torch.is_grad_enabled() and self.scales.requires_grad
         if self.scales.dtype is x.dtype and not trained and has_kernel(x, self.precision):
+            self.codes = aligned(self.codes)  # at most once
             return int8_product(x, self.codes, self.scales)
         if self.scales.shape[1] == 1 and x.dtype is not torch.float16:  # whose sums overflow
             # Codes are exact in bfloat16, a weight put together of them would be rounded again.

@@ -12,16 +12,27 @@ TOKENS = 16
 COLUMNS = 16
 """Columns that the kernel reads at once; other than a multiple would be read out of bounds."""
 
+ALIGNED = 64
+"""Bytes to which the kernel's operands are aligned: it crashes on others."""
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor, or a copy where its memory does not start as the kernel needs it.
+
+    Tensors that are mapped from a file start anywhere.
+    """
+    return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
+
 
 def int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return ``x @ (scales * codes).T`` by torch's kernel for int8 weights.
 
     Args:
         x: ``(..., in)``, bfloat16; its columns a multiple of 16.
-        codes: ``(out, in)``, int8.
+        codes: ``(out, in)``, int8, `aligned`.
         scales: ``(out, 1)``, bfloat16.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = aligned(x.reshape(-1, x.shape[-1]).contiguous())
     product: Tensor = torch.ops.aten._weight_int8pack_mm(flat, codes, scales.squeeze(1))
     return product.reshape(*x.shape[:-1], -1)
 
