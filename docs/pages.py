@@ -35,6 +35,7 @@ PACKAGES = {
     "tnlm.layers": "Layers",
     "tnlm.metrics": "Metrics",
     "tnlm.metrics.named": "Named metrics",
+    "tnlm.parallel": "Several processes",
     "tnlm.plans": "Plans and reports",
     "tnlm.precision": "Bits: grids, rounding, packing",
     "tnlm.recovery": "Recovery",

@@ -149,7 +149,7 @@ def test_every_block_on_several_devices_runs(tmp_path, monkeypatch, tiny_llama):
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert run_blocks("distributed.md") == 4
+    assert run_blocks("distributed.md") == 6
     assert not torch.distributed.is_initialized()
     assert (tmp_path / "my-model-trained").is_dir()
 

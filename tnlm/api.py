@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tnlm.checkpoint.describing import saved_report
 from tnlm.checkpoint.transformers_plugin import config_of
+from tnlm.compression.alike import check_alike
 from tnlm.compression.choices import Budget, Recovery, choices_of, gather_choices
 from tnlm.compression.folding import unfold_for
 from tnlm.compression.job import prepare
@@ -18,6 +20,8 @@ from tnlm.compression.pipeline import carry_out, resume, settle
 from tnlm.compression.request import request_of
 from tnlm.errors import ModelError, OptionError, did_you_mean
 from tnlm.layers.unfolded import refold
+from tnlm.parallel.choose import workers_of
+from tnlm.parallel.workers import Workers
 from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report
 from tnlm.schemes.base import Scheme
@@ -40,6 +44,7 @@ def compress(
     budget: Budget | None = None,
     recovery: Recovery | None = None,
     seed: int | None = None,
+    workers: Workers | Executor | str | None = None,
     progress: bool = True,
     **choices: Any,
 ) -> PreTrainedModel:
@@ -65,6 +70,10 @@ def compress(
         recovery: training after the fit, see :class:`Recovery`.
         seed: seeds the choice of windows, sampled labels, LoRA initialisation and training order
             (0 if not given).
+        workers: share out the work: ``"ranks"`` to the processes of torch.distributed, which all
+            make this call and get the same result; an executor, such as a
+            ``concurrent.futures.ProcessPoolExecutor``, to which single fits are given. By default
+            this process works alone.
         progress: show progress bars.
         **choices: any field of :class:`Calibration`, :class:`Budget`, :class:`Recovery` or
             :class:`~tnlm.schemes.base.Scheme` on its own, such as ``metric``, ``allocation``,
@@ -99,15 +108,17 @@ def compress(
         "seed": seed,
         **choices,
     }
-    with torch.inference_mode(False):  # keeps the model trainable, wherever it is compressed
+    # inference_mode(False) keeps the model trainable, wherever it is compressed
+    with torch.inference_mode(False), workers_of(workers) as team:
+        check_alike(model, team)
         if isinstance(scheme, Plan):
             _only_data(given, targets, ignore)
-            decided, job = resume(model, scheme, given, progress)
+            decided, job = resume(model, scheme, given, progress, team)
         else:
             asked = gather_choices(scheme, given)
             request = request_of(asked)
             unfold_for(model, request)
-            job = prepare(model, request, targets, ignore, asked.calibration, progress)
+            job = prepare(model, request, targets, ignore, asked.calibration, progress, team)
             decided = settle(model, job, predict=False, progress=progress)
         return carry_out(model, job, decided, progress)
 
@@ -119,6 +130,7 @@ def plan(
     *,
     targets: Selector | None = None,
     ignore: Selector | None = None,
+    workers: Workers | Executor | str | None = None,
     progress: bool = True,
     **choices: Any,
 ) -> Plan:
@@ -139,10 +151,11 @@ def plan(
         ('kronecker', True)
     """
     asked = gather_choices(scheme, choices)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), workers_of(workers) as team:
+        check_alike(model, team)
         request = request_of(asked)
         unfold_for(model, request)
-        job = prepare(model, request, targets, ignore, asked.calibration, progress)
+        job = prepare(model, request, targets, ignore, asked.calibration, progress, team)
         decided = settle(model, job, predict=True, progress=progress)
         refold(model)
         return decided

@@ -56,6 +56,10 @@ class CapacityError(TnlmError, ValueError):
     """Memory or disk that a run needs, and that a cap or a disk does not allow."""
 
 
+class ProcessError(TnlmError, RuntimeError):
+    """Processes that share work but cannot meet, differ, or have stopped."""
+
+
 class EvaluationError(TnlmError, ValueError):
     """A measurement that has no meaning: too little text, or a loss that is not finite."""
 

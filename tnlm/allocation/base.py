@@ -5,18 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tnlm.decompositions.base import Format
 from tnlm.metrics.metric import Metric
+from tnlm.parallel.workers import ALONE, Workers
 from tnlm.plans.plan import LayerPlan
 from tnlm.precision.grid import Precision
 from tnlm.targets.base import Target
+from tnlm.targets.effort import size_of
 from tnlm.tensors.network import Cost
 from tnlm.utils.residency import resident
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Problem:
         predict: whether to compute errors even if no decision depends on them.
         progress: show a progress bar.
         grids: on which candidates may be stored; None for the model's dtype.
+        workers: share out the work.
     """
 
     model: nn.Module
@@ -74,6 +78,7 @@ class Problem:
     predict: bool = False
     progress: bool = False
     grids: Sequence[Precision | None] = (None,)
+    workers: Workers = ALONE
 
     @property
     def replaced(self) -> dict[str, Target]:
@@ -82,12 +87,19 @@ class Problem:
         places = [(target, taken.get(target.members[0].name)) for target in self.targets]
         return {target.name: unit for target, unit in places if unit is not None}
 
-    def each(self) -> Iterator[tuple[Target, Tensor, Metric]]:
-        """Yield every target with its weight and metric, with a progress bar."""
-        everything = [*self.targets, *self.joint]
-        for target in tqdm(everything, desc="planning", unit="matrix", disable=not self.progress):
+    def map(
+        self, work: Callable[[Target, Tensor, Metric], Found]
+    ) -> Iterator[tuple[Target, Found]]:
+        """Yield every target with what is found from it, its weight and its metric."""
+
+        def of(target: Target) -> Found:
             with resident(self.model, *(member.module for member in target.members)):
-                yield target, target.weight(self.model), self.metric(target)
+                return work(target, target.weight(self.model), self.metric(target))
+
+        everything = [*self.targets, *self.joint]
+        title = "planning" if self.progress else None
+        found = self.workers.map(of, everything, size_of, title=title)
+        yield from zip(everything, found, strict=True)
 
     def extra(self, target: Target) -> int:
         """Return the size of the bias added to a target, or 0."""

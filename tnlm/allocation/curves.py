@@ -51,10 +51,10 @@ def curves(
         RankError: if a target cannot have the options; the message names it.
     """
     combine, bits = together or by_multiplier, Bits(problem)
-    alone = {
-        each[0].name: _front(bits.spread(_candidates(problem, *each), *each), harm)
-        for each in problem.each()
-    }
+    found_alone = problem.map(
+        lambda *each: _front(bits.spread(_candidates(problem, *each), *each), harm)
+    )
+    alone = {target.name: curve for target, curve in found_alone}
     replaced = problem.replaced
     parts: dict[str, list[Curve]] = {}
     for target in problem.targets:

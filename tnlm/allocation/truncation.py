@@ -12,7 +12,9 @@ from torch import Tensor
 from tnlm.allocation.base import Allocation, Problem
 from tnlm.allocation.uniform import Uniform, decide
 from tnlm.metrics.metric import Metric
+from tnlm.parallel.workers import ALONE
 from tnlm.plans.plan import LayerPlan
+from tnlm.targets.base import Target
 
 MOST = 0.99
 """The largest fraction that a matrix may lose."""
@@ -55,21 +57,23 @@ class TruncationLoss(Allocation):
     def allocate(self, problem: Problem) -> list[LayerPlan]:
         """Measure the losses of a uniform cut, then cut each matrix by its share."""
         structure, limits = problem.formats[0], problem.limits
-        losses: dict[str, float] = {}
-        for target, weight, metric in replace(problem, joint=()).each():
+
+        def lost(target: Target, weight: Tensor, metric: Metric) -> float:
             extra = problem.extra(target)
             layer = decide(target, weight, metric, structure, limits, predict=False, extra=extra)
-            rank = layer.spec.get("rank", min(target.shape))
-            losses[target.name] = _loss(metric, weight, rank)
+            return _loss(metric, weight, layer.spec.get("rank", min(target.shape)))
+
+        found = replace(problem, joint=()).map(lost)
+        losses = {target.name: loss for target, loss in found}
         keeps: dict[str, float] = {}
         for names in _types(losses).values():
-            found = shares([losses[name] for name in names], limits.keep)
-            keeps.update(zip(names, found, strict=True))
+            kept = shares([losses[name] for name in names], limits.keep)
+            keeps.update(zip(names, kept, strict=True))
         decided = []
+        alone = replace(problem, joint=(), progress=False, workers=ALONE)
         for target in problem.targets:
             own = replace(limits, keep=keeps[target.name])
-            inner = replace(problem, targets=[target], joint=(), limits=own, progress=False)
-            decided.extend(Uniform().allocate(inner))
+            decided.extend(Uniform().allocate(replace(alone, targets=[target], limits=own)))
         return decided
 
 

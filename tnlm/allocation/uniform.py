@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -202,11 +203,9 @@ class Uniform(Allocation):
         A joint target replaces its matrices.
         """
         replaced = problem.replaced
-        decided = {
-            target.name: self._best(problem, target, weight, metric)
-            for target, weight, metric in problem.each()
-            if target.name not in replaced
-        }
+        targets = [target for target in problem.targets if target.name not in replaced]
+        found = replace(problem, targets=targets).map(partial(self._best, problem))
+        decided = {target.name: layer for target, layer in found}
         order = [replaced.get(target.name, target).name for target in problem.targets]
         return [decided[name] for name in dict.fromkeys(order)]
 

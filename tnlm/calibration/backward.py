@@ -30,6 +30,7 @@ from tnlm.calibration.states import States
 from tnlm.calibration.trail import Trail
 from tnlm.calibration.walk import Call, check_walk, eval_mode, first_states, plan_walks
 from tnlm.errors import CalibrationError
+from tnlm.parallel.workers import ALONE, Workers
 from tnlm.targets.ends import output_head
 from tnlm.utils.residency import offloaded, resident
 
@@ -46,8 +47,11 @@ def stream(
     tasks: Sequence[Task],
     see: See,
     trail: Trail | None = None,
+    workers: Workers = ALONE,
 ) -> Generator[float, None, None]:
     """Pass modules' inputs and outputs to ``see``, and propagate gradients back to the outputs.
+
+    With workers, each process does so for its share of the tasks.
 
     Yields:
         The batches processed since the last yield, as a fraction of whole passes; 0 when the
@@ -55,14 +59,14 @@ def stream(
     """
     with _frozen(model):
         walks, left = plan_walks(model, modules, lambda blocks: _check(model, blocks, tasks))
-        passes = len(walks) + bool(left)
+        passes, mine = len(walks) + bool(left), workers.mine(tasks)
         for blocks, inside, calls in walks:
-            mine = (trail or Trail(None)).within(blocks[0][0])
-            shares = _walk(model, blocks, inside, tasks, calls, see, mine)
+            way = (trail or Trail(None)).within(blocks[0][0])
+            shares = _walk(model, blocks, inside, mine, calls, see, way)
             yield from (share / passes for share in shares)
         if left:
             _check_memory(model, left)
-            yield from (f / passes for f in _whole(model, left, tasks, see))
+            yield from (f / passes for f in _whole(model, left, mine, see))
 
 
 def _check_memory(model: nn.Module, modules: Sequence[str]) -> None:

@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 from tnlm.calibration.backward import stream
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.loss import make_tasks
+from tnlm.calibration.merging import merge, merged_counts
 from tnlm.calibration.padding import Padding
 from tnlm.calibration.room import check_room
 from tnlm.calibration.sequences import sequences_of
 from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
+from tnlm.parallel.workers import ALONE, Workers
+from tnlm.tensors.exact import rounded
 from tnlm.tensors.symmetric import add_outer
 
 logger = logging.getLogger("tnlm")
@@ -36,10 +39,11 @@ class _Gradients:
         moment: one of `MOMENTS`.
         examples: number of sequences, one per batch, to gather the Fisher information; otherwise
             None.
+        workers: share out the batches.
     """
 
-    def __init__(self, moment: str, examples: int | None) -> None:
-        self.moment, self.examples = moment, examples
+    def __init__(self, moment: str, examples: int | None, workers: Workers) -> None:
+        self.moment, self.examples, self._workers = moment, examples, workers
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.zeros: list[str] = []
         self._rows: Counter[str] = Counter()
@@ -70,7 +74,8 @@ class _Gradients:
             if self.moment == "full":
                 add_outer(self.sums[name]["gradient"], part.float())
             else:
-                self.sums[name]["gradient"] += part.double().square().sum(0)
+                squares = part.double().square().sum(0)
+                self.sums[name]["gradient"] += rounded(squares, squares)
         if inputs is not None:  # a module may be called more than once
             weight = rows.float().T @ inputs.float()
             self._example[name] = self._example[name] + weight if name in self._example else weight
@@ -83,6 +88,9 @@ class _Gradients:
 
     def flush(self, store: Statistics) -> None:
         """Move all sums to a store, as means over tokens or examples, and reset them."""
+        if self._workers.size > 1:
+            merge(self.sums, self._workers)
+            self._rows.update(merged_counts(self._rows, self._workers))
         for name, sums in self.sums.items():
             if not self._rows[name]:  # called, but with no token
                 continue
@@ -105,6 +113,7 @@ def collect_gradients(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     progress: bool = True,
+    workers: Workers = ALONE,
 ) -> Statistics:
     """Run calibration data forward and backward, and return statistics of gradients.
 
@@ -130,6 +139,7 @@ def collect_gradients(
         seed: seed of the samples, which do not depend on the batch size.
         cache_dir: cache of the statistics, under a hash of everything that they depend on.
         progress: show a progress bar.
+        workers: share out the batches.
 
     Raises:
         CalibrationError: if the model has no output head, no module is reached, or a gradient is
@@ -160,12 +170,13 @@ def collect_gradients(
         batches = [sequence for batch in batches for sequence in sequences_of(batch)]
     tasks = make_tasks(model, batches, labels, seed)
     kind = ("gradients", moment, fisher, labels, seed if labels == "sampled" else 0)
-    store = open_store(cache_dir, count_tokens(batches), model, modules, batches, kind)
+    store = open_store(cache_dir, count_tokens(batches), model, modules, batches, kind, workers)
     if store.complete:
         return store
-    gradients = _Gradients(moment, len(batches) if fisher else None)
-    shares = stream(model, modules, tasks, gradients.see, store.trail)
-    fill(store, gradients, shares, modules, len(tasks), "computing gradients" if progress else None)
+    gradients = _Gradients(moment, len(batches) if fisher else None, workers)
+    shares = stream(model, modules, tasks, gradients.see, store.trail, workers)
+    title = "computing gradients" if progress else None
+    fill(store, gradients, shares, modules, len(tasks), title, workers)
     if gradients.zeros:
         logger.warning(
             "the gradients at %d of %d modules are exactly zero, first at %s: the loss does not "

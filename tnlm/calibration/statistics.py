@@ -14,10 +14,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, count_tokens
+from tnlm.calibration.merging import merge, merged_counts
 from tnlm.calibration.padding import Padding
 from tnlm.calibration.store import Statistics, open_store
 from tnlm.calibration.walk import stream
 from tnlm.errors import CalibrationError
+from tnlm.parallel.workers import ALONE, Workers
+from tnlm.tensors.exact import rounded
 from tnlm.tensors.symmetric import add_outer
 from tnlm.utils.memory import release
 
@@ -42,7 +45,8 @@ class Accumulator(Protocol):
 class _Inputs:
     """Sums over tokens for the watched modules, computed once for modules with the same input."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.rows: dict[str, int] = {}
         self.most = 0
@@ -65,9 +69,10 @@ class _Inputs:
         self.rows[name] += len(rows)
         for part in rows.split(ROWS):
             part = part.float()
+            size = part.abs().sum(0, dtype=torch.float64)
             add_outer(sums["moment"], part)
-            sums["mean"] += part.sum(0, dtype=torch.float64)
-            sums["magnitude"] += part.abs().sum(0, dtype=torch.float64)
+            sums["mean"] += rounded(part.sum(0, dtype=torch.float64), size)
+            sums["magnitude"] += rounded(size, size)
 
     def end_batch(self) -> None:
         """Forget the inputs, which modules share only within a batch."""
@@ -78,6 +83,7 @@ class _Inputs:
 
         Most modules have one input per token, a pooler one per sequence, a shared layer several.
         """
+        self._merge()
         for leader, sums in self.sums.items():
             count = self.rows[leader]
             if not count:  # called, but only with padding
@@ -90,6 +96,14 @@ class _Inputs:
         self.most = max(self.most, *self.rows.values(), 0)
         self.sums.clear()
         self.rows.clear()
+
+    def _merge(self) -> None:
+        """Take over the sums of all processes."""
+        if self._workers.size > 1:
+            merge(self.sums, self._workers)
+            self.rows = merged_counts(self.rows, self._workers)
+            found = self._workers.gather(self.leaders)
+            self.leaders = {k: v for leaders in reversed(found) for k, v in leaders.items()}
 
 
 def counted_rows(name: str, x: Tensor, padding: Padding | None) -> Tensor:
@@ -123,6 +137,7 @@ def collect(
     *,
     cache_dir: str | Path | None = None,
     progress: bool = True,
+    workers: Workers = ALONE,
 ) -> Statistics:
     """Run calibration data through a model, and return statistics of modules' inputs.
 
@@ -136,6 +151,7 @@ def collect(
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
         cache_dir: cache of the statistics, under a hash of weights, modules and data.
         progress: show a progress bar.
+        workers: share out the batches.
 
     Raises:
         CalibrationError: if no module is reached, or an input is not finite.
@@ -152,12 +168,12 @@ def collect(
         >>> found.tensor("transformer.h.0.mlp.c_fc", "mean").shape
         torch.Size([4])
     """
-    store = open_store(cache_dir, count_tokens(batches), model, modules, batches, "inputs")
+    store = open_store(cache_dir, count_tokens(batches), model, modules, batches, "inputs", workers)
     if store.complete:
         return store
-    inputs = _Inputs()
-    shares = stream(model, modules, batches, inputs.see, store.trail)
-    fill(store, inputs, shares, modules, len(batches), "calibrating" if progress else None)
+    inputs, title = _Inputs(workers), "calibrating" if progress else None
+    shares = stream(model, modules, batches, inputs.see, store.trail, workers)
+    fill(store, inputs, shares, modules, len(batches), title, workers)
     widest = max(_width(model.get_submodule(name)) for name in store.leaders)
     if inputs.most < widest:
         logger.warning(
@@ -176,6 +192,7 @@ def fill(
     modules: Sequence[str],
     batches: int,
     title: str | None,
+    workers: Workers = ALONE,
 ) -> None:
     """Run all passes, and store the statistics that an accumulator computes.
 
@@ -187,6 +204,7 @@ def fill(
         modules: the watched modules, at least one of which must be reached.
         batches: the sum of the shares.
         title: title of the progress bar; None for no bar.
+        workers: share out the batches.
 
     Raises:
         CalibrationError: if no module is reached, or a sum is not finite.
@@ -197,14 +215,18 @@ def fill(
         tqdm(total=1.0, desc=title, bar_format=done, disable=title is None) as bar,
     ):
         for share in shares:
-            bar.update(min(share / batches, 1.0 - bar.n))
+            bar.update(min(share * workers.size / batches, 1.0 - bar.n))
             accumulator.end_batch()
             if share == 0:  # a block is done: its sums are complete
                 accumulator.flush(store)
                 store.mark()
                 release()
     check_reached(store, modules)
-    store.save_index()
+    if workers.rank == 0:
+        store.save_index()
+    workers.gather(None)  # until process 0 has written what the others read
+    if workers.rank > 0:
+        store.save_index()
 
 
 def check_reached(store: Statistics, modules: Sequence[str]) -> None:

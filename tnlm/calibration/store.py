@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from tnlm.calibration import cache
 from tnlm.calibration.data import Batch, fingerprint
 from tnlm.calibration.trail import Trail
-from tnlm.errors import CalibrationError
+from tnlm.errors import CalibrationError, CheckpointError
 from tnlm.metrics.metric import InputMoment
+from tnlm.parallel.workers import ALONE, Workers
 from tnlm.tensors.symmetric import packed, unpacked
 from tnlm.utils.hashing import model_hash
 from tnlm.utils.residency import scratch_of
@@ -208,6 +209,39 @@ class Statistics:
         return made
 
 
+class Reader(Statistics):
+    """Statistics that another process writes to a cache, read from there when complete.
+
+    Args:
+        place: the cache entry.
+        tokens: number of tokens.
+    """
+
+    def __init__(self, place: Path, tokens: int) -> None:
+        """Start without tensors."""
+        super().__init__(tokens=tokens)
+        self._place = place
+
+    def put(self, leader: str, members: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+        """Keep only the names; the other process keeps the same tensors."""
+        self.leaders.update(dict.fromkeys(members, leader))
+
+    def save_index(self) -> None:
+        """Read the complete statistics.
+
+        Raises:
+            CheckpointError: if they are not there.
+        """
+        found = Statistics.read(self._place)
+        if found is None:
+            raise CheckpointError(
+                f"{self._place} was written by another process, but is not seen by this one; "
+                "cache_dir= must be on a disk that all processes share",
+                argument="cache_dir",
+            )
+        self._folder, self.leaders, self.complete = found._folder, found.leaders, True
+
+
 def open_store(
     cache_dir: str | Path | None,
     tokens: int,
@@ -215,6 +249,7 @@ def open_store(
     modules: Sequence[str],
     batches: Sequence[Batch],
     kind: object,
+    workers: Workers = ALONE,
 ) -> Statistics:
     """Return complete statistics from the cache, or else an empty store.
 
@@ -226,6 +261,7 @@ def open_store(
         batches: the data.
         kind: the kind of statistics, with everything else that they depend on, hashed by its
             ``repr``.
+        workers: if there are several processes, the first writes the cache for all.
 
     Raises:
         CheckpointError: if ``cache_dir`` cannot be used as a cache.
@@ -237,9 +273,11 @@ def open_store(
     for version in (WHOLE, VERSION):
         place = Path(cache_dir) / content_hash(version, kind, about)
         cached = Statistics.read(place)
-        if cached is not None:
+        if all(workers.gather(cached is not None)) and cached is not None:
             logger.info("statistics of %d tokens read from the cache", cached.tokens)
             return cached
+    if workers.rank > 0:
+        return Reader(place, tokens)
     scratch = scratch_of(model)
     if scratch is None or not place.is_relative_to(scratch):
         return Statistics(cache.Folder(place), tokens)

@@ -28,6 +28,7 @@ from tnlm.calibration.passes import run
 from tnlm.calibration.sequences import Batch
 from tnlm.calibration.states import States
 from tnlm.calibration.trail import Trail
+from tnlm.parallel.workers import ALONE, Workers
 from tnlm.targets.ends import input_table
 from tnlm.utils.residency import resident
 from tnlm.utils.training_flags import modes_kept
@@ -54,8 +55,9 @@ def stream(
     batches: Sequence[Batch],
     see: See,
     trail: Trail | None = None,
+    workers: Workers = ALONE,
 ) -> Generator[float, None, None]:
-    """Pass the inputs of modules to ``see``, batch by batch.
+    """Pass the inputs of modules to ``see``, batch by batch; with workers, of a share of them.
 
     Yields:
         The batches processed since the last yield, as a fraction of whole passes; 0 when the
@@ -63,13 +65,13 @@ def stream(
     """
     with eval_mode(model), torch.inference_mode():
         walks, left = plan_walks(model, modules, lambda blocks: check_walk(model, blocks, batches))
-        passes = len(walks) + bool(left)
+        passes, mine = len(walks) + bool(left), workers.mine(batches)
         for blocks, inside, calls in walks:
-            mine = (trail or Trail(None)).within(blocks[0][0])
-            shares = _walk(model, blocks, inside, batches, calls, see, mine)
+            way = (trail or Trail(None)).within(blocks[0][0])
+            shares = _walk(model, blocks, inside, mine, calls, see, way)
             yield from (share / passes for share in shares)
         if left:
-            yield from (f / passes for f in _whole(model, left, batches, see))
+            yield from (f / passes for f in _whole(model, left, mine, see))
 
 
 def plan_walks(

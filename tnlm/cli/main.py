@@ -18,6 +18,7 @@ from typer.main import get_command
 
 import tnlm
 from tnlm.cli.choices import asked, with_choices
+from tnlm.cli.jobs import Jobs, check_jobs, is_first, needs_start, run_jobs, workers_here
 from tnlm.cli.large import Memory, Resources, Scratch, compress_on_disk, show_resources
 from tnlm.cli.options import (
     FILE,
@@ -152,12 +153,14 @@ def compress(
     overwrite: Overwrite = False,
     memory: Memory = None,
     scratch: Scratch = None,
+    jobs: Jobs = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Compress a model and save it."""
     choices = asked(given)
     scheme_or_plan = _read_plan(plan, scheme, choices)
+    check_jobs(jobs)
     if memory is not None or scratch is not None:
         choices |= {"targets": targets, "ignore": ignore, "dtype": dtype, "overwrite": overwrite}
         choices |= {"memory": memory, "scratch": scratch, "progress": not as_json}
@@ -168,15 +171,21 @@ def compress(
     from tnlm.checkpoint.exchange import check_writable
 
     check_writable(out, overwrite=overwrite)
+    if needs_start(jobs):
+        run_jobs(int(jobs or 1), main)
+        return
     loaded, tokenizer = load_model(model, dtype=dtype)
     tnlm.compress(
         loaded,
         scheme_or_plan,
         targets=targets,
         ignore=ignore,
-        progress=not as_json,
+        workers=workers_here(),
+        progress=not as_json and is_first(),
         **_with(tokenizer, choices),
     )
+    if not is_first():
+        return
     tnlm.save(loaded, out, tokenizer=tokenizer, overwrite=overwrite)
     print_report(tnlm.report(loaded), as_json)
     if not as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,11 +15,12 @@ from tnlm.checkpoint.entries import Entry
 from tnlm.compression.cascade import Output
 from tnlm.compression.job import Job
 from tnlm.compression.moments import Moved
+from tnlm.compression.parcel import Parcel, fit_as_planned, parcel
 from tnlm.layers.swap import Shelf
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan, Plan
 from tnlm.targets.base import Fitted, Member, Target
-from tnlm.targets.rounding import rounded
+from tnlm.targets.effort import size_of
 from tnlm.utils.residency import resident
 
 
@@ -70,19 +72,49 @@ class Fitting:
 
     def fit(self, unit: Target, moved: Moved | None = None) -> Output | None:
         """Fit one target, to the dense model's statistics or to moved ones."""
-        layer = self._layers[unit.name]
-        members = [member for member in unit.members if member.name in self._replaced]
-        if not members:
-            return None
-        if not layer.replaced:  # dense parts of a fused module whose other parts are fitted
-            for member in members:
-                self._put(member, layer, self._fit(member, layer, None))
-            return None
-        fitted = self._job.ready.get(unit.name) or self._fit(unit, layer, moved)
-        fitted = self._stored(unit, layer, moved, fitted)
-        dense = None if moved is None else _dense(fitted.pieces[0][2])
-        self._put(unit, layer, fitted)
+        fitted = self.fits(unit, moved)
+        replaced = moved is not None and self._layers[unit.name].replaced
+        dense = _dense(fitted[0].pieces[0][2]) if replaced else None
+        self.put(unit, fitted)
         return dense
+
+    def fits(self, unit: Target, moved: Moved | None = None) -> list[Fitted]:
+        """Return the fit of one target, or of each of its parts that stay dense beside others."""
+        layer, measure = self._layers[unit.name], self._job.evidence.metric
+        with resident(self._model, *(member.module for member in unit.members)):
+            if moved is None or not layer.replaced:
+                ready = self._job.ready.get(unit.name)
+                return [
+                    fit_as_planned(self._model, each, layer, measure, ready=ready)
+                    for each in self._fitted(unit)
+                ]
+            newer = partial(measure, newer=moved.statistics)
+            about = moved.weight, moved.output
+            return [fit_as_planned(self._model, unit, layer, newer, *about)]
+
+    def parcel(self, unit: Target) -> Parcel:
+        """Return what :meth:`fits` does for a target, as a call that another process can make."""
+        with resident(self._model, *(member.module for member in unit.members)):
+            layer, measure = self._layers[unit.name], self._job.evidence.metric
+            return parcel(self._model, self._fitted(unit), layer, measure)
+
+    def _fitted(self, unit: Target) -> tuple[Target, ...]:
+        """Return what is fitted: a target, or parts of it that stay dense beside fitted ones."""
+        if self._layers[unit.name].replaced:
+            return (unit,)
+        return tuple(member for member in unit.members if member.name in self._replaced)
+
+    def put(self, unit: Target, found: Sequence[Fitted]) -> None:
+        """Keep the fits of a target."""
+        for fitted in found:
+            self._put(self._layers[unit.name], fitted)
+
+    def fit_all(self, units: Sequence[Target], title: str | None) -> Iterator[Target]:
+        """Fit targets that do not depend on each other, and yield each once its fit is kept."""
+        found = self._job.workers.map(self.fits, units, size_of, portable=self.parcel, title=title)
+        for unit, fitted in zip(units, found, strict=True):
+            self.put(unit, fitted)
+            yield unit
 
     def fit_beside(self, within: str = "") -> None:
         """Keep the parts of replaced modules that the plan does not name as they are.
@@ -95,7 +127,7 @@ class Fitting:
                 continue
             with resident(self._model, target.module):
                 layer = stay_dense(target, target.weight(self._model), "not chosen")
-                self._put(target, layer, target.fit(self._model, layer, Metric()))
+                self._put(layer, target.fit(self._model, layer, Metric()))
             del self.errors[layer.name]
 
     def awaits(self, within: str) -> bool:
@@ -103,30 +135,7 @@ class Fitting:
         due = (m for unit in self.units for m in unit.members if m.name in self._replaced)
         return any(m.module.startswith(within) and m.name not in self.entries for m in due)
 
-    def _fit(self, unit: Target, layer: LayerPlan, moved: Moved | None) -> Fitted:
-        metric = self._job.evidence.metric(unit, moved.statistics if moved else None)
-        with resident(self._model, *(member.module for member in unit.members)):
-            if moved is None:
-                return unit.fit(self._model, layer, metric)
-            return unit.fit(self._model, layer, metric, moved.weight, moved.output)
-
-    def _stored(
-        self, unit: Target, layer: LayerPlan, moved: Moved | None, fitted: Fitted
-    ) -> Fitted:
-        """Return what was fitted, in as few bits as planned."""
-        if layer.grid is None:
-            return fitted
-        newer = moved.statistics if moved else None
-        with resident(self._model, *(member.module for member in unit.members)):
-            weight = moved.weight if moved else unit.weight(self._model)
-            return rounded(
-                fitted,
-                layer.grid,
-                lambda target: self._job.evidence.metric(target, newer),
-                weight if len(fitted.pieces) == 1 else None,
-            )
-
-    def _put(self, unit: Target, layer: LayerPlan, fitted: Fitted) -> None:
+    def _put(self, layer: LayerPlan, fitted: Fitted) -> None:
         squares = self._squares.setdefault(layer.name, [])
         squares.append(fitted.error**2)
         self.errors[layer.name] = math.sqrt(sum(squares) / len(squares))

@@ -18,6 +18,7 @@ from tnlm.compression.evidence import Evidence
 from tnlm.compression.gatherers import gatherers
 from tnlm.compression.gatherers.base import Found, Task
 from tnlm.compression.request import Request
+from tnlm.parallel.workers import Workers
 from tnlm.targets.alike import alike
 from tnlm.targets.base import Member
 from tnlm.utils.memory import release
@@ -35,6 +36,7 @@ def gather(
     targets: Sequence[Member],
     data: Calibration,
     progress: bool,
+    workers: Workers,
 ) -> Evidence:
     """Gather the statistics that a request needs, and the data for its later steps."""
     start = time.perf_counter()
@@ -51,7 +53,17 @@ def gather(
         drawn=drawn(data, request.training),
         fingerprint=fingerprint([*batches, *practice]),
     )
-    task = Task(model, targets, batches, practice, request.recover_tokens, data, progress)
+    workers.check_same(data=known.fingerprint)
+    task = Task(
+        model,
+        targets,
+        batches,
+        practice,
+        request.recover_tokens,
+        data,
+        progress and workers.rank == 0,
+        workers,
+    )
     for gatherer in gatherers():
         if gatherer.name not in request.needs:
             continue

@@ -16,6 +16,7 @@ from tnlm.compression.gather import gather
 from tnlm.compression.request import Request
 from tnlm.errors import TargetError
 from tnlm.metrics.measure import FISHER, GRADIENTS
+from tnlm.parallel.workers import ALONE, Workers
 from tnlm.targets import joint_targets, usable_targets
 from tnlm.targets.alike import alike
 from tnlm.targets.base import Fitted, Selector, Target
@@ -39,6 +40,7 @@ class Job:
         chosen: ``targets`` and ``ignore``, if given as strings.
         seconds: wall time by stage.
         ready: fits done already, by target name.
+        workers: share out the work.
     """
 
     request: Request
@@ -51,6 +53,7 @@ class Job:
     chosen: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ready: Mapping[str, Fitted] = field(default_factory=dict)
+    workers: Workers = ALONE
 
     def effect_root(self, block: str) -> Tensor | None:
         """Return the root of the metric for errors of a block's output, or None if unknown.
@@ -72,10 +75,12 @@ def prepare(
     ignore: Selector | None,
     data: Calibration,
     progress: bool,
+    workers: Workers = ALONE,
 ) -> Job:
     """Check the model, choose targets, and gather the statistics that the request needs."""
     check_model(model)
     check_data(request, data)
+    workers.check_same(scheme=request.scheme.name, request=request.record())
     chosen = request.scheme.targets if targets is None else targets
     selection = select(model, chosen, ignore, split=request.scheme.split)
     _check_kinds(model, request, selection)
@@ -85,7 +90,7 @@ def prepare(
     evidence = Evidence(request.measure, request.damping)
     if request.looks_at_data:
         measured = [target for target in selection.targets if not target.unmeasured]
-        evidence = gather(model, request, measured, data, progress)
+        evidence = gather(model, request, measured, data, progress, workers)
     reached = [target for target in selection.targets if target.name not in evidence.skipped]
     known = {target.name for target in reached}
     groups = [each for each in groups if all(member.name in known for member in each.members)]
@@ -101,6 +106,7 @@ def prepare(
         data,
         _in_words(targets=targets, ignore=ignore),
         {**evidence.seconds} or {"calibrate": 0.0},
+        workers=workers,
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.allocation.base import Problem
@@ -31,6 +30,7 @@ from tnlm.compression.request import request_of
 from tnlm.compression.rules import NO_RECOVERY
 from tnlm.errors import TargetError
 from tnlm.layers.swap import Shelf, Swap
+from tnlm.parallel.workers import ALONE, Workers
 from tnlm.plans.plan import Plan, total
 from tnlm.plans.report import Report, with_errors
 from tnlm.recovery.kinds import get_recovery
@@ -66,6 +66,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
         predict=predict,
         progress=progress,
         grids=request.grids if request.allocation.chooses_bits else (None,),
+        workers=job.workers,
     )
     chosen = request.allocation.allocate(problem)
     decided = Plan(
@@ -89,7 +90,11 @@ def _in_bits(decided: Plan) -> bool:
 
 
 def resume(
-    model: PreTrainedModel, decided: Plan, data: Mapping[str, Any], progress: bool
+    model: PreTrainedModel,
+    decided: Plan,
+    data: Mapping[str, Any],
+    progress: bool,
+    workers: Workers = ALONE,
 ) -> tuple[Plan, Job]:
     """Match an earlier plan, possibly edited by hand, to a model, and update its costs.
 
@@ -111,7 +116,7 @@ def resume(
     names = [name for joined in wanted for name in joined.split("+")]
     request = request_of(asked)
     unfold_for(model, request)
-    job = prepare(model, request, names, None, asked.calibration, progress)
+    job = prepare(model, request, names, None, asked.calibration, progress, workers)
     found = {target.name: target for target in (*job.units, *job.joint)}
     for name, shape in wanted.items():
         if name not in found or found[name].shape != shape:
@@ -257,11 +262,10 @@ def fit_all(
             done=fitted,
             progress=progress,
         )
-    for unit in tqdm(fitting.units, desc="fitting", unit="matrix", disable=not progress):
-        if any(member.name not in fitting.entries for member in unit.members):
-            fitting.fit(unit)
-            release()
-            fitted()
+    left = [u for u in fitting.units if any(m.name not in fitting.entries for m in u.members)]
+    for _ in fitting.fit_all(left, "fitting" if progress else None):
+        release()
+        fitted()
     fitting.fit_beside()
 
 

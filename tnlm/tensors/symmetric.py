@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tnlm.tensors.exact import power_of_two, rounded_products
+
 COLUMNS = 256
 """Number of columns multiplied at once; the products above the diagonal blocks are not computed."""
 
@@ -15,8 +17,9 @@ WHOLE = torch.iinfo(torch.int16).max
 def add_outer(total: Tensor, rows: Tensor) -> None:
     """Add the sum of the rows' outer products to the lower half of a matrix, in place.
 
-    Products are in float32 unless that overflows, and sums in float64. Above the diagonal, the
-    matrix has no meaning afterwards.
+    Products are in float32 unless that overflows, and sums in float64, rounded so that they are the
+    same in any order of the calls (`tnlm.tensors.exact`). Above the diagonal, the matrix has no
+    meaning afterwards.
 
     Args:
         total: ``(n, n)``, float64.
@@ -29,11 +32,13 @@ def add_outer(total: Tensor, rows: Tensor) -> None:
         tensor([[1.0000e+60, 0.0000e+00],
                 [2.0000e+30, 4.0000e+00]], dtype=torch.float64)
     """
+    norms = power_of_two(torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64))
     for start in range(0, rows.shape[1], COLUMNS):
         left, right = rows[:, start:], rows[:, start : start + COLUMNS]
         part = left.T @ right
         if not bool(part.diagonal().isfinite().all()):
             part = left.T.double() @ right.double()
+        part = rounded_products(part, norms[start:], norms[start : start + COLUMNS])
         total[start:, start : start + COLUMNS] += part
 
 

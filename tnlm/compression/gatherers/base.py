@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tnlm.calibration.data import Batch
 from tnlm.calibration.store import Statistics
 from tnlm.compression.choices import Calibration
+from tnlm.parallel.workers import ALONE, Workers
 from tnlm.targets.base import Member
 
 
@@ -27,6 +28,7 @@ class Task:
         tokens: how many tokens to train on.
         data: the calibration data, and how it is cut.
         progress: show progress bars.
+        workers: share out the batches.
         earlier: the outputs of earlier gatherers, by name.
     """
 
@@ -37,6 +39,7 @@ class Task:
     tokens: int
     data: Calibration
     progress: bool
+    workers: Workers = ALONE
     earlier: Mapping[str, Found] = field(default_factory=dict)
 
     @property

@@ -16,6 +16,7 @@ def _gather(task: Task) -> Found:
             seed=task.data.cut.seed,
             cache_dir=task.data.cache_dir,
             progress=task.progress,
+            workers=task.workers,
         )
     )
 

@@ -15,6 +15,7 @@ def _gather(task: Task, moment: str = "diagonal") -> Found:
             seed=task.data.cut.seed,
             cache_dir=task.data.cache_dir,
             progress=task.progress,
+            workers=task.workers,
         )
     )
 

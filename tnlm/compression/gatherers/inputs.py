@@ -5,9 +5,15 @@ from tnlm.compression.gatherers.base import Found, Gatherer, Task, by_module
 
 
 def _gather(task: Task) -> Found:
-    cache = task.data.cache_dir
     return by_module(
-        collect(task.model, task.modules, task.batches, cache_dir=cache, progress=task.progress)
+        collect(
+            task.model,
+            task.modules,
+            task.batches,
+            cache_dir=task.data.cache_dir,
+            progress=task.progress,
+            workers=task.workers,
+        )
     )
 
 

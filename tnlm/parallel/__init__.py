@@ -1,0 +1,1 @@
+"""Shares work out: to ranks of torch.distributed, or to an executor."""
