@@ -20,14 +20,14 @@ def moment(x):
 
 
 @given(n=sizes, tokens=st.sampled_from([1, 3, 30]), damping=dampings, seed=seeds)
-def test_apply_is_the_form_and_scale_its_root(n, tokens, damping, seed, gaussian):
+def test_apply_is_the_form_and_scale_and_back_its_root(n, tokens, damping, seed, gaussian):
     side = Side(moment(gaussian(tokens, n, seed=seed)), damping)
     rows = gaussian(4, n, seed=seed + 1)
     close(side.apply(rows), rows @ side.values)
-    close(side.scale(side.scale(rows)), side.apply(rows), rtol=1e-7, atol=1e-9)
-    close(side.root, side.root.T)
+    close(side.back(side.scale(rows)), side.apply(rows), rtol=1e-7, atol=1e-9)
     close(side.scale(rows), rows @ side.root)
-    assert float(torch.linalg.eigvalsh(side.root).min()) >= -1e-12
+    close(side.root @ side.root.T, side.values, rtol=1e-7, atol=1e-9)
+    assert side.inner(rows.T @ rows) == pytest.approx(float(side.scale(rows).square().sum()))
 
 
 @given(n=sizes, damping=dampings, seed=seeds)
@@ -39,7 +39,7 @@ def test_a_diagonal_is_the_full_matrix_it_stands_for(n, damping, seed, gaussian)
     assert thin.mean == pytest.approx(full.mean)
     close(thin.values.diag(), full.values)
     close(thin.root.diag(), full.root)
-    for name in ("apply", "scale", "unscale"):
+    for name in ("apply", "scale", "back", "unscale"):
         close(getattr(thin, name)(rows), getattr(full, name)(rows))
 
 
@@ -78,7 +78,7 @@ def test_what_a_singular_form_never_saw_stays_out(n, seen, seed, gaussian):
 @pytest.mark.parametrize("shape", [(4,), (4, 4)])
 def test_nothing_seen_is_the_same_everywhere(shape, damping, gaussian):
     side, rows = Side(torch.zeros(shape), damping), gaussian(3, 4)
-    for name in ("apply", "scale", "unscale"):
+    for name in ("apply", "scale", "back", "unscale"):
         close(getattr(side, name)(rows), rows)
     assert side.mean == 1.0
 
@@ -137,3 +137,12 @@ def test_modes_of_nothing_are_even():
         for mode in Side(torch.zeros(shape)).modes((2, 3)):
             values = mode.values if mode.is_diagonal else mode.values.diagonal()
             close(values, torch.ones_like(values))
+
+
+@given(n=sizes, tokens=st.sampled_from([1, 3, 30]), seed=seeds)
+def test_only_what_damping_makes_definite_has_a_triangular_root(n, tokens, seed, gaussian):
+    given_, rows = moment(gaussian(tokens, n, seed=seed)), gaussian(2, 3, n, seed=seed + 1)
+    damped, bare = Side(given_, 1e-3), Side(given_)
+    close(damped.root, damped.root.tril())
+    close(bare.root, bare.root.T)
+    close(damped.unscale(damped.scale(rows)), rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ ACCURATE = 1e-10
 
 class Metric:
     """A two-sided norm, ``||G^(1/2) E C^(1/2)||_F``; without sides, the Frobenius norm.
+
+    Here ``S^(1/2)`` is any R with ``R R.T = S``, and G's stands transposed.
 
     Every metric except the element-wise one has this form: G weights the outputs (rows) and C the
     inputs (columns). Each is a full matrix, a diagonal, or absent.
@@ -50,6 +53,7 @@ class Metric:
         self.outputs = outputs
         self.inputs = inputs
         self.mean = mean
+        self._latest: tuple[ref[Tensor], int, Tensor] | None = None
 
     def pull(self, error: Tensor) -> Tensor:
         """Return ``G E C``, half the gradient of the squared norm, float64."""
@@ -60,9 +64,12 @@ class Metric:
 
     def norm(self, error: Tensor) -> float:
         """Return the norm of an ``(out, in)`` error."""
-        error = error.detach().double()
+        given, error = error, error.detach().double()
         if self.separable and self.outputs is None and self.inputs is None:
             return float(error.norm())
+        if self.separable and self.outputs is not None and self.inputs is not None:
+            outer = self.inputs if error.shape[0] > error.shape[1] else self.outputs
+            return math.sqrt(max(outer.inner(self._core(given)), 0.0))
         return math.sqrt(max(float((self.pull(error) * error).sum()), 0.0))
 
     def relative(self, weight: Tensor, approximation: Tensor) -> float:
@@ -81,28 +88,32 @@ class Metric:
         weight = weight.detach().double()
         return weight if self.outputs is None else self.outputs.scale(weight.T).T
 
-    def output_gram(self, weight: Tensor) -> Tensor:
-        """Return ``M @ M.T``, ``(out, out)``, without computing a root of C."""
-        scaled = self.scale_outputs(weight)
-        return (scaled if self.inputs is None else self.inputs.apply(scaled)) @ scaled.T
+    def gram(self, weight: Tensor) -> Tensor:
+        """Return ``M @ M.T``, or of a tall matrix ``M.T @ M``, from a root of the smaller side."""
+        core = self._core(weight)
+        side = self.outputs if weight.shape[0] <= weight.shape[1] else self.inputs
+        return core if side is None else side.scale(side.scale(core).T)
 
-    def input_gram(self, weight: Tensor) -> Tensor:
-        """Return ``M.T @ M``, ``(in, in)``, without computing a root of G, large if W is tall."""
-        weight = weight.detach().double()
-        weighed = weight if self.outputs is None else self.outputs.apply(weight.T).T
-        gram = weight.T @ weighed
-        return gram if self.inputs is None else self.inputs.scale(self.inputs.scale(gram).T)
+    def _core(self, weight: Tensor) -> Tensor:
+        """Return ``W C W.T``, or of a tall matrix ``W.T G W``; that of the last one is kept."""
+        last, version = self._latest, None if weight.is_inference() else weight._version
+        if last is not None and last[0]() is weight and last[1] == version:
+            return last[2]
+        wide = weight.detach().double()
+        is_tall = wide.shape[0] > wide.shape[1]
+        rows, side = (wide.T, self.outputs) if is_tall else (wide, self.inputs)
+        core = (rows if side is None else side.apply(rows)) @ rows.T
+        self._latest = None if version is None else (ref(weight), version, core)
+        return core
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """Return the squared singular values of M, largest first."""
-        if weight.shape[0] <= weight.shape[1]:
-            return energies(self.output_gram(weight))
-        return energies(self.input_gram(weight))
+        return energies(self.gram(weight))
 
     def leading_outputs(self, weight: Tensor, rank: int) -> Tensor:
         """Return an orthonormal basis ``(out, rank)`` of the leading left singular vectors of M."""
         if weight.shape[0] <= weight.shape[1]:
-            return leading_eigenvectors(self.output_gram(weight), rank)
+            return leading_eigenvectors(self.gram(weight), rank)
         whitened = self.whiten(weight)
         inputs = leading_eigenvectors(whitened.T @ whitened, rank)
         basis: Tensor = torch.linalg.qr(whitened @ inputs)[0]
@@ -115,7 +126,7 @@ class Metric:
         It needs no inverse of C, so C may be singular, and full rank is exact.
         """
         if self.outputs is not None and weight.shape[0] > weight.shape[1]:
-            tall = self._tall_low_rank(weight.detach().double(), rank)
+            tall = self._tall_low_rank(weight, rank)
             if tall is not None:
                 return tall
         if self.outputs is None and self.inputs is None:
@@ -131,14 +142,12 @@ class Metric:
         With V the right singular vectors of M and s its singular values, U = M V / s. Hence
         ``G^(-1/2) U = W C^(1/2) V / s`` and ``U.T G^(1/2) W = (C^(1/2) V / s).T W.T G W``.
         """
-        values, vectors = leading_eigenpairs(self.input_gram(weight), rank)
+        values, vectors = leading_eigenpairs(self.gram(weight), rank)
         if not float(values[-1]) > ACCURATE * float(values[0]):
             return None
-        mixing = vectors if self.inputs is None else self.inputs.scale(vectors.T).T
+        mixing = vectors if self.inputs is None else self.inputs.back(vectors.T).T
         mixing = mixing / values.sqrt()
-        left = weight @ mixing
-        weighed = left if self.outputs is None else self.outputs.apply(left.T).T
-        return left, weighed.T @ weight
+        return weight.detach().double() @ mixing, mixing.T @ self._core(weight)
 
     def start(self) -> Metric:
         """Return the nearest separable metric, from which a fit starts; here, this metric."""

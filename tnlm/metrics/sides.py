@@ -36,7 +36,7 @@ class Side:
     def __init__(self, values: Tensor, damping: float = 0.0) -> None:
         """Damp the values; see the class for the arguments."""
         values = values.detach().to(torch.float64, copy=True)
-        if not bool(values.isfinite().all()):
+        if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
             raise CalibrationError("a second moment is not finite")
         self.is_diagonal = values.dim() == 1
         diagonal = values if self.is_diagonal else values.diagonal()
@@ -48,6 +48,8 @@ class Side:
             values.zero_()
             diagonal.fill_(1.0)
         self.values = values
+        # Damping keeps the smallest eigenvalue above the rounding of the largest.
+        self._definite = damping > len(values) ** 2 * torch.finfo(values.dtype).eps
 
     @property
     def mean(self) -> float:
@@ -59,14 +61,30 @@ class Side:
         """Return ``rows @ S``."""
         return rows * self.values if self.is_diagonal else rows @ self.values
 
+    def inner(self, core: Tensor) -> float:
+        """Return the trace of ``S @ core``."""
+        if self.is_diagonal:
+            return float(self.values @ core.diagonal())
+        return float(torch.linalg.vecdot(self.values.flatten(), core.flatten()))
+
     def scale(self, rows: Tensor) -> Tensor:
-        """Return ``rows @ S^(1/2)``."""
+        """Return ``rows @ R``, whose products with each other are those of ``rows`` under S."""
         return rows * self.root if self.is_diagonal else rows @ self.root
 
+    def back(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ R.T``."""
+        return rows * self.root if self.is_diagonal else rows @ self.root.T
+
     def unscale(self, rows: Tensor) -> Tensor:
-        """Return ``rows @ S^(-1/2)``, without the directions that have no weight."""
+        """Return ``rows @ R^-1``, without the directions that have no weight."""
         if self.is_diagonal:
             return rows * _inverse(self.root)
+        if self._cholesky is not None:
+            flat = rows.reshape(-1, rows.shape[-1])
+            solved: Tensor = torch.linalg.solve_triangular(
+                self._cholesky, flat, upper=False, left=False
+            )
+            return solved.reshape(rows.shape)
         values, vectors = self._eigen
         # Rounding turns zero eigenvalues of S into values of about 1e-16.
         seen = values > float(values.max()) * len(values) * torch.finfo(values.dtype).eps
@@ -76,12 +94,25 @@ class Side:
 
     @cached_property
     def root(self) -> Tensor:
-        """The symmetric square root, full or diagonal."""
+        """R with ``R @ R.T = S``: the Cholesky factor if S is damped, or else the symmetric root.
+
+        The roots of a diagonal are a diagonal.
+        """
         if self.is_diagonal:
             return self.values.clamp_min(0.0).sqrt()
+        if self._cholesky is not None:
+            return self._cholesky
         values, vectors = self._eigen
         root: Tensor = (vectors * values.sqrt()) @ vectors.T
         return root
+
+    @cached_property
+    def _cholesky(self) -> Tensor | None:
+        """The Cholesky factor of S, in a tenth of the time of eigenvectors, if S is definite."""
+        if not self._definite:
+            return None
+        factor, failed = torch.linalg.cholesky_ex(self.values)
+        return None if bool(failed) else factor
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
