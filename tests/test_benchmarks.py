@@ -472,3 +472,13 @@ def test_tokens_in_vllm_are_compared(
     found = run_vllm_serving(monkeypatch, capsys, *words)
     assert found["equal"] + len(found["others"]) == found["prompts"] == 2
     assert all(other["log_ratio"] >= 0 for other in found["others"])
+
+
+def test_costs_of_large_models_grow_with_them(run):
+    figures, text = run("cost_model", "--widths", 32, "--models", "7B", "400B mixture")
+    dense, mixture = figures["rows"]
+    assert dense["params"] == 6_738_149_376  # matrices and tables of Llama 2 7B, without norms
+    assert 0 < dense["auto"]["peak"] < 2 * dense["params"]
+    assert mixture["fit"] > dense["fit"] > 0
+    assert mixture["gather"] / mixture["params"] < dense["gather"] / dense["params"]
+    assert "| in memory | in memory |" in text

@@ -35,6 +35,18 @@ def test_a_wider_model_needs_more(tiny_llama):
     assert "peak memory" in needed[0].lines()[0]
 
 
+def test_only_windows_for_gradients_are_kept_for_every_block(tiny_llama):
+    model = tiny_llama()
+    found, request = select(model).targets, make_request("svd")
+    none, forward, both = (
+        resources(model, block_names(model), found, request, windows).scratch
+        for windows in ((0, 0), (8, 16), (8, 16, 2))
+    )
+    width, blocks = model.config.hidden_size, len(block_names(model))
+    assert forward - none == 4 * 16 * width * 3 * 8
+    assert both - forward == 4 * 16 * width * (blocks + 4) * 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("scheme", ["svd", "tt"])

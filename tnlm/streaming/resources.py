@@ -80,7 +80,10 @@ def needed(
     chosen = request.scheme.targets if targets is None else targets
     found = select(model, chosen, ignore, split=request.scheme.split).targets
     cut = asked.calibration.cut
-    windows = (cut.num_samples, cut.max_length) if request.looks_at_data else (0, 0)
+    windows: tuple[int, ...] = (0, 0)
+    if request.looks_at_data:
+        windows = (cut.num_samples, cut.max_length)
+    windows += (cut.gradient_samples,) if request.needs & {GRADIENTS, FISHER} else ()
     return resources(model, blocks, found, request, windows)
 
 
@@ -89,7 +92,7 @@ def resources(
     blocks: Sequence[str],
     targets: Sequence[Target],
     request: Request,
-    windows: tuple[int, int] = (0, 0),
+    windows: tuple[int, ...] = (0, 0),
 ) -> Resources:
     """Return what a run needs, from the shapes of the model alone.
 
@@ -98,9 +101,9 @@ def resources(
         blocks: names of its blocks.
         targets: the chosen matrices.
         request: says how they are fitted.
-        windows: how many windows of data, and the tokens of each.
+        windows: how many windows of data, the tokens of each, and how many are for gradients.
     """
-    count, tokens = windows
+    count, tokens, *few = windows
     names: list[str | None] = [*blocks, None]
     sizes = {name: _size(model, tensors_of(model, name, blocks)) for name in names}
     by_block: dict[str | None, list[Target]] = {
@@ -120,9 +123,10 @@ def resources(
     work = {name: more + always for name, more in stages(shapes, request).items()}
     whole = sum(sizes.values())
     passes = _passes(request)
-    width = max(target.shape[1] for target in targets)
-    kept = len(blocks) if request.needs & {GRADIENTS, FISHER} else 2
-    hidden = 4 * count * tokens * width * kept
+    widest = max(target.shape[1] for target in targets)
+    width = getattr(model.config.get_text_config(), "hidden_size", widest)
+    states = 3 * count + (len(blocks) + 4) * sum(few)  # gradients need every block's input
+    hidden = 4 * tokens * width * states
     scratch = 2 * whole + statistics_bytes(targets, request) + hidden
     return Resources(resident_bytes() or UNKNOWN, work, scratch, passes * whole, whole)
 
