@@ -17,6 +17,7 @@ from tnlm.allocation.bits import all_on_grid, repriced
 from tnlm.allocation.pricing import model_cost
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach
+from tnlm.compression.blind import warn_if_blind
 from tnlm.compression.cascade import cascade
 from tnlm.compression.checked_plan import check_packed, check_worth
 from tnlm.compression.choices import gather_choices
@@ -79,6 +80,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     )
     check_worth(decided, limits)
     check_packed(decided, request.grid)
+    warn_if_blind(model, job, decided)
     job.seconds["plan"] = time.perf_counter() - start
     return with_coverage(model, job.selection, decided)
 
