@@ -59,3 +59,9 @@ def test_sums_of_parts_are_the_whole(size, columns, gaussian):
         add_outer(total, rows)
     wanted = 2 * (rows.T @ rows).double().tril()
     torch.testing.assert_close(total.tril(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_no_rows_add_nothing():
+    total = torch.ones(3, 3, dtype=torch.float64)
+    add_outer(total, torch.zeros(0, 3))
+    assert torch.equal(total, torch.ones(3, 3).double())

@@ -33,13 +33,12 @@ def add_outer(total: Tensor, rows: Tensor) -> None:
                 [2.0000e+30, 4.0000e+00]], dtype=torch.float64)
     """
     norms = power_of_two(torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64))
+    if not float(norms.max()) ** 2 < torch.finfo(torch.float32).max:
+        rows = rows.double()
     for start in range(0, rows.shape[1], COLUMNS):
-        left, right = rows[:, start:], rows[:, start : start + COLUMNS]
-        part = left.T @ right
-        if not bool(part.diagonal().isfinite().all()):
-            part = left.T.double() @ right.double()
-        part = rounded_products(part, norms[start:], norms[start : start + COLUMNS])
-        total[start:, start : start + COLUMNS] += part
+        end = start + COLUMNS
+        part = rows[:, start:].T @ rows[:, start:end]
+        total[start:, start:end] += rounded_products(part, norms[start:], norms[start:end])
 
 
 def packed(matrix: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
