@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnlm.calibration import statistics, store
+from tnlm.calibration import opening, statistics, store
 from tnlm.calibration.data import count_tokens, token_batches
 from tnlm.calibration.statistics import Statistics, collect
 from tnlm.errors import CalibrationError
@@ -235,7 +235,7 @@ def test_where_a_model_was_loaded_from_does_not_matter(make_model, tmp_path, for
 
 
 def test_a_cache_of_another_layout_is_left_alone(make_model, tmp_path, monkeypatch, forward_fails):
-    monkeypatch.setattr(store, "VERSION", store.WHOLE - 1)
+    monkeypatch.setattr(opening, "VERSION", opening.WHOLE - 1)
     gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
     monkeypatch.undo()
     forward_fails()
@@ -245,7 +245,7 @@ def test_a_cache_of_another_layout_is_left_alone(make_model, tmp_path, monkeypat
 
 def test_a_cache_of_whole_matrices_is_read(make_model, tmp_path, monkeypatch, forward_fails):
     with monkeypatch.context() as before:
-        before.setattr(store, "VERSION", store.WHOLE)
+        before.setattr(opening, "VERSION", opening.WHOLE)
         before.setattr(store, "HALVES", {})
         gather(make_model("llama"), modules=[UP], cache_dir=tmp_path)
     forward_fails()

@@ -16,11 +16,12 @@ from tnlm.calibration.backward import stream
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.loss import make_tasks
 from tnlm.calibration.merging import merge, merged_counts
+from tnlm.calibration.opening import open_store
 from tnlm.calibration.padding import Padding
 from tnlm.calibration.room import check_room
 from tnlm.calibration.sequences import sequences_of
 from tnlm.calibration.statistics import ROWS, check_finite, counted_rows, fill
-from tnlm.calibration.store import Statistics, open_store
+from tnlm.calibration.store import Statistics
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
 from tnlm.parallel.workers import ALONE, Workers
 from tnlm.tensors.exact import rounded

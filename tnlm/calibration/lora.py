@@ -27,7 +27,8 @@ from tnlm.calibration.lora_sums import (
     importance_sums,
     lora_gradient,
 )
-from tnlm.calibration.store import Statistics, open_store
+from tnlm.calibration.opening import open_store
+from tnlm.calibration.store import Statistics
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import CalibrationError, OptionError, did_you_mean
 from tnlm.layers.adapters import Adapter, Lora, attached, size_of

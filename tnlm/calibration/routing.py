@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, count_tokens
+from tnlm.calibration.opening import open_store
 from tnlm.calibration.padding import Padding
 from tnlm.calibration.statistics import check_finite, counted_rows, fill
-from tnlm.calibration.store import Statistics, open_store
+from tnlm.calibration.store import Statistics
 from tnlm.calibration.walk import stream
 from tnlm.targets.routing import Mixture, Recorder
 from tnlm.targets.stubs import copied

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.merging import merge, merged_counts
+from tnlm.calibration.opening import open_store
 from tnlm.calibration.padding import Padding
-from tnlm.calibration.store import Statistics, open_store
+from tnlm.calibration.store import Statistics
 from tnlm.calibration.walk import stream
 from tnlm.errors import CalibrationError
 from tnlm.parallel.workers import ALONE, Workers
@@ -221,8 +222,8 @@ def fill(
                 accumulator.flush(store)
                 store.mark()
                 release()
-    check_reached(store, modules)
     if workers.rank == 0:
+        check_reached(store, modules)
         store.save_index()
     workers.gather(None)  # until process 0 has written what the others read
     if workers.rank > 0:

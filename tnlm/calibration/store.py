@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tnlm.calibration import cache
-from tnlm.calibration.data import Batch, fingerprint
 from tnlm.calibration.trail import Trail
-from tnlm.errors import CalibrationError, CheckpointError
+from tnlm.errors import CalibrationError
 from tnlm.metrics.metric import InputMoment
-from tnlm.parallel.workers import ALONE, Workers
 from tnlm.tensors.symmetric import packed, unpacked
-from tnlm.utils.hashing import model_hash
-from tnlm.utils.residency import scratch_of
 from tnlm.utils.spill import Slot, Spill
 
 logger = logging.getLogger("tnlm")
 
 IN_MEMORY = 2**25
 """Most bytes of tensors in memory; others are written to a file and read when needed."""
-
-VERSION, WHOLE = 6, 5
-"""Version of the layout of cache directories, and an earlier one, with whole matrices in float64,
-that is read as well."""
 
 HALVES = {"moment": torch.float32, "gradient": torch.int16}
 """Symmetric matrices of which one half is stored, rounded less than their products are, and less
@@ -207,95 +197,6 @@ class Statistics:
         made.leaders = found[1]["leaders"]
         made.complete = True
         return made
-
-
-class Reader(Statistics):
-    """Statistics that another process writes to a cache, read from there when complete.
-
-    Args:
-        place: the cache entry.
-        tokens: number of tokens.
-    """
-
-    def __init__(self, place: Path, tokens: int) -> None:
-        """Start without tensors."""
-        super().__init__(tokens=tokens)
-        self._place = place
-
-    def put(self, leader: str, members: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-        """Keep only the names; the other process keeps the same tensors."""
-        self.leaders.update(dict.fromkeys(members, leader))
-
-    def save_index(self) -> None:
-        """Read the complete statistics.
-
-        Raises:
-            CheckpointError: if they are not there.
-        """
-        found = Statistics.read(self._place)
-        if found is None:
-            raise CheckpointError(
-                f"{self._place} was written by another process, but is not seen by this one; "
-                "cache_dir= must be on a disk that all processes share",
-                argument="cache_dir",
-            )
-        self._folder, self.leaders, self.complete = found._folder, found.leaders, True
-
-
-def open_store(
-    cache_dir: str | Path | None,
-    tokens: int,
-    model: PreTrainedModel,
-    modules: Sequence[str],
-    batches: Sequence[Batch],
-    kind: object,
-    workers: Workers = ALONE,
-) -> Statistics:
-    """Return complete statistics from the cache, or else an empty store.
-
-    Args:
-        cache_dir: folder of cache entries, each under a hash of its contents; None for no cache.
-        tokens: number of tokens in the batches.
-        model: the model, whose weights and config are part of the hash.
-        modules: dotted names.
-        batches: the data.
-        kind: the kind of statistics, with everything else that they depend on, hashed by its
-            ``repr``.
-        workers: if there are several processes, the first writes the cache for all.
-
-    Raises:
-        CheckpointError: if ``cache_dir`` cannot be used as a cache.
-    """
-    if cache_dir is None:
-        return Statistics(None, tokens, scratch_of(model))
-    cache.check_cache(cache_dir)
-    about = content(model, modules, batches)
-    for version in (WHOLE, VERSION):
-        place = Path(cache_dir) / content_hash(version, kind, about)
-        cached = Statistics.read(place)
-        if all(workers.gather(cached is not None)) and cached is not None:
-            logger.info("statistics of %d tokens read from the cache", cached.tokens)
-            return cached
-    if workers.rank > 0:
-        return Reader(place, tokens)
-    scratch = scratch_of(model)
-    if scratch is None or not place.is_relative_to(scratch):
-        return Statistics(cache.Folder(place), tokens)
-    folder = cache.Folder(place, partial=True)  # among the pieces of a run that may go on
-    trail = Trail(place.with_name(f"{place.name}.walk"))
-    made = Statistics(folder, tokens, scratch, trail)
-    made.leaders = (folder.begun() or {}).get("leaders", {})
-    return made
-
-
-def content(model: PreTrainedModel, modules: Sequence[str], batches: Sequence[Batch]) -> bytes:
-    """Return what statistics are of: hashes of config, weights and data, and names of modules."""
-    return "".join((model_hash(model), "\n".join(modules), fingerprint(batches))).encode()
-
-
-def content_hash(version: int, kind: object, about: bytes) -> str:
-    """Return a hash of all that statistics depend on: their layout and kind, and the content."""
-    return hashlib.blake2b(repr((version, kind)).encode() + about, digest_size=16).hexdigest()
 
 
 def _in_halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

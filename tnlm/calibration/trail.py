@@ -12,6 +12,7 @@ from torch import Tensor
 from tnlm.calibration.states import States
 from tnlm.checkpoint.raw import places, read, write
 from tnlm.errors import CheckpointError
+from tnlm.parallel.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +23,7 @@ class Trail:
 
     Args:
         folder: where they are; None to keep nothing.
+        workers: processes that each keep the states of their batches in a folder of their own.
 
     Example:
         >>> import tempfile, torch
@@ -31,19 +33,22 @@ class Trail:
         ('3', [tensor([1., 1.])])
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, workers: Workers = ALONE) -> None:
         """Start at a folder."""
-        self._folder = folder
+        self._folder, self._workers = folder, workers
 
     def within(self, name: str) -> Trail:
         """Return the trail of one of several walks."""
-        return Trail(None if self._folder is None else self._folder / name)
+        folder = None if self._folder is None else self._folder / name
+        return Trail(folder, self._workers)
 
     def latest(self, names: Sequence[str]) -> str | None:
-        """Return the last of some names under which there are states, or None."""
+        """Return the last of some names under which all processes have states, or None."""
         if self._folder is None:
             return None
-        return next((name for name in reversed(names) if self._file(name).exists()), None)
+        found = self._workers.gather([name for name in names if self._file(name).exists()])
+        common = set(names).intersection(*found)
+        return next((name for name in reversed(names) if name in common), None)
 
     def keep(self, name: str, states: States) -> bool:
         """Keep the states under a name, and return whether they are kept.
@@ -76,6 +81,7 @@ class Trail:
     def drop(self, name: str) -> None:
         """Remove the states under a name, if there are any."""
         if self._folder is not None:
+            self._workers.gather(None)  # until all have kept what replaces them
             self._file(name).unlink(missing_ok=True)
 
     def _file(self, name: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tnlm.cli.jobs import workers_here
 from tnlm.cli.output import console, print_json
 from tnlm.errors import OptionError
 from tnlm.plans.report import Report
@@ -58,4 +59,4 @@ def compress_on_disk(
 
     if plan is not None:
         raise OptionError("--plan is not carried out block by block yet; give --scheme")
-    return compress_files(model, out, str(scheme), **choices)
+    return compress_files(model, out, str(scheme), workers=workers_here(), **choices)

@@ -158,22 +158,25 @@ def compress(
     **given: Any,
 ) -> None:
     """Compress a model and save it."""
+    from tnlm.checkpoint.exchange import check_writable
+
     choices = asked(given)
     scheme_or_plan = _read_plan(plan, scheme, choices)
     check_jobs(jobs)
+    if needs_start(jobs):
+        check_writable(out, overwrite=overwrite)
+        run_jobs(int(jobs or 1), main)
+        return
     if memory is not None or scratch is not None:
         choices |= {"targets": targets, "ignore": ignore, "dtype": dtype, "overwrite": overwrite}
         choices |= {"memory": memory, "scratch": scratch, "progress": not as_json}
         done = compress_on_disk(model, out, scheme, plan, **choices)
-        print_report(done, as_json)
+        if is_first():
+            print_report(done, as_json)
         return
     from tnlm.checkpoint.dense_models import load_model
-    from tnlm.checkpoint.exchange import check_writable
 
     check_writable(out, overwrite=overwrite)
-    if needs_start(jobs):
-        run_jobs(int(jobs or 1), main)
-        return
     loaded, tokenizer = load_model(model, dtype=dtype)
     tnlm.compress(
         loaded,

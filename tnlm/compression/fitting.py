@@ -130,6 +130,10 @@ class Fitting:
                 self._put(layer, target.fit(self._model, layer, Metric()))
             del self.errors[layer.name]
 
+    def is_due(self, unit: Target) -> bool:
+        """Return whether a target is still to be fitted."""
+        return any(member.name not in self.entries for member in unit.members)
+
     def awaits(self, within: str) -> bool:
         """Return whether a target is still to be fitted whose module's name begins so."""
         due = (m for unit in self.units for m in unit.members if m.name in self._replaced)

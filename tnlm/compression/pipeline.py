@@ -264,7 +264,7 @@ def fit_all(
             done=fitted,
             progress=progress,
         )
-    left = [u for u in fitting.units if any(m.name not in fitting.entries for m in u.members)]
+    left = [unit for unit in fitting.units if fitting.is_due(unit)]
     for _ in fitting.fit_all(left, "fitting" if progress else None):
         release()
         fitted()

@@ -97,6 +97,11 @@ def _check_same(found: Sequence[Mapping[str, Any]]) -> None:
         for name, value in facts.items():
             if value != found[0][name]:
                 raise ProcessError(
-                    f"process {rank} of {len(found)} has {name} {value!r}, but process 0 has "
-                    f"{found[0][name]!r}; start all processes with the same"
+                    f"process {rank} of {len(found)} has {name} {_short(value)}, but process 0 "
+                    f"has {_short(found[0][name])}; start all processes with the same"
                 )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.dense_models import load_tokenizer
+from tnlm.checkpoint.describing import saved_report
 from tnlm.checkpoint.disk_weights import DiskWeights, read_when_called
 from tnlm.checkpoint.exchange import check_writable, replace_directory
 from tnlm.checkpoint.folder import INDEX
@@ -27,8 +30,10 @@ from tnlm.compression.fitting import Fitting
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import fit_all, report_of, settle
 from tnlm.compression.request import Request, request_of
-from tnlm.errors import CheckpointError, TnlmError
+from tnlm.errors import CheckpointError, ProcessError, TnlmError
 from tnlm.layers.swap import Shelf
+from tnlm.parallel.choose import workers_of
+from tnlm.parallel.workers import ALONE, Workers
 from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report, with_errors
 from tnlm.schemes.base import Scheme
@@ -37,6 +42,7 @@ from tnlm.streaming.pieces import Pieces
 from tnlm.streaming.recipe import recipe
 from tnlm.streaming.resources import Resources, check_resources, needed
 from tnlm.streaming.rules import check_request, check_source
+from tnlm.streaming.sharing import check_shared, fit_share, share_of
 from tnlm.streaming.size import bytes_of
 from tnlm.streaming.work import PLAN, STATISTICS, Work
 from tnlm.targets.base import Selector
@@ -55,6 +61,7 @@ def compress_files(
     ignore: Selector | None = None,
     dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
+    workers: Workers | Executor | str | None = None,
     progress: bool = True,
     **choices: Any,
 ) -> Report:
@@ -74,6 +81,8 @@ def compress_files(
         ignore: matrices to leave alone.
         dtype: dtype of the weights; ``"auto"`` keeps the checkpoint's.
         overwrite: replace the contents of ``out``.
+        workers: as in :func:`tnlm.compress`; processes share ``out`` and ``scratch``, and each
+            writes the blocks that it fits.
         progress: show progress bars.
         **choices: as in :func:`tnlm.compress`, except what trains the whole model; the tokenizer is
             the one in ``source`` if none is given.
@@ -98,16 +107,31 @@ def compress_files(
     check_request(request, asked)
     most = None if memory is None else bytes_of(memory, "memory")
     check_writable(target, overwrite=overwrite)
-    work = Work(target, None if scratch is None else Path(scratch))
+    with torch.inference_mode(False), workers_of(workers) as team:
+        check_shared(request, team)
+        with _work(target, scratch, team) as work:
+            run = _Run(folder, request, asked, work, dtype, progress, team)
+            run.check(targets, ignore, most)
+            found = run.recipe(targets, ignore)
+            team.check_same(**found)
+            if team.rank == 0:
+                work.agree(found)
+            return run.write(targets, ignore, target, overwrite)
+
+
+@contextmanager
+def _work(out: Path, scratch: str | Path | None, workers: Workers) -> Iterator[Work]:
+    """Yield the folder of pieces of an output, and keep it if another run can go on with it."""
+    place = None if scratch is None else Path(scratch)
+    first = workers.rank == 0
+    made = Work(out, place) if first else None
+    workers.gather(None)  # until the first process has made the folder
+    work = made or Work(out, place, holds=False)
     keep = False
     try:
-        with torch.inference_mode(False):
-            run = _Run(folder, request, asked, work, dtype, progress)
-            run.check(targets, ignore, most)
-            work.agree(run.recipe(targets, ignore))
-            return run.write(targets, ignore, target, overwrite)
+        yield work
     except BaseException as error:
-        keep = not isinstance(error, TnlmError) or isinstance(error, CheckpointError)
+        keep = not isinstance(error, TnlmError) or isinstance(error, CheckpointError | ProcessError)
         raise
     finally:
         work.close(keep=keep)
@@ -145,7 +169,10 @@ class _Run:
         work: Work,
         dtype: str | torch.dtype,
         progress: bool,
+        workers: Workers,
     ) -> None:
+        self._workers = workers
+        progress = progress and workers.rank == 0
         self._source, self._request, self._asked = source, request, asked
         self._work, self._progress = work.folder, progress
         self._model, places = open_skeleton(source, dtype)
@@ -168,8 +195,15 @@ class _Run:
     ) -> Report:
         """Plan, fit and write, and return the report."""
         model, progress = self._model, self._progress
-        job = prepare(model, self._request, targets, ignore, self._data(), progress)
-        report, pieces = self._fit(job, self._decide(job))
+        data, workers = self._data(), self._workers
+        job = prepare(model, self._request, targets, ignore, data, progress, workers)
+        decided, start = self._decide(job), time.perf_counter()
+        fitting, pieces = self._fit(job, decided)
+        if workers.rank > 0:
+            workers.gather(None)  # until the first process has written
+            return saved_report(out)
+        job.seconds["fit"] = time.perf_counter() - start
+        report = self._finish(job, decided, fitting, pieces)
 
         def fill(new: Path) -> None:
             _assemble(model, pieces.files, new)
@@ -180,6 +214,7 @@ class _Run:
             record_sums(new)
 
         replace_directory(out, fill, overwrite=overwrite)
+        workers.gather(None)
         return report
 
     def _data(self) -> Calibration:
@@ -192,28 +227,38 @@ class _Run:
     def _decide(self, job: Job) -> Plan:
         """Return the plan of an earlier run, or make one and keep it."""
         path = self._work / PLAN
-        if not path.exists():
+        if not all(self._workers.gather(path.exists())):
             decided = settle(self._model, job, predict=False, progress=self._progress)
-            write_file(path, decided.to_json())
+            if self._workers.rank == 0:
+                write_file(path, decided.to_json())
+            self._workers.gather(None)
         job.seconds.setdefault("plan", 0.0)
         return Plan.load(path)
 
-    def _fit(self, job: Job, decided: Plan) -> tuple[Report, Pieces]:
-        """Fit every matrix, and write every block."""
-        start, model = time.perf_counter(), self._model
-        shelf = Shelf(self._work)
-        fitting = Fitting(model, job, decided, shelf)
-        pieces = Pieces(model, self._blocks, job, fitting, shelf, self._work)
+    def _fit(self, job: Job, decided: Plan) -> tuple[Fitting, Pieces]:
+        """Fit every matrix, and write every block; with several processes, each writes a share."""
+        shelf, workers = Shelf(self._work), self._workers
+        shared = workers.size > 1
+        alone = replace(job, workers=ALONE) if shared else job
+        fitting = Fitting(self._model, alone, decided, shelf)
+        blocks, units = share_of(fitting.units, self._blocks, workers)
+        pieces = Pieces(self._model, self._blocks, job, fitting, shelf, self._work, blocks)
         if job.request.cascade == "none":  # which needs the dense blocks, and fits them again
             pieces.restore()
-        fit_all(model, job, fitting, self._progress, pieces.take)
+        if shared:
+            fit_share(fitting, pieces, units, workers, "fitting" if self._progress else None)
+        else:
+            fit_all(self._model, job, fitting, self._progress, pieces.take)
         job.evidence.forget()
+        return fitting, pieces
+
+    def _finish(self, job: Job, decided: Plan, fitting: Fitting, pieces: Pieces) -> Report:
+        """Write what is outside the blocks, describe the model, and return the report."""
         config = pieces.finish()
         config.scheme, config.options = decided.scheme, dict(decided.request)
-        tie(model, fitting.ties)
-        attach(model, config)
-        job.seconds["fit"] = time.perf_counter() - start
-        return report_of(job, with_errors(decided, fitting.errors)), pieces
+        tie(self._model, fitting.ties)
+        attach(self._model, config)
+        return report_of(job, with_errors(decided, fitting.errors))
 
 
 def _assemble(model: PreTrainedModel, files: Mapping[Path, Mapping[str, int]], new: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Pieces:
         fitting: holds what was fitted.
         shelf: holds the fitted modules.
         folder: where the files are written.
+        own: the blocks that this process writes; None for all.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Pieces:
         fitting: Fitting,
         shelf: Shelf,
         folder: Path,
+        own: Collection[str] | None = None,
     ) -> None:
         """Start with nothing written."""
         self._model, self._blocks, self._fitting, self._shelf = model, blocks, fitting, shelf
@@ -68,6 +70,7 @@ class Pieces:
         self._folder = folder
         self._described: dict[str, Described] = {}
         self._left = list(blocks)
+        self._own = frozenset(blocks if own is None else own)
         self.files: dict[Path, dict[str, int]] = {}
 
     def restore(self) -> None:
@@ -80,7 +83,7 @@ class Pieces:
 
     def take(self) -> None:
         """Write every block of which all targets are fitted."""
-        for block in list(self._left):
+        for block in [each for each in self._left if each in self._own]:
             if not self._fitting.awaits(f"{block}."):
                 self._left.remove(block)
                 before = {*self._described}

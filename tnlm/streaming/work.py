@@ -26,18 +26,22 @@ class Work:
     Args:
         out: the output directory.
         scratch: where the folder is; None for beside the output.
+        holds: whether this process holds the folder, or uses the one of another process that
+            works with it.
 
     Raises:
         CheckpointError: if another process works on the output, or the folder cannot be made.
     """
 
-    def __init__(self, out: Path, scratch: Path | None) -> None:
+    def __init__(self, out: Path, scratch: Path | None, *, holds: bool = True) -> None:
         """Lock the output, and make the folder if it is not there."""
         place = Path(os.path.realpath(out))
         mark = hashlib.blake2b(str(place).encode(), digest_size=4).hexdigest()
         self.folder = (scratch or place.parent) / f".{place.name}-{mark}.tnlm-parts"
-        self._agreed = False
+        self._agreed, self._holds = False, holds
         self._lock = Lock(place.parent / f".{place.name}.tnlm-lock")
+        if not holds:
+            return
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             if not self._lock.take():
@@ -76,6 +80,8 @@ class Work:
         Args:
             keep: leave the pieces for the next run.
         """
+        if not self._holds:
+            return
         empty = not (self.folder / RECIPE).exists()
         if empty or (self._agreed and not keep):  # else they are those of another run
             shutil.rmtree(self.folder, ignore_errors=True)
