@@ -17,6 +17,7 @@ from rich.table import Table
 from typer.main import get_command
 
 import tnlm
+from tnlm.cli.after import after
 from tnlm.cli.choices import asked, with_choices
 from tnlm.cli.jobs import Jobs, check_jobs, is_first, needs_start, run_jobs, workers_here
 from tnlm.cli.large import Memory, Resources, Scratch, compress_on_disk, show_resources
@@ -39,9 +40,32 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Compress language models with tensor networks and low-rank structure.",
 )
+app.add_typer(after)
 app.add_typer(studies)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(tnlm.__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Compress language models with tensor networks and low-rank structure."""
 
 
 def _read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> Any:
@@ -193,56 +217,6 @@ def compress(
     print_report(tnlm.report(loaded), as_json)
     if not as_json:
         console.print(f"saved to {out}; load it with: import tnlm, then {_loader(loaded)}")
-
-
-@app.command()
-def export(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="The directory to write; new or empty.")],
-    to: Annotated[str, typer.Option(help="gguf for llama.cpp, transformers, decilm or vllm.")],
-    type_: Annotated[
-        str | None, typer.Option("--type", help="Of the weights, such as F16, Q8_0 or Q4_0.")
-    ] = None,
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Write a model for a runtime that does not know tnlm."""
-    from tnlm.checkpoint.dense_models import load_model
-    from tnlm.checkpoint.exchange import check_writable
-
-    check_writable(out, overwrite=overwrite)
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    tnlm.export(loaded, out, to=to, type=type_, tokenizer=tokenizer, overwrite=overwrite)
-    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    if as_json:
-        print_json(files)
-        return
-    for name, size in files.items():
-        console.print(f"{out / name}: {size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
-
-
-@app.command(context_settings={"ignore_unknown_options": True})
-def run(
-    command: Annotated[list[str], typer.Argument(help="A program with its arguments.")],
-) -> None:
-    """Run a Python program, such as lm_eval, that can then load compressed models."""
-    from tnlm.runtimes.run import run as start
-
-    start(command)
-
-
-@app.command(context_settings={"ignore_unknown_options": True})
-def serve(
-    directory: Annotated[Path, typer.Argument(help="A model with its tokenizer.")],
-    options: Annotated[
-        list[str] | None, typer.Argument(help="Of `transformers serve`, such as --port 8000.")
-    ] = None,
-) -> None:
-    """Answer chats over HTTP, by `transformers serve` with tnlm registered."""
-    from tnlm.runtimes.serve import serve as start
-
-    start(directory, options or [])
 
 
 @app.command()
