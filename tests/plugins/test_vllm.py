@@ -109,3 +109,10 @@ def test_it_takes_neither_tnlm_nor_transformers():
 
 def test_it_has_the_version_of_tnlm():
     assert tnlm_vllm.__version__ == tnlm.__version__
+
+
+def test_int8_in_float16_does_not_overflow():
+    codes, scales = torch.full((2, 64), 127, dtype=torch.int8), torch.full((2,), 0.001)
+    x = torch.full((3, 64), 20.0).half()
+    found = chains.Int8Product(codes, scales.half())(x)
+    torch.testing.assert_close(found.float(), torch.full((3, 2), 162.56), rtol=1e-2, atol=0.0)

@@ -197,3 +197,14 @@ def test_portable_keeps_auto_to_what_is_run(tiny_llama, ids):
         progress=False,
     )
     assert {layer.format for layer in decided.layers} <= {"low-rank", None}
+
+
+@torch.no_grad()
+def test_factors_that_blocks_share_are_written_for_each(tiny_llama, ids, tmp_path):
+    model = compress(tiny_llama(), "basis-sharing", calibration=ids, max_length=16)
+    tnlm.export(model, tmp_path, to="vllm")
+    for block in range(2):
+        x, names = torch.randn(4, 32), feed_forward("gate", "up", block=block)
+        torch.testing.assert_close(
+            run(tmp_path, names, x), expected(model, names, x), atol=1e-5, rtol=1e-4
+        )

@@ -52,7 +52,7 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
     config = _config(model, plain, layers)
     if model.config.tie_word_embeddings:
         plain.pop("lm_head.weight", None)
-    weights = {name: tensor.cpu() for name, tensor in (plain | tensors).items()}
+    weights = _apart({name: tensor.cpu() for name, tensor in (plain | tensors).items()})
 
     def write(directory: Path) -> None:
         config.save_pretrained(directory)
@@ -110,6 +110,17 @@ def _config(model: PreTrainedModel, plain: Mapping[str, Tensor], layers: Mapping
             "layout": LAYOUT,
             "layers": dict(layers),
         }
+    return made
+
+
+def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory: of those that do, files hold only one."""
+    seen: set[int] = set()
+    made = {}
+    for name, tensor in weights.items():
+        place = tensor.untyped_storage().data_ptr()
+        made[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
     return made
 
 

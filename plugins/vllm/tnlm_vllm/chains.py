@@ -45,6 +45,8 @@ class Int8Product(nn.Module):
         if fast and 0 < len(x) <= KERNEL_TOKENS:
             product: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales)
             return product
+        if x.dtype is torch.float16:  # in which sums of products with codes overflow
+            return x @ (self.codes.to(x.dtype) * self.scales[:, None]).T
         return x @ self.codes.to(x.dtype).T * self.scales
 
 
