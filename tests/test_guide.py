@@ -41,7 +41,7 @@ def test_every_block_on_deployment_runs(tmp_path, monkeypatch, tiny_llama):
 def test_every_block_on_serving_runs(tmp_path, monkeypatch, tiny_llama):
     tiny_llama(intermediate_size=128).save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    assert run_blocks("serve.md") == 5
+    assert run_blocks("serve.md") == 6
     assert (tmp_path / "my-model-gguf" / "model-F16.gguf").is_file()
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 import tnlm
@@ -22,6 +24,15 @@ def test_widths_are_multiples_and_the_rest_stays_dense(tiny_llama):
     assert widths
     assert all(width % 16 == 0 for width in widths)
     assert decided.request["portable"] == "llama.cpp"
+
+
+def test_without_data_the_model_writes_its_own_text(tiny_llama, caplog):
+    asked = {"keep_targets": 0.8, "portable": "llama.cpp", "num_samples": 4, "max_length": 16}
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        found = tnlm.plan(tiny_llama(), "auto", progress=False, **asked)
+    assert "portable='llama.cpp' without calibration=: the model writes its own text" in caplog.text
+    expected = tnlm.plan(tiny_llama(), "auto", calibration="self", progress=False, **asked)
+    assert found.to_json() == expected.to_json()
 
 
 def test_a_budget_object_holds_it_as_well(tiny_llama):

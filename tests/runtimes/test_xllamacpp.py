@@ -10,14 +10,21 @@ import tnlm
 xllamacpp = pytest.importorskip("xllamacpp")
 
 
-def greedy(path, prompt, count):
-    """Return the text that llama.cpp generates."""
+def greedy(path, prompt, count, draft=None):
+    """Return the text that llama.cpp generates, and how many tokens were drafted for it."""
     asked = xllamacpp.CommonParams()
     asked.model.path = str(path)
     asked.n_ctx, asked.warmup, asked.cpuparams.n_threads = 64, False, 1
     asked.cache_type_k = asked.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if draft is not None:
+        kind = xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE
+        asked.speculative.types = [kind]
+        asked.speculative.draft.mparams.path = str(draft)
+        asked.speculative.draft.p_min = 0.0  # drafts however flat the distribution is
+        asked.speculative.draft.cpuparams.n_threads = 1
     body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
-    return xllamacpp.Server(asked).handle_completions(body)["choices"][0]["text"]
+    made = xllamacpp.Server(asked).handle_completions(body)
+    return made["choices"][0]["text"], made["timings"].get("draft_n", 0)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,20 @@ def test_a_qwen2_with_biases(tiny_qwen2, ids, letters, tmp_path):
     check(tiny_qwen2, ids, letters, tmp_path)
 
 
+def test_a_compressed_model_drafts_for_the_dense_one(narrowed, tiny_llama, ids, letters, tmp_path):
+    dense = tiny_llama(intermediate_size=128, num_hidden_layers=3)
+    files = []
+    for name, model in (("dense", dense), ("small", narrowed("llama.cpp"))):
+        with torch.no_grad():  # as below
+            model.get_output_embeddings().weight.mul_(50)
+        tnlm.export(model, tmp_path / name, to="gguf", type="F32", tokenizer=letters)
+        files.append(tmp_path / name / "model-F32.gguf")
+    prompt = ids[0, :6].tolist()
+    text, drafted = greedy(files[0], prompt, 16, draft=files[1])
+    assert drafted > 0
+    assert (text, 0) == greedy(files[0], prompt, 16)
+
+
 def check(model, ids, tokenizer, tmp_path):
     with torch.no_grad():  # random logits are nearly flat, and rounding would choose
         model.get_output_embeddings().weight.mul_(50)
@@ -58,5 +79,5 @@ def check(model, ids, tokenizer, tmp_path):
     made = model.generate(
         prompt, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False
     )
-    text = greedy(tmp_path / "model-F32.gguf", prompt[0].tolist(), 8)
+    text, _ = greedy(tmp_path / "model-F32.gguf", prompt[0].tolist(), 8)
     assert text == tokenizer.decode(made[0, 6:])

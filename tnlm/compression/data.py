@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from tnlm.calibration.cache import check_cache
 from tnlm.calibration.data import begins, token_batches
-from tnlm.calibration.generated import is_self
+from tnlm.calibration.generated import SELF, is_self
 from tnlm.calibration.inputs import TEXT
 from tnlm.calibration.sequences import Batch
 from tnlm.compression.choices import Calibration, choices_of
@@ -16,6 +18,8 @@ from tnlm.compression.request import Request
 from tnlm.errors import CalibrationError, OptionError
 from tnlm.metrics.measure import MOVEMENT
 from tnlm.utils.checks import is_whole
+
+logger = logging.getLogger("tnlm")
 
 
 def windows(calibration: Calibration, model: PreTrainedModel) -> list[Batch]:
@@ -66,6 +70,18 @@ def drawn(calibration: Calibration, training: Any) -> dict[str, float]:
     if any(map(is_self, sources)):
         found["temperature"] = 1.0 if calibration.temperature is None else calibration.temperature
     return found
+
+
+def data_for(request: Request, data: Calibration) -> Calibration:
+    """Return the data, or the model's own text for a runtime's model without any; warn of that."""
+    if request.portable is None or not request.measures or data.data is not None:
+        return data
+    logger.warning(
+        "portable=%r without calibration=: the model writes its own text for the statistics, which "
+        "is worse than text like that it will be used on; pass calibration=",
+        request.portable,
+    )
+    return replace(data, data=SELF)
 
 
 def check_data(request: Request, data: Calibration) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.compression.choices import Calibration
-from tnlm.compression.data import check_data
+from tnlm.compression.data import check_data, data_for
 from tnlm.compression.evidence import Evidence
 from tnlm.compression.gather import gather
 from tnlm.compression.request import Request
@@ -79,6 +79,7 @@ def prepare(
 ) -> Job:
     """Check the model, choose targets, and gather the statistics that the request needs."""
     check_model(model)
+    data = data_for(request, data)
     check_data(request, data)
     workers.check_same(scheme=request.scheme.name, request=request.record())
     chosen = request.scheme.targets if targets is None else targets
