@@ -1,9 +1,10 @@
 """How much faster several processes compress a model than one, each with one thread.
 
-    python benchmarks/processes.py MODEL TEXT FOLDER --scheme svd-llm --jobs 2
+    python benchmarks/processes.py MODEL TEXT --scheme svd-llm --processes 2
 
-`tnlm compress` runs with one process and with several, in turn, and the times of its stages are
-read from the reports. The weights of all results must be equal, bit by bit.
+`tnlm.compress` runs in one process and in several, in turn. The time is the processor time of the
+busiest process, which other work on the machine changes little, and by stage the wall time from the
+reports. The weights of all results must be equal, bit by bit.
 """
 
 from __future__ import annotations
@@ -11,37 +12,41 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
-import sys
+import tempfile
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 import tnlm
+from tnlm.checkpoint.dense_models import load_model
+from tnlm.utils.hashing import model_hash
 
-STAGES = ("calibrate", "plan", "fit")
+Times = dict[str, Any]
 
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("model", type=Path)
     words.add_argument("text", type=Path)
-    words.add_argument("folder", type=Path)
     words.add_argument("--scheme", default="svd-llm")
-    words.add_argument("--jobs", type=int, default=2)
-    words.add_argument("--rounds", type=int, default=3)
+    words.add_argument("--processes", type=int, default=2)
+    words.add_argument("--rounds", type=int, default=1)
     words.add_argument("--windows", type=int, default=16)
     words.add_argument("--length", type=int, default=512)
     words.add_argument("--out", type=Path, help="folder for processes.json and .md")
     asked = words.parse_args()
-    found: dict[int, list[dict[str, float]]] = {1: [], asked.jobs: []}
+    found: dict[int, list[Times]] = {1: [], asked.processes: []}
     for _ in range(asked.rounds):
-        for jobs in found:
-            found[jobs].append(compress(asked, jobs))
-    check_equal(asked.folder, list(found))
+        for count in found:
+            found[count].append(busiest(asked, count))
+    if len({times["weights"] for runs in found.values() for times in runs}) > 1:
+        raise SystemExit("the results differ")
     text = as_text(found, asked)
     print(text)
     if asked.out:
@@ -50,42 +55,66 @@ def main() -> None:
         (asked.out / "processes.md").write_text(text)
 
 
-def compress(asked: argparse.Namespace, jobs: int) -> dict[str, float]:
-    """Return the seconds of every stage."""
-    out = asked.folder / str(jobs)
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "tnlm", "compress", asked.model, out, "--jobs", jobs]
-    command += ["--scheme", asked.scheme, "--keep-targets", 0.8, "--calibration", asked.text]
-    command += ["--num-samples", asked.windows, "--max-length", asked.length]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([str(word) for word in command], check=True, env=env, capture_output=True)
-    return {stage: tnlm.report(out).seconds[stage] for stage in STAGES}
+def busiest(asked: argparse.Namespace, count: int) -> Times:
+    """Return the times of the process that takes most."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(run, (asked, count, store.port, Path(folder)), nprocs=count)
+        times = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
+    return max(times, key=lambda each: each["processor"])
 
 
-def check_equal(folder: Path, jobs: list[int]) -> None:
-    """Raise `SystemExit` unless all results have the same weights."""
-    first, *others = (load_file(folder / str(each) / "model.safetensors") for each in jobs)
-    for other in others:
-        if not all(torch.equal(other[name], tensor) for name, tensor in first.items()):
-            raise SystemExit("the results differ")
+def run(rank: int, asked: argparse.Namespace, count: int, port: int, folder: Path) -> None:
+    """Compress the model in one of the processes, and write its times."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    model, tokenizer = load_model(str(asked.model))
+    start = time.process_time()
+    tnlm.compress(
+        model,
+        asked.scheme,
+        keep_targets=0.8,
+        calibration=asked.text,
+        tokenizer=tokenizer,
+        num_samples=asked.windows,
+        max_length=asked.length,
+        workers="ranks",
+        progress=False,
+    )
+    times: Times = {**tnlm.report(model).seconds, "processor": time.process_time() - start}
+    times["weights"] = model_hash(model)
+    (folder / str(rank)).write_text(json.dumps(times))
 
 
-def as_text(found: dict[int, list[dict[str, float]]], asked: argparse.Namespace) -> str:
+def as_text(found: dict[int, list[Times]], asked: argparse.Namespace) -> str:
     """Return the medians as a table."""
-    names = [*STAGES, "all"]
-    rows = [{**one, "all": sum(one.values())} for runs in found.values() for one in runs]
-    parts = [rows[: asked.rounds], rows[asked.rounds :]]
-    alone, shared = ({n: statistics.median(r[n] for r in part) for n in names} for part in parts)
+    alone, shared = (
+        {
+            name: statistics.median(run[name] for run in runs)
+            for name in runs[0]
+            if name != "weights"
+        }
+        for runs in found.values()
+    )
     lines = [
         f"`{asked.scheme}`, {asked.windows} windows of {asked.length} tokens, one thread each:",
         "",
-        f"| stage | 1 process | {asked.jobs} processes | faster |",
+        f"| time | 1 process | {asked.processes} processes | faster |",
         "|---|---|---|---|",
     ]
-    for name in names:
-        ratio = alone[name] / shared[name] if shared[name] else 1.0
-        lines.append(f"| {name} | {alone[name]:.1f} s | {shared[name]:.1f} s | {ratio:.2f} × |")
+    for name, seconds in alone.items():
+        ratio = seconds / shared[name] if shared[name] else 1.0
+        lines.append(f"| {name} | {seconds:.1f} s | {shared[name]:.1f} s | {ratio:.2f} × |")
     return "\n".join(lines) + "\n"
+
+
+def medians(runs: list[Times]) -> dict[str, float]:
+    """Return the median of every time."""
+    names = [name for name in runs[0] if name != "weights"]
+    return {name: statistics.median(run[name] for run in runs) for name in names}
 
 
 if __name__ == "__main__":

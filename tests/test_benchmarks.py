@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -408,6 +409,20 @@ def test_large_models_stay_below_their_cap(run, tmp_path):
     block = 4 * 64**2 + 3 * 64 * 176 + 2 * 64
     assert figures["size"] == 4 * (2 * 64**2 + 64 + 3 * block)
     assert "| svd-llm | 0.00 GB | 4GB |" in text
+
+
+@pytest.mark.slow
+def test_processes_are_timed_beside_one(tiny_llama, word_tokenizer, word_text, tmp_path):
+    model, text, out = tmp_path / "m", tmp_path / "text.txt", tmp_path / "out"
+    tiny_llama().save_pretrained(model)
+    word_tokenizer.save_pretrained(model)
+    text.write_text(word_text(200))
+    script = [sys.executable, BENCHMARKS / "processes.py", model, text]
+    options = ["--windows", "3", "--length", "16", "--out"]
+    subprocess.run([*script, *options, out], check=True, capture_output=True)
+    figures = json.loads((out / "processes.json").read_text())
+    assert {count: len(runs) for count, runs in figures.items()} == {"1": 1, "2": 1}
+    assert "| processor |" in (out / "processes.md").read_text()
 
 
 def test_bits_and_structure_are_compared_off_the_grid_and_resumed(
