@@ -105,6 +105,28 @@ def few(workers="ranks"):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def recovered(kind):
+    model = tnlm.compress(
+        make(),
+        "svd",
+        keep_targets=0.7,
+        recover=kind,
+        training=IDS,
+        max_length=16,
+        recover_tokens=64,
+        workers="ranks",
+        progress=False,
+    )
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "finetune"])
+def test_recovery_ends_the_same_in_all(kind, in_processes):
+    first, second = in_processes(2, recovered, kind)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def other_model():
     model, rank = make(), int(os.environ["RANK"])
     model.lm_head.weight.data += rank
