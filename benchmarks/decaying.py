@@ -46,7 +46,7 @@ def decay(model: LlamaForCausalLM, power: float) -> None:
         >>> model = LlamaForCausalLM(tiny)
         >>> decay(model, 1.0)
         >>> values = torch.linalg.svdvals(model.model.layers[0].mlp.up_proj.weight)
-        >>> [round(float(v / values[0]), 3) for v in values[:4]]
+        >>> [round((v / values[0]).item(), 3) for v in values[:4]]
         [1.0, 0.5, 0.333, 0.25]
     """
     generator = torch.Generator().manual_seed(0)
