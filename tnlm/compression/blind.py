@@ -35,6 +35,8 @@ def warn_if_blind(model: PreTrainedModel, job: Job, decided: Plan) -> None:
     changed = [layer for layer in decided.layers if layer.replaced and layer.format is not None]
     if request.looks_at_data or not model.can_generate() or not changed:
         return
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # nothing is fitted: the weights are made at random
     sampled = changed[:: -(-len(changed) // SAMPLES)]
     units = {unit.name: unit for unit in (*job.units, *job.joint)}
     errors = [_error(model, job, units[layer.name], layer) for layer in sampled]
