@@ -91,14 +91,7 @@ def run(rank: int, asked: argparse.Namespace, count: int, port: int, folder: Pat
 
 def as_text(found: dict[int, list[Times]], asked: argparse.Namespace) -> str:
     """Return the medians as a table."""
-    alone, shared = (
-        {
-            name: statistics.median(run[name] for run in runs)
-            for name in runs[0]
-            if name != "weights"
-        }
-        for runs in found.values()
-    )
+    alone, shared = (medians(runs) for runs in found.values())
     lines = [
         f"`{asked.scheme}`, {asked.windows} windows of {asked.length} tokens, one thread each:",
         "",

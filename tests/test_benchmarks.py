@@ -120,6 +120,8 @@ def test_model_measures_a_real_and_a_random_model(run, tmp_path, tiny_llama):
         "mixture_methods",
         "bits",
         "off_grid",
+        "decaying",
+        "drafting",
     ],
 )
 def test_examples_in_docstrings_run(name):

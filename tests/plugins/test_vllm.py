@@ -76,6 +76,7 @@ def test_a_broken_description_is_refused(changes, message):
         {"after": [5]},
         {"identity": "both"},
         {"identity": "out"},
+        {"columns": 3, "blocks": 2, "int8": True},
     ],
 )
 def test_a_step_that_does_not_fit_is_refused(change):
@@ -116,3 +117,16 @@ def test_int8_in_float16_does_not_overflow():
     x = torch.full((3, 64), 20.0).half()
     found = chains.Int8Product(codes, scales.half())(x)
     torch.testing.assert_close(found.float(), torch.full((3, 2), 162.56), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("offset", [1, 8])
+def test_int8_with_operands_that_start_anywhere(offset):
+    """torch's kernel crashes on these."""
+    torch.manual_seed(0)
+    codes = torch.randint(-127, 128, (32 * 48 + offset,), dtype=torch.int8)[offset:].view(32, 48)
+    scales = (torch.rand(32 + offset) / 100).bfloat16()[offset:]
+    product = chains.Int8Product(codes, scales)
+    wide, flat = torch.randn(4, 48 + offset).bfloat16(), torch.randn(48 + offset).bfloat16()
+    for x in (wide[:, offset:], flat[offset:].view(1, 48)):
+        expected = x.float() @ (codes * scales[:, None].float()).T
+        torch.testing.assert_close(product(x).float(), expected, rtol=0.02, atol=0.02)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 import tnlm
 from tnlm.errors import ModelError, OptionError
@@ -94,6 +94,38 @@ def test_biases_that_were_added_are_refused(tiny_llama, ids, tmp_path):
 def test_unknown_kinds_of_files(tiny_llama, tmp_path, given, message):
     with pytest.raises(OptionError, match=message):
         tnlm.export(tiny_llama(), tmp_path / "out", **given)
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_that_does_not_generate(tiny_llama, ids, tmp_path, kind):
+    model = kind(tiny_llama(pad_token_id=0).config).eval()
+    tnlm.export(model, tmp_path, to="transformers")
+    loaded = kind.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids)[0], model(ids)[0])
+    for to in ("decilm", "vllm"):
+        with pytest.raises(ModelError, match=rf"\({kind.__name__}\).* causal models of llama"):
+            tnlm.export(model, tmp_path / to, to=to)
+
+
+@pytest.mark.parametrize("to", ["decilm", "vllm"])
+def test_another_activation_is_refused(tiny_llama, tmp_path, to):
+    with pytest.raises(ModelError, match="hidden_act='gelu'"):
+        tnlm.export(tiny_llama(hidden_act="gelu"), tmp_path / "out", to=to)
+
+
+@pytest.mark.parametrize("to", ["transformers", "decilm", "vllm"])
+def test_an_invalid_generation_config_is_refused(tiny_llama, tmp_path, to):
+    model = tiny_llama()
+    model.generation_config.update(do_sample=False, temperature=0.5)
+    with pytest.raises(ModelError, match=r"(?s)generation_config cannot be written: .*temperature"):
+        tnlm.export(model, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shell_names_both_options_of_a_wrong_type(tiny_llama, tmp_path):
+    with pytest.raises(OptionError) as caught:
+        tnlm.export(tiny_llama(), tmp_path / "out", to="gguf", type="F61")
+    assert caught.value.arguments == ("type", "to")
 
 
 def test_an_export_over_files_is_refused(tiny_llama, tmp_path):

@@ -98,6 +98,12 @@ def test_a_directory_without_a_tokenizer_is_refused(tiny_llama, tmp_path):
         check_servable(tmp_path)
 
 
+def test_a_directory_for_vllm_is_refused(saved, tmp_path):
+    tnlm.export(saved[0], tmp_path / "vllm", to="vllm", tokenizer=saved[1])
+    with pytest.raises(CheckpointError, match="was exported for vLLM, which alone runs it"):
+        check_servable(tmp_path / "vllm")
+
+
 def test_a_missing_package_is_named(saved, monkeypatch):
     monkeypatch.setattr(serving, "PACKAGES", ("json", "no_such_package"))
     with pytest.raises(ModelError, match=r"needs no_such_package: pip install 'tnlm\[serve\]'"):

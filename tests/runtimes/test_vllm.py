@@ -125,6 +125,11 @@ def test_widths_that_differ_are_refused_with_the_way_out(narrowed, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_fewer_heads_are_refused_with_the_way_out(few_heads, tmp_path):
+    with pytest.raises(ModelError, match=r"q_proj.weight has 2 heads of 4.*to='gguf'"):
+        tnlm.export(few_heads, tmp_path / "out", to="vllm")
+
+
 def test_a_tied_head_is_written_once(tiny_llama, tmp_path):
     model = compress(tiny_llama(tie_word_embeddings=True), "svd")
     tnlm.export(model, tmp_path, to="vllm")
@@ -159,6 +164,7 @@ def test_transformers_refuses_what_only_vllm_runs(tiny_llama, tmp_path):
             {"targets": ["linear", "embeddings"]},
             r"embed_tokens is compressed \(low-rank\).*ignore=",
         ),
+        ("btt", {"precision": "int8"}, r"q_proj is a block train in int8.*without precision="),
         ("svd", {"precision": "int4"}, "runs int8 with one scale a row: compress with precision="),
     ],
 )

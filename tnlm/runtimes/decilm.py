@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tnlm.errors import ModelError
 from tnlm.runtimes.base import Prepared, Runtime
 from tnlm.runtimes.gguf_layout import head_size
-from tnlm.runtimes.weights import plain_weights
+from tnlm.runtimes.weights import generation_config, plain_weights
 
 logger = logging.getLogger("tnlm")
 
@@ -26,7 +26,8 @@ OURS = ("quantization_config", "transformers_weights")
 
 
 def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
-    _check(model.config)
+    _check(model)
+    generation = generation_config(model)
     weights = plain_weights(model)
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
@@ -35,7 +36,8 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
 
     def write(directory: Path) -> None:
         config.save_pretrained(directory)
-        model.generation_config.save_pretrained(directory)
+        if generation is not None:
+            generation.save_pretrained(directory)
         save_torch_state_dict(held, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
@@ -43,12 +45,16 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
     return Prepared(sum(t.numel() * t.element_size() for t in held.values()), write)
 
 
-def _check(config: Any) -> None:
+def _check(model: PreTrainedModel) -> None:
     """Raise `ModelError` for a model that is no Llama by another name."""
-    if config.model_type not in FAMILIES:
+    config: Any = model.config
+    if config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
         raise ModelError(
-            f"a {config.model_type} cannot be written as DeciLM; allowed: {', '.join(FAMILIES)}"
+            f"a {config.model_type} ({type(model).__name__}) cannot be written as DeciLM; allowed: "
+            f"causal models of {', '.join(FAMILIES)}"
         )
+    if config.hidden_act != "silu":
+        raise ModelError(f"hidden_act={config.hidden_act!r}; DeciLM has silu")
     if getattr(config, "sliding_window", None):
         raise ModelError(
             f"sliding_window={config.sliding_window}, which DeciLM does not have; set "

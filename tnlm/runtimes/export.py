@@ -53,7 +53,8 @@ def export(
     kind = runtime.types[0] if type is None else type
     if kind not in runtime.types:
         raise OptionError(
-            f"type={kind!r} with to={to!r}{did_you_mean(kind, runtime.types)}", argument="to"
+            f"type={kind!r} with to={to!r}{did_you_mean(kind, runtime.types)}",
+            argument=("type", "to"),
         )
     place = Path(directory)
     check_writable(place, overwrite=overwrite)

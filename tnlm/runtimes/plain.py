@@ -14,13 +14,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tnlm.checkpoint.configs import clear_guard
 from tnlm.errors import ModelError
 from tnlm.runtimes.base import Prepared, Runtime
-from tnlm.runtimes.weights import plain_weights
+from tnlm.runtimes.weights import generation_config, plain_weights
 
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "hidden_dim")
 """Under which names configs give the width of feed-forward layers."""
 
 
 def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
+    generation = generation_config(model)
     weights = plain_weights(model)
     made = skeleton(
         model,
@@ -30,7 +31,8 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
     )
     made.load_state_dict(weights, strict=False, assign=True)
     made.tie_weights()
-    made.generation_config = model.generation_config
+    if generation is not None:
+        made.generation_config = generation
 
     def write(directory: Path) -> None:
         made.save_pretrained(directory)
@@ -64,7 +66,7 @@ def skeleton(model: PreTrainedModel, weights: Mapping[str, Tensor], advice: str)
     raise ModelError(
         f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, and no {type(model).__name__} has that "
         f"shape there: {advice}",
-        argument="portable",
+        argument=("portable", "to"),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tnlm.checkpoint.json_file import read_object
 from tnlm.errors import CheckpointError, ModelError
 from tnlm.runtimes.run import run
 
@@ -50,6 +51,12 @@ def check_servable(directory: Path) -> None:
     """
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} holds no model: there is no config.json")
+    said = read_object(directory / "config.json").get("quantization_config")
+    if isinstance(said, dict) and said.get("runtime") == "vllm":
+        raise CheckpointError(
+            f"{directory} was exported for vLLM, which alone runs it: `vllm serve {directory}`; "
+            "serve the directory that it was exported from"
+        )
     if not any((directory / name).is_file() for name in TOKENIZERS):
         raise CheckpointError(
             f"{directory} holds no tokenizer, so texts cannot be served; save it along: "

@@ -19,9 +19,11 @@ from tnlm.checkpoint.savable import check_savable
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.errors import ModelError
 from tnlm.runtimes.base import Prepared, Runtime
+from tnlm.runtimes.gguf_layout import FAMILIES as IN_GGUF
+from tnlm.runtimes.gguf_layout import head_size
 from tnlm.runtimes.plain import skeleton
 from tnlm.runtimes.vllm_layers import chain_of
-from tnlm.runtimes.weights import plain_weights
+from tnlm.runtimes.weights import generation_config, plain_weights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Kinds of models that were run in vLLM with factored layers."""
@@ -41,6 +43,7 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
     _check(model, entries)
     if said is not None:
         check_savable(model, said)
+    generation = generation_config(model)
     layers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name in entries:
@@ -58,7 +61,8 @@ def _prepare(model: PreTrainedModel, tokenizer: Any, _: str) -> Prepared:
         config.save_pretrained(directory)
         if layers:
             _guard(directory / "config.json")
-        model.generation_config.save_pretrained(directory)
+        if generation is not None:
+            generation.save_pretrained(directory)
         save_torch_state_dict(weights, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
@@ -73,6 +77,10 @@ def _check(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
         raise ModelError(
             f"a {kind} ({type(model).__name__}) was not run in vLLM with factors; allowed: causal "
             f"models of {', '.join(FAMILIES)}"
+        )
+    if model.config.hidden_act != "silu":
+        raise ModelError(
+            f"hidden_act={model.config.hidden_act!r}; vLLM runs models of {kind} with silu"
         )
     other = getattr(model.config, "quantization_config", None)
     if other is not None and not is_ours(other):
@@ -93,6 +101,7 @@ def _config(model: PreTrainedModel, plain: Mapping[str, Tensor], layers: Mapping
     """Return the config to write: of the model's widths, with a description of the layers."""
     shapes = {f"{name}.weight": said["shape"] for name, said in layers.items()}
     whole = {name: torch.empty(*shape, device="meta") for name, shape in shapes.items()}
+    _check_heads(model.config, {**plain, **whole})
     made = copy.deepcopy(
         skeleton(
             model,
@@ -111,6 +120,22 @@ def _config(model: PreTrainedModel, plain: Mapping[str, Tensor], layers: Mapping
             "layers": dict(layers),
         }
     return made
+
+
+def _check_heads(config: Any, weights: Mapping[str, Tensor]) -> None:
+    """Raise `ModelError` if attention lost heads."""
+    size = head_size(config)
+    heads = {"q": config.num_attention_heads} | dict.fromkeys("kv", config.num_key_value_heads)
+    for name, tensor in weights.items():
+        part = name.split(".")[-2][:1] if name.endswith("_proj.weight") else ""
+        if ".self_attn." in name and part in heads and len(tensor) != heads[part] * size:
+            raise ModelError(
+                f"{name} has {len(tensor) // size} heads of {heads[part]}, and vLLM's class has "
+                "all in all blocks. Export it with to='gguf' "
+                f"({', '.join(IN_GGUF)}), where blocks differ in heads, or compress "
+                "with formats other than 'heads'",
+                argument="to",
+            )
 
 
 def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

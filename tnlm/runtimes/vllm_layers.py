@@ -28,7 +28,7 @@ def chain_of(name: str, module: nn.Module) -> tuple[dict[str, Any], dict[str, Te
         module: made by tnlm.
 
     Raises:
-        ModelError: if a factor is stored in bits that are not run.
+        ModelError: if a factor is stored in bits that are not run, or a block train in any.
 
     Example:
         >>> from tnlm.tensors.network import Network
@@ -65,6 +65,12 @@ def _factored(name: str, module: FactorizedLinear) -> tuple[dict[str, Any], dict
             held = {label: _laid_out(full[step.factor], network.factors[step.factor], step)}
         else:
             held = _stored(name, label, child)
+        if step.blocks > 1 and label not in held:
+            raise ModelError(
+                f"{name} is a block train in int8, and vLLM's plug-in runs block trains in the "
+                "model's own type only: compress without precision=, or in another format",
+                argument="precision",
+            )
         if side is not None:
             tensors["order"] = module.get_buffer(step.factor + ORDER).clone()
         rows, columns = next(iter(held.values())).shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +15,30 @@ from tnlm.checkpoint.naming import owner_of
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.errors import ModelError
 from tnlm.layers.packing import unpacked
+
+
+def generation_config(model: PreTrainedModel) -> Any:
+    """Return how a model generates, which can be written; None for one that does not generate.
+
+    Raises:
+        ModelError: if transformers refuses to write it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> generation_config(LlamaModel(LlamaConfig(vocab_size=8, hidden_size=4,
+        ...     intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))) is None
+        True
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return None
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # it checks only what was changed
+            config.save_pretrained(folder)
+    except ValueError as error:
+        said = str(error).strip()
+        raise ModelError(f"model.generation_config cannot be written: {said}") from error
+    return config
 
 
 @torch.no_grad()

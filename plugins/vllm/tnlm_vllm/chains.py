@@ -13,6 +13,8 @@ Product = Callable[[Tensor], nn.Module]
 """Makes the module that multiplies ``(rows, in)`` by a matrix ``(out, in)``."""
 KERNEL_TOKENS, KERNEL_COLUMNS = 16, 16
 """torch's kernel for int8 is meant for few tokens, and reads so many columns at once."""
+ALIGNED = 64
+"""Bytes to which the kernel's operands are aligned: it crashes on others."""
 
 
 class Int8Product(nn.Module):
@@ -31,8 +33,8 @@ class Int8Product(nn.Module):
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         """Keep the codes and scales."""
         super().__init__()
-        self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.codes = nn.Parameter(_aligned(codes), requires_grad=False)
+        self.scales = nn.Parameter(_aligned(scales), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``(rows, in)``."""
@@ -43,7 +45,9 @@ class Int8Product(nn.Module):
             and not torch.compiler.is_compiling()  # whose graph is kept for every length
         )
         if fast and 0 < len(x) <= KERNEL_TOKENS:
-            product: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales)
+            product: Tensor = torch.ops.aten._weight_int8pack_mm(
+                _aligned(x), self.codes, self.scales
+            )
             return product
         if x.dtype is torch.float16:  # in which sums of products with codes overflow
             return x @ (self.codes.to(x.dtype) * self.scales[:, None]).T
@@ -168,6 +172,12 @@ class Merged(nn.Module):
         made = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         made = made if bias is None else made + bias
         return made.reshape(*x.shape[:-1], made.shape[-1])
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor as torch's kernel reads it: in one piece, from where it may start."""
+    made = tensor.contiguous()
+    return made.clone() if made.data_ptr() % ALIGNED else made
 
 
 def _can_join(step: Step) -> bool:

@@ -123,7 +123,8 @@ def read_layers(config: Mapping[str, Any]) -> dict[str, Layer]:
     if config.get("layout") != LAYOUT:
         raise LayoutError(
             f"config.json has layout {config.get('layout')!r}, and this tnlm-vllm reads {LAYOUT}: "
-            "export the model again, or install the tnlm-vllm of the version of tnlm that wrote it"
+            "export the model again, or `pip install plugins/vllm` from a checkout of the "
+            "version of tnlm that wrote it"
         )
     try:
         found = {name: _layer(entry) for name, entry in config["layers"].items()}
@@ -169,7 +170,8 @@ def _check(name: str, layer: Layer) -> None:
         taken = math.prod(step.rest) * step.blocks * step.width
         given = math.prod(step.rest) * step.blocks * step.outputs
         whole = min(step.rows, step.columns, step.blocks) > 0 and step.rows % step.blocks == 0
-        known = step.identity in (None, "in", "out") and not (step.identity and step.blocks > 1)
+        known = step.identity in (None, "in", "out")
+        known = known and not (step.blocks > 1 and (step.identity or step.int8))
         moved = step.permute is None or sorted(step.permute) == list(range(len(sizes)))
         fits = math.prod(sizes) == taken and math.prod(step.after) == given
         if not (whole and known and moved and fits):

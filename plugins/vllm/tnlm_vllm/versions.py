@@ -22,5 +22,6 @@ def check_version(version: str) -> None:
     if ".".join(version.split(".")[:2]) not in TESTED:
         raise VersionError(
             f"vLLM {version} was not tested with this tnlm-vllm; tested: {', '.join(TESTED)}. "
-            "Install one of these, or the tnlm-vllm for your vLLM"
+            "Install one of these, or `pip install plugins/vllm` from a checkout of a tnlm that "
+            "was tested with your vLLM"
         )
