@@ -84,6 +84,14 @@ def test_experts_are_fitted_there(executor):
     assert same(here, there)
 
 
+def test_one_matrix_within_a_tolerance_is_fitted_there(make_model):
+    options = {"targets": ["model.layers.0.self_attn.q_proj"], "tolerance": 0.3, **DATA}
+    here = tnlm.compress(make_model("llama"), "svd-llm", **options)
+    with ThreadPoolExecutor(1) as executor:
+        there = tnlm.compress(make_model("llama"), "svd-llm", **options, workers=executor)
+    assert same(here, there)
+
+
 def test_a_process_that_dies_stops_the_job(make_model):
     model = make_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -109,3 +117,15 @@ def test_an_error_of_a_fit_is_raised_here():
 def test_other_workers_are_refused(make_model):
     with pytest.raises(OptionError, match="workers=3; allowed: 'ranks'"):
         tnlm.compress(make_model("llama"), "svd", workers=3)
+
+
+def test_the_class_of_an_executor_is_refused(make_model):
+    with pytest.raises(OptionError, match="workers=ThreadPoolExecutor is a class; give an inst"):
+        tnlm.compress(make_model("llama"), "svd", workers=ThreadPoolExecutor)
+
+
+def test_an_executor_that_was_shut_down_is_refused(make_model):
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    with pytest.raises(ProcessError, match=r"takes no tasks \(cannot schedule new futures"):
+        tnlm.compress(make_model("llama"), "svd", workers=executor)

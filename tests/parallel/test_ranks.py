@@ -148,6 +148,30 @@ def other_options():
     tnlm.compress(make(), "svd", keep_targets=keep, workers="ranks")
 
 
+def other_targets():
+    only = ("q_proj", "k_proj")[int(os.environ["RANK"])]
+    tnlm.compress(make(), "svd", targets=[only], workers="ranks")
+
+
+def other_cut(keyword):
+    value = 2 + int(os.environ["RANK"])
+    data = {"calibration": IDS, "max_length": 16, "num_samples": 3} | {keyword: value}
+    tnlm.compress(make(), "auto", keep_targets=0.7, **data, workers="ranks")
+
+
+def other_cache(folder):
+    folder = folder if os.environ["RANK"] == "1" else None
+    tnlm.compress(make(), "svd-llm", **DATA, cache_dir=folder, workers="ranks")
+
+
+def test_processes_that_read_data_otherwise_are_refused(in_processes, tmp_path):
+    for keyword in ("gradient_samples", "num_samples", "max_length", "seed"):
+        for words in in_processes(2, other_cut, keyword):
+            assert words.startswith(f"ProcessError: process 1 of 2 has {keyword} 3, but process 0 ")
+    for words in in_processes(2, other_cache, tmp_path / "cache"):
+        assert words.startswith("ProcessError: process 1 of 2 has cache_dir True, but process 0 ")
+
+
 @pytest.mark.parametrize(
     ("function", "name"),
     [
@@ -155,6 +179,7 @@ def other_options():
         (other_data, "data"),
         (other_versions, "tnlm"),
         (other_options, "request"),
+        (other_targets, "targets"),
     ],
 )
 def test_processes_that_differ_are_refused(function, name, in_processes):
@@ -195,3 +220,25 @@ def test_a_meeting_that_fails_is_refused(monkeypatch):
 def test_ranks_without_other_processes_are_refused():
     with pytest.raises(OptionError, match="not started as one of several"):
         tnlm.compress(make(), "svd", workers="ranks")
+
+
+def use_again():
+    workers, found = Ranks(), []
+    for _ in range(2):
+        with workers, workers:
+            found.append(workers.gather(workers.rank))
+    try:
+        workers.gather(None)
+    except ProcessError as error:
+        return found, str(error)
+
+
+def test_ranks_are_used_again_and_not_outside_of_a_context(in_processes):
+    words = "the processes are not connected; use `with Ranks() as workers:`"
+    assert in_processes(2, use_again) == [([[0, 1], [0, 1]], words)] * 2
+
+
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ProcessError, match="WORLD_SIZE=two is no number of processes"):
+        workers_of("ranks")

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import tnlm
 from tests.parallel.conftest import run_in_processes
 from tnlm.calibration.trail import Trail
-from tnlm.errors import OptionError
+from tnlm.errors import CheckpointError, OptionError
 from tnlm.parallel.workers import Workers
 from tnlm.streaming.pieces import Pieces
 from tnlm.streaming.sharing import owners
@@ -91,6 +91,27 @@ def test_a_cascade_is_refused(source, tmp_path):
         tnlm.compress_files(
             source, tmp_path / "out", "svd-llm", cascade="sequential", workers=two, **DATA
         )
+
+
+class Apart(Workers):
+    """The first of two processes, whose folders are not the same."""
+
+    size = 2
+
+    def gather(self, value):
+        return [value, value]
+
+
+def test_blocks_that_another_process_did_not_write_are_named(source, tmp_path, same):
+    call = {"scheme": "svd", "keep_targets": 0.6, "progress": False}
+    words = r"has no whole file of model\.layers\.1, model\.layers\.3, which other"
+    with pytest.raises(CheckpointError, match=words):
+        tnlm.compress_files(source, tmp_path / "out", **call, workers=Apart())
+    assert not (tmp_path / "out").exists()
+    assert len(names(tmp_path)) == 2  # the parts are kept
+    tnlm.compress_files(source, tmp_path / "out", **call)
+    tnlm.compress_files(source, tmp_path / "whole", **call)
+    same(tmp_path / "whole", tmp_path / "out")
 
 
 def test_an_executor_fits(source, tmp_path, same):

@@ -65,3 +65,14 @@ def test_no_rows_add_nothing():
     total = torch.ones(3, 3, dtype=torch.float64)
     add_outer(total, torch.zeros(0, 3))
     assert torch.equal(total, torch.ones(3, 3).double())
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-20, 1e-30])
+def test_products_too_small_for_float32_are_kept(scale, gaussian):
+    rows = torch.cat([gaussian(9, 3, seed=0) * scale, gaussian(9, 2, seed=1)], 1).float()
+    rows[:, 4] = 0.0
+    total = torch.zeros(5, 5, dtype=torch.float64)
+    add_outer(total, rows)
+    wanted = (rows.double().T @ rows.double()).tril()
+    bound = rows.double().norm(dim=0).outer(rows.double().norm(dim=0))
+    assert bool(((total.tril() - wanted).abs() <= 1e-6 * bound).all())

@@ -91,7 +91,7 @@ class _Gradients:
         """Move all sums to a store, as means over tokens or examples, and reset them."""
         if self._workers.size > 1:
             merge(self.sums, self._workers)
-            self._rows.update(merged_counts(self._rows, self._workers))
+            self._rows = Counter(merged_counts(self._rows, self._workers))
         for name, sums in self.sums.items():
             if not self._rows[name]:  # called, but with no token
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -84,6 +84,9 @@ def prepare(
     workers.check_same(scheme=request.scheme.name, request=request.record())
     chosen = request.scheme.targets if targets is None else targets
     selection = select(model, chosen, ignore, split=request.scheme.split)
+    names = [target.name for target in selection.targets]
+    cached = data.cache_dir is not None
+    workers.check_same(targets=names, **asdict(data.cut), cache_dir=cached)
     _check_kinds(model, request, selection)
     check_weights(model, selection.targets)
     groups = joint_targets(model, selection.targets, _group_kinds(request))
@@ -96,13 +99,13 @@ def prepare(
     known = {target.name for target in reached}
     groups = [each for each in groups if all(member.name in known for member in each.members)]
     groups = alike(model, groups)
-    names = {group.name for group in groups}
+    whole = {group.name for group in groups}
     return Job(
         request,
         replace(selection, targets=reached, skipped={**selection.skipped, **evidence.skipped}),
         stack(alike(model, reached), request.share),
         groups,
-        [each for each in usable if each.name in names],
+        [each for each in usable if each.name in whole],
         evidence,
         data,
         _in_words(targets=targets, ignore=ignore),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from weakref import ref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +53,11 @@ class Metric:
         self.outputs = outputs
         self.inputs = inputs
         self.mean = mean
-        self._latest: tuple[ref[Tensor], int, Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be computed again."""
+        return {**self.__dict__, "_latest": None}
 
     def pull(self, error: Tensor) -> Tensor:
         """Return ``G E C``, half the gradient of the squared norm, float64."""
@@ -95,15 +99,18 @@ class Metric:
         return core if side is None else side.scale(side.scale(core).T)
 
     def _core(self, weight: Tensor) -> Tensor:
-        """Return ``W C W.T``, or of a tall matrix ``W.T G W``; that of the last one is kept."""
-        last, version = self._latest, None if weight.is_inference() else weight._version
-        if last is not None and last[0]() is weight and last[1] == version:
-            return last[2]
+        """Return ``W C W.T``, or of a tall matrix ``W.T G W``; that of the last one is kept.
+
+        It is kept with a copy of W, since values may change without a trace (``W.data``, numpy).
+        """
+        if self._latest is not None and _same(self._latest[0], weight):
+            return self._latest[1]
+        self._latest = None  # free the last one before the next is made
         wide = weight.detach().double()
         is_tall = wide.shape[0] > wide.shape[1]
         rows, side = (wide.T, self.outputs) if is_tall else (wide, self.inputs)
         core = (rows if side is None else side.apply(rows)) @ rows.T
-        self._latest = None if version is None else (ref(weight), version, core)
+        self._latest = weight.detach().clone(), core
         return core
 
     def spectrum(self, weight: Tensor) -> Tensor:
@@ -164,6 +171,12 @@ class Metric:
         """
         near = self.start()
         return modes_of(near.outputs, out_split) + modes_of(near.inputs, in_split)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same values, as the same numbers in the same place."""
+    alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return alike and torch.equal(a, b)
 
 
 def _plain_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

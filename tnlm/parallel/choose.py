@@ -37,6 +37,10 @@ def workers_of(given: Workers | Executor | str | None) -> Workers:
             "torchrun",
             argument="workers",
         )
+    if isinstance(given, type):
+        raise OptionError(
+            f"workers={given.__name__} is a class; give an instance of it", argument="workers"
+        )
     if isinstance(given, Executor) or hasattr(given, "submit"):
         return Pool(given)  # type: ignore[arg-type]  # dask's has the methods alone
     raise OptionError(

@@ -49,7 +49,7 @@ class Pool(Workers):
         """Yield the result of every item, in order.
 
         Raises:
-            ProcessError: if the executor stops.
+            ProcessError: if the executor stops, or was shut down.
         """
         if portable is None:
             yield from super().map(work, items, size, title=title)
@@ -59,7 +59,7 @@ class Pool(Workers):
         try:
             for _ in tqdm(items, desc=title, unit="matrix", disable=title is None):
                 for item in left:
-                    waiting.append(self._executor.submit(_run, pickle.dumps(portable(item))))
+                    waiting.append(self._submit(pickle.dumps(portable(item))))
                     if len(waiting) >= self._ahead:
                         break
                 yield pickle.loads(waiting.popleft().result())
@@ -68,6 +68,16 @@ class Pool(Workers):
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _submit(self, call: bytes) -> Future[bytes]:
+        try:
+            return self._executor.submit(_run, call)
+        except BrokenExecutor:
+            raise
+        except RuntimeError as error:
+            raise ProcessError(
+                f"the executor takes no tasks ({error}); give one that runs"
+            ) from error
 
 
 def _run(call: bytes) -> bytes:

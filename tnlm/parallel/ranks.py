@@ -37,14 +37,18 @@ def count() -> int:
     """
     if dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "0"))
+    given = os.environ.get("WORLD_SIZE", "0")
+    try:
+        return int(given)
+    except ValueError:
+        raise ProcessError(f"WORLD_SIZE={given} is no number of processes") from None
 
 
 class Ranks(Workers):
     """Shares work out to all ranks of torch.distributed; every rank gets all results.
 
     All ranks must make the same calls. Used as a context: a rank that leaves it with an error ends
-    the work of all.
+    the work of all. It may be used again, also within itself.
 
     Raises:
         ProcessError: if the ranks cannot meet.
@@ -55,11 +59,11 @@ class Ranks(Workers):
         if not dist.is_initialized():
             _join()  # for the life of the process, since its store cannot be joined twice
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._group: Any = dist.new_group(backend="gloo", timeout=ALWAYS)
-        self._reason = f"tnlm/{self._group.group_name}"  # where one that fails says why
+        self._groups: list[Any] = []
 
     def __enter__(self) -> Self:
-        """Return the workers."""
+        """Connect the processes."""
+        self._groups.append(dist.new_group(backend="gloo", timeout=ALWAYS))
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -67,7 +71,7 @@ class Ranks(Workers):
         if error is not None and not isinstance(error, ProcessError):
             reason = f"process {self.rank} of {self.size} stopped: {_in_words(error)}"
             dist.distributed_c10d._get_default_store().set(self._reason, reason)
-        dist.destroy_process_group(self._group)
+        dist.destroy_process_group(self._groups.pop())
 
     def map(
         self,
@@ -118,12 +122,19 @@ class Ranks(Workers):
         """Run an operation of all processes.
 
         Raises:
-            ProcessError: if another process has stopped.
+            ProcessError: if another process has stopped, or outside of the context.
         """
+        if not self._groups:
+            raise ProcessError("the processes are not connected; use `with Ranks() as workers:`")
         try:
-            operation(*args, group=self._group)
+            operation(*args, group=self._groups[-1])
         except RuntimeError as error:
             raise ProcessError(self._why()) from error
+
+    @property
+    def _reason(self) -> str:
+        """The key under which a process that fails says why."""
+        return f"tnlm/{self._groups[-1].group_name}"
 
     def _why(self) -> str:
         """Return why another process has stopped, as far as it could say."""

@@ -51,6 +51,10 @@ class Pieces:
         shelf: holds the fitted modules.
         folder: where the files are written.
         own: the blocks that this process writes; None for all.
+
+    Attributes:
+        left: names of the blocks that are not written yet.
+        files: the sizes of the tensors in every file.
     """
 
     def __init__(
@@ -67,25 +71,25 @@ class Pieces:
         self._model, self._blocks, self._fitting, self._shelf = model, blocks, fitting, shelf
         self._targets = job.selection.targets
         self._swap = _Replace(model)
-        self._folder = folder
+        self.folder = folder
         self._described: dict[str, Described] = {}
-        self._left = list(blocks)
+        self.left = list(blocks)
         self._own = frozenset(blocks if own is None else own)
         self.files: dict[Path, dict[str, int]] = {}
 
     def restore(self) -> None:
         """Take over the blocks that an earlier run has finished."""
-        for block in list(self._left):
+        for block in list(self.left):
             about = self._finished(block)
             if about is not None:
-                self._left.remove(block)
+                self.left.remove(block)
                 self._put_back(block, about)
 
     def take(self) -> None:
         """Write every block of which all targets are fitted."""
-        for block in [each for each in self._left if each in self._own]:
+        for block in [each for each in self.left if each in self._own]:
             if not self._fitting.awaits(f"{block}."):
-                self._left.remove(block)
+                self.left.remove(block)
                 before = {*self._described}
                 self._install(f"{block}.")
                 self._write(block)
@@ -143,7 +147,7 @@ class Pieces:
 
     def _path(self, block: str | None) -> Path:
         number = len(self._blocks) if block is None else self._blocks.index(block)
-        return self._folder / f"part-{number:05d}.safetensors"
+        return self.folder / f"part-{number:05d}.safetensors"
 
     def _install(self, within: str) -> None:
         """Put fitted modules into the model whose names begin so."""
@@ -166,7 +170,7 @@ class Pieces:
             self.files[path] = write(path, like, self._values(names))
         except OSError as error:
             raise CheckpointError(
-                f"{self._folder} cannot hold the compressed model: {error}; make room, or give "
+                f"{self.folder} cannot hold the compressed model: {error}; make room, or give "
                 "another scratch=",
                 argument="scratch",
             ) from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tnlm.compression.fitting import Fitting
 from tnlm.compression.request import Request
-from tnlm.errors import OptionError
+from tnlm.errors import CheckpointError, OptionError
 from tnlm.parallel.packing import pack
 from tnlm.parallel.workers import Workers
 from tnlm.streaming.pieces import Pieces
@@ -74,6 +74,9 @@ def fit_share(
         units: the targets of this process.
         workers: all processes.
         title: title of the progress bar; None for no bar.
+
+    Raises:
+        CheckpointError: if a block of another process is not there.
     """
     workers.gather(None)  # until all have seen the same pieces of an earlier run
     for _ in fitting.fit_all([unit for unit in units if fitting.is_due(unit)], title):
@@ -82,6 +85,11 @@ def fit_share(
     pieces.take()
     workers.gather(None)  # until all blocks are written
     pieces.restore()
+    if pieces.left:
+        raise CheckpointError(
+            f"{pieces.folder} has no whole file of {', '.join(pieces.left)}, which other processes "
+            "write; let all processes use one folder, then run again: finished blocks are kept"
+        )
 
 
 def _block(target: Target, blocks: Sequence[str]) -> str | None:

@@ -17,9 +17,9 @@ WHOLE = torch.iinfo(torch.int16).max
 def add_outer(total: Tensor, rows: Tensor) -> None:
     """Add the sum of the rows' outer products to the lower half of a matrix, in place.
 
-    Products are in float32 unless that overflows, and sums in float64, rounded so that they are the
-    same in any order of the calls (`tnlm.tensors.exact`). Above the diagonal, the matrix has no
-    meaning afterwards.
+    Products are in float32 unless that overflows or underflows, and sums in float64, rounded so
+    that they are the same in any order of the calls (`tnlm.tensors.exact`). Above the diagonal, the
+    matrix has no meaning afterwards.
 
     Args:
         total: ``(n, n)``, float64.
@@ -33,7 +33,8 @@ def add_outer(total: Tensor, rows: Tensor) -> None:
                 [2.0000e+30, 4.0000e+00]], dtype=torch.float64)
     """
     norms = power_of_two(torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64))
-    if not float(norms.max()) ** 2 < torch.finfo(torch.float32).max:
+    least, limits = torch.where(norms > 0, norms, torch.inf).min(), torch.finfo(torch.float32)
+    if not float(norms.max()) ** 2 < limits.max or float(least) ** 2 < limits.tiny / limits.eps:
         rows = rows.double()
     for start in range(0, rows.shape[1], COLUMNS):
         end = start + COLUMNS
