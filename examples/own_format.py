@@ -48,7 +48,7 @@ class HeadsSpec:
 class Heads(Format[HeadsSpec]):
     """A truncated SVD of every group of consecutive rows."""
 
-    name = "heads"
+    name = "head-wise"
     title = "low rank, one product for each group of rows"
     spec = HeadsSpec
     metrics = frozenset({"identity", "separable", "elementwise"})
@@ -106,9 +106,9 @@ class Heads(Format[HeadsSpec]):
 tnlm.register(Heads())
 tnlm.register(
     Scheme(
-        name="heads",
+        name="head-wise",
         title="low rank head by head",
-        formats=("heads",),
+        formats=("head-wise",),
         targets=r".*(q_proj|k_proj|v_proj)",
         source="this example",
     )
@@ -124,7 +124,7 @@ for metric in ("identity", "input", "two-sided"):
     needed = {} if metric == "identity" else data
     model = tnlm.compress(
         copy.deepcopy(given.model),
-        "heads",
+        "head-wise",
         metric=metric,
         keep_targets=0.4,
         **needed,
@@ -133,6 +133,6 @@ for metric in ("identity", "input", "two-sided"):
     print(f"{metric:11} perplexity {given.perplexity(model):.2f}")
 print(tnlm.report(model))
 with tempfile.TemporaryDirectory() as folder:
-    loaded = tnlm.load(tnlm.save(model, f"{folder}/heads"))
+    loaded = tnlm.load(tnlm.save(model, f"{folder}/head-wise"))
 print(f"loaded      perplexity {given.perplexity(loaded):.2f}")
 print(f"dense again perplexity {given.perplexity(tnlm.to_dense(loaded)):.2f}")

@@ -583,7 +583,7 @@ def test_results_do_not_hang_on_the_number_of_threads(scheme, make_model):
 
 def fail_after(monkeypatch, name, matches, error):
     """Let one step of compression fail after its work is done."""
-    where = {"retie": transformers_plugin, "_fit": Fitting}.get(name, pipeline)
+    where = {"retie": transformers_plugin, "put": Fitting}.get(name, pipeline)
     real = getattr(where, name)
 
     def failing(*args):
@@ -598,8 +598,8 @@ def fail_after(monkeypatch, name, matches, error):
 @pytest.mark.parametrize(
     ("function", "error"),
     [
-        ("_fit", RuntimeError("no memory")),
-        ("_fit", KeyboardInterrupt()),
+        ("put", RuntimeError("no memory")),
+        ("put", KeyboardInterrupt()),
         ("install", OSError("disk full")),
         ("install", KeyboardInterrupt()),
         ("retie", KeyboardInterrupt()),
@@ -614,7 +614,7 @@ def test_a_failure_at_the_end_leaves_the_model_bit_for_bit(
     asked = {"targets": targets, "keep_targets": 0.5}
     last = select(model, asked["targets"]).targets[-1]
     matches = {
-        "_fit": lambda args: args[1] == last,
+        "put": lambda args: args[1] == last,
         "install": lambda args: last in args[2],
         "retie": lambda args: True,
     }

@@ -75,3 +75,33 @@ def test_the_version_and_short_help():
         result = CliRunner().invoke(cli.app, words)
         assert result.exit_code == 0
         assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"), [("", "no token"), (" ", "no token")], ids=["empty", "blank"]
+)
+def test_nothing_to_continue_is_refused(prompt, says, small):
+    with pytest.raises(tnlm.TnlmError, match=says):
+        CliRunner().invoke(cli.app, ["generate", str(small), prompt], catch_exceptions=False)
+
+
+def test_a_model_that_writes_nothing_is_refused(tmp_path, tiny_bert, word_tokenizer):
+    tiny_bert().save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(tnlm.TnlmError, match="does not generate text"):
+        CliRunner().invoke(
+            cli.app, ["generate", str(tmp_path / "model"), "word1"], catch_exceptions=False
+        )
+
+
+def test_a_typo_in_the_kind_of_file_is_found_before_the_model_is_loaded(tmp_path):
+    words = ["export", "no-such-model", str(tmp_path / "out"), "--to", "ggfu"]
+    with pytest.raises(tnlm.TnlmError, match="gguf"):
+        CliRunner().invoke(cli.app, words, catch_exceptions=False)
+
+
+def test_help_of_a_program_that_is_run_is_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr("tnlm.runtimes.run.run", seen.append)
+    assert CliRunner().invoke(cli.app, ["run", "json.tool", "-h"]).exit_code == 0
+    assert seen == [["json.tool", "-h"]]

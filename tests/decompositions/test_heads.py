@@ -73,6 +73,19 @@ def test_every_step_takes_the_head_that_helps_most(seed, two_sided):
     assert left(sorted(alone[1])) == pytest.approx(min(left(pair) for pair in second), rel=1e-6)
 
 
+@given(seed=st.integers(0, 99), rank=st.integers(1, HIDDEN - 1), scale=st.sampled_from([1.0, 1e9]))
+def test_every_head_is_chosen_once_where_others_predict_it(seed, rank, scale):
+    _, weight, metric = problem(seed, two_sided=False)
+    values, vectors = torch.linalg.eigh(metric.outputs.values)
+    values[:-rank] = 0.0  # less data than hidden values
+    metric = Metric(outputs=Side(scale * (vectors * values) @ vectors.T))
+    specs = [HeadsSpec(heads, SIZE) for heads in range(1, COUNT + 1)]
+    found = [FORMAT.fit(weight, metric, spec)["kept"].tolist() for spec in specs]
+    assert [len(set(kept)) for kept in found] == list(range(1, COUNT + 1))
+    errors = [error for _, error in FORMAT.curve(weight, metric, {"size": SIZE}, float("inf"))]
+    assert errors == pytest.approx(Format.errors(FORMAT, weight, metric, specs), abs=1e-3)
+
+
 def test_the_fewest_heads_within_a_tolerance():
     _, weight, metric = problem(0, two_sided=False)
     curve = FORMAT.curve(weight, metric, {"size": SIZE}, float("inf"))

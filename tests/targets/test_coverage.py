@@ -141,7 +141,7 @@ def test_what_the_data_does_not_reach_is_passed_over(tiny_llama):
 def test_much_of_the_body_outside_is_warned_of(tiny_llama, caplog):
     with caplog.at_level(logging.WARNING, "tnlm"):
         tnlm.plan(tiny_llama(), "svd", keep_targets=0.5)
-        assert not caplog.records
+        assert "outside the targets" not in caplog.text
         tnlm.compress(tiny_llama(), "svd", keep_targets=0.5, targets=["q_proj"])
     assert "87% of the parameters in the model's blocks are outside the targets" in caplog.text
 

@@ -9,10 +9,17 @@ import typer
 
 import tnlm
 from tnlm.cli.options import FILE, Bos, Dtype, Json, MaxLength, Model, Overwrite, Seed
-from tnlm.cli.output import console, print_json
-from tnlm.errors import ModelError
+from tnlm.cli.output import print_json
+from tnlm.errors import ModelError, OptionError
 
 after = typer.Typer()
+
+PASSED_ON: Any = {
+    "ignore_unknown_options": True,
+    "allow_interspersed_args": False,
+    "help_option_names": ["--help"],
+}
+"""For commands whose last arguments, ``-h`` among them, are another program's."""
 
 Out = Annotated[Path, typer.Argument(help="Output directory, new or empty.")]
 
@@ -31,8 +38,8 @@ def heal(
     model: Model,
     out: Out,
     text: Annotated[Path, typer.Argument(help="Training data: a text or JSONL file.", **FILE)],
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 262_144,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRAs.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.", min=1)] = 262_144,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRAs.", min=1)] = 8,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
     max_length: MaxLength = 512,
     bos: Bos = None,
@@ -86,7 +93,7 @@ def to_dense(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 64,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -97,14 +104,21 @@ def generate(
     loaded, tokenizer = load_model(model, dtype=dtype)
     if tokenizer is None:
         raise ModelError(f"{model} has no tokenizer, which reads the prompt")
+    if not loaded.can_generate():
+        raise ModelError(f"{model} is a {type(loaded).__name__}, which does not generate text")
     given = tokenizer(prompt, return_tensors="pt")
+    if given["input_ids"].shape[1] == 0:
+        raise OptionError(f"prompt={prompt!r} has no token; give a text to continue")
     made = loaded.generate(**given, max_new_tokens=max_new_tokens, do_sample=False)
-    new = made[0, given["input_ids"].shape[1] :]
-    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    # Decoded with the prompt, as tokenizers strip the first space of a text.
+    read, whole = (
+        str(tokenizer.decode(ids, skip_special_tokens=True))
+        for ids in (given["input_ids"][0], made[0])
+    )
     if as_json:
-        print_json({"prompt": prompt, "text": text})
+        print_json({"prompt": prompt, "text": whole.removeprefix(read)})
     else:
-        console.print(prompt + text, highlight=False, soft_wrap=True, markup=False)
+        typer.echo(whole)
 
 
 @after.command()
@@ -120,12 +134,15 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model for a runtime that does not know tnlm."""
+    from tnlm.runtimes.export import writer_of
+
+    writer_of(to, type_)  # before a large model is loaded
     loaded, tokenizer = _load(model, out, dtype, overwrite)
     tnlm.export(loaded, out, to=to, type=type_, tokenizer=tokenizer, overwrite=overwrite)
     _print_files(out, as_json)
 
 
-@after.command(context_settings={"ignore_unknown_options": True})
+@after.command(context_settings=PASSED_ON)
 def run(
     command: Annotated[list[str], typer.Argument(help="A program with its arguments.")],
 ) -> None:
@@ -135,7 +152,7 @@ def run(
     start(command)
 
 
-@after.command(context_settings={"ignore_unknown_options": True})
+@after.command(context_settings=PASSED_ON)
 def serve(
     directory: Annotated[Path, typer.Argument(help="A model with its tokenizer.")],
     options: Annotated[
@@ -155,4 +172,4 @@ def _print_files(directory: Path, as_json: bool) -> None:
         print_json(files)
         return
     for name, size in files.items():
-        console.print(f"{directory / name}: {size / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
+        typer.echo(f"{directory / name}: {size / 1e6:,.1f} MB")

@@ -23,7 +23,7 @@ def portable(scheme: Scheme, name: str | None) -> Scheme:
     Example:
         >>> from tnlm.schemes import get_scheme
         >>> portable(get_scheme("auto"), "llama.cpp").formats
-        ('channels',)
+        ('channels', 'heads')
     """
     if name is None or scheme.precision is not None:  # which is refused beside a runtime
         return scheme

@@ -47,6 +47,7 @@ class Channels(Format[ChannelsSpec]):
     the greedy choice here is orthogonal least squares (Chen, Cowan and Grant 1991).
 
     Example:
+        >>> import torch
         >>> from tnlm.metrics.sides import Side
         >>> copies = Side(torch.ones(4, 4))  # four channels that always agree
         >>> weight = torch.randn(4, 3)

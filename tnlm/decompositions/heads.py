@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.decompositions.base import QUIET, Ceiling, Format, Shape
-from tnlm.decompositions.nystrom import moment_of, refitted, ridged, weighted
+from tnlm.decompositions.base import FIXED, Ceiling, Format, Shape
+from tnlm.decompositions.nystrom import moment_of, refitted, weighted
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.network import Factors, Network
 from tnlm.utils.ties import greatest
+
+FLOOR = 1e-10
+"""Ridge of a head's block, as a share of the mean moment; what others predict better is noise."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class HeadsSpec:
     """The number of key/value heads to keep, each with ``size`` outputs of its query heads."""
 
     heads: int
-    size: int = field(default=1, metadata=QUIET)
+    size: int = field(metadata=FIXED)
 
 
 class Heads(Format[HeadsSpec]):
@@ -127,6 +130,8 @@ def _order(
     """
     residual, weighed = moment_of(weight, metric).clone(), weighted(weight, metric)
     count = len(residual) // size
+    floor = FLOOR * float(residual.diagonal().mean()) or 1.0
+    ridge = floor * torch.eye(size, dtype=residual.dtype, device=residual.device)
     effect = residual @ weighed  # (hidden, out): what each row explains, given the heads taken
     left = [float((effect * weighed).sum())]
     free = torch.ones(count, dtype=torch.bool, device=weight.device)
@@ -134,15 +139,14 @@ def _order(
     for _ in range(count if heads is None else heads):
         blocks = torch.stack([residual[_of(h, size), _of(h, size)] for h in range(count)])
         effects = effect.unflatten(0, (count, size))
-        solved = torch.linalg.solve(torch.stack([ridged(block) for block in blocks]), effects)
-        gain = (effects * solved).sum((1, 2))
-        gain[~free] = -1.0
-        best = greatest(gain, 1)
+        solved = torch.linalg.solve(blocks + ridge, effects)
+        gain = (effects * solved).sum((1, 2)).clamp_min(0.0)
+        best = greatest(torch.where(free, gain, -1.0), 1)
         free[best] = False
         taken.append(best)
         rows = _of(int(best), size)
         left.append(max(left[-1] - float(gain[best]), 0.0))
-        explained = torch.linalg.solve(ridged(residual[rows, rows]), residual[rows])
+        explained = torch.linalg.solve(residual[rows, rows] + ridge, residual[rows])
         columns = residual[:, rows].clone()
         effect -= columns @ solved[int(best)]
         residual -= columns @ explained

@@ -49,13 +49,7 @@ def export(
         ModelError: for a model that the runtime cannot execute; says why.
         CheckpointError: if the directory is not empty or cannot be written.
     """
-    runtime = _writer(to)
-    kind = runtime.types[0] if type is None else type
-    if kind not in runtime.types:
-        raise OptionError(
-            f"type={kind!r} with to={to!r}{did_you_mean(kind, runtime.types)}",
-            argument=("type", "to"),
-        )
+    runtime, kind = writer_of(to, type)
     place = Path(directory)
     check_writable(place, overwrite=overwrite)
     made = runtime.prepare(model, tokenizer, kind)
@@ -64,8 +58,24 @@ def export(
     return place
 
 
-def _writer(to: str) -> Runtime:
+def writer_of(to: str, type: str | None = None) -> tuple[Runtime, str]:
+    """Return the runtime that reads a kind of file, and the type of the weights.
+
+    Raises:
+        OptionError: for an unknown kind of file or type.
+
+    Example:
+        >>> writer_of("gguf")[1]
+        'F16'
+    """
     found = {each.to: each for each in runtimes().values()}
     if to not in found:
         raise OptionError(f"unknown to={to!r}{did_you_mean(str(to), found)}", argument="to")
-    return found[to]
+    runtime = found[to]
+    kind = runtime.types[0] if type is None else type
+    if kind not in runtime.types:
+        raise OptionError(
+            f"type={kind!r} with to={to!r}{did_you_mean(kind, runtime.types)}",
+            argument=("type", "to"),
+        )
+    return runtime, kind
