@@ -95,7 +95,7 @@ ALONE = Workers()
 def _check_same(found: Sequence[Mapping[str, Any]]) -> None:
     for rank, facts in enumerate(found):
         for name, value in facts.items():
-            if value != found[0][name]:
+            if repr(value) != repr(found[0][name]):  # arguments of a wrong type may not compare
                 raise ProcessError(
                     f"process {rank} of {len(found)} has {name} {_short(value)}, but process 0 "
                     f"has {_short(found[0][name])}; start all processes with the same"
