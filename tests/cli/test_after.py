@@ -77,11 +77,9 @@ def test_the_version_and_short_help():
         assert "Usage" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("prompt", "says"), [("", "no token"), (" ", "no token")], ids=["empty", "blank"]
-)
-def test_nothing_to_continue_is_refused(prompt, says, small):
-    with pytest.raises(tnlm.TnlmError, match=says):
+@pytest.mark.parametrize("prompt", ["", " "], ids=["empty", "blank"])
+def test_nothing_to_continue_is_refused(prompt, small):
+    with pytest.raises(tnlm.TnlmError, match="no token"):
         CliRunner().invoke(cli.app, ["generate", str(small), prompt], catch_exceptions=False)
 
 

@@ -271,3 +271,11 @@ def test_a_weight_that_was_changed_is_measured_anew(m, n, seed, gaussian):
         frozen = weight.clone()
         assert metric.norm(frozen.mul_(2.0)) == pytest.approx(4.0 * before)
         assert metric.norm(frozen.mul_(2.0)) == pytest.approx(8.0 * before)
+
+
+def test_an_error_leaves_what_is_kept_for_the_fit(gaussian):
+    sides = [Side(root @ root.T) for root in (gaussian(4, 4, seed=1), gaussian(6, 6, seed=2))]
+    metric, weight = Metric(*sides), gaussian(4, 6, seed=3)
+    core = metric._core(weight)
+    assert metric.relative(weight, weight + gaussian(4, 6, seed=4)) > 0
+    assert metric._core(weight) is core

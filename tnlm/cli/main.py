@@ -275,7 +275,8 @@ def _options(words: Sequence[str]) -> dict[str, str]:
     """Return the options of the called command, by keyword."""
     command = getattr(get_command(app), "commands", {}).get(words[0] if words else "")
     found = [] if command is None else command.params
-    return {each.name: each.opts[0] for each in found if each.param_type_name == "option"}
+    options = [each for each in found if each.param_type_name == "option"]
+    return {each.name.rstrip("_"): each.opts[0] for each in options}  # type_ is --type
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from tnlm.utils.residency import resident
 logger = logging.getLogger("tnlm")
 
 RUINOUS = 0.1
-"""Relative error of a matrix above which a warning is worth it: int4 is below, as a rule."""
+"""Relative error of a matrix above which the warning is given."""
 SAMPLES = 4
 """Number of matrices whose error is predicted, if the plan did not predict it."""
 

@@ -58,10 +58,8 @@ class _Rest:
     _scores: Tensor
 
     def __init__(self, moment: Tensor, weighed: Tensor) -> None:
-        self._moment, self._effect = (
-            moment,
-            moment @ weighed,
-        )  # explained by each, given those taken
+        self._moment = moment
+        self._effect = moment @ weighed  # explained by each, given those taken
         self.left = float((self._effect * weighed).sum())
         self._floor = 1e-12 * float(moment.diagonal().max())
         self._names = torch.arange(len(moment), device=moment.device)

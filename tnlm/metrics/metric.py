@@ -66,21 +66,27 @@ class Metric:
             error = self.inputs.apply(error)
         return error if self.outputs is None else self.outputs.apply(error.T).T
 
-    def norm(self, error: Tensor) -> float:
-        """Return the norm of an ``(out, in)`` error."""
-        given, error = error, error.detach().double()
+    def norm(self, error: Tensor, *, keep: bool = True) -> float:
+        """Return the norm of an ``(out, in)`` error.
+
+        Args:
+            error: the matrix.
+            keep: whether to keep what a fit of the same matrix can use.
+        """
         if self.separable and self.outputs is None and self.inputs is None:
-            return float(error.norm())
+            return float(error.detach().double().norm())
         if self.separable and self.outputs is not None and self.inputs is not None:
             outer = self.inputs if error.shape[0] > error.shape[1] else self.outputs
-            return math.sqrt(max(outer.inner(self._core(given)), 0.0))
+            core = self._core(error) if keep else self._product(error)
+            return math.sqrt(max(outer.inner(core), 0.0))
+        error = error.detach().double()
         return math.sqrt(max(float((self.pull(error) * error).sum()), 0.0))
 
     def relative(self, weight: Tensor, approximation: Tensor) -> float:
         """Return the norm of the error over the norm of ``weight``; 0 for a zero weight."""
         size = self.norm(weight)
-        error = self.norm(weight.detach().double() - approximation.detach().double())
-        return error / size if size > 0 else 0.0
+        difference = weight.detach().double() - approximation.detach().double()
+        return self.norm(difference, keep=False) / size if size > 0 else 0.0
 
     def whiten(self, weight: Tensor) -> Tensor:
         """Return M = ``G^(1/2) W C^(1/2)``, float64, whose Frobenius norm is the norm of W."""
@@ -106,12 +112,16 @@ class Metric:
         if self._latest is not None and _same(self._latest[0], weight):
             return self._latest[1]
         self._latest = None  # free the last one before the next is made
+        core = self._product(weight)
+        self._latest = weight.detach().clone(), core
+        return core
+
+    def _product(self, weight: Tensor) -> Tensor:
+        """Return ``W C W.T``, or of a tall matrix ``W.T G W``."""
         wide = weight.detach().double()
         is_tall = wide.shape[0] > wide.shape[1]
         rows, side = (wide.T, self.outputs) if is_tall else (wide, self.inputs)
-        core = (rows if side is None else side.apply(rows)) @ rows.T
-        self._latest = weight.detach().clone(), core
-        return core
+        return (rows if side is None else side.apply(rows)) @ rows.T
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """Return the squared singular values of M, largest first."""
@@ -197,8 +207,8 @@ class InputMoment(Metric):
     Raises:
         CalibrationError: if C is not finite.
 
-    Source: whitening as in SVD-LLM (arXiv 2403.07378) and DRONE. The square root is symmetric, from
-    an eigendecomposition, so it exists for every C.
+    Source: whitening as in SVD-LLM (arXiv 2403.07378) and DRONE. The root is a Cholesky factor, or
+    from an eigendecomposition where C is singular.
 
     Example:
         >>> metric = InputMoment(torch.diag(torch.tensor([4.0, 1.0])), damping=0.0)

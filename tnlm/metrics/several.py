@@ -41,8 +41,8 @@ class Several(Metric):
             metric = part()
             yield matrix, metric, scale * metric.norm(matrix) ** 2
 
-    def norm(self, error: Tensor) -> float:
-        """Return the norm of a stack ``(count, out, in)``."""
+    def norm(self, error: Tensor, *, keep: bool = True) -> float:
+        """Return the norm of a stack ``(count, out, in)``; no part is there to keep anything."""
         return math.sqrt(sum(energy for _, _, energy in self.each(error)))
 
     def spectrum(self, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ ROTATION = "rotary_emb"
 
 
 def heads_of(module: nn.Module, names: Sequence[str], width: int) -> Hidden | str:
-    """Return the heads of an attention module, or why they cannot be told apart.
+    """Return the heads of an attention module, or why the matrices do not divide into heads.
 
     A group is one key/value head with all the query heads that share it.
 
@@ -55,7 +55,7 @@ def heads_of(module: nn.Module, names: Sequence[str], width: int) -> Hidden | st
             return f"{name} may depend on the number of heads"
     count = keys // width
     sizes = (queries // count, width, width)
-    producers = {name: Slabs(size) for name, size in zip(names, sizes, strict=False)}
+    producers = {name: Slabs(size) for name, size in zip(names[:-1], sizes, strict=True)}
     return Hidden(producers, names[-1], queries // count, count)
 
 

@@ -5,7 +5,7 @@ The grid of a batch is its own: 26 bits below a bound on its values, finer than 
 are. Sums of up to 1,000 batches are exact if the bounds differ by a factor of less than 2^15;
 beyond that their last bits may depend on the order.
 
-Source: sums of values rounded beforehand, Demmel and Nguyen 2013.
+Source: reproducible summation by rounding to a grid first, Demmel and Nguyen 2013.
 """
 
 from __future__ import annotations
