@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
@@ -81,6 +82,20 @@ def test_a_model_is_compressed_from_files_to_files(source, text, tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     plan = ("--plan", tmp_path / "plan.json", "--memory", "4GB")
     assert "plan" in fails("compress", source, tmp_path / "other", *plan)
+
+
+def test_a_budget_in_time_takes_prices_from_a_file(source, text, tmp_path):
+    times = {"call": 1e-9, "load": 1e-9, "move": 0.0, "macs": [1e-15] * 4, "column_major": True}
+    name = f"far cpu {torch.get_num_threads()} threads torch.float32"
+    (tmp_path / "machine.json").write_text(json.dumps({name: times}))
+    asked = ("--scheme", "auto", "--keep-targets", 0.7, "--unit", "time", "--workload", "prefill:8")
+    data = ("--calibration", text, "--num-samples", 2, "--max-length", 16)
+    plan = run("plan", source, *asked, *data, "--prices", tmp_path / "machine.json")
+    before, after = (sum(row[n]["time"] for row in plan["layers"]) for n in ("before", "after"))
+    assert 0 < after <= 0.7 * before
+    assert plan["request"]["prices"] == {name: times}
+    error = fails("plan", source, "--scheme", "svd", "--workload", "decode")
+    assert "workload= has no effect with unit='params'" in error
 
 
 def test_schemes_lists_every_scheme():

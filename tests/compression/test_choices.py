@@ -37,6 +37,8 @@ VALUES = {
     "tolerance": 0.1,
     "max_macs": 2.0,
     "unit": "bytes",
+    "workload": "prefill:64",
+    "prices": "machine.json",
     "blocks": 3,
     "portable": "llama.cpp",
     "recover": "lora",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from tnlm.allocation.clock import Clock
 from tnlm.decompositions.base import Format
 from tnlm.metrics.metric import Metric
 from tnlm.parallel.workers import ALONE, Workers
@@ -16,7 +17,7 @@ from tnlm.plans.plan import LayerPlan
 from tnlm.precision.grid import Precision
 from tnlm.targets.base import Target
 from tnlm.targets.effort import size_of
-from tnlm.tensors.network import Cost
+from tnlm.tensors.network import Cost, Network
 from tnlm.utils.residency import resident
 
 Found = TypeVar("Found")
@@ -31,8 +32,9 @@ class Limits:
         tolerance: relative error allowed in the metric; ``keep`` then does not apply.
         max_macs: most multiply-adds per matrix, as a multiple of dense.
         options: options of the formats, fixed by the user or the scheme.
-        unit: unit of ``keep``: ``"params"``, ``"bytes"`` or ``"macs"``.
+        unit: unit of ``keep``: ``"params"``, ``"bytes"``, ``"macs"`` or ``"time"``.
         blocks: how many last blocks to compress, for allocations that take it.
+        clock: predicts times, if they are the unit.
     """
 
     keep: float
@@ -41,6 +43,11 @@ class Limits:
     options: Mapping[str, Any] = field(default_factory=dict)
     unit: str = "params"
     blocks: int | None = None
+    clock: Clock | None = None
+
+    def timed(self, cost: Cost, target: Target, network: Network | None = None) -> Cost:
+        """Return a cost with its predicted time, if that is the unit of ``keep``."""
+        return cost if self.clock is None else self.clock.timed(cost, target, network)
 
     def price(self, cost: Cost) -> int:
         """Return a cost in the unit of ``keep``."""

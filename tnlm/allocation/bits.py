@@ -20,7 +20,7 @@ from tnlm.precision.grid import Precision, least_bytes
 from tnlm.precision.noise import Noise
 from tnlm.targets.base import Target
 from tnlm.targets.rounding import rounded
-from tnlm.tensors.network import Cost, Network
+from tnlm.tensors.network import Network
 from tnlm.utils.residency import resident
 
 SIZE = 0.7
@@ -39,7 +39,7 @@ def on_grid(
     shapes = target.packed_shapes(network)
     plain = sum(rows * columns for rows, columns in shapes) * itemsize
     saved = plain - least_bytes(shapes, grid, itemsize)
-    after = Cost(layer.after.params, layer.after.bytes - saved, layer.after.macs)
+    after = replace(layer.after, bytes=layer.after.bytes - saved)
     return replace(layer, after=after, precision=grid.to_dict(), note="")
 
 

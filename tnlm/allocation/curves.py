@@ -120,7 +120,9 @@ def _candidates(
 ) -> list[tuple[Candidate, Network | None]]:
     """Return the candidates of a target in the model's dtype, each with its network."""
     limits, size = problem.limits, weight.element_size()
+    before = limits.timed(target.dense_cost(size), target)
     stays = stay_dense(target, weight, "worth more than it costs")
+    stays = replace(stays, before=before, after=before)
     extra = problem.extra(target)
     energy = metric.norm(weight) ** 2 * problem.importance(target)
     macs = target.most_macs(limits.max_macs)
@@ -135,6 +137,7 @@ def _candidates(
                 continue
             if after.params > target.most or after.macs > macs * target.share:
                 continue
+            after = limits.timed(after, target, network)
             layer = replace(
                 stays,
                 format=structure.name,
@@ -166,7 +169,7 @@ def check_budget(problem: Problem, found: Sequence[Curve]) -> float:
     """
     limits = problem.limits
     sizes = [(t, t.weight(problem.model).element_size()) for t in problem.targets]
-    dense = sum(limits.price(target.dense_cost(size)) for target, size in sizes)
+    dense = sum(limits.price(limits.timed(t.dense_cost(size), t)) for t, size in sizes)
     least = sum(curve[0].price for curve in found)
     budget = math.floor(limits.keep * dense * (1.0 + 1e-12))  # 0.29 of 100 is 29, not 28
     if least > budget:

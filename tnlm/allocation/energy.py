@@ -23,6 +23,7 @@ class Energy(Allocation):
 
     name = "energy"
     title = "the same relative error for every matrix"
+    units = (*Allocation.units, "time")
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
         """Find the common relative error by bisection."""

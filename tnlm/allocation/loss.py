@@ -22,6 +22,7 @@ class LossAware(Allocation):
     name = "loss"
     title = "least predicted loss increase, over all matrices"
     weighs_loss = True
+    units = (*Allocation.units, "time")
     chooses_bits = True
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:

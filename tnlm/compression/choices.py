@@ -78,7 +78,15 @@ class Budget:
     keep_targets: float | None = choice(None, "Fraction of the targets' parameters to keep.")
     tolerance: float | None = choice(None, "Relative error allowed per matrix.")
     max_macs: float = choice(1.0, "Maximum multiply-adds per matrix, as a multiple of dense.")
-    unit: str | None = choice(None, "Unit of the budget: params, bytes or macs; params by default.")
+    unit: str | None = choice(
+        None, "Unit of the budget: params, bytes, macs or time; params by default."
+    )
+    workload: str | None = choice(
+        None, "What unit time predicts: decode, prefill, or decode:8 or prefill:128; decode."
+    )
+    prices: str | Path | None = choice(
+        None, "A machine.json with the times of another machine, for unit time."
+    )
     blocks: int | None = choice(None, "Number of last blocks to compress, for allocation last.")
     portable: str | None = choice(
         None, "Runtime that runs the result without tnlm: llama.cpp, transformers or decilm."

@@ -21,6 +21,7 @@ from tnlm.compression.blind import warn_if_blind
 from tnlm.compression.cascade import cascade
 from tnlm.compression.checked_plan import check_packed, check_worth
 from tnlm.compression.choices import gather_choices
+from tnlm.compression.clocked import clock_again, clock_of, recorded, timed_model, with_times
 from tnlm.compression.covered import with_coverage
 from tnlm.compression.fitting import Fitting, by_module
 from tnlm.compression.folding import fold, unfold_for
@@ -52,9 +53,12 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     """Choose the spec of every target, and return the plan."""
     start = time.perf_counter()
     request, units = job.request, job.units
-    cost = model_cost(model)
-    part = total(t.dense_cost(t.weight(model).element_size()) for t in units)
-    limits = request.limits(cost, part)
+    clock = clock_of(model, request, units, job.workers)
+    dense = ((t, t.dense_cost(t.weight(model).element_size())) for t in units)
+    part = total(cost if clock is None else clock.timed(cost, t) for t, cost in dense)
+    cost = timed_model(model, model_cost(model), part, request, clock)
+    cost = job.workers.gather(cost)[0]  # times differ between processes
+    limits = request.limits(cost, part, clock)
     problem = Problem(
         job.evidence.weights_of(model),
         units,
@@ -73,7 +77,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     decided = Plan(
         request.scheme.name,
         request.measure.name,
-        {**job.chosen, **request.record()},
+        {**job.chosen, **request.record(), **recorded(clock)},
         tuple(all_on_grid(problem, chosen, request.grid)),
         cost,
         job.selection.skipped,
@@ -133,8 +137,11 @@ def resume(
     job.seconds["plan"] = 0.0
     layers = {layer.name: layer for layer in decided.layers}
     read = job.evidence.weights_of(model)
-    priced = tuple(repriced(t, t.weight(read), layers[t.name]) for t in chosen)
-    again = replace(decided, layers=priced, model=model_cost(model))
+    clock = clock_again(decided.request, chosen[0].weight(model).element_size())
+    priced = (repriced(t, t.weight(read), layers[t.name]) for t in chosen)
+    timed = tuple(with_times(clock, *pair) for pair in zip(chosen, priced, strict=True))
+    cost = replace(model_cost(model), time=decided.model.time)
+    again = replace(decided, layers=timed, model=cost)
     return with_coverage(model, job.selection, again), job
 
 

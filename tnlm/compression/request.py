@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tnlm.allocation import get_allocation
 from tnlm.allocation.base import Allocation, Limits
+from tnlm.allocation.clock import Clock, Workload
 from tnlm.compression.bit_rules import check_precision
 from tnlm.compression.choices import Asked, gather_choices
 from tnlm.compression.portable import portable
@@ -26,6 +28,7 @@ from tnlm.compression.rules import (
     check_share,
     check_shared,
     check_shared_formats,
+    check_time,
 )
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
@@ -63,6 +66,8 @@ class Request:
         max_macs: most multiply-adds per matrix, as a multiple of dense.
         unit: the unit of the budget.
         blocks: how many last blocks to compress, for allocations that take it.
+        workload: what a budget in time predicts; None for other units.
+        prices: file with a machine's times for it; None for this machine's.
         training: training data; the calibration data if None.
         portable: runtime that runs the result without tnlm, or None.
         grids: on which weights may be stored; None for the model's dtype.
@@ -85,6 +90,8 @@ class Request:
     max_macs: float
     unit: str
     blocks: int | None
+    workload: Workload | None = None
+    prices: str | Path | None = None
     training: Any = None
     portable: str | None = None
     grids: tuple[Precision | None, ...] = (None,)
@@ -129,12 +136,13 @@ class Request:
         """Whether calibration data is needed for more than training."""
         return bool(self.needs - {MOVEMENT}) or self.cascade != "none" or self.refine > 0
 
-    def limits(self, model: Cost, targets: Cost) -> Limits:
+    def limits(self, model: Cost, targets: Cost, clock: Clock | None = None) -> Limits:
         """Return the limits on the cost of the matrices.
 
         Args:
             model: cost of the whole model.
             targets: cost of the targets.
+            clock: predicts times, if they are the unit.
 
         Raises:
             BudgetError: if ``keep`` is less than the fraction outside the targets.
@@ -160,7 +168,8 @@ class Request:
                 )
         if keep is None:
             keep = 1.0 if self._size_is_given() else self.scheme.keep_targets
-        return Limits(keep, self.tolerance, self.max_macs, self.options, self.unit, self.blocks)
+        fixed = self.tolerance, self.max_macs, self.options, self.unit, self.blocks
+        return Limits(keep, *fixed, clock)
 
     def _size_is_given(self) -> bool:
         """Whether the options alone determine the size of the factors."""
@@ -186,6 +195,7 @@ class Request:
             "symmetric": None if self.scheme.symmetric else False,
             "unit": self.unit,
             "blocks": self.blocks,
+            "workload": None if self.workload is None else str(self.workload),
             "portable": self.portable,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()},
         }
@@ -250,6 +260,8 @@ def request_of(asked: Asked) -> Request:
         max_macs=float(budget.max_macs),
         unit=unit,
         blocks=budget.blocks,
+        workload=check_time(budget, unit, named.precision),
+        prices=budget.prices,
         training=recovery.training,
         portable=budget.portable,
         grids=grids,
@@ -263,4 +275,4 @@ def _is_sized(structure: Format[Any], options: Mapping[str, Any]) -> bool:
 
 
 def _words(unit: str) -> str:
-    return {"params": "parameters", "macs": "multiply-adds"}.get(unit, unit)
+    return {"params": "parameters", "macs": "multiply-adds", "time": "nanoseconds"}.get(unit, unit)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnlm.allocation.base import Allocation
+from tnlm.allocation.clock import Workload
 from tnlm.compression.choices import Budget, choices_of
 from tnlm.decompositions.base import Format, from_dict
 from tnlm.errors import BudgetError, OptionError, did_you_mean
@@ -16,7 +17,7 @@ from tnlm.recovery.kinds import recoveries
 from tnlm.utils.checks import is_whole
 
 BUDGETS = ("keep", "keep_targets", "tolerance")
-UNITS = ("params", "bytes", "macs")
+UNITS = ("params", "bytes", "macs", "time")
 CASCADES = ("none", "sequential", "anchored")
 NO_RECOVERY = "none"
 
@@ -200,6 +201,28 @@ def check_shared(allocation: Allocation, budget: Budget, usual: str = "params") 
     if not is_whole(blocks) or blocks < 1:
         raise OptionError(f"blocks={blocks!r}; allowed: a whole number >= 1", argument="blocks")
     return unit
+
+
+def check_time(budget: Budget, unit: str, precision: str | None) -> Workload | None:
+    """Return the workload of a budget in time; None for other units.
+
+    Raises:
+        OptionError: if the workload is unknown, or the arguments have no effect or no prediction.
+    """
+    if unit != "time":
+        for name in ("workload", "prices"):
+            if getattr(budget, name) is not None:
+                raise OptionError(
+                    f"{name}= has no effect with unit={unit!r}; allowed with unit='time'",
+                    argument=(name, "unit"),
+                )
+        return None
+    if precision is not None:
+        raise OptionError(
+            f"unit='time' with precision={precision!r}, whose time is not predicted; leave out one",
+            argument=("unit", "precision"),
+        )
+    return Workload.parse("decode" if budget.workload is None else budget.workload)
 
 
 def check_budgets(budget: Budget, sizes: Sequence[str]) -> None:

@@ -91,10 +91,10 @@ def machine(dtype: torch.dtype, device: str = "cpu") -> Machine:
 
 @functools.cache
 def _known_or_measured(dtype: torch.dtype, device: str, threads: int) -> Machine:
-    path, key = _file(), _key(dtype, device, threads)
+    path, key = _file(), key_of(dtype, device, threads)
     known = _read(path)
     try:
-        return _parse(known[key])
+        return parse(known[key])
     except (LookupError, TypeError, ValueError):
         # In a separate thread, where the caller's autocast, fake tensors and counters do not apply.
         with ThreadPoolExecutor(1) as aside:
@@ -103,7 +103,8 @@ def _known_or_measured(dtype: torch.dtype, device: str, threads: int) -> Machine
         return measured
 
 
-def _parse(stored: Any) -> Machine:
+def parse(stored: Any) -> Machine:
+    """Return times from an entry of the file; a broken one raises what reading it raises."""
     call, load, move = (float(stored[name]) for name in ("call", "load", "move"))
     macs = tuple(float(rate) for rate in stored["macs"])
     if len(macs) != len(WIDTHS):
@@ -176,10 +177,11 @@ def _seconds(task: Callable[[], object], device: str, repeats: int = 25) -> floa
     return min(times)
 
 
-def _key(dtype: torch.dtype, device: str, threads: int) -> str:
+def key_of(dtype: torch.dtype, device: str, threads: int) -> str:
+    """Return the name of this machine's times in the file."""
     cuda = device == "cuda"
     name = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
-    return f"{platform.node()} {name} torch {torch.__version__} {threads} threads {dtype}"
+    return f"{platform.node()} {name} torch {torch.__version__} {device} {threads} threads {dtype}"
 
 
 def _file() -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from tnlm.layers.machine import Machine
-from tnlm.tensors.contraction import Chain, pairwise, passes_in, passes_out
+from tnlm.tensors.contraction import Chain, chain, pairwise, passes_in, passes_out
+from tnlm.tensors.costs import is_table
 from tnlm.tensors.network import Network
 
 MOST_TOKENS = 2**15
@@ -70,6 +71,29 @@ def through(network: Network, plan: Chain, machine: Machine, itemsize: int, toke
     if plan.permute is not None:
         seconds += machine.reorder(tokens * numbers, itemsize)
     return seconds
+
+
+def layer_time(
+    product: tuple[int, int] | Network, machine: Machine, itemsize: int, tokens: int
+) -> float:
+    """Return the seconds that tokens take through a matrix, by its shape, or through a network.
+
+    Example:
+        >>> machine = Machine(1e-6, 1e-10, 1e-10, (1e-9, 1e-10, 2e-11, 1e-11), True)
+        >>> low_rank = Network({"l": "oa", "r": "ai"}, "o", "i", {"o": 512, "a": 64, "i": 512})
+        >>> layer_time(low_rank, machine, 4, 1) < layer_time((512, 512), machine, 4, 1)
+        True
+    """
+    if isinstance(product, tuple):
+        return machine.product(tokens, *product, 1, itemsize)
+    rebuilt = rebuilding(product, machine, itemsize)
+    rebuilt += machine.product(tokens, *product.shape, 1, itemsize)
+    if is_table(product):
+        return rebuilt
+    plan = chain(product)
+    factors = through(product, plan, machine, itemsize, tokens)
+    plain = plan.is_flat and plan.macs <= math.prod(product.shape)
+    return rebuilt if not plain and rebuilt < GAIN * factors else factors
 
 
 def rebuilding(network: Network, machine: Machine, itemsize: int) -> float:

@@ -103,6 +103,7 @@ class Plan:
             self.model.params - before.params + after.params,
             self.model.bytes - before.bytes + after.bytes,
             self.model.macs - before.macs + after.macs,
+            time=self.model.time and self.model.time - before.time + after.time,
         )
 
     def to_json(self) -> str:
@@ -161,9 +162,17 @@ class Plan:
         return [
             f"targets: {change(self.targets_before, self.targets_after)}",
             f"model:   {change(self.model, self.model_after)}",
+            *self._times(),
             *(f"skipped: {name}: {reason}" for name, reason in self.skipped.items()),
             *([self.coverage.summary()] if self.coverage else []),
         ]
+
+    def _times(self) -> list[str]:
+        """Return for what the times hold; nothing if none is predicted."""
+        if not self.targets_before.time:
+            return []
+        machines = " and ".join(self.request.get("prices", ()))
+        return [f"pass:    {self.request.get('workload')}, predicted for {machines}"]
 
 
 HEADINGS = ("target", "shape", "format", "spec", "params", "MACs", "error")
@@ -204,6 +213,9 @@ def change(before: Cost, after: Cost) -> str:
         parts.append(
             f"{name} {old:,} -> {new:,} ({new / old:.3f})" if old else f"{name} 0 -> {new:,}"
         )
+    if before.time:
+        old, new = before.time / 1e6, after.time / 1e6
+        parts.append(f"time {old:,.3f} ms -> {new:,.3f} ms ({new / old:.3f})")
     return ", ".join(parts)
 
 
@@ -224,6 +236,6 @@ def total(costs: Iterable[Cost]) -> Cost:
 
     Example:
         >>> total([Cost(1, 2, 3), Cost(1, 1, 1)])
-        Cost(params=2, bytes=3, macs=4)
+        Cost(params=2, bytes=3, macs=4, time=0)
     """
     return sum(costs, start=Cost(0, 0, 0))

@@ -16,7 +16,7 @@ import torch
 from tnlm.errors import OptionError
 from tnlm.plans.plan import FORMAT_VERSION, LayerPlan, Plan, table
 
-COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs"}
+COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs", "time": "nanoseconds"}
 """The name in a report of each unit of cost."""
 PACKAGES = ("transformers", "tensorly", "numpy")
 """Packages on which results depend, besides tnlm, torch and Python."""
@@ -87,6 +87,10 @@ class Report:
             "macs_after": plan.model_after.macs,
             "target_macs_before": plan.targets_before.macs,
             "target_macs_after": plan.targets_after.macs,
+            "nanoseconds_before": plan.model.time,
+            "nanoseconds_after": plan.model_after.time,
+            "target_nanoseconds_before": plan.targets_before.time,
+            "target_nanoseconds_after": plan.targets_after.time,
             "seconds": round(sum(self.seconds.values()), 3),
             "seconds_by_stage": {k: round(v, 3) for k, v in self.seconds.items()},
             "calibration_tokens": self.tokens,
@@ -110,7 +114,7 @@ class Report:
             OptionError: if the text is not such a report.
         """
         try:
-            data = json.loads(text)
+            data = {"nanoseconds_before": 0, **json.loads(text)}  # which older reports lack
             plan = {name: data[name] for name in ("scheme", "metric", "request", "skipped")}
             plan |= {"layers": data["layers"], "coverage": data.get("coverage")}
             plan["model"] = {name: data[f"{long}_before"] for name, long in COUNTED.items()}

@@ -84,6 +84,10 @@ class Alike(Target):
         one = replace(self.each[0], share=1.0).cost(network, itemsize, extra // count)
         return Cost(count * one.params, count * one.bytes, self.met(count * one.macs))
 
+    def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
+        """Return what the experts apply."""
+        return [product for one in self.each for product in one.products(network)]
+
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
@@ -147,6 +151,12 @@ class AlikeMatrices(Alike):
         work = len(self.each) * macs_of_one(network)
         size = (network.params + extra) * itemsize + one_slice(network).index_bytes
         return Cost(network.params + extra, size, self.met(work))
+
+    def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
+        """Return what the experts apply, each its slice of a network of all."""
+        if network is None or network.shape == self.shape:
+            return super().products(network)
+        return [one_slice(network)] * len(self.each)
 
     def fit(
         self,

@@ -159,16 +159,16 @@ class Target(ABC):
         return False
 
     def packed_shapes(self, network: Network | None) -> Sequence[tuple[int, int]]:
-        """Return the shapes of the layers that can be stored in few bits; none if none can.
-
-        Args:
-            network: what replaces the target; None if it stays dense.
-        """
+        """Return the shapes of the layers, dense without a network, that few bits can store."""
         return ()
 
     @abstractmethod
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
         """Return the cost of a network, with ``extra`` parameters, that replaces the target."""
+
+    def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
+        """Return what a pass applies, by shape or network; dense if that is None."""
+        return [self.shape if network is None else network]
 
     @abstractmethod
     def budget(

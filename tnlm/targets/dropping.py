@@ -88,6 +88,10 @@ class ExpertsTarget(Member):
         params = network.shape[0] * self.each
         return Cost(params, params * itemsize, self.met(self.params))
 
+    def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
+        """Return nothing, since a token meets as many experts as before."""
+        return []
+
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:

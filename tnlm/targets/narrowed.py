@@ -130,6 +130,10 @@ class Narrowed(Target):
         producers = [(each.shape[0] * width // hidden, each.shape[1]) for each in self.producers]
         return [*producers, (self.consumer.shape[0], width)]
 
+    def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
+        """Return the shapes of all the matrices."""
+        return self.packed_shapes(network)
+
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:

@@ -80,6 +80,14 @@ class Stack(Target):
         work = copies * macs(replace(network, sizes=sizes))
         return Cost(network.params + extra, size, self.met(work))
 
+    def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
+        """Return what each member applies."""
+        copies = len(self.members)
+        rows = self.shape[0] // copies
+        if network is None:
+            return [(rows, self.shape[1])] * copies
+        return [replace(network, sizes={**network.sizes, network.out: rows})] * copies
+
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:

@@ -63,6 +63,10 @@ class TableTarget(Member):
         size = network.params * itemsize + network.index_bytes
         return Cost(network.params, size, lookup + head * len(self.tied))
 
+    def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
+        """Return the products of tied heads, since a lookup takes hardly any time."""
+        return list(super().products(network)) * len(self.tied)
+
     def packs(self, structure: str | None) -> bool:
         """Return whether the table stays whole: factors that are looked up are not packed."""
         return structure is None

@@ -60,6 +60,12 @@ class TensorStack(Stack):
         size = (network.params + extra) * itemsize + copies * one.index_bytes
         return Cost(network.params + extra, size, self.met(copies * chain(one).macs))
 
+    def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
+        """Return what each member applies."""
+        if network is None:
+            return super().products(network)
+        return [one_slice(network)] * len(self.members)
+
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:

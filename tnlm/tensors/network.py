@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -92,12 +92,25 @@ class Network:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a matrix: parameters, bytes on disk, multiply-adds per token."""
+    """The cost of a matrix.
+
+    Attributes:
+        params: parameters.
+        bytes: bytes on disk.
+        macs: multiply-adds per token.
+        time: predicted nanoseconds for one pass of a workload; 0 if not predicted.
+    """
 
     params: int
     bytes: int
     macs: int
+    time: int = field(default=0, kw_only=True)
 
     def __add__(self, other: Cost) -> Cost:
         """Return the sum, field by field."""
-        return Cost(self.params + other.params, self.bytes + other.bytes, self.macs + other.macs)
+        return Cost(
+            self.params + other.params,
+            self.bytes + other.bytes,
+            self.macs + other.macs,
+            time=self.time + other.time,
+        )
