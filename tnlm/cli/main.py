@@ -32,40 +32,15 @@ from tnlm.cli.options import (
     Targets,
 )
 from tnlm.cli.output import console, layers_table, print_json, print_report, printable
+from tnlm.cli.overview import SETTINGS, options
 from tnlm.cli.studies import studies
 from tnlm.cli.words import in_options
 from tnlm.errors import OptionError, TnlmError
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Compress language models with tensor networks and low-rank structure.",
-)
+app = typer.Typer(**SETTINGS)  # type: ignore[arg-type]
+app.callback()(options)
 app.add_typer(after)
 app.add_typer(studies)
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        console.print(tnlm.__version__, highlight=False)
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            help="Print the version and exit.",
-            callback=_print_version,
-            is_eager=True,
-        ),
-    ] = False,
-) -> None:
-    """Compress language models with tensor networks and low-rank structure."""
 
 
 def _read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> Any:
@@ -256,11 +231,11 @@ def demo(
     out: Annotated[Path, typer.Argument(help="Output directory.")] = Path("demo"),
     as_json: Json = False,
 ) -> None:
-    """Compress SmolLM2-135M-Instruct in two ways, and measure quality, size and speed."""
+    """Compress SmolLM2-135M-Instruct in four ways, and measure quality, size and speed."""
     from tnlm.cli.demo import run
 
-    say: Callable[[Any], None] = (lambda _: None) if as_json else console.print
-    result = run(out, say)
+    say: Callable[[Any], None] = (lambda _: None) if as_json else typer.echo
+    result = run(out, say, progress=not as_json)
     if as_json:
         print_json(result)
 
