@@ -69,9 +69,10 @@ class Trail:
             raise CheckpointError(f"{self._folder} cannot be written: {error}") from error
 
     def states(self, model: nn.Module, name: str) -> States:
-        """Return the states under a name."""
-        found = places([self._file(name)])
-        return States(model, (read(found[f"{index:06d}"]) for index in range(len(found))))
+        """Return the states under a name, on the model's device."""
+        found, device = places([self._file(name)]), next(model.parameters()).device
+        kept = (read(found[f"{index:06d}"]).to(device) for index in range(len(found)))
+        return States(model, kept)
 
     def clear(self) -> None:
         """Remove everything."""

@@ -51,7 +51,7 @@ class DiskWeights:
         for parameter in found:
             self._uses[parameter] += 1
             if self._uses[parameter] == 1:
-                values = read(self._places[parameter]).to(parameter.dtype)
+                values = read(self._places[parameter]).to(parameter.device, parameter.dtype)
                 full = nn.Parameter(values, parameter.requires_grad)
                 self._full[parameter], self._empty[full] = full, parameter
                 self._put(parameter, parameter, full)

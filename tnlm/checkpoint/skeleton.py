@@ -21,7 +21,9 @@ from tnlm.errors import CheckpointError, ModelError, OptionError, did_you_mean
 
 
 def open_skeleton(
-    folder: Path, dtype: str | torch.dtype = "auto"
+    folder: Path,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
 ) -> tuple[PreTrainedModel, dict[nn.Parameter, Place]]:
     """Return the model of a directory without its weights, and where each of these is.
 
@@ -31,6 +33,7 @@ def open_skeleton(
     Args:
         folder: with a config and safetensors files.
         dtype: dtype of the weights; ``"auto"`` keeps the checkpoint's.
+        device: of the weights, once they are read, and of the buffers.
 
     Raises:
         CheckpointError: if a file or tensor is missing, truncated or of another shape.
@@ -52,24 +55,25 @@ def open_skeleton(
     model.eval()
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    _put_placeholders(model)
+    _put_placeholders(model, device)
     model.tie_weights()
     _check_dtypes(model, chosen)
     return model, _found(model, _renamed(model, stored))
 
 
 @torch.inference_mode(False)  # the weight may enter graphs later
-def placeholder(like: Tensor) -> Tensor:
-    """Return NaNs of a tensor's shape and dtype that take no memory.
+def placeholder(like: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return NaNs of a tensor's shape and dtype that take no memory, on its device or another.
 
     Example:
         >>> placeholder(torch.ones(2, 2))
         tensor([[nan, nan],
                 [nan, nan]])
     """
+    place = like.device if device is None else device
     if not like.is_floating_point():
-        return torch.zeros((), dtype=like.dtype).expand(like.shape)
-    return torch.full((), torch.nan, dtype=like.dtype).expand(like.shape)
+        return torch.zeros((), dtype=like.dtype, device=place).expand(like.shape)
+    return torch.full((), torch.nan, dtype=like.dtype, device=place).expand(like.shape)
 
 
 def _dtype(asked: str | torch.dtype, config: Any, stored: dict[str, Place]) -> torch.dtype:
@@ -82,12 +86,15 @@ def _dtype(asked: str | torch.dtype, config: Any, stored: dict[str, Place]) -> t
     return named if isinstance(named, torch.dtype) else getattr(torch, str(named))
 
 
-def _put_placeholders(model: nn.Module) -> None:
-    """Replace parameters on the meta device."""
+def _put_placeholders(model: nn.Module, device: torch.device) -> None:
+    """Replace parameters on the meta device, and move buffers."""
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
-                module._parameters[name] = nn.Parameter(placeholder(old), old.requires_grad)
+                empty = placeholder(old, device)
+                module._parameters[name] = nn.Parameter(empty, old.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def _check_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -122,6 +122,24 @@ def asked(given: Mapping[str, Any]) -> dict[str, Any]:
     return typed
 
 
+def read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> Any:
+    """Return the plan in a file, or the scheme; check the request before a model is loaded."""
+    from tnlm.calibration.cache import check_cache
+    from tnlm.compression.request import make_request
+    from tnlm.plans.plan import Plan
+
+    if given.get("cache_dir") is not None:
+        check_cache(given["cache_dir"])
+    if path is None and scheme is None:
+        raise OptionError("no scheme and no plan given; give --scheme or --plan")
+    if path is None:
+        make_request(str(scheme), **given)
+        return scheme
+    if scheme is not None:
+        raise OptionError("--scheme and --plan are both given; a plan already holds its scheme")
+    return Plan.load(path)
+
+
 def _value(name: str, text: str) -> Any:
     try:
         return json.loads(text)

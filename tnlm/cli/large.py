@@ -26,6 +26,13 @@ Scratch = Annotated[
         rich_help_panel="Large models",
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute on this device: cuda:0. Block by block, only one block is there at a time.",
+        rich_help_panel="Large models",
+    ),
+]
 Resources = Annotated[
     bool,
     typer.Option(
@@ -34,6 +41,17 @@ Resources = Annotated[
         rich_help_panel="Large models",
     ),
 ]
+
+
+def load_on(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+    """Return a model on a device, and its tokenizer."""
+    from tnlm.checkpoint.dense_models import load_model
+    from tnlm.utils.device import device_of
+
+    place = device_of(device)
+    loaded, tokenizer = load_model(model, dtype=dtype)
+    moved: Any = loaded
+    return moved.to(place), tokenizer
 
 
 def show_resources(model: str, scheme: str, as_json: bool, **choices: Any) -> None:

@@ -18,9 +18,17 @@ from typer.main import get_command
 
 import tnlm
 from tnlm.cli.after import after
-from tnlm.cli.choices import asked, with_choices
+from tnlm.cli.choices import asked, read_plan, with_choices
 from tnlm.cli.jobs import Jobs, check_jobs, is_first, needs_start, run_jobs, workers_here
-from tnlm.cli.large import Memory, Resources, Scratch, compress_on_disk, show_resources
+from tnlm.cli.large import (
+    Device,
+    Memory,
+    Resources,
+    Scratch,
+    compress_on_disk,
+    load_on,
+    show_resources,
+)
 from tnlm.cli.options import (
     FILE,
     Dtype,
@@ -35,30 +43,12 @@ from tnlm.cli.output import console, layers_table, print_json, print_report, pri
 from tnlm.cli.overview import SETTINGS, options
 from tnlm.cli.studies import studies
 from tnlm.cli.words import in_options
-from tnlm.errors import OptionError, TnlmError
+from tnlm.errors import TnlmError
 
 app = typer.Typer(**SETTINGS)  # type: ignore[arg-type]
 app.callback()(options)
 app.add_typer(after)
 app.add_typer(studies)
-
-
-def _read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> Any:
-    """Return the plan in a file, or the scheme; check the request before a model is loaded."""
-    from tnlm.calibration.cache import check_cache
-    from tnlm.compression.request import make_request
-    from tnlm.plans.plan import Plan
-
-    if given.get("cache_dir") is not None:
-        check_cache(given["cache_dir"])
-    if path is None and scheme is None:
-        raise OptionError("no scheme and no plan given; give --scheme or --plan")
-    if path is None:
-        make_request(str(scheme), **given)
-        return scheme
-    if scheme is not None:
-        raise OptionError("--scheme and --plan are both given; a plan already holds its scheme")
-    return Plan.load(path)
 
 
 @app.command()
@@ -97,21 +87,20 @@ def plan(
         Path | None, typer.Option(help="Save the plan as JSON, for `tnlm compress --plan`.")
     ] = None,
     dtype: Dtype = "auto",
+    device: Device = None,
     resources: Resources = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Show what compress would do to every matrix, and the resulting cost."""
     choices = asked(given)
-    _read_plan(None, scheme, choices)
+    read_plan(None, scheme, choices)
     if resources:
         show_resources(
             model, scheme, as_json, targets=targets, ignore=ignore, dtype=dtype, **choices
         )
         return
-    from tnlm.checkpoint.dense_models import load_model
-
-    loaded, tokenizer = load_model(model, dtype=dtype)
+    loaded, tokenizer = load_on(model, dtype, device)
     decided = tnlm.plan(
         loaded,
         scheme,
@@ -152,6 +141,7 @@ def compress(
     overwrite: Overwrite = False,
     memory: Memory = None,
     scratch: Scratch = None,
+    device: Device = None,
     jobs: Jobs = None,
     as_json: Json = False,
     **given: Any,
@@ -160,7 +150,7 @@ def compress(
     from tnlm.checkpoint.exchange import check_writable
 
     choices = asked(given)
-    scheme_or_plan = _read_plan(plan, scheme, choices)
+    scheme_or_plan = read_plan(plan, scheme, choices)
     check_jobs(jobs)
     if needs_start(jobs):
         check_writable(out, overwrite=overwrite)
@@ -168,15 +158,13 @@ def compress(
         return
     if memory is not None or scratch is not None:
         choices |= {"targets": targets, "ignore": ignore, "dtype": dtype, "overwrite": overwrite}
-        choices |= {"memory": memory, "scratch": scratch, "progress": not as_json}
+        choices |= {"memory": memory, "scratch": scratch, "device": device, "progress": not as_json}
         done = compress_on_disk(model, out, scheme, plan, **choices)
         if is_first():
             print_report(done, as_json)
         return
-    from tnlm.checkpoint.dense_models import load_model
-
     check_writable(out, overwrite=overwrite)
-    loaded, tokenizer = load_model(model, dtype=dtype)
+    loaded, tokenizer = load_on(model, dtype, device)
     tnlm.compress(
         loaded,
         scheme_or_plan,

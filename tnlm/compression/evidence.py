@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,6 +36,7 @@ class Evidence:
         skipped: matrices that no data reaches, with the reason.
         borrowed: modules of experts that few tokens reach, and that use the statistics of others.
         seconds: wall time by stage.
+        device: where the weights are, to which statistics are moved; None for no move.
     """
 
     measure: Measure
@@ -48,6 +50,7 @@ class Evidence:
     skipped: dict[str, str] = field(default_factory=dict)
     borrowed: dict[str, None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    device: torch.device | None = None
     _latest: tuple[str, Metric] | None = field(default=None, repr=False)
 
     @property
@@ -101,7 +104,8 @@ class Evidence:
 
     def _measured(self, target: Target, newer: Mapping[str, Tensor] | None) -> Metric:
         def gathered(name: str) -> Tensor:
-            return newer[name] if newer and name in newer else self.statistic(target, name)
+            found = newer.get(name) if newer else None
+            return self.statistic(target, name) if found is None else found.to(self.device)
 
         if newer is not None or self.measure.needs != {INPUTS} or self.inputs is None:
             return self.measure.build(gathered, self.damping)
@@ -138,4 +142,4 @@ class Evidence:
     def _read(self, target: Member, name: str) -> Tensor:
         if name not in self.sources:
             raise CalibrationError(f"{name} of {target.name} was not gathered")
-        return self.sources[name].read(target, name)
+        return self.sources[name].read(target, name).to(self.device)

@@ -52,6 +52,7 @@ def gather(
         lessons=practice,
         drawn=drawn(data, request.training),
         fingerprint=fingerprint([*batches, *practice]),
+        device=model.device,
     )
     workers.check_same(data=known.fingerprint)
     task = Task(

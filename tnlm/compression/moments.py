@@ -99,4 +99,4 @@ class Sums:
 
     def means(self, tokens: int) -> Moments:
         """Return the sums divided by the number of tokens."""
-        return Moments(*(total.cpu() / tokens for total in self._sums))
+        return Moments(*(total / tokens for total in self._sums))

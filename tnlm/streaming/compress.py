@@ -47,6 +47,7 @@ from tnlm.streaming.size import bytes_of
 from tnlm.streaming.work import PLAN, STATISTICS, Work
 from tnlm.targets.base import Selector
 from tnlm.targets.stacks import tie
+from tnlm.utils.device import device_of
 from tnlm.utils.files import write_file
 
 
@@ -60,6 +61,7 @@ def compress_files(
     targets: Selector | None = None,
     ignore: Selector | None = None,
     dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
     overwrite: bool = False,
     workers: Workers | Executor | str | None = None,
     progress: bool = True,
@@ -80,6 +82,8 @@ def compress_files(
         targets: the matrices to compress, as in :func:`tnlm.compress`.
         ignore: matrices to leave alone.
         dtype: dtype of the weights; ``"auto"`` keeps the checkpoint's.
+        device: where walks and fits are computed, such as ``"cuda:0"``; one block, or one matrix,
+            is moved there at a time. None for the CPU.
         overwrite: replace the contents of ``out``.
         workers: as in :func:`tnlm.compress`; processes share ``out`` and ``scratch``, and each
             writes the blocks that it fits.
@@ -106,11 +110,12 @@ def compress_files(
     request = request_of(asked)
     check_request(request, asked)
     most = None if memory is None else bytes_of(memory, "memory")
+    place = device_of(device)
     check_writable(target, overwrite=overwrite)
     with torch.inference_mode(False), workers_of(workers) as team:
         check_shared(request, team)
         with _work(target, scratch, team) as work:
-            run = _Run(folder, request, asked, work, dtype, progress, team)
+            run = _Run(folder, request, asked, work, dtype, place, progress, team)
             run.check(targets, ignore, most)
             found = run.recipe(targets, ignore)
             team.check_same(**found)
@@ -168,6 +173,7 @@ class _Run:
         asked: Asked,
         work: Work,
         dtype: str | torch.dtype,
+        device: torch.device,
         progress: bool,
         workers: Workers,
     ) -> None:
@@ -175,7 +181,7 @@ class _Run:
         progress = progress and workers.rank == 0
         self._source, self._request, self._asked = source, request, asked
         self._work, self._progress = work.folder, progress
-        self._model, places = open_skeleton(source, dtype)
+        self._model, places = open_skeleton(source, dtype, device)
         self._files = {place.file for place in places.values()}
         self._blocks = block_names(self._model)
         weights = DiskWeights(self._model, places, self._work)

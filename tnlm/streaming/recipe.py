@@ -41,6 +41,7 @@ def recipe(
         "files": {file.name: [one.st_size, one.st_mtime_ns] for file, one in about.items()},
         "config": model.config.to_json_string(),
         "dtype": str(model.dtype),
+        "device": model.device.type,
         "scheme": {f.name: repr(getattr(request.scheme, f.name)) for f in _fields(request)},
         **request.record(),
         "targets": repr(targets),

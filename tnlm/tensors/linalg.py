@@ -155,10 +155,10 @@ def pivot_rows(basis: Tensor, bound: float = 2.0) -> Tensor:
         raise ModelError("the factors are not finite, so no pivot rows can be chosen")
     rank = basis.shape[1]
     pivots = torch.linalg.lu_factor(basis)[1]
-    permutation = torch.arange(basis.shape[0], device=basis.device)
+    order = list(range(basis.shape[0]))
     for row, other in enumerate((pivots - 1).tolist()):
-        permutation[[row, other]] = permutation[[other, row]]
-    rows = permutation[:rank].clone()
+        order[row], order[other] = order[other], order[row]
+    rows = torch.tensor(order[:rank], device=basis.device)
     coefficients = torch.linalg.solve(basis[rows], basis, left=False)
     while True:
         peak = int(coefficients.abs().argmax())

@@ -1,0 +1,59 @@
+"""A model is compressed on the device where it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tnlm
+from tests.second_device import second_device
+
+DATA = {"calibration": torch.arange(64) % 61 + 3, "max_length": 16, "gradient_samples": 2}
+pytestmark = pytest.mark.filterwarnings("ignore:at..frobenius_norm:UserWarning")
+CASES = [
+    ("svd-llm", DATA),
+    ("aa-svd", DATA),
+    ("auto", DATA),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("svd", {}),
+            ("btt", {}),
+            ("fwsvd", DATA),
+            ("modegpt", DATA),
+            ("svd-llm", {**DATA, "refine": 32}),
+        )
+    ),
+]
+
+
+def errors(model, device, scheme, choices):
+    """Compress a model on a device; return the measured errors."""
+    model = model.to(device)
+    tnlm.compress(model, scheme, keep_targets=0.7, progress=False, **choices)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {device.type}
+    return {layer.name: layer.error or 0.0 for layer in tnlm.report(model).plan.layers}
+
+
+@pytest.mark.parametrize(("scheme", "choices"), CASES)
+def test_a_second_device_fits_as_the_first(scheme, choices, tiny_llama):
+    expected = errors(tiny_llama(), torch.device("cpu"), scheme, choices)
+    with second_device() as device:
+        found = errors(tiny_llama(), device, scheme, choices)
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("scheme", "choices"), CASES)
+def test_a_gpu_fits_as_the_cpu(scheme, choices, tiny_llama):
+    expected = errors(tiny_llama(), torch.device("cpu"), scheme, choices)
+    found = errors(tiny_llama(), torch.device("cuda"), scheme, choices)
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+
+def test_tensors_of_two_devices_do_not_mix():
+    with second_device() as device:
+        there = torch.ones(2, 3, device=device)
+        with pytest.raises(RuntimeError, match="same device"):
+            there + torch.ones(2, 3)
+        assert torch.equal((there + there).cpu(), torch.full((2, 3), 2.0))
