@@ -37,7 +37,9 @@ def errors(folder):
     return {layer.name: layer.error or 0.0 for layer in tnlm.report(folder).plan.layers}
 
 
-@pytest.mark.parametrize("scheme", ["svd-llm", *some_slow("svd", "auto", "aa-svd", "basis-sharing")])
+@pytest.mark.parametrize(
+    "scheme", ["svd-llm", *some_slow("svd", "auto", "aa-svd", "basis-sharing")]
+)
 def test_the_result_is_that_of_the_cpu(scheme, source, tmp_path):
     compressed(source, tmp_path / "first", scheme)
     with second_device() as device:
