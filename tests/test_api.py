@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 import tnlm
 from tests.conftest import PACKED, TRAINED, cover, one_each
@@ -763,3 +764,13 @@ def test_a_table_is_not_cut_to_fewer_rows_than_a_checkpoint_can_hold(tiny_llama)
     with pytest.raises(TnlmError, match="cannot have 12 rows"):
         model.resize_token_embeddings(12)
     assert model.get_input_embeddings().num_embeddings == 64
+
+
+def test_a_loaded_model_has_the_report_that_was_saved_beside_it(compressed, tmp_path):
+    model = compressed("llama", "svd", keep_targets=0.5)
+    folder = tnlm.save(model, tmp_path / "small")
+    for loaded in (tnlm.load(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        assert tnlm.report(loaded).to_dict() == tnlm.report(folder).to_dict()
+    (folder / "tnlm_report.json").unlink()
+    with pytest.raises(ModelError, match="nor loaded from a directory with a report"):
+        tnlm.report(loaded)

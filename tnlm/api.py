@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.describing import saved_report
+from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.compression.alike import check_alike
 from tnlm.compression.choices import Budget, Recovery, choices_of, gather_choices
@@ -165,10 +166,11 @@ def report(model: PreTrainedModel | str | Path) -> Report:
     """Return the report of the compression that made a model.
 
     Args:
-        model: compressed in this process; or the directory to which ``tnlm.save`` wrote it.
+        model: compressed in this process, or loaded from a directory; or that directory, to which
+            ``tnlm.save`` wrote it. Of a loaded model the report is the saved one.
 
     Raises:
-        ModelError: if the model was not compressed in this process.
+        ModelError: if the model was not compressed in this process and has no saved report.
         CheckpointError: if the directory holds no report.
 
     Example:
@@ -181,12 +183,15 @@ def report(model: PreTrainedModel | str | Path) -> Report:
     if isinstance(model, str | Path):
         return saved_report(model)
     found = getattr(model, "tnlm_report", None)
-    if not isinstance(found, Report):
-        raise ModelError(
-            "this model was not compressed in this process; a saved model has its report in "
-            "tnlm_report.json"
-        )
-    return found
+    if isinstance(found, Report):
+        return found
+    source = Path(getattr(model, "name_or_path", "") or "no-directory")
+    if config_of(model) is not None and (source / REPORT_FILE).is_file():
+        return saved_report(source)
+    raise ModelError(
+        "this model was not compressed in this process, nor loaded from a directory with a report; "
+        f"tnlm.save writes {REPORT_FILE} beside a model"
+    )
 
 
 @leaves_model

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 import tnlm
 from tnlm import plot
 from tnlm.errors import OptionError
+from tnlm.studies.analysis.spectra import Spectrum
 
 BARS = {"layers.0.q": 1.0, "layers.1.q": 2.0, "layers.0.v": 3.0, "head": 4.0}
 
@@ -114,3 +115,28 @@ def test_what_cannot_be_drawn_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(OptionError, match=r"pip install 'tnlm\[plot\]'"):
         plot.shapes({(1, 1): 0.0})
+
+
+def test_every_plot_takes_what_the_library_returns(compressed, tiny_llama):
+    found = tnlm.analyze(tiny_llama(), targets=["up_proj"], progress=False)
+    spectrum = found.weights[0].spectrum
+    curve = plot.energy(spectrum).lines[0].get_ydata()
+    assert (curve[0], curve[-1]) == (0, pytest.approx(1))
+    assert (np.diff(curve) >= 0).all()
+    named = {row.name: row.spectrum for row in found.weights}
+    assert len(plot.energy(named).lines) == 2 * len(named)
+    ratios = plot.heatmap(found).images[0].get_array().ravel().tolist()
+    assert ratios == [row.spectrum.ratio90 for row in found.weights]
+    report = tnlm.report(compressed("llama", "svd", keep_targets=0.5))
+    for result in (report, report.plan):
+        kept = plot.heatmap(result).images[0].get_array().ravel().tolist()
+        assert sorted(kept) == sorted(layer.keep for layer in report.plan.layers)
+    dropped = tnlm.truncate_groups(tiny_llama(), lambda _: 1.0, groups=3, progress=False)
+    heights = [bar.get_height() for bar in plot.groups(dropped).patches]
+    assert heights == [row.error for row in dropped.rows]
+
+
+def test_a_spectrum_without_its_curve_is_refused():
+    bare = Spectrum(1, 1.0, 1.0, 1, 1, 1, 1.0, 1.0)
+    with pytest.raises(OptionError, match="earlier version"):
+        plot.energy({"w": bare})

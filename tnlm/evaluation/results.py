@@ -11,6 +11,7 @@ from tnlm.errors import EvaluationError, did_you_mean
 from tnlm.evaluation.flips import Flips
 from tnlm.evaluation.perplexity import Perplexity
 from tnlm.evaluation.tasks.base import Scores
+from tnlm.utils.notebook import fragment
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,29 @@ class Evaluation:
 
     def __str__(self) -> str:
         """Return the figures as a table, followed by the flips."""
+        return "\n".join([*aligned(self._rows()), *self._notes()])
+
+    def __repr__(self) -> str:
+        """Return every figure, in one line."""
+        found = [f"{r.task} {f.metric} {f.value:.4g}" for r in self.results for f in r.figures]
+        return f"<Evaluation {', '.join(found)}>"
+
+    def _repr_html_(self) -> str:
+        """Return the table, for a notebook."""
+        return fragment("Evaluation", self._notes(), self._rows())
+
+    def _rows(self) -> list[list[str]]:
         compared = any(f.baseline is not None for r in self.results for f in r.figures)
         headings = ["task", "n", "shots", "metric", "value", "stderr"]
         rows = [headings + ["baseline", "difference", "stderr"] * compared]
         rows += [_row(r, figure, compared=compared) for r in self.results for figure in r.figures]
-        lines = aligned(rows)
-        lines += [f"{r.task}: {r.flips}" for r in self.results if r.flips is not None]
+        return rows
+
+    def _notes(self) -> list[str]:
+        lines = [f"{r.task}: {r.flips}" for r in self.results if r.flips is not None]
         lines += [f"{r.task}: {r.truncated} cut" for r in self.results if r.truncated]
         lines += [] if self.perplexity is None else [str(self.perplexity)]
-        return "\n".join([*lines, f"scored by {self.scorer}, seed {self.seed}"])
+        return [*lines, f"scored by {self.scorer}, seed {self.seed}"]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

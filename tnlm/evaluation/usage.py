@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tnlm.evaluation.results import aligned
+from tnlm.utils.notebook import fragment
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,18 @@ class Efficiency:
 
     def __str__(self) -> str:
         """Return a table, with figures of the baseline and ratios if there is one."""
+        return "\n".join([*aligned(self._rows()), self._protocol()])
+
+    def __repr__(self) -> str:
+        """Return what was measured, in one line."""
+        beside = "" if self.baseline is None else " beside a baseline"
+        return f"<Efficiency{beside}: {self._protocol()}>"
+
+    def _repr_html_(self) -> str:
+        """Return the table, for a notebook."""
+        return fragment("Efficiency", [self._protocol()], self._rows())
+
+    def _rows(self) -> list[list[str]]:
         ours = _figures(self.model)
         theirs = {} if self.baseline is None else _figures(self.baseline)
         rows = [["figure", "model", *(["baseline", "ratio"] if theirs else [])]]
@@ -124,11 +137,13 @@ class Efficiency:
                 ratio = f"{value / other:.3f}" if value is not None and other else ""
                 cells += [_shown(other), ratio]
             rows.append(cells)
-        protocol = (
+        return rows
+
+    def _protocol(self) -> str:
+        return (
             f"batch 1, {self.new_tokens} new tokens, medians of {self.repeats} repeats, "
             f"{self.device}, {self.threads} threads"
         )
-        return "\n".join([*aligned(rows), protocol])
 
 
 def _figures(usage: Usage) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ from tnlm.errors import CheckpointError, OptionError
 from tnlm.plans.coverage import Coverage
 from tnlm.precision.grid import Precision
 from tnlm.tensors.network import Cost
+from tnlm.utils.notebook import fragment
 
 FORMAT_VERSION = 2
 
@@ -152,6 +153,22 @@ class Plan:
     def __str__(self) -> str:
         """Return the plan as a table."""
         return "\n".join([*table(self.layers), *self.left(), *self.summary()])
+
+    def __repr__(self) -> str:
+        """Return the scheme and what is kept, in one line."""
+        return f"<Plan {self.kept()}>"
+
+    def _repr_html_(self) -> str:
+        """Return the totals and the table, for a notebook."""
+        rows = [HEADINGS, *map(row, self.layers)]
+        return fragment(f"Plan {self.kept()}", self.summary(), rows)
+
+    def kept(self) -> str:
+        """Return the scheme and the fraction of parameters that is kept, in one line."""
+        part = self.targets_after.params / max(1, self.targets_before.params)
+        whole = self.model_after.params / max(1, self.model.params)
+        count = f"{len(self.layers)} {'matrix' if len(self.layers) == 1 else 'matrices'}"
+        return f"{self.scheme}: {count}, {part:.3f} of their parameters, {whole:.3f} of the model's"
 
     def left(self) -> list[str]:
         """Return the table of parameters left unchanged; no lines if they are not known."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from tnlm.errors import OptionError
-from tnlm.plans.plan import FORMAT_VERSION, LayerPlan, Plan, table
+from tnlm.plans.plan import FORMAT_VERSION, HEADINGS, LayerPlan, Plan, row, table
+from tnlm.utils.notebook import fragment
 
 COUNTED = {"params": "parameters", "bytes": "bytes", "macs": "macs", "time": "nanoseconds"}
 """The name in a report of each unit of cost."""
@@ -140,6 +141,15 @@ class Report:
     def __str__(self) -> str:
         """Return the report as a table."""
         return "\n".join([*table(self.plan.layers), *self.plan.left(), *self.summary()])
+
+    def __repr__(self) -> str:
+        """Return the scheme and what was kept, in one line."""
+        return f"<Report {self.plan.kept()}>"
+
+    def _repr_html_(self) -> str:
+        """Return the totals and the table, for a notebook."""
+        rows = [HEADINGS, *map(row, self.plan.layers)]
+        return fragment(f"Report {self.plan.kept()}", self.summary(), rows)
 
 
 def with_errors(plan: Plan, errors: Mapping[str, float]) -> Plan:

@@ -15,26 +15,28 @@ import numpy as np
 from tnlm.errors import OptionError
 from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report
+from tnlm.studies.analysis.result import Analysis
+from tnlm.studies.analysis.spectra import Spectrum
+from tnlm.studies.analysis.truncation import GroupTruncation
+from tnlm.studies.canvas import COLORS, SEQUENTIAL, annotated, axes_of, colors
 from tnlm.utils.names import place, shortened
 from tnlm.utils.pareto import pareto as pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#3b6fb6", "#d1742f", "#3f8f5f", "#a23b6b", "#8a7a5f", "#5aa9c4", "#c9a227", "#7b6bb0")
-"""Distinct for readers with red-green colour blindness, on white and on black."""
-
-SEQUENTIAL = "viridis"
-
 
 def energy(
-    spectra: Mapping[str, Sequence[float]], ax: Axes | None = None, *, share: float = 0.9
+    spectra: Spectrum | Mapping[str, Spectrum | Sequence[float]],
+    ax: Axes | None = None,
+    *,
+    share: float = 0.9,
 ) -> Axes:
-    """Plot how much energy the leading directions hold, for one spectrum or several.
+    """Plot how much energy the leading directions hold, of one spectrum or several.
 
     Args:
-        spectra: energies by label, such as squared singular values of a weight or eigenvalues of a
-            covariance, in any order.
+        spectra: a spectrum of :func:`tnlm.analyze`, or several by label; or energies by label, such
+            as squared singular values of a weight or eigenvalues of a covariance, in any order.
         ax: the axes to draw into.
         share: a dotted line marks where a spectrum reaches this fraction of its energy.
 
@@ -47,29 +49,46 @@ def energy(
         >>> ax.get_xlabel(), len(ax.lines)
         ('share of the directions', 4)
     """
-    ax = _axes(ax)
-    for (label, values), color in zip(spectra.items(), _cycle(len(spectra)), strict=True):
-        found = np.sort(np.asarray(values, dtype=np.float64))[::-1]
-        if not len(found) or not np.isfinite(found).all() or found[-1] < 0 or found.sum() <= 0:
-            raise OptionError(f"spectrum {label!r}: energies must be finite, >= 0, not all zero")
-        kept = np.concatenate([[0.0], np.cumsum(found) / found.sum()])
-        ranks = np.arange(len(kept)) / len(found)
-        ax.plot(ranks, kept, color=color, label=label, linewidth=2)
+    ax = axes_of(ax)
+    named = {"": spectra} if isinstance(spectra, Spectrum) else spectra
+    for (label, values), color in zip(named.items(), colors(len(named)), strict=True):
+        kept = _kept(label, values)
+        ranks = np.linspace(0.0, 1.0, len(kept))
+        ax.plot(ranks, kept, color=color, label=label or None, linewidth=2)
         ax.axvline(ranks[int(np.searchsorted(kept, share - 1e-12))], color=color, linestyle=":")
     ax.set(xlabel="share of the directions", ylabel="share of the energy", xlim=(0, 1))
     ax.set_ylim(0, 1.02)
-    ax.legend(frameon=False, loc="lower right")
+    if any(named):
+        ax.legend(frameon=False, loc="lower right")
     return ax
 
 
+def _kept(label: str, values: Spectrum | Sequence[float]) -> np.ndarray[Any, Any]:
+    """Return the share of the energy that the first 0, 1, 2, ... directions hold."""
+    if isinstance(values, Spectrum):
+        if not values.held:
+            raise OptionError(f"spectrum {label!r} has no energy, or is of an earlier version")
+        return np.asarray(values.held)
+    found = np.sort(np.asarray(values, dtype=np.float64))[::-1]
+    if not len(found) or not np.isfinite(found).all() or found[-1] < 0 or found.sum() <= 0:
+        raise OptionError(f"spectrum {label!r}: energies must be finite, >= 0, not all zero")
+    return np.concatenate([[0.0], np.cumsum(found) / found.sum()])
+
+
 def heatmap(
-    values: Mapping[str, float], ax: Axes | None = None, *, label: str = "", annotate: bool = True
+    values: Mapping[str, float] | Plan | Report | Analysis,
+    ax: Axes | None = None,
+    *,
+    label: str = "",
+    annotate: bool = True,
 ) -> Axes:
     """Plot one value per matrix as a heatmap: one column per block, one row per kind of matrix.
 
     Args:
-        values: by dotted name. The first number in a name is its block; names without one are in
-            column "-". Names joined by "+" share a value.
+        values: by dotted name; of a plan or a report, the fraction that each matrix keeps; of an
+            analysis, the fraction of its directions that hold 90 % of the energy. The first number
+            in a name is its block; names without one are in column "-". Names joined by "+" share
+            a value.
         ax: the axes to draw into.
         label: label of the colour bar.
         annotate: write the values into the cells, unless there are many.
@@ -82,17 +101,18 @@ def heatmap(
         >>> [text.get_text() for text in ax.get_yticklabels()]
         ['q', 'v']
     """
-    if not values:
+    named, meaning = _by_name(values)
+    if not named:
         raise OptionError("heatmap: no values; give them by the names of matrices")
-    ax = _axes(ax)
-    values = {member: value for name, value in values.items() for member in name.split("+")}
-    places = {name: place(name) for name in values}
+    ax = axes_of(ax)
+    found = {member: value for name, value in named.items() for member in name.split("+")}
+    places = {name: place(name) for name in found}
     kinds = shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
     blocks = sorted({block for _, block in places.values()})
     grid = np.full((len(kinds), len(blocks)), np.nan)
     rows = {kind: row for row, kind in enumerate(kinds)}
     for name, (kind, block) in places.items():
-        grid[rows[kind], blocks.index(block)] = values[name]
+        grid[rows[kind], blocks.index(block)] = found[name]
     image = ax.imshow(grid, aspect="auto", cmap=SEQUENTIAL, interpolation="nearest")
     ax.set_yticks(range(len(kinds)), list(kinds.values()))
     every = max(1, len(blocks) // 12)
@@ -101,10 +121,23 @@ def heatmap(
     ax.set_xlabel("block")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02).outline.set_visible(False)
+    ax.figure.colorbar(image, ax=ax, label=label or meaning, pad=0.02).outline.set_visible(False)
     if annotate and grid.size <= 64:
-        _annotate(ax, grid)
+        annotated(ax, grid)
     return ax
+
+
+def _by_name(
+    values: Mapping[str, float] | Plan | Report | Analysis,
+) -> tuple[Mapping[str, float], str]:
+    """Return one value per matrix, and what it means."""
+    if isinstance(values, Analysis):
+        found = {row.name: row.spectrum.ratio90 for row in values.weights}
+        return found, "directions for 90 % of the energy"
+    if isinstance(values, Plan | Report):
+        layers = (values.plan if isinstance(values, Report) else values).layers
+        return {layer.name: layer.keep for layer in layers}, "fraction kept"
+    return values, ""
 
 
 def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
@@ -122,13 +155,13 @@ def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
         >>> allocation(decided).get_ylabel()
         'parameters'
     """
-    ax = _axes(ax)
+    ax = axes_of(ax)
     layers = (plan.plan if isinstance(plan, Report) else plan).layers
     places = {layer.name: place(layer.name) for layer in layers}
     kinds = shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
     blocks = sorted({block for _, block in places.values()})
     dense, under = dict.fromkeys(blocks, 0), dict.fromkeys(blocks, 0)
-    for (kind, shown), color in zip(kinds.items(), _cycle(len(kinds)), strict=True):
+    for (kind, shown), color in zip(kinds.items(), colors(len(kinds)), strict=True):
         mine = {places[x.name][1]: x for x in layers if places[x.name][0] == kind}
         kept = {block: layer.after.params for block, layer in mine.items()}
         bottom = [under[block] for block in kept]
@@ -146,6 +179,7 @@ def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
         label="dense",
     )
     ax.set(xlabel="block", ylabel="parameters")
+    ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     return ax
 
@@ -180,8 +214,8 @@ def pareto(
     every = [point for pairs in points.values() for point in pairs]
     if not every or not all(map(math.isfinite, (x for point in every for x in point))):
         raise OptionError("pareto: give at least one point, with finite sizes and qualities")
-    ax = _axes(ax)
-    for (label, pairs), color in zip(points.items(), _cycle(len(points)), strict=True):
+    ax = axes_of(ax)
+    for (label, pairs), color in zip(points.items(), colors(len(points)), strict=True):
         xs, ys = zip(*sorted(pairs), strict=True)
         ax.plot(xs, ys, "o-", color=color, label=label, markersize=5, linewidth=1)
     front = {every[index] for index in pareto_front(every, [False, not lower_is_better])}
@@ -196,8 +230,8 @@ def pareto(
 
 
 def groups(
-    reconstruction: Sequence[float],
-    scores: Sequence[float],
+    reconstruction: GroupTruncation | Sequence[float],
+    scores: Sequence[float] | None = None,
     ax: Axes | None = None,
     *,
     label: str = "score",
@@ -205,8 +239,9 @@ def groups(
     """Plot the effect of dropping each group of singular values on the weights and on a score.
 
     Args:
-        reconstruction: reconstruction error per group, the largest singular values first.
-        scores: score of the model without each group.
+        reconstruction: the result of :func:`tnlm.truncate_groups`; or the reconstruction error per
+            group, the largest singular values first.
+        scores: score of the model without each group; not given beside a result.
         ax: the axes to draw into; scores have their own scale on the right.
         label: label of the scores.
 
@@ -217,9 +252,13 @@ def groups(
         >>> groups([3.0, 2.0, 1.0], [9.0, 9.5, 8.0]).get_xlabel()
         'group of singular values that is dropped, the largest first'
     """
+    if isinstance(reconstruction, GroupTruncation):
+        scores = [row.value for row in reconstruction.rows]
+        reconstruction = [row.error for row in reconstruction.rows]
+    scores = scores or ()
     if len(reconstruction) != len(scores) or not len(scores):
         raise OptionError(f"groups: {len(reconstruction)} errors, but {len(scores)} scores")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     indices = np.arange(1, len(scores) + 1)
     ax.bar(indices, reconstruction, color=COLORS[0], alpha=0.7)
     ax.set_ylabel("error of the weights", color=COLORS[0])
@@ -250,7 +289,7 @@ def shapes(errors: Mapping[tuple[int, int], float], ax: Axes | None = None) -> A
     """
     if not errors:
         raise OptionError("shapes: no errors; give them by (rows, columns)")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     rows, columns = (sorted({shape[axis] for shape in errors}) for axis in (0, 1))
     grid = np.array([[errors.get((r, c), np.nan) for c in columns] for r in rows])
     image = ax.imshow(grid, aspect="auto", cmap=SEQUENTIAL, origin="lower")
@@ -260,35 +299,5 @@ def shapes(errors: Mapping[tuple[int, int], float], ax: Axes | None = None) -> A
     ax.tick_params(length=0)
     ax.figure.colorbar(image, ax=ax, label="relative error", pad=0.02)
     if grid.size <= 64:
-        _annotate(ax, grid)
+        annotated(ax, grid)
     return ax
-
-
-def _axes(ax: Axes | None) -> Axes:
-    """Return the axes, or new ones, without a frame."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError(
-            "plots need matplotlib, which is not installed: pip install 'tnlm[plot]'"
-        ) from error
-    # Not pyplot's figure, which would choose a backend and stay in memory.
-    made = Figure(figsize=(6.4, 4.0), layout="constrained").subplots() if ax is None else ax
-    made.spines[["top", "right"]].set_visible(False)
-    return made
-
-
-def _cycle(count: int) -> list[Any]:
-    if count <= len(COLORS):
-        return list(COLORS[:count])
-    import matplotlib as mpl
-
-    return list(mpl.colormaps[SEQUENTIAL](np.linspace(0, 0.9, count)))
-
-
-def _annotate(ax: Axes, grid: np.ndarray[Any, Any]) -> None:
-    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-    for (row, column), value in np.ndenumerate(grid):
-        if np.isfinite(value):
-            color = "white" if value < middle else "black"
-            ax.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)

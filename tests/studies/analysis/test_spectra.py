@@ -135,3 +135,13 @@ def test_directions_stand_out_of_the_noise_by_the_edge():
 def test_a_matrix_of_one_row_has_one_direction():
     assert random_directions((1, 50)) == 1
     assert random_directions((1, 1)) == 1
+
+
+@given(energy=st.lists(st.floats(0, 1e3), min_size=1, max_size=50).filter(lambda x: max(x) > 1e-6))
+def test_the_curve_of_energy_rises_from_none_to_all(energy):
+    sorted_energy = torch.tensor(sorted(energy, reverse=True), dtype=torch.float64)
+    held = torch.tensor(summarize(sorted_energy, len(energy), 0.0).held, dtype=torch.float64)
+    assert (held[0], held[-1]) == (0.0, pytest.approx(1.0))
+    assert (held.diff() >= -1e-12).all()
+    even = torch.linspace(0, 1, len(held), dtype=torch.float64)
+    assert (held >= even - 1e-9).all()  # concave, as the largest come first

@@ -10,11 +10,13 @@ from typing import Any
 
 from tnlm.checkpoint.exchange import replace_directory
 from tnlm.errors import OptionError, did_you_mean
+from tnlm.evaluation.results import aligned
 from tnlm.studies.analysis.curves import CurveRow
 from tnlm.studies.analysis.features import FeatureRow
 from tnlm.studies.analysis.spectra import Spectrum
 from tnlm.studies.analysis.weights import WeightRow
 from tnlm.studies.table import as_csv
+from tnlm.utils.notebook import fragment
 
 VERSION = 1
 """Version of the JSON layout."""
@@ -144,17 +146,24 @@ class Analysis:
 
     def __str__(self) -> str:
         """Return a table of all matrices, and what was skipped."""
-        lines = [_COLUMNS, *map(_line, self.rows)]
-        widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        return "\n".join([*aligned([_COLUMNS, *map(_line, self.rows)]), *self._notes()])
+
+    def __repr__(self) -> str:
+        """Return how much was analyzed, in one line."""
+        parts = [f"{len(self.weights)} weights", f"{len(self.features)} rows of features"]
+        return f"<Analysis of {', '.join([*parts, f'{len(self.curves)} points of curves'])}>"
+
+    def _repr_html_(self) -> str:
+        """Return the table of all matrices, for a notebook."""
+        rows = [_COLUMNS, *map(_line, self.rows)]
+        return fragment(repr(self).strip("<>"), self._notes(), rows)
+
+    def _notes(self) -> list[str]:
         notes = {row.note: row.name for row in reversed(self.features) if row.note}
-        return "\n".join(
-            [
-                *text,
-                *(f"note: {name}: {note}" for note, name in reversed(notes.items())),
-                *(f"skipped: {name}: {reason}" for name, reason in self.skipped.items()),
-            ]
-        )
+        return [
+            *(f"note: {name}: {note}" for note, name in reversed(notes.items())),
+            *(f"skipped: {name}: {reason}" for name, reason in self.skipped.items()),
+        ]
 
 
 def _flat(row: WeightRow | FeatureRow | CurveRow) -> dict[str, Any]:
@@ -162,7 +171,7 @@ def _flat(row: WeightRow | FeatureRow | CurveRow) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in asdict(row).items():
         if key == "spectrum":
-            values.update(value)
+            values.update({name: each for name, each in value.items() if name != "held"})
         elif key == "shape":
             values["outputs"], values["inputs"] = value
         else:
@@ -193,8 +202,12 @@ def _line(row: Mapping[str, Any]) -> Sequence[str]:
 
 def _weight(shape: Sequence[int], spectrum: Mapping[str, Any], **rest: Any) -> WeightRow:
     rows, columns = shape
-    return WeightRow(shape=(rows, columns), spectrum=Spectrum(**spectrum), **rest)
+    return WeightRow(shape=(rows, columns), spectrum=_spectrum(**spectrum), **rest)
 
 
 def _feature(spectrum: Mapping[str, Any], **rest: Any) -> FeatureRow:
-    return FeatureRow(spectrum=Spectrum(**spectrum), **rest)
+    return FeatureRow(spectrum=_spectrum(**spectrum), **rest)
+
+
+def _spectrum(held: Sequence[float] = (), **ranks: Any) -> Spectrum:
+    return Spectrum(**ranks, held=tuple(held))

@@ -11,6 +11,8 @@ from tnlm.errors import ModelError
 
 ROWS = 4096
 """Rows converted to double precision at once."""
+POINTS = 32
+"""Steps of the curve of energy that a spectrum keeps."""
 SLACK = 1e-9
 """Fraction of the energy allowed for rounding: 90 % of ten equal values are nine of them."""
 
@@ -28,6 +30,8 @@ class Spectrum:
         limit: largest rank that is possible.
         ratio90: ``k90 / limit``.
         ratio99: ``k99 / limit``.
+        held: share of the energy that the first 0, 1/32, 2/32, ... of ``limit`` directions hold;
+            empty if there is no energy, or in a file of an earlier version.
     """
 
     numerical_rank: int
@@ -38,6 +42,7 @@ class Spectrum:
     limit: int
     ratio90: float
     ratio99: float
+    held: tuple[float, ...] = ()
 
 
 def summarize(energy: Tensor, limit: int, floor: float) -> Spectrum:
@@ -76,7 +81,19 @@ def summarize(energy: Tensor, limit: int, floor: float) -> Spectrum:
         limit,
         k90 / max(limit, 1),
         k99 / max(limit, 1),
+        _held(shares, limit),
     )
+
+
+def _held(shares: Tensor, limit: int) -> tuple[float, ...]:
+    """Return the energy of the first directions, between whole ones on a straight line."""
+    sums = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
+    places = torch.arange(POINTS + 1, dtype=torch.float64, device=shares.device) * limit / POINTS
+    places = places.clamp(max=len(shares))
+    below = places.floor().long()
+    above = (below + 1).clamp(max=len(shares))
+    held = sums[below] + (places - below) * (sums[above] - sums[below])
+    return tuple(held.clamp(max=1.0).tolist())
 
 
 def directions(shares: Tensor, wanted: float) -> int:
