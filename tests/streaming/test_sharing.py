@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 import tnlm
 from tests.parallel.conftest import run_in_processes
+from tnlm.calibration.store import Statistics
 from tnlm.calibration.trail import Trail
 from tnlm.errors import CheckpointError, OptionError
 from tnlm.parallel.workers import Workers
@@ -30,12 +31,22 @@ def source(tmp_path, tiny_llama):
     return tmp_path / "model"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_llama):
+    """What one process makes with auto, without a kill."""
+    folder = tmp_path_factory.mktemp("whole")
+    tiny_llama(num_hidden_layers=4).save_pretrained(folder / "model")
+    tnlm.compress_files(folder / "model", folder / "out", "auto", keep_targets=0.6, **DATA)
+    return folder / "out"
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
 def compressed(source, out, scheme, kill=None):
-    if kill is not None and os.environ["RANK"] == "1":
+    last = str(int(os.environ["WORLD_SIZE"]) - 1)
+    if kill is not None and os.environ["RANK"] == last:
         _killing(*kill)
     data = {} if scheme == "svd" else DATA
     tnlm.compress_files(
@@ -82,6 +93,38 @@ def test_a_killed_process_stops_all_and_the_rerun_goes_on(
     assert run_in_processes(tmp_path / "ranks", 2, compressed, *about) == [None, None]
     same(tmp_path / "whole", tmp_path / "out")
     assert names(tmp_path) == ["model", "out", "ranks", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls", "count"),
+    [
+        (Pieces, "_write", 2, 3),
+        (Trail, "keep", 3, 1),
+        pytest.param(Pieces, "_write", 2, 1, marks=pytest.mark.slow),
+        pytest.param(Trail, "keep", 3, 3, marks=pytest.mark.slow),
+        pytest.param(Statistics, "mark", 3, 1, marks=pytest.mark.slow),
+        pytest.param(Statistics, "mark", 3, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_another_number_of_processes_goes_on(
+    owner, name, calls, count, source, tmp_path, same, whole
+):
+    about = source, tmp_path / "out", "auto"
+    with pytest.raises(Exception, match="SIGKILL"):
+        run_in_processes(tmp_path / "ranks", 2, compressed, *about, (owner, name, calls))
+    assert run_in_processes(tmp_path / "ranks", count, compressed, *about) == [None] * count
+    same(whole, tmp_path / "out")
+    assert names(tmp_path) == ["model", "out", "ranks"]
+
+
+@pytest.mark.slow
+def test_several_processes_go_on_after_one(source, tmp_path, same, whole):
+    about = source, tmp_path / "out", "auto"
+    with pytest.raises(Exception, match="SIGKILL"):
+        run_in_processes(tmp_path / "ranks", 1, compressed, *about, (Trail, "keep", 5))
+    assert run_in_processes(tmp_path / "ranks", 2, compressed, *about) == [None, None]
+    same(whole, tmp_path / "out")
+    assert names(tmp_path) == ["model", "out", "ranks"]
 
 
 def test_a_cascade_is_refused(source, tmp_path):
