@@ -149,6 +149,6 @@ def test_training_on_own_text(tiny_llama):
 def test_kron_takes_the_models_own_text(tiny_llama):
     options = {"terms": 4, "num_samples": 8, "max_length": 16, "progress": False}
     model = tnlm.compress(tiny_llama(), "kron", calibration="self", **options)
-    assert tnlm.report(model).plan.metric == "input"
+    assert tnlm.report(model).plan.metric == "two-sided"
     free = tnlm.compress(tiny_llama(), "kron", terms=4, progress=False)
     assert tnlm.report(free).plan.metric == "identity"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnlm.decompositions import kronecker
+from tnlm.decompositions import kronecker, kronecker_screen
 from tnlm.decompositions.als import als
 from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.kronecker import FORMAT, KroneckerSpec
@@ -49,7 +49,7 @@ def test_a_planted_sum_is_found_among_all_splits_and_recovered(split, terms, see
 
 def test_a_planted_sum_is_found_on_a_sample(gaussian, monkeypatch):
     # As for a large matrix: 2304 entries, of which each split is screened on some 300.
-    monkeypatch.setattr(kronecker, "SCREEN_ENTRIES", 300)
+    monkeypatch.setattr(kronecker_screen, "SCREEN_ENTRIES", 300)
     weight = planted(gaussian, 2, (6, 8), (4, 12), seed=0) + 0.1 * gaussian(48, 48, seed=2)
     specs = FORMAT.candidates((48, 48), {"terms": 2}, Ceiling(weight.numel() / 2))
     assert best(weight, specs)[1].out_split == (6, 8)

@@ -18,7 +18,7 @@ from tnlm.errors import CalibrationError, OptionError
 from tnlm.layers.embedding import FactorizedEmbedding
 from tnlm.metrics.named import measures
 from tnlm.schemes import schemes
-from tnlm.schemes.base import Scheme
+from tnlm.schemes.base import FITTED_TO_DATA, Scheme
 
 MEASURES = measures()
 
@@ -66,7 +66,8 @@ def test_a_scheme_asks_for_what_it_looks_at_and_no_more(name, make_model):
     scheme, model = schemes()[name], make_model("llama")
     if scheme.with_data:
         decided = tnlm.plan(model, name, keep_targets=0.5, progress=False, **DATA)
-        assert decided.metric == scheme.with_data
+        chosen = {"metric": decided.metric, "allocation": decided.request["allocation"]}
+        assert chosen == scheme.with_data == FITTED_TO_DATA
         with pytest.raises(OptionError, match="calibration= has no effect"):
             tnlm.compress(model, name, metric="identity", **DATA)
     elif scheme.needs == "nothing":

@@ -217,10 +217,25 @@ def gather_choices(scheme: str | Scheme, given: Mapping[str, Any]) -> Asked:
             )
         fields[each.group][each.field] = value
     named: Scheme = base["scheme"]
-    if base["calibration"].data is not None and named.with_data and named.metric == "identity":
-        fields["scheme"].setdefault("metric", named.with_data)
+    if base["calibration"].data is not None and named.metric == "identity":
+        tolerance = fields["budget"].get("tolerance", base["budget"].tolerance)
+        fields["scheme"] = _with_data(named, fields["scheme"], tolerance is None)
     made = {group: dataclasses.replace(base[group], **fields[group]) for group in GROUPS}
     return Asked(**made, options=left)
+
+
+def _with_data(named: Scheme, given: Mapping[str, Any], splits: bool) -> dict[str, Any]:
+    """Return the fields given for a scheme, with its choices for data where they are left open.
+
+    Args:
+        named: the scheme.
+        given: fields that the call changes.
+        splits: whether there is a budget to split; a tolerance leaves nothing to allocate.
+    """
+    chosen = dict(named.with_data)
+    if "metric" in given or named.allocation != Scheme.allocation or not splits:
+        chosen.pop("allocation", None)
+    return {**chosen, **given}
 
 
 def scheme(name: str, **changes: Any) -> Scheme:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
+from tnlm.decompositions.screening import screened
 from tnlm.decompositions.whitening import grown
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
@@ -35,7 +36,7 @@ WIDEST = 4
 """Most activations between the factors, as a multiple of the larger side: with smaller blocks,
 moving activations takes longer than multiplying them."""
 FINALISTS, TRIAL = 3, 2
-"""Number of specs fitted, and sweeps for each, if the tails do not give the error."""
+"""Specs fitted, and sweeps for each, if the tails do not give the error."""
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,19 @@ class BlockTrain(Format[BlockTrainSpec]):
         If the metric couples blocks, the ``FINALISTS`` with the smallest tails get the error after
         ``TRIAL`` sweeps, which the full fit can only lower; the others get infinity.
         """
-        guesses = [_tail(weight, metric, spec) for spec in specs]
+        guesses = _tails(weight, specs, metric)
         loose = [k for k, spec in enumerate(specs) if not _is_optimal(metric, spec)]
         loose.sort(key=guesses.__getitem__)
         for rank, k in enumerate(loose):
             first = rank < FINALISTS
             guesses[k] = self._error_after_trial(weight, metric, specs[k]) if first else math.inf
         return guesses
+
+    def curve(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
+    ) -> list[tuple[BlockTrainSpec, float]]:
+        """Return the best split at each of many sizes, predicted from the blocks' tails."""
+        return screened(self, weight, metric, options, macs, _tails)
 
     def _error_after_trial(self, weight: Tensor, metric: Metric, spec: BlockTrainSpec) -> float:
         factors = self._improved(weight, metric, spec, TRIAL)
@@ -269,10 +276,17 @@ def _energies(
     return values.clamp_min(0.0).sum((0, 1)).flip(0)
 
 
-def _tail(weight: Tensor, metric: Metric, spec: BlockTrainSpec) -> float:
-    tail = tails(_energies(weight, metric, spec.out_split, spec.in_split))
-    error: float = (float(tail[spec.rank]) / (float(tail[0]) or 1.0)) ** 0.5
-    return error
+def _tails(
+    weight: Tensor, specs: Sequence[BlockTrainSpec], metric: Metric | None = None
+) -> list[float]:
+    """Return the relative tail of each spec; each split is cut up once."""
+
+    @cache
+    def tail(out: Sequence[int], inp: Sequence[int]) -> Tensor:
+        found = tails(_energies(weight, metric or Metric(), out, inp))
+        return found / (float(found[0]) or 1.0)
+
+    return [float(tail(spec.out_split, spec.in_split)[spec.rank]) ** 0.5 for spec in specs]
 
 
 def _is_optimal(metric: Metric, spec: BlockTrainSpec) -> bool:

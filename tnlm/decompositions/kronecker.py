@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tnlm.decompositions.als import fit_network
+from tnlm.decompositions.als import als, fit_network
 from tnlm.decompositions.base import (
     Ceiling,
     Format,
@@ -21,8 +20,10 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
+from tnlm.decompositions.kronecker_fit import balanced, low_rank_factors, nearest
+from tnlm.decompositions.kronecker_screen import Spectra, estimate, is_low_rank, is_thin
+from tnlm.decompositions.screening import KEEPS, trial
 from tnlm.decompositions.whitening import (
-    Decompose,
     closed_form,
     grown,
     is_plain,
@@ -31,18 +32,18 @@ from tnlm.decompositions.whitening import (
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
 from tnlm.tensors.costs import macs
-from tnlm.tensors.linalg import energies, rank_for, spectrum, tails, truncated_svd
+from tnlm.tensors.linalg import rank_for, spectrum
 from tnlm.tensors.network import Factors, Gauge, Network
-from tnlm.tensors.rearrange import Split, divisor_pairs, rearrange, sample
+from tnlm.tensors.rearrange import Split, divisor_pairs, rearrange
+from tnlm.utils.ties import EXACT, least
 
 FINALISTS = 12
 """Number of splits scored exactly, after all are screened on a sample."""
 
-SCREEN_ENTRIES = 2**15
-"""Approximate number of matrix entries used to screen one split."""
-LARGE = 1e12
-"""Entries up to this size have sums of squares far from overflow in float32."""
-
+SCREENED, FEW = (0.5, 0.8), 4
+"""Sizes at which a curve's splits are chosen, and the number chosen at each."""
+NEAR = 0.9
+"""Splits that cannot use this fraction of a size are not screened for it: others are better."""
 SCREEN_ROUNDING = 1e-6
 """Difference up to which estimates of squared relative errors in float32 count as equal."""
 
@@ -97,8 +98,10 @@ class Kronecker(Format[KroneckerSpec]):
         With data, they are those of the whitened matrix, refined by alternating least squares.
         """
         network = self.network(matrix_shape(weight), spec)
-        factors = fit_network(network, weight, metric, _nearest(spec))
-        return factors if is_plain(metric) else _balanced(factors)
+        if metric.separable and is_low_rank(*_pairs(spec)) and not is_plain(metric):
+            return balanced(low_rank_factors(network, *metric.low_rank(weight, spec.terms)))
+        factors = fit_network(network, weight, metric, nearest(spec.terms, *_pairs(spec)))
+        return factors if is_plain(metric) else balanced(factors)
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
@@ -178,54 +181,55 @@ class Kronecker(Format[KroneckerSpec]):
         If there are many specs, all are first screened on a sample of the matrix; those not among
         the best ``FINALISTS`` get infinity.
         """
-        if len(specs) > FINALISTS:
-            guesses = _screen_all(weight, metric, specs)
-            bar = sorted(guesses)[FINALISTS - 1] + SCREEN_ROUNDING
-        else:
-            guesses, bar = [0.0] * len(specs), 0.0
-        return [
-            self._tail(weight, metric, spec) if guess <= bar else math.inf
-            for spec, guess in zip(specs, guesses, strict=True)
-        ]
+        spectra = Spectra(metric.start().whiten(weight))
+        chosen = set(_best(spectra, specs, FINALISTS))
+        return [_tail(spectra, spec) if spec in chosen else math.inf for spec in specs]
 
-    def _tail(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
-        splits = spec.out_split, spec.in_split
-        tail = tails(spectrum(rearrange(_whitened(weight, metric, *splits), *splits)))
-        error: float = (float(tail[spec.terms]) / (float(tail[0]) or 1.0)) ** 0.5
-        return error
+    def curve(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
+    ) -> list[tuple[KroneckerSpec, float]]:
+        """Return the best split at each of many sizes, predicted from the whitened matrix.
+
+        Splits whose fit is not optimal in closed form are scaled by the error of one trial fit.
+        """
+        shape, spectra = matrix_shape(weight), Spectra(metric.start().whiten(weight))
+        splits = self._promising(spectra, shape, options, macs)
+        optimal = {pair: _is_optimal(metric, *pair) for pair in splits}
+        found: dict[bool, dict[KroneckerSpec, float]] = {True: {}, False: {}}
+        for keep in KEEPS:
+            ceiling = Ceiling(keep * weight.numel(), macs)
+            for kind, curve in found.items():
+                alike = [pair for pair in splits if optimal[pair] == kind]
+                specs = [self._largest(shape, pair, options, ceiling) for pair in alike]
+                errors = {spec: _tail(spectra, spec) for spec in specs if spec is not None}
+                if errors:
+                    best = list(errors)[least(list(errors.values()), EXACT)]
+                    curve[best] = errors[best]
+        scale = trial(partial(self._error_after_trial, weight, metric), found[False])
+        return [*found[True].items(), *((spec, scale * e) for spec, e in found[False].items())]
+
+    def _promising(
+        self, spectra: Spectra, shape: Shape, options: Mapping[str, Any], macs: float
+    ) -> list[tuple[Split, Split]]:
+        """Return the few splits that are best at a medium and at a large size."""
+        size = math.prod(shape)
+        found: dict[tuple[Split, Split], None] = {}
+        for keep in SCREENED:
+            specs = self.candidates(shape, options, Ceiling(keep * size, macs))
+            near = [s for s in specs if self.network(shape, s).params >= NEAR * keep * size]
+            for spec in _best(spectra, near or specs, FEW):
+                found[_pairs(spec)] = None
+        return list(found)
+
+    def _error_after_trial(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
+        network = self.network(matrix_shape(weight), spec)
+        start, _ = closed_form(network, weight, metric, nearest(spec.terms, *_pairs(spec)))
+        squared = als(network, weight, metric, start, sweeps=1, steps=2).objective[-1]
+        return math.sqrt(max(squared, 0.0)) / metric.norm(weight)
 
     def _closed_form_error(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
         network = self.network(matrix_shape(weight), spec)
-        return closed_form(network, weight, metric, _nearest(spec))[1]
-
-
-def _nearest(spec: KroneckerSpec) -> Decompose:
-    """Return a function that fits a tensor of modes (a, b, c, d) in the Frobenius norm."""
-    (a, b), (c, d) = spec.out_split, spec.in_split
-
-    def decompose(tensor: Tensor) -> Factors:
-        rows = rearrange(tensor.reshape(a * b, c * d), spec.out_split, spec.in_split)
-        svd = truncated_svd(rows, spec.terms)
-        root = svd.s.sqrt()
-        return {
-            "left": (svd.u * root).T.reshape(-1, a, c),
-            "right": (root[:, None] * svd.vh).reshape(-1, b, d),
-        }
-
-    return decompose
-
-
-def _balanced(factors: Factors) -> Factors:
-    """Return the same sum with orthogonal terms, with both sides scaled by the root of sigma."""
-    left, right = factors["left"], factors["right"]
-    outer, r_outer = torch.linalg.qr(left.flatten(1).T)
-    inner, r_inner = torch.linalg.qr(right.flatten(1).T)
-    svd = truncated_svd(r_outer @ r_inner.T, method="exact")
-    root = svd.s.sqrt()
-    return {
-        "left": (outer @ (svd.u * root)).T.reshape(left.shape),
-        "right": (root[:, None] * (svd.vh @ inner.T)).reshape(right.shape),
-    }
+        return closed_form(network, weight, metric, nearest(spec.terms, *_pairs(spec)))[1]
 
 
 def _whitened(
@@ -253,44 +257,36 @@ def _most_terms(numbers: int, params: float, gauge: bool) -> float:
     return math.inf if root < 0 else (numbers - math.sqrt(root)) // 2
 
 
-def _screen_all(weight: Tensor, metric: Metric, specs: Sequence[KroneckerSpec]) -> list[float]:
-    """Screen every spec; whiten the inputs once per input split."""
-    if is_plain(metric):
-        return [_screen(weight, spec) for spec in specs]
-    near, guesses = metric.start(), {}
-    for inp in dict.fromkeys(spec.in_split for spec in specs):
-        inputs = _whitened(weight, Metric(inputs=near.inputs), weight.shape[:1], inp)
-        for spec in (spec for spec in specs if spec.in_split == inp):
-            both = _whitened(inputs, Metric(outputs=near.outputs), spec.out_split, inp)
-            guesses[spec] = _screen(both, spec)
-    return [guesses[spec] for spec in specs]
+def _best(spectra: Spectra, specs: Sequence[KroneckerSpec], count: int) -> list[KroneckerSpec]:
+    """Return the ``count`` specs of least error, and those that tie with them.
+
+    If there are more, errors are estimated on a sample, except those of thin splits.
+    """
+    if len(specs) <= count:
+        return list(specs)
+    guesses = [
+        _tail(spectra, spec) ** 2
+        if is_thin(*_pairs(spec))
+        else estimate(spectra.weight, spec.terms, *_pairs(spec))
+        for spec in specs
+    ]
+    bar = sorted(guesses)[count - 1] + SCREEN_ROUNDING
+    return [spec for spec, guess in zip(specs, guesses, strict=True) if guess <= bar]
 
 
-def _screen(weight: Tensor, spec: KroneckerSpec) -> float:
-    """Estimate the relative squared error from evenly spaced blocks of the matrix."""
+def _tail(spectra: Spectra, spec: KroneckerSpec) -> float:
+    return spectra.error(spec.terms, spec.out_split, spec.in_split)
+
+
+def _pairs(spec: KroneckerSpec) -> tuple[Split, Split]:
     (a, b), (c, d) = spec.out_split, spec.in_split
-    short = min(a * c, b * d)
-    rows = sample(weight, (a, b), (c, d), max(4 * spec.terms, SCREEN_ENTRIES // short))
-    rows = _in_range(rows).float()
-    if rows.shape[0] > rows.shape[1]:
-        rows = rows.T
-    total = float(rows.square().sum())
-    width = spec.terms + 8
-    if 4 * width < rows.shape[0]:
-        # One power iteration finds the leading subspace, cheaper than all eigenvalues.
-        start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(0))
-        basis = torch.linalg.qr(rows @ start.to(rows))[0]
-        basis = torch.linalg.qr(rows @ (rows.T @ basis))[0]
-        rows = basis.T @ rows
-    kept = float(energies(rows @ rows.T)[: spec.terms].sum())
-    return 1.0 - kept / total if total > 0 else 0.0
+    return (a, b), (c, d)
 
 
-def _in_range(rows: Tensor) -> Tensor:
-    """Scale rows whose squares would overflow or underflow float32; return others unchanged."""
-    largest = float(rows.abs().max()) if rows.numel() else 0.0
-    outside = largest > LARGE or 0.0 < largest < 1.0 / LARGE
-    return rows.double() / largest if outside else rows
+def _is_optimal(metric: Metric, out_split: Split, in_split: Split) -> bool:
+    """Return whether the closed form is optimal: the metric is separable over the modes."""
+    sides = (metric.outputs, out_split), (metric.inputs, in_split)
+    return metric.separable and all(side is None or 1 in split for side, split in sides)
 
 
 FORMAT = Kronecker()

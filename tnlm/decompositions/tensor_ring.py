@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
+from tnlm.decompositions.screening import screened
 from tnlm.decompositions.splits import balanced_split, largest_within
 from tnlm.decompositions.tensor_train import BOND, OUT, chain_of_cores, orthogonal
 from tnlm.decompositions.whitening import Decompose, closed_form, grown, whiten
@@ -34,11 +36,10 @@ ORDER = 3
 CLOSING = (1, 2, 4)
 """Ranks of the closing bond to try if none is given; 1 is the tensor train."""
 SWEEPS, STALL = 40, 1e-3
-"""Most sweeps of least squares, and the relative gain below which a sweep is the last; a ring needs
-more than a train, whose closed form is nearly optimal."""
+"""Most sweeps of least squares, and the gain below which one is the last; trains need fewer."""
 WIDEST = 512
 """Rings with a larger product of two adjacent ranks keep their TR-SVD: every half-step would need
-the eigenvectors of a matrix of this size, and planning fits many."""
+the eigenvectors of a matrix of this size."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,20 @@ class TensorRing(Format[TensorRingSpec]):
 
             found.append(grown(spec_at, error_of, tolerance))
         return list(dict.fromkeys(found))
+
+    def curve(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
+    ) -> list[tuple[TensorRingSpec, float]]:
+        """Return the best ranks at each of many sizes, predicted by TR-SVDs of the whitened W."""
+
+        def error(matrix: Tensor, norm: Metric, spec: TensorRingSpec) -> float:
+            network = self.network(matrix_shape(matrix), spec)
+            return closed_form(network, matrix, norm, _tr_svd(network, spec))[1]
+
+        def guess(whitened: Tensor, specs: Sequence[TensorRingSpec]) -> list[float]:
+            return [error(whitened, Metric(), spec) for spec in specs]
+
+        return screened(self, weight, metric, options, macs, guess, partial(error, weight, metric))
 
 
 def _tr_svd(network: Network, spec: TensorRingSpec) -> Decompose:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
+from tnlm.decompositions.screening import screened
 from tnlm.decompositions.splits import balanced_split, largest_within, orders, ranks_at
 from tnlm.decompositions.whitening import (
     Decompose,
@@ -33,7 +34,7 @@ from tnlm.decompositions.whitening import (
 )
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
-from tnlm.tensors.linalg import rank_for, spectrum
+from tnlm.tensors.linalg import rank_for, spectrum, tails
 from tnlm.tensors.network import Factors, Network
 
 Split = tuple[int, ...]
@@ -154,6 +155,12 @@ class TensorTrain(Format[TensorTrainSpec]):
         """Return the error of each spec's TT-SVD, which least squares can only lower."""
         return [self._closed_form_error(weight, metric, spec) for spec in specs]
 
+    def curve(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
+    ) -> list[tuple[TensorTrainSpec, float]]:
+        """Return the best ranks at each of many sizes, predicted from the unfoldings' tails."""
+        return screened(self, weight, metric, options, macs, _bounds)
+
     def _closed_form_error(self, weight: Tensor, metric: Metric, spec: TensorTrainSpec) -> float:
         network = self.network(matrix_shape(weight), spec)
         return closed_form(network, weight, metric, _tt_svd(network, spec))[1]
@@ -170,6 +177,21 @@ def _tt_svd(network: Network, spec: TensorTrainSpec) -> Decompose:
         }
 
     return decompose
+
+
+def _bounds(weight: Tensor, specs: Sequence[TensorTrainSpec]) -> list[float]:
+    """Return the bound on each spec's error: the tails at all bonds, each computed once."""
+
+    @cache
+    def at_bonds(out: Split, inp: Split) -> list[Tensor]:
+        return [tails(spectrum(rows)) for rows in _unfoldings(as_tensor(weight, out, inp))]
+
+    found = []
+    for spec in specs:
+        bonds = at_bonds(spec.out_split, spec.in_split)
+        lost = sum(float(tail[rank]) for tail, rank in zip(bonds, spec.ranks, strict=True))
+        found.append(min(lost / (float(bonds[0][0]) or 1.0), 1.0) ** 0.5)
+    return found
 
 
 def chain_of_cores(

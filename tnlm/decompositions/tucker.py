@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from tnlm.decompositions.base import (
     matrix_shape,
 )
 from tnlm.decompositions.hooi import hooi, hosvd, unfold
+from tnlm.decompositions.screening import screened
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
 from tnlm.decompositions.whitening import closed_form, grown, is_plain, whiten
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
-from tnlm.tensors.linalg import rank_for, spectrum, truncated_svd
+from tnlm.tensors.linalg import rank_for, spectrum, tails, truncated_svd
 from tnlm.tensors.network import Factors, Network
 
 Split = tuple[int, ...]
@@ -154,9 +155,34 @@ class Tucker(Format[TuckerSpec]):
             return [_hosvd_error(weight, spec) for spec in specs]
         return [self._closed_form_error(weight, metric, spec) for spec in specs]
 
+    def curve(
+        self, weight: Tensor, metric: Metric, options: Mapping[str, Any], macs: float
+    ) -> list[tuple[TuckerSpec, float]]:
+        """Return the best ranks at each of many sizes, predicted from the unfoldings' tails."""
+        return screened(self, weight, metric, options, macs, _bounds)
+
     def _closed_form_error(self, weight: Tensor, metric: Metric, spec: TuckerSpec) -> float:
         network = self.network(matrix_shape(weight), spec)
         return closed_form(network, weight, metric, partial(_nearest, ranks=spec.ranks))[1]
+
+
+def _bounds(weight: Tensor, specs: Sequence[TuckerSpec]) -> list[float]:
+    """Return the HOSVD bound of each spec: the tails of all unfoldings, each computed once."""
+
+    @cache
+    def tail(out: Split, inp: Split, mode: int) -> Tensor:
+        found = tails(spectrum(unfold(as_tensor(weight, out, inp), mode)))
+        return found / (float(found[0]) or 1.0)
+
+    found = []
+    for spec in specs:
+        dims = spec.out_split + spec.in_split
+        modes = _reduced(dims, spec.ranks)[: None if len(dims) > 2 else 1]
+        lost = sum(
+            float(tail(spec.out_split, spec.in_split, mode)[spec.ranks[mode]]) for mode in modes
+        )
+        found.append(min(lost, 1.0) ** 0.5)
+    return found
 
 
 def _nearest(tensor: Tensor, ranks: Sequence[int]) -> Factors:

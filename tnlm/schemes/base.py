@@ -22,6 +22,10 @@ def choice(default: Any, text: str, keyword: str = "", *, shell: bool = True) ->
     return field(default=default, metadata={"text": text, "keyword": keyword, "shell": shell})
 
 
+FITTED_TO_DATA = {"metric": "two-sided", "allocation": "loss"}
+"""What structures published for the weights alone do if calibration data is given."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One published method as a set of choices; a call can override any of them.
@@ -47,8 +51,8 @@ class Scheme:
         keep_targets: fraction of the targets' parameters to keep if the call sets no size.
         unit: unit of the budget if the call names none.
         defaults: default values of the formats' options.
-        with_data: the metric if calibration data is given and the call names no metric; None for
-            a scheme that ignores data by definition, and so refuses it.
+        with_data: the choices, by field, if calibration data is given and the call names no metric;
+            empty for a scheme that ignores data by definition, and so refuses it.
     """
 
     name: str
@@ -84,7 +88,7 @@ class Scheme:
     keep_targets: float = 0.8
     unit: str = "params"
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    with_data: str | None = None
+    with_data: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def needs(self) -> str:

@@ -1,14 +1,14 @@
 """Tucker of the reshaped weights."""
 
 from tnlm.errors import RankError
-from tnlm.schemes.base import Scheme
+from tnlm.schemes.base import FITTED_TO_DATA, Scheme
 
 SCHEME = Scheme(
     name="tucker",
     title="Tucker (HOSVD, then HOOI) of the reshaped weights",
     formats=("tucker",),
     source="Tucker 1966; De Lathauwer et al. 2000; Moar et al. 2024, arXiv 2405.06626",
-    with_data="input",
+    with_data=FITTED_TO_DATA,
 )
 
 

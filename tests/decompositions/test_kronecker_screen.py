@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnlm.decompositions.kronecker_screen import Spectra, is_low_rank, is_thin
+from tnlm.tensors.rearrange import divisor_pairs, rearrange
+
+SPLITS = [(out, inp) for out in divisor_pairs(12) for inp in divisor_pairs(18)]
+
+
+@given(split=st.sampled_from(SPLITS), part=st.floats(0, 1), seed=st.integers(0, 20))
+def test_errors_are_the_tails_of_the_rearranged_matrix(split, part, seed, gaussian):
+    weight = gaussian(12, 18, seed=seed)
+    values = torch.linalg.svdvals(rearrange(weight, *split)).square()
+    terms = round(part * len(values))
+    expected = math.sqrt(float(values[terms:].sum() / values.sum()))
+    assert Spectra(weight).error(terms, *split) == pytest.approx(expected, abs=1e-7)
+
+
+def test_thin_splits_need_no_product_of_their_own(gaussian, monkeypatch):
+    spectra = Spectra(gaussian(12, 18))
+    monkeypatch.setattr("tnlm.decompositions.kronecker_screen.rearrange", None)
+    thin = [split for split in SPLITS if is_thin(*split)]
+    assert len(thin) == 20
+    for split in thin:
+        assert 0 <= spectra.error(1, *split) < 1
+
+
+def test_outer_products_are_low_rank():
+    low = [split for split in SPLITS if is_low_rank(*split)]
+    assert low == [((1, 12), (18, 1)), ((12, 1), (1, 18))]
+    assert all(is_thin(*split) for split in low)
+
+
+def test_a_zero_matrix_has_no_error():
+    assert Spectra(torch.zeros(4, 6)).error(1, (2, 2), (2, 3)) == 0.0
