@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -55,6 +56,19 @@ def test_two_processes_write_what_one_does(way, command, tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_two_processes_plan_as_one_does(command):
+    plan = ["plan", *command[1:], "--json"]
+    one, two = (run([sys.executable, "-m", "tnlm", *plan, *more]) for more in ([], ["--jobs", "2"]))
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert json.loads(one.stdout) == json.loads(two.stdout)
+
+
+def test_resources_take_no_jobs(command):
+    done = CliRunner().invoke(app, ["plan", *command[1:], "--resources", "--jobs", "2"])
+    assert "--resources runs nothing, so --jobs has no effect" in str(done.exception)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ from tnlm.cli.output import console, layers_table, print_json, print_report, pri
 from tnlm.cli.overview import SETTINGS, options
 from tnlm.cli.studies import studies
 from tnlm.cli.words import in_options
-from tnlm.errors import TnlmError
+from tnlm.errors import OptionError, TnlmError
 
 app = typer.Typer(**SETTINGS)  # type: ignore[arg-type]
 app.callback()(options)
@@ -89,16 +89,23 @@ def plan(
     dtype: Dtype = "auto",
     device: Device = None,
     resources: Resources = False,
+    jobs: Jobs = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Show what compress would do to every matrix, and the resulting cost."""
     choices = asked(given)
     read_plan(None, scheme, choices)
+    check_jobs(jobs)
     if resources:
+        if jobs is not None:
+            raise OptionError("--resources runs nothing, so --jobs has no effect; leave it out")
         show_resources(
             model, scheme, as_json, targets=targets, ignore=ignore, dtype=dtype, **choices
         )
+        return
+    if needs_start(jobs):
+        run_jobs(int(jobs or 1), main)
         return
     loaded, tokenizer = load_on(model, dtype, device)
     decided = tnlm.plan(
@@ -106,9 +113,12 @@ def plan(
         scheme,
         targets=targets,
         ignore=ignore,
-        progress=not as_json,
+        workers=workers_here(),
+        progress=not as_json and is_first(),
         **_with(tokenizer, choices),
     )
+    if not is_first():
+        return
     if out is not None:
         decided.save(out)
     if as_json:

@@ -89,7 +89,7 @@ def heal(
         data: as for :func:`tnlm.recovery.training.finetune`; or batches of ``input_ids``,
             ``attention_mask`` and ``labels``, such that ``model(**batch).loss`` is the mean loss.
         tokenizer: needed for texts.
-        batch_size: examples per step, if the data is not in batches.
+        batch_size: examples per step and process, if the data is not in batches.
         max_length: tokens per example, likewise.
         text: name of the rows' text column, likewise.
         label: name of the rows' class column, for classifiers, likewise.

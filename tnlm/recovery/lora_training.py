@@ -11,9 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from tnlm.calibration.data import fingerprint
 from tnlm.calibration.labels import count_predictions
 from tnlm.errors import CalibrationError, TrainingError
 from tnlm.layers.adapters import Adapter
+from tnlm.parallel.workers import Workers
+from tnlm.recovery.sharing import average, in_steps, team
 
 logger = logging.getLogger("tnlm")
 
@@ -48,28 +51,55 @@ def train(
     learning_rate: float,
     progress: bool,
 ) -> None:
-    """Train the adapters; restore the start if that does not help."""
+    """Train the adapters; restore the start if that does not help.
+
+    Several processes take one batch each in every step.
+    """
+    with team() as workers:
+        workers.check_same(data=fingerprint(map(dict, batches)), order=list(order))
+        _train(model, adapters, batches, order, learning_rate, progress, workers)
+
+
+def _train(
+    model: PreTrainedModel,
+    adapters: Mapping[str, Adapter],
+    batches: Sequence[Mapping[str, Tensor]],
+    order: Sequence[int],
+    learning_rate: float,
+    progress: bool,
+    workers: Workers,
+) -> None:
+    steps = in_steps(order, workers)
     parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
     before = {name: adapter.lora() for name, adapter in adapters.items()}
-    first = _mean_loss(model, batches)
+    first = _mean_loss(model, batches, workers)
     adam = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    rising = round(WARM_UP * len(order))  # none of a few steps, the first of which would do nothing
-    schedule = get_cosine_schedule_with_warmup(adam, rising, len(order) + 1)
+    rising = round(WARM_UP * len(steps))  # none of a few steps, the first of which would do nothing
+    schedule = get_cosine_schedule_with_warmup(adam, rising, len(steps) + 1)
     with torch.inference_mode(False), torch.enable_grad():
-        for index in tqdm(order, desc="healing", unit="step", disable=not progress):
-            loss = _loss(model, batches[index], index)
+        hidden = not progress or workers.rank > 0
+        for index in tqdm(steps, desc="healing", unit="step", disable=hidden):
             adam.zero_grad()
-            if loss is not None and loss.requires_grad:
-                loss.backward()
+            count = 0 if index is None else _backward(model, batches[index], index)
+            if average(parameters, count, workers):
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 adam.step()
             schedule.step()
-    last = _mean_loss(model, batches)
-    logger.info("healed in %d steps: loss %.4f -> %.4f", len(order), first, last)
+    last = _mean_loss(model, batches, workers)
+    logger.info("healed in %d steps: loss %.4f -> %.4f", len(steps), first, last)
     if not last < first:
         logger.warning("healing did not lower the loss (%.4f -> %.4f): undone", first, last)
         for name, adapter in adapters.items():
             adapter.fill(before[name])
+
+
+def _backward(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> int:
+    """Compute the gradients of a batch, and return the number of its predictions, 0 for none."""
+    loss = _loss(model, batch, index)
+    if loss is None or not loss.requires_grad:
+        return 0
+    loss.backward()
+    return count_predictions(model, batch["labels"])
 
 
 def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> Tensor | None:
@@ -85,9 +115,12 @@ def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> Te
 
 
 @torch.no_grad()
-def _mean_loss(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    some = range(0, len(batches), max(1, len(batches) // SAMPLE))
-    losses = [loss for i in some if (loss := _loss(model, batches[i], i)) is not None]
+def _mean_loss(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], workers: Workers
+) -> float:
+    some = workers.mine(range(0, len(batches), max(1, len(batches) // SAMPLE)))
+    losses = [float(loss) for i in some if (loss := _loss(model, batches[i], i)) is not None]
+    losses = [loss for found in workers.gather(losses) for loss in found]
     if not losses:
         raise CalibrationError("the batches have labels, but none of them is predicted")
-    return float(torch.stack(losses).mean())
+    return sum(losses) / len(losses)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.calibration.blocks import find_blocks, split
-from tnlm.calibration.labels import check_are_batches
+from tnlm.calibration.data import fingerprint
+from tnlm.calibration.labels import check_are_batches, count_predictions
 from tnlm.errors import (
     BudgetError,
     CalibrationError,
@@ -32,6 +33,8 @@ from tnlm.errors import (
 )
 from tnlm.layers.adapters import Adapter, attached
 from tnlm.layers.adapters import check as check_ranks
+from tnlm.parallel.ranks import count
+from tnlm.parallel.workers import Workers
 from tnlm.recovery.pruning.groups import CHANNELS, HEADS, find_groups
 from tnlm.recovery.pruning.importance import KINDS, importances
 from tnlm.recovery.pruning.independence import check_heads
@@ -39,6 +42,7 @@ from tnlm.recovery.pruning.masks import Masks
 from tnlm.recovery.pruning.schedule import cubic
 from tnlm.recovery.pruning.sizes import changes, settle
 from tnlm.recovery.pruning.slicing import cut_groups, smaller
+from tnlm.recovery.sharing import average, team
 from tnlm.targets.checks import check_model, check_weights
 from tnlm.targets.selection import select
 from tnlm.utils.training_flags import modes_kept
@@ -83,7 +87,8 @@ def prune(
         keep: most parameters to keep in the blocks' linear layers, as a fraction.
         heads: whether to prune key/value heads, each with the query heads that share it.
         channels: whether to prune feed-forward channels.
-        steps: number of steps of one batch each; None for two passes over the batches.
+        steps: number of steps of one batch each; None for two passes over the batches. Under
+            ``torchrun`` each process takes one batch of a step.
         rank: rank of the adapters.
         alpha: the scaling of the adapters is alpha / rank.
         learning_rate: constant learning rate of AdamW.
@@ -123,7 +128,7 @@ def prune(
     """
     check_are_batches(batches)
     course = _Course(
-        steps=2 * len(batches) if steps is None else steps,
+        steps=-(-2 * len(batches) // max(count(), 1)) if steps is None else steps,
         learning_rate=learning_rate,
         every=every,
         warmup=warmup,
@@ -155,7 +160,10 @@ def prune(
         attached(model, ranks, alpha / rank, seed) as adapters,
         masks.applied(model),
     ):
-        _train(model, batches, adapters, masks, sizes, course)
+        alike = replace(course, progress=False)
+        with team() as workers:
+            workers.check_same(data=fingerprint(map(dict, batches)), sizes=sizes, course=alike)
+            _train(model, batches, adapters, masks, sizes, course, workers)
     weights = {name: adapter.merged for name, adapter in adapters.items()}
     cut_groups(model, template, masks.kept(), values, weights)
     return model
@@ -235,19 +243,20 @@ def _train(
     masks: Masks,
     sizes: Mapping[str, tuple[int, int]],
     course: _Course,
+    workers: Workers,
 ) -> None:
     """Train the adapters and mask groups, from the first to the second of the sizes by kind."""
     parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
     adam = torch.optim.AdamW(parameters, lr=course.learning_rate, weight_decay=0.0)
     warmup = round(course.warmup * course.steps)
     cooldown = min(round(course.cooldown * course.steps), course.steps - warmup)
-    rows: list[int] = []
+    rows = workers.mine(_rows(len(batches), course, workers.size))
     model.train()
-    bar = tqdm(range(1, course.steps + 1), desc="pruning", disable=not course.progress)
-    for step in bar:
-        rows = rows or torch.randperm(len(batches)).tolist()
+    hidden = not course.progress or workers.rank > 0
+    bar = tqdm(enumerate(rows, 1), total=course.steps, desc="pruning", disable=hidden)
+    for step, row in bar:
         adam.zero_grad()
-        _backward(model, batches[rows.pop()], parameters, step)
+        _backward(model, batches[row], parameters, step, workers)
         masks.see(partial(importances, adapters=adapters, kind=course.kind))
         adam.step()
         if step % course.every == 0 or step >= course.steps - cooldown:
@@ -255,13 +264,23 @@ def _train(
             masks.shrink({name: now(start=a, end=b) for name, (a, b) in sizes.items()})
 
 
+def _rows(batches: int, course: _Course, processes: int) -> list[int]:
+    """Return the batches of all steps, one for each process: all of them, over and over."""
+    generator = torch.Generator().manual_seed(course.seed)
+    rows: list[int] = []
+    while len(rows) < course.steps * processes:
+        rows += reversed(torch.randperm(batches, generator=generator).tolist())
+    return rows[: course.steps * processes]
+
+
 def _backward(
     model: PreTrainedModel,
     batch: Mapping[str, Tensor],
     parameters: Sequence[torch.nn.Parameter],
     step: int,
+    workers: Workers,
 ) -> None:
-    """Compute the gradients of a batch's loss, and clip them."""
+    """Compute the gradients of a batch's loss over all processes, and clip them."""
     with torch.enable_grad():
         inputs = {key: value.to(model.device) for key, value in batch.items()}
         loss: Tensor | None = model(**inputs).loss
@@ -269,6 +288,7 @@ def _backward(
             value = None if loss is None else float(loss.detach())
             raise TrainingError(f"the loss at step {step} is {value}; nothing was changed")
         loss.backward()
+    average(parameters, count_predictions(model, batch["labels"]), workers)
     norm = torch.nn.utils.clip_grad_norm_(parameters, LARGEST)
     if not bool(norm.isfinite()):
         raise TrainingError(f"the gradients at step {step} are not finite; nothing was changed")
