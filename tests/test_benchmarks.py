@@ -64,6 +64,14 @@ def test_layers_measures_every_format_beside_dense(run):
     assert 0 < saved["tnlm"] < saved["one einsum"]
 
 
+def test_overhead_is_measured_in_cache_and_from_memory(run):
+    figures, text = run("overhead", "--shapes", "24x16", "--keep-targets", 0.5, "--bytes", 9000)
+    cases = [(row["dtype"], row["from"]) for row in figures["rows"]]
+    assert cases == [(d, f) for d in ("float32", "bfloat16") for f in ("cache", "memory")]
+    assert all(row["ratio"] > 0 for row in figures["rows"])
+    assert "| float32 | 24x16 | 0.5 | cache |" in text
+
+
 @pytest.mark.parametrize("missing", ["tltorch", "peft", "linear_operator"])
 def test_a_library_that_is_missing_is_said_to_be(run, monkeypatch, missing):
     for module in [name for name in sys.modules if name.split(".")[0] == missing]:

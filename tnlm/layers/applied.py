@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnlm.errors import ModelError
 from tnlm.layers.arranged import ArrangedLinear
 from tnlm.layers.packed import PackedLinear
+
+PLAIN = (nn.Linear, ArrangedLinear)
 
 
 def applied_weight(child: nn.Linear) -> Tensor:
@@ -30,6 +33,32 @@ def applied_weight(child: nn.Linear) -> Tensor:
             "them; load the model without device_map, or with one that keeps all weights in memory"
         )
     return weight
+
+
+def apply_linear(child: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a child layer to ``(..., in)``, and add a bias.
+
+    Calling a module takes longer than a small product, so a plain linear layer that nothing watches
+    or replaces is not called: only its weight is used.
+
+    Example:
+        >>> child = nn.Linear(2, 3, bias=False)
+        >>> x, bias = torch.ones(1, 2), torch.ones(3)
+        >>> torch.equal(apply_linear(child, x, bias), child(x) + bias)
+        True
+    """
+    held = child._parameters
+    plain = type(child) in PLAIN and held.get("bias") is None
+    if plain and not (
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+        or "forward" in child.__dict__  # as accelerate sets it
+    ):
+        return F.linear(x, held["weight"], bias)  # type: ignore[arg-type]
+    applied: Tensor = child(x)
+    return applied if bias is None else applied + bias.to(applied.dtype)
 
 
 def _weight(child: nn.Linear) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tnlm.layers.applied import applied_weight
+from tnlm.layers.applied import applied_weight, apply_linear
 from tnlm.layers.arranged import arrange_made, linear
 from tnlm.layers.machine import machine
 from tnlm.layers.pricing import crossing
@@ -153,8 +153,13 @@ class FactorizedLinear(nn.Module):
         """Apply the map to ``(..., in)``, giving ``(..., out)``."""
         if self.crossing != math.inf and self._rebuild_pays(x):
             return F.linear(x, self._rebuilt_weight(), self.bias)
-        h = self._pass_on(x) if self.flat else self._pass_on_in_modes(x)
-        return h if self.bias is None else h + self.bias.to(h.dtype)
+        if not self.flat:
+            h = self._pass_on_in_modes(x)
+            return h if self.bias is None else h + self.bias.to(h.dtype)
+        *steps, last = self.chain.steps
+        for step in steps:
+            x = self._multiply(step, x)
+        return self._multiply(last, x, self.bias)
 
     def _rebuild_pays(self, x: Tensor) -> bool:
         # A compiled or exported graph keeps one path for every length.
@@ -187,12 +192,6 @@ class FactorizedLinear(nn.Module):
             self.crossing = None  # it depends on dtype and device
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _pass_on(self, h: Tensor) -> Tensor:
-        """Run the chain if every step is a plain product on the last axis."""
-        for step in self.chain.steps:
-            h = self._multiply(step, h)
-        return h
-
     def _pass_on_in_modes(self, x: Tensor) -> Tensor:
         """Run the chain on the modes; in training, possibly without saving activations."""
         if self._hoards and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -217,21 +216,26 @@ class FactorizedLinear(nn.Module):
             h = h.permute(*axes, *(len(lead) + axis for axis in self.chain.permute))
         return h.reshape(*lead, self.out_features)
 
-    def _multiply(self, step: Step, h: Tensor) -> Tensor:
+    def _multiply(self, step: Step, h: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply by a factor, and add the bias, if any."""
         # Reads the registries directly: nn.Module's attribute lookup costs as much as a small
         # product, and decoding makes hundreds of them per token.
         child: Any = self._modules[step.factor]
         if step.factor != self._gauged:
-            applied: Tensor = child(h)
-            return applied
+            return apply_linear(child, h, bias)
         order: Any = self._buffers[step.factor + ORDER]
         if self._passes_in:
-            passed, rest = _reorder(h, order).split_with_sizes(self._split, dim=-1)
-            fed: Tensor = child(rest)
-            return fed + passed.to(fed.dtype)  # the dtypes differ under autocast
-        if self._passes_out:
-            return _reorder(torch.cat((h, child(h)), dim=-1), order)
-        return F.linear(h, self._assembled(step))
+            # Of one row, taking elements and giving them its shape is the fastest.
+            h = h.take(order).view(h.shape) if _is_row(h, order) else _reorder(h, order)
+            passed, rest = h.split_with_sizes(self._split, dim=-1)
+            h = apply_linear(child, rest)
+            # The dtypes differ under autocast.
+            h = h + (passed if passed.dtype is h.dtype else passed.to(h.dtype))
+        elif self._passes_out:
+            h = _reorder(torch.cat((h, apply_linear(child, h)), dim=-1), order)
+        else:
+            h = F.linear(h, self._assembled(step))
+        return h if bias is None else h + bias.to(h.dtype)
 
     def _multiply_blocks(self, step: Step, h: Tensor) -> Tensor:
         """Multiply every block of ``(tokens, blocks, width)`` by its own matrix."""
@@ -261,10 +265,15 @@ class FactorizedLinear(nn.Module):
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
     """Return ``(..., n)`` with its last axis in the given order."""
-    if x.numel() == order.numel() and not torch.compiler.is_compiling():
+    if _is_row(x, order):
         return x.index_select(-1, order)
     # With many rows, index_select along the last axis is several times slower on the CPU.
     return x.gather(-1, order.expand(x.shape))
+
+
+def _is_row(x: Tensor, order: Tensor) -> bool:
+    """Return whether a tensor has one row; unknown in a compiled graph, which is for any number."""
+    return x.numel() == order.numel() and not torch.compiler.is_compiling()
 
 
 def _saved_numbers(steps: Sequence[Step]) -> int:
