@@ -14,6 +14,7 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(EXAMPLES))  # examples may share a helper
 
 from diagrams import write_all
+from gallery import FirstOnTop, first_cell
 from pages import write_pages
 from papers import link_papers
 from sources import repair
@@ -78,6 +79,8 @@ if (EXAMPLES / "README.rst").is_file():
         "plot_gallery": False,
         "filename_pattern": r"\.py$",
         "ignore_pattern": r"(__init__|tiny)\.py$",
+        "within_subsection_order": FirstOnTop,
+        "first_notebook_cell": first_cell(EXAMPLES),
         "download_all_examples": False,
         "show_signature": False,
         "show_memory": False,

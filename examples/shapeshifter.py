@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 
+import tiny
 import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -25,7 +26,7 @@ parser = argparse.ArgumentParser(
 parser.add_argument("--keep-targets", type=float, default=0.1)
 parser.add_argument("--width", type=int, default=64)
 parser.add_argument("--steps", type=int, default=120)
-asked = parser.parse_args()
+asked = parser.parse_args(tiny.words())
 torch.set_num_threads(1)  # tiny matrices gain nothing from more
 
 # %%

@@ -8,6 +8,7 @@ its training text come from the documentation that every Python carries. With ``
 from __future__ import annotations
 
 import argparse
+import builtins
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,15 @@ def arguments(description: str | None, *options: str) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a file to learn from and measure on")
     for option in options:
         parser.add_argument(f"--{option}", **OPTIONS[option])
-    asked = parser.parse_args()
+    asked = parser.parse_args(words())
     if (asked.model is None) != (asked.text is None):
         parser.error("--model and --text go together")
     return asked
+
+
+def words() -> list[str] | None:
+    """Return what an example was given: nothing in a notebook, whose own arguments are others."""
+    return [] if hasattr(builtins, "__IPYTHON__") else None
 
 
 def setting(description: str | None, *options: str, kind: str = "llama") -> Setting:

@@ -98,7 +98,7 @@ def test_every_block_on_evaluation_runs(tmp_path, monkeypatch, tiny_llama, word_
 
 def test_every_block_on_analysis_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_blocks("analyze.md") == 4
+    assert run_blocks("analyze.md") == 5
     assert (tmp_path / "analysis" / "curves.csv").is_file()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +180,36 @@ def test_a_wrong_request_is_refused_before_the_model_loads(tmp_path):
     assert "did you mean 'terms'" not in fails("plan", nowhere, "--scheme", "svd", "--terms", 4)
     assert "whole numbers" in fails("plan", nowhere, "--scheme", "tt", "--ranks", "a,b")
     assert "fraction in (0, 1]" in fails("plan", nowhere, "--scheme", "svd", "--keep", 1.5)
+
+
+def test_missing_calibration_is_found_before_the_model_loads(tmp_path):
+    for command in (("plan", tmp_path / "no"), ("compress", tmp_path / "no", tmp_path / "out")):
+        assert "needs data; pass calibration=" in fails(*command, "--scheme", "svd-llm")
+
+
+def test_what_is_loaded_is_named_on_stderr(source):
+    done = CliRunner().invoke(cli.app, ["plan", str(source), "--scheme", "svd", "--json"])
+    assert done.stderr.startswith(f"loading {source} ...\n")
+    assert json.loads(done.stdout)
+
+
+def test_an_analysis_has_a_page_beside_its_tables(source, text, tmp_path):
+    run("compress", source, tmp_path / "small", "--scheme", "svd")
+    data = ("--calibration", text, "--num-samples", 2, "--max-length", 16, "--baseline", source)
+    run("analyze", tmp_path / "small", tmp_path / "study", *data)
+    assert {"analysis.html", "weights.csv"} <= {
+        path.name for path in (tmp_path / "study").iterdir()
+    }
+
+
+def test_a_page_is_readable_by_others(source, tmp_path):
+    before = os.umask(0o022)
+    try:
+        run("compress", source, tmp_path / "out", "--scheme", "svd")
+        page = Path(run("report", tmp_path / "out", "--html", tmp_path / "page.html")["page"])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(page.stat().st_mode) == 0o644
 
 
 def test_an_output_directory_with_files_is_refused(source, tmp_path):
@@ -401,14 +434,14 @@ def test_outputs_and_caches_that_cannot_be_are_refused_before_the_model_loads(tm
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")
     link.symlink_to("nowhere")
-    text = ["--calibration", str(file), "--cache-dir", str(file)]
+    text = ["--calibration", str(file)]
     for out, more, told in (
         (link, [], "is a link to nowhere"),
         (file, [], "is a file"),
         (file / "below", [], "is a file"),
-        (tmp_path / "out", text, "is a file"),
+        (tmp_path / "out", ["--cache-dir", str(file)], "is a file"),
     ):
-        assert told in fails("compress", "no/such", out, "-s", "svd-llm", *more)
+        assert told in fails("compress", "no/such", out, "-s", "svd-llm", *text, *more)
 
 
 def test_the_model_writes_its_own_calibration_text(source, tmp_path):

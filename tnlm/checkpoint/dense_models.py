@@ -64,6 +64,17 @@ def load_model(
     return model, tokenizer
 
 
+def check_source(source: str | Path) -> None:
+    """Raise `CheckpointError` for a model that is not there; a hub id is not looked up.
+
+    Example:
+        >>> check_source("./no/such/model")
+        Traceback (most recent call last):
+        tnlm.errors.CheckpointError: ./no/such/model: no such file or directory; ...
+    """
+    _locate(source)
+
+
 def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
     """Return the arguments of ``from_pretrained``, or raise `CheckpointError`."""
     path = Path(source).expanduser()

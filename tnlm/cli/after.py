@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import tnlm
+from tnlm.cli.loading import load
 from tnlm.cli.options import FILE, Bos, Dtype, Json, MaxLength, Model, Overwrite, Seed
 from tnlm.cli.output import print_json
 from tnlm.errors import ModelError, OptionError
@@ -26,11 +27,10 @@ Out = Annotated[Path, typer.Argument(help="Output directory, new or empty.")]
 
 def _load(model: str, out: Path, dtype: str, overwrite: bool) -> tuple[Any, Any]:
     """Return a model and its tokenizer, if the output can be written."""
-    from tnlm.checkpoint.dense_models import load_model
     from tnlm.checkpoint.exchange import check_writable
 
     check_writable(out, overwrite=overwrite)
-    return load_model(model, dtype=dtype)
+    return load(model, dtype=dtype)
 
 
 @after.command()
@@ -98,10 +98,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text greedily."""
-    from tnlm.checkpoint.dense_models import load_model
-
-    loaded: Any
-    loaded, tokenizer = load_model(model, dtype=dtype)
+    loaded, tokenizer = load(model, dtype=dtype)
     if tokenizer is None:
         raise ModelError(f"{model} has no tokenizer, which reads the prompt")
     if not loaded.can_generate():

@@ -125,7 +125,9 @@ def asked(given: Mapping[str, Any]) -> dict[str, Any]:
 def read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> Any:
     """Return the plan in a file, or the scheme; check the request before a model is loaded."""
     from tnlm.calibration.cache import check_cache
-    from tnlm.compression.request import make_request
+    from tnlm.compression.choices import gather_choices
+    from tnlm.compression.data import check_data, data_for
+    from tnlm.compression.request import request_of
     from tnlm.plans.plan import Plan
 
     if given.get("cache_dir") is not None:
@@ -133,7 +135,9 @@ def read_plan(path: Path | None, scheme: str | None, given: dict[str, Any]) -> A
     if path is None and scheme is None:
         raise OptionError("no scheme and no plan given; give --scheme or --plan")
     if path is None:
-        make_request(str(scheme), **given)
+        asked = gather_choices(str(scheme), given)
+        request = request_of(asked)
+        check_data(request, data_for(request, asked.calibration))
         return scheme
     if scheme is not None:
         raise OptionError("--scheme and --plan are both given; a plan already holds its scheme")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tnlm.cli.jobs import workers_here
+from tnlm.cli.loading import load
 from tnlm.cli.output import console, print_json
 from tnlm.errors import OptionError
 from tnlm.plans.report import Report
@@ -45,13 +46,11 @@ Resources = Annotated[
 
 def load_on(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     """Return a model on a device, and its tokenizer."""
-    from tnlm.checkpoint.dense_models import load_model
     from tnlm.utils.device import device_of
 
     place = device_of(device)
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    moved: Any = loaded
-    return moved.to(place), tokenizer
+    loaded, tokenizer = load(model, dtype=dtype)
+    return loaded.to(place), tokenizer
 
 
 def show_resources(model: str, scheme: str, as_json: bool, **choices: Any) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import tnlm
+from tnlm.cli.loading import load
 from tnlm.cli.options import (
     FILE,
     FOLDER,
@@ -45,10 +48,8 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
 
 def _load(model: str, baseline: str | None, dtype: str) -> tuple[Any, Any, Any]:
     """Return a model, its tokenizer, and its baseline if there is one."""
-    from tnlm.checkpoint.dense_models import load_model
-
-    loaded, tokenizer = load_model(model, dtype=dtype)
-    return loaded, tokenizer, None if baseline is None else load_model(baseline, dtype=dtype)[0]
+    loaded, tokenizer = load(model, dtype=dtype)
+    return loaded, tokenizer, None if baseline is None else load(baseline, dtype=dtype)[0]
 
 
 def _show(found: Any, as_json: bool) -> None:
@@ -67,6 +68,7 @@ def analyze(
         list[str] | None,
         typer.Option("--format", help="Format to try; may be repeated."),
     ] = None,
+    baseline: Baseline = None,
     targets: Targets = None,
     ignore: Ignore = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
@@ -83,10 +85,25 @@ def analyze(
     from tnlm.checkpoint.exchange import check_writable
 
     check_writable(out, overwrite=overwrite)
-    loaded, tokenizer, _ = _load(model, None, dtype)
-    found = tnlm.analyze(loaded, tokenizer=tokenizer, progress=not as_json, **asked)
+    loaded, tokenizer, dense = _load(model, baseline, dtype)
+    asked |= {"tokenizer": tokenizer, "progress": not as_json}
+    found = tnlm.analyze(loaded, **asked)
+    before = None if dense is None else tnlm.analyze(dense, **asked)
     found.save(out, overwrite=overwrite)
+    _draw(found, out, before, as_json)
     _show(found, as_json)
+
+
+def _draw(found: tnlm.Analysis, out: Path, before: tnlm.Analysis | None, as_json: bool) -> None:
+    """Write the page of an analysis, if there is matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.stderr.write("no page was written: plots need matplotlib: pip install 'tnlm[plot]'\n")
+        return
+    from tnlm.studies.page.analysis import FILE, write_analysis
+
+    page = write_analysis(found, out / FILE, before=before)
+    if not as_json:
+        console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
 @studies.command()

@@ -75,7 +75,10 @@ class Budget:
     """How large the result may be: at most one of ``keep``, ``keep_targets`` and ``tolerance``."""
 
     keep: float | None = choice(None, "Fraction of the whole model's parameters to keep.")
-    keep_targets: float | None = choice(None, "Fraction of the targets' parameters to keep.")
+    keep_targets: float | None = choice(
+        None,
+        "Fraction of the targets' parameters to keep; 0.8 for most schemes if no size is given.",
+    )
     tolerance: float | None = choice(None, "Relative error allowed per matrix.")
     max_macs: float = choice(1.0, "Maximum multiply-adds per matrix, as a multiple of dense.")
     unit: str | None = choice(

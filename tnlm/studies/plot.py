@@ -19,6 +19,7 @@ from tnlm.studies.analysis.result import Analysis
 from tnlm.studies.analysis.spectra import Spectrum
 from tnlm.studies.analysis.truncation import GroupTruncation
 from tnlm.studies.canvas import COLORS, SEQUENTIAL, annotated, axes_of, colors
+from tnlm.studies.drawn import by_block, by_group, by_name, grid_of, kept_by
 from tnlm.utils.names import place, shortened
 from tnlm.utils.pareto import pareto as pareto_front
 
@@ -52,7 +53,7 @@ def energy(
     ax = axes_of(ax)
     named = {"": spectra} if isinstance(spectra, Spectrum) else spectra
     for (label, values), color in zip(named.items(), colors(len(named)), strict=True):
-        kept = _kept(label, values)
+        kept = kept_by(label, values)
         ranks = np.linspace(0.0, 1.0, len(kept))
         ax.plot(ranks, kept, color=color, label=label or None, linewidth=2)
         ax.axvline(ranks[int(np.searchsorted(kept, share - 1e-12))], color=color, linestyle=":")
@@ -61,18 +62,6 @@ def energy(
     if any(named):
         ax.legend(frameon=False, loc="lower right")
     return ax
-
-
-def _kept(label: str, values: Spectrum | Sequence[float]) -> np.ndarray[Any, Any]:
-    """Return the share of the energy that the first 0, 1, 2, ... directions hold."""
-    if isinstance(values, Spectrum):
-        if not values.held:
-            raise OptionError(f"spectrum {label!r} has no energy, or is of an earlier version")
-        return np.asarray(values.held)
-    found = np.sort(np.asarray(values, dtype=np.float64))[::-1]
-    if not len(found) or not np.isfinite(found).all() or found[-1] < 0 or found.sum() <= 0:
-        raise OptionError(f"spectrum {label!r}: energies must be finite, >= 0, not all zero")
-    return np.concatenate([[0.0], np.cumsum(found) / found.sum()])
 
 
 def heatmap(
@@ -101,20 +90,13 @@ def heatmap(
         >>> [text.get_text() for text in ax.get_yticklabels()]
         ['q', 'v']
     """
-    named, meaning = _by_name(values)
+    named, meaning = by_name(values)
     if not named:
         raise OptionError("heatmap: no values; give them by the names of matrices")
     ax = axes_of(ax)
-    found = {member: value for name, value in named.items() for member in name.split("+")}
-    places = {name: place(name) for name in found}
-    kinds = shortened(list(dict.fromkeys(kind for kind, _ in places.values())))
-    blocks = sorted({block for _, block in places.values()})
-    grid = np.full((len(kinds), len(blocks)), np.nan)
-    rows = {kind: row for row, kind in enumerate(kinds)}
-    for name, (kind, block) in places.items():
-        grid[rows[kind], blocks.index(block)] = found[name]
+    grid, kinds, blocks = grid_of(named)
     image = ax.imshow(grid, aspect="auto", cmap=SEQUENTIAL, interpolation="nearest")
-    ax.set_yticks(range(len(kinds)), list(kinds.values()))
+    ax.set_yticks(range(len(kinds)), kinds)
     every = max(1, len(blocks) // 12)
     ticks = range(0, len(blocks), every)
     ax.set_xticks(ticks, ["-" if blocks[t] < 0 else str(blocks[t]) for t in ticks])
@@ -127,17 +109,41 @@ def heatmap(
     return ax
 
 
-def _by_name(
-    values: Mapping[str, float] | Plan | Report | Analysis,
-) -> tuple[Mapping[str, float], str]:
-    """Return one value per matrix, and what it means."""
-    if isinstance(values, Analysis):
-        found = {row.name: row.spectrum.ratio90 for row in values.weights}
-        return found, "directions for 90 % of the energy"
-    if isinstance(values, Plan | Report):
-        layers = (values.plan if isinstance(values, Report) else values).layers
-        return {layer.name: layer.keep for layer in layers}, "fraction kept"
-    return values, ""
+def features(analyses: Analysis | Mapping[str, Analysis], ax: Axes | None = None) -> Axes:
+    """Plot how many directions the features of each block use, of one model or of several.
+
+    A line is the mean, over the matrices of a block, of the fraction of directions that hold 90 %
+    of the energy of their centred outputs.
+
+    Args:
+        analyses: a result of :func:`tnlm.analyze` with calibration data, or several by label, such
+            as those of a model before and after its compression, on the same data.
+        ax: the axes to draw into.
+
+    Raises:
+        OptionError: if an analysis has no features, or if matplotlib is missing.
+
+    Example:
+        >>> import tnlm, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                    num_hidden_layers=2, num_attention_heads=2)
+        >>> found = tnlm.analyze(LlamaForCausalLM(tiny), torch.arange(64) % 32, max_length=16,
+        ...                      progress=False)
+        >>> ax = features({"before": found, "after": found})
+        >>> [line.get_label() for line in ax.lines]
+        ['before', 'after']
+    """
+    named = {"": analyses} if isinstance(analyses, Analysis) else analyses
+    lines = {label: by_block(label, found) for label, found in named.items()}
+    ax = axes_of(ax)
+    for (label, values), color in zip(lines.items(), colors(len(lines)), strict=True):
+        ax.plot(list(values), list(values.values()), "o-", color=color, label=label or None)
+    ax.set(xlabel="block", ylabel="directions for 90 % of the energy", ylim=(0, None))
+    ax.locator_params(axis="x", integer=True)
+    if any(named):
+        ax.legend(frameon=False)
+    return ax
 
 
 def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
@@ -169,15 +175,8 @@ def allocation(plan: Plan | Report, ax: Axes | None = None) -> Axes:
         for block, layer in mine.items():
             under[block] += kept[block]
             dense[block] += layer.before.params
-    ax.bar(
-        blocks,
-        [dense[b] for b in blocks],
-        0.8,
-        fill=False,
-        edgecolor="0.5",
-        linewidth=0.6,
-        label="dense",
-    )
+    frame: dict[str, Any] = {"fill": False, "edgecolor": "0.5", "linewidth": 0.6}
+    ax.bar(blocks, [dense[b] for b in blocks], 0.8, label="dense", **frame)
     ax.set(xlabel="block", ylabel="parameters")
     ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
@@ -252,10 +251,7 @@ def groups(
         >>> groups([3.0, 2.0, 1.0], [9.0, 9.5, 8.0]).get_xlabel()
         'group of singular values that is dropped, the largest first'
     """
-    if isinstance(reconstruction, GroupTruncation):
-        scores = [row.value for row in reconstruction.rows]
-        reconstruction = [row.error for row in reconstruction.rows]
-    scores = scores or ()
+    reconstruction, scores = by_group(reconstruction, scores)
     if len(reconstruction) != len(scores) or not len(scores):
         raise OptionError(f"groups: {len(reconstruction)} errors, but {len(scores)} scores")
     ax = axes_of(ax)

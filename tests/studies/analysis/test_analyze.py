@@ -196,8 +196,3 @@ def test_formats_are_checked_before_any_work(make_model):
         analyze(make_model("llama"), formats="low-rank")
     with pytest.raises(OptionError, match=r"'token-mps', which only replaces embedding; the targ"):
         analyze(make_model("llama"), formats=["token-mps"])
-
-
-def test_a_compressed_model_is_refused(compressed):
-    with pytest.raises(ModelError, match="compressed already"):
-        analyze(compressed("llama", "svd"))

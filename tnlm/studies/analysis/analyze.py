@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tnlm.api import to_dense
 from tnlm.calibration.capacity import check_batches
 from tnlm.calibration.data import begins, count_tokens, token_batches
 from tnlm.calibration.statistics import collect
 from tnlm.calibration.store import Statistics
 from tnlm.calibration.text import AUTO
+from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
 from tnlm.errors import OptionError
@@ -55,7 +58,8 @@ def analyze(
     unchanged.
 
     Args:
-        model: any Hugging Face model, not compressed or quantized.
+        model: any Hugging Face model, not quantized. Of a compressed one, the matrices that its
+            factors stand for are analyzed, in a dense copy.
         calibration: texts, a file, token ids or a dataset, on which outputs are measured; see
             :func:`tnlm.calibration.data.token_batches`.
         tokenizer: turns texts into ids.
@@ -93,6 +97,7 @@ def analyze(
         >>> [row.name for row in found.weights][-1], found.weights[-1].spectrum.limit
         ('model.layers.0.mlp.down_proj', 16)
     """
+    model = _as_dense(model)
     check_model(model)
     structures = _structures(formats)
     selection = select(model, ALL_LINEAR if targets is None else targets, ignore)
@@ -152,6 +157,11 @@ class _Rows:
                 metrics["input"] = InputMoment(moment)
         stable = row.spectrum.stable_rank
         self.curves.extend(curve_rows(target, weight, structures, metrics, stable))
+
+
+def _as_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model, or a dense copy of a compressed one."""
+    return model if config_of(model) is None else to_dense(copy.deepcopy(model))
 
 
 def _structures(formats: Sequence[str]) -> list[Format[Any]]:

@@ -6,7 +6,12 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tnlm.errors import CheckpointError
+from tnlm.utils.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,3 +80,33 @@ def _ink(axes: Axes) -> None:
         legend = one.get_legend()
         for word in legend.get_texts() if legend else ():
             word.set_color(INK)
+
+
+def document(title: str, body: str) -> str:
+    """Return a whole page, which needs no other file."""
+    here = resources.files("tnlm.studies.page")
+    style, script = ((here / file).read_text("utf-8") for file in ("style.css", "sort.js"))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{body}
+<script>
+{script}</script>
+</body>
+</html>
+"""
+
+
+def replace(target: Path, text: str) -> None:
+    """Write a whole file, or nothing."""
+    try:
+        write_file(target, text)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error

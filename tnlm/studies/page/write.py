@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from tnlm.errors import CheckpointError
 from tnlm.plans.coverage import Coverage
 from tnlm.plans.plan import LayerPlan
 from tnlm.plans.report import Report, versions
-from tnlm.studies.page.parts import facts, picture, table
-from tnlm.utils.files import write_file
+from tnlm.studies.page.parts import document, facts, picture, replace, table
 
 FILE = "report.html"
 
@@ -43,7 +41,7 @@ def write_page(
     report = saved_report(folder)
     parts = [*_body(folder.resolve().name, about, report, _measured(evaluation))]
     target = folder / FILE if out is None else Path(out)
-    _replace(target, _document(folder.resolve().name, "\n".join(parts)))
+    replace(target, document(folder.resolve().name, "\n".join(parts)))
     return target
 
 
@@ -167,32 +165,3 @@ A {about["architecture"]} compressed with tnlm's scheme `{plan.scheme}`. Load it
 
 {lines}
 """
-
-
-def _document(title: str, body: str) -> str:
-    here = resources.files("tnlm.studies.page")
-    style, script = ((here / file).read_text("utf-8") for file in ("style.css", "sort.js"))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{body}
-<script>
-{script}</script>
-</body>
-</html>
-"""
-
-
-def _replace(target: Path, text: str) -> None:
-    """Write a whole file, or nothing."""
-    try:
-        write_file(target, text)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error
