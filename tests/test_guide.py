@@ -178,7 +178,7 @@ def test_numbers_in_the_comments_of_pages_are_right():
 def test_every_block_on_extending_runs(tmp_path, monkeypatch, tiny_llama):
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    assert run_blocks("extend.md") == 9
+    assert run_blocks("extend.md") == 10
 
 
 def test_every_block_on_calibration_runs(tmp_path, monkeypatch, word_tokenizer):

@@ -16,6 +16,7 @@ from tnlm.decompositions.tucker import FORMAT, TuckerSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Elementwise, InputMoment, Metric
 from tnlm.metrics.sides import Side
+from tnlm.tensors.gauge import expand, fix
 from tnlm.tensors.linalg import truncated_svd
 
 seeds, parts = st.integers(0, 20), st.floats(0, 1)
@@ -147,9 +148,10 @@ def test_options_fix_the_spec():
     assert {len(spec.ranks) for spec in specs()} == {3, 4}
     assert specs(out_split=(12,), in_split=(8,))[0].ranks == (8, 8)
     assert {spec.ranks for spec in specs(ranks=[2])} == {(2, 2, 2), (2, 2, 2, 2)}
-    assert specs(ranks=[3, 3]) == [TuckerSpec((12,), (8,), (3, 3))]
+    assert specs(ranks=[3, 3]) == [TuckerSpec((12,), (8,), (3, 3), gauge=True)]
+    assert specs(ranks=[3, 3], gauge=False) == [TuckerSpec((12,), (8,), (3, 3))]
     assert {len(spec.out_split + spec.in_split) for spec in specs(ranks=[2, 2, 2])} == {3}
-    assert specs(ranks=[2, 3, 2, 1]) == [TuckerSpec((3, 4), (2, 4), (2, 3, 2, 1))]
+    assert specs(ranks=[2, 3, 2, 1]) == [TuckerSpec((3, 4), (2, 4), (2, 3, 2, 1), gauge=True)]
 
 
 @pytest.mark.parametrize(
@@ -207,3 +209,29 @@ def test_a_tolerance_is_met_under_data(tolerance, gaussian):
             rebuilt = FORMAT.reconstruct((12, 8), spec, factors)
             assert metric.relative(weight, rebuilt) <= tolerance
             assert FORMAT.errors(weight, metric, [spec])[0] <= tolerance
+
+
+@pytest.mark.parametrize("in_split", [(8,), (2, 4)])
+def test_the_largest_bond_is_stored_without_its_redundancy(in_split, gaussian):
+    ranks = (5, *in_split) if len(in_split) > 1 else (5, 5)
+    plain, fixed = (TuckerSpec((12,), in_split, ranks, gauge=g) for g in (False, True))
+    network = FORMAT.network((12, 8), fixed)
+    assert FORMAT.network((12, 8), plain).params - network.params == 25
+    factors = FORMAT.fit(gaussian(12, 8), Metric(), fixed)
+    again = expand(network, fix(network, factors))
+    torch.testing.assert_close(
+        FORMAT.reconstruct((12, 8), fixed, again), FORMAT.reconstruct((12, 8), fixed, factors)
+    )
+
+
+@pytest.mark.parametrize("splits", [((12,), (2, 4)), ((3, 4), (8,))])
+def test_one_whole_mode_under_data_is_the_best_low_rank(splits, gaussian):
+    weight, rows = gaussian(12, 8), gaussian(30, 12)
+    metric = Metric(Side(rows.T @ rows), Side(torch.linspace(1, 2, 8)))
+    whole = len(splits[0]) > 1
+    spec = TuckerSpec(*splits, (3, 4, 5) if whole else (5, 2, 4), gauge=True)
+    fitted = FORMAT.fit(weight, metric, spec)
+    error = metric.relative(weight, FORMAT.reconstruct((12, 8), spec, fitted))
+    left, right = metric.low_rank(weight, 5)
+    assert error == pytest.approx(metric.relative(weight, left @ right), rel=1e-9)
+    assert FORMAT.errors(weight, metric, [spec]) == [pytest.approx(error)]

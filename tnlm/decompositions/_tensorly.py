@@ -1,4 +1,4 @@
-"""The only file that calls tensorly: PyTorch backend, this thread only, integer ranks."""
+"""Calls tensorly: PyTorch backend, this thread only, integer ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tnlm.tensors.linalg import truncated_svd
 
 
 @contextmanager
-def _torch_backend() -> Iterator[None]:
+def torch_backend() -> Iterator[None]:
     """Use tensorly with torch tensors; other threads and the caller keep their backend."""
     import tensorly  # takes half a second to import, and most schemes do not need it
 
@@ -36,7 +36,7 @@ def multi_mode_dot(tensor: Tensor, factors: Sequence[Tensor], modes: Sequence[in
     """Multiply each mode of a tensor by its transposed factor, and return the core."""
     import tensorly.tenalg
 
-    with _torch_backend():
+    with torch_backend():
         core: Tensor = tensorly.tenalg.multi_mode_dot(tensor, factors, modes=modes, transpose=True)
     return core
 
@@ -52,5 +52,5 @@ def tt_matrix(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     """
     from tensorly.decomposition import tensor_train_matrix
 
-    with _torch_backend():
+    with torch_backend():
         return list(tensor_train_matrix(tensor, [1, *ranks, 1], svd=_svd).factors)

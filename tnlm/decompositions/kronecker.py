@@ -27,6 +27,7 @@ from tnlm.decompositions.whitening import (
     closed_form,
     grown,
     is_plain,
+    unwhiten,
     whiten,
 )
 from tnlm.errors import RankError
@@ -222,9 +223,12 @@ class Kronecker(Format[KroneckerSpec]):
         return list(found)
 
     def _error_after_trial(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
+        """Return the relative error after a short refinement of the whitened closed form."""
         network = self.network(matrix_shape(weight), spec)
-        start, _ = closed_form(network, weight, metric, nearest(spec.terms, *_pairs(spec)))
-        squared = als(network, weight, metric, start, sweeps=1, steps=2).objective[-1]
+        sides = metric.modes(*_pairs(spec))
+        tensor = whiten(as_tensor(weight, *_pairs(spec)), sides)
+        start = unwhiten(network, nearest(spec.terms, *_pairs(spec))(tensor), sides)
+        squared = als(network, weight, metric, start, sweeps=1, steps=1).objective[-1]
         return math.sqrt(max(squared, 0.0)) / metric.norm(weight)
 
     def _closed_form_error(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tnlm.decompositions import _tensorly
 from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
     Ceiling,
@@ -22,14 +20,22 @@ from tnlm.decompositions.base import (
     given_split,
     matrix_shape,
 )
-from tnlm.decompositions.hooi import hooi, hosvd, unfold
+from tnlm.decompositions.hooi import unfold
 from tnlm.decompositions.screening import screened
 from tnlm.decompositions.splits import balanced_split, largest_within, scaled
-from tnlm.decompositions.whitening import closed_form, grown, is_plain, whiten
+from tnlm.decompositions.tucker_fit import (
+    hosvd_error,
+    is_low_rank,
+    low_rank_factors,
+    nearest,
+    orthogonal,
+    reduced_modes,
+)
+from tnlm.decompositions.whitening import closed_form, grown, is_plain, rebuild, whiten
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
-from tnlm.tensors.linalg import rank_for, spectrum, tails, truncated_svd
-from tnlm.tensors.network import Factors, Network
+from tnlm.tensors.linalg import rank_for, spectrum, tails
+from tnlm.tensors.network import Factors, Gauge, Network
 
 Split = tuple[int, ...]
 OPEN, BOND = "abcdefgh", "pqrstuvw"
@@ -37,11 +43,15 @@ OPEN, BOND = "abcdefgh", "pqrstuvw"
 
 @dataclass(frozen=True)
 class TuckerSpec:
-    """The modes of outputs and of inputs, and one rank per mode, outputs first."""
+    """The modes of outputs and of inputs, and one rank per mode, outputs first.
+
+    With ``gauge``, the bond of the largest rank is stored with an identity block, as by default.
+    """
 
     out_split: tuple[int, ...]
     in_split: tuple[int, ...]
     ranks: tuple[int, ...]
+    gauge: bool = False
 
 
 class Tucker(Format[TuckerSpec]):
@@ -83,37 +93,44 @@ class Tucker(Format[TuckerSpec]):
         out, inp = OPEN[: len(spec.out_split)], OPEN[len(spec.out_split) : len(dims)]
         if len(dims) == 2:
             sizes["p"] = spec.ranks[0]
-            return Network({"left": "ap", "right": "pb"}, out, inp, sizes)
-        reduced = _reduced(dims, spec.ranks)
+            short = Gauge("left" if dims[0] < dims[1] else "right", "p") if spec.gauge else None
+            return Network({"left": "ap", "right": "pb"}, out, inp, sizes, short)
+        reduced = reduced_modes(dims, spec.ranks)
         sizes |= {BOND[k]: spec.ranks[k] for k in reduced}
         core = "".join(BOND[k] if k in reduced else OPEN[k] for k in range(len(dims)))
-        return Network(
-            {"core": core} | {f"mode{k}": OPEN[k] + BOND[k] for k in reduced}, out, inp, sizes
+        factors = {"core": core} | {f"mode{k}": OPEN[k] + BOND[k] for k in reduced}
+        largest = max(reduced, key=spec.ranks.__getitem__, default=None)
+        gauge = (
+            Gauge(f"mode{largest}", BOND[largest]) if spec.gauge and largest is not None else None
         )
+        return Network(factors, out, inp, sizes, gauge)
 
     def fit(self, weight: Tensor, metric: Metric, spec: TuckerSpec) -> Factors:
         """Start from the HOSVD, then improve one factor at a time (HOOI).
 
-        With data, both are of the whitened matrix, then refined by alternating least squares.
+        With data, both are of the whitened matrix, then refined by alternating least squares. If
+        only a mode that is all of the outputs or inputs is reduced, the best fit is low rank.
         """
         network = self.network(matrix_shape(weight), spec)
-        factors = fit_network(network, weight, metric, partial(_nearest, ranks=spec.ranks))
-        return factors if is_plain(metric) else _orthogonal(factors)
+        if is_low_rank(network) and metric.separable:
+            return orthogonal(low_rank_factors(network, weight, metric))
+        factors = fit_network(network, weight, metric, partial(nearest, ranks=spec.ranks))
+        return factors if is_plain(metric) else orthogonal(factors)
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
     ) -> Sequence[TuckerSpec]:
         """Return, for each split, the given ranks, or ranks scaled on all modes or the longest."""
-        found = []
+        found, gauge = [], options.get("gauge", True)
         for out, inp in _splits(shape, options):
 
             def fits(ranks: tuple[int, ...], out: Split = out, inp: Split = inp) -> bool:
-                return ceiling.allows(self.network(shape, TuckerSpec(out, inp, ranks)))
+                return ceiling.allows(self.network(shape, TuckerSpec(out, inp, ranks, gauge)))
 
             for ranks_at in _scales(out + inp, options):
                 ranks = largest_within(ranks_at, fits)
                 if ranks is not None:
-                    found.append(TuckerSpec(out, inp, ranks))
+                    found.append(TuckerSpec(out, inp, ranks, gauge))
         return list(dict.fromkeys(found))
 
     def within(
@@ -124,7 +141,7 @@ class Tucker(Format[TuckerSpec]):
         With data, the unfoldings are of the whitened matrix and give no bound, so the ranks grow
         until the measured error is within the tolerance.
         """
-        found = []
+        found, gauge = [], options.get("gauge", True)
         for out, inp in _splits(matrix_shape(weight), options):
             tensor = whiten(as_tensor(weight, out, inp), metric.modes(out, inp))
             spectra = [spectrum(unfold(tensor, mode)) for mode in range(tensor.dim())]
@@ -137,7 +154,7 @@ class Tucker(Format[TuckerSpec]):
             ) -> TuckerSpec:
                 share = bound / math.sqrt(len(spectra))
                 ranks = tuple(rank_for(energy, share) for energy in spectra)
-                return TuckerSpec(out, inp, _supported(out + inp, ranks))
+                return TuckerSpec(out, inp, _supported(out + inp, ranks), gauge)
 
             if is_plain(metric):
                 found.append(spec_at(tolerance))
@@ -152,7 +169,9 @@ class Tucker(Format[TuckerSpec]):
         With data, it is the error of the HOOI, which least squares can only lower.
         """
         if is_plain(metric):
-            return [_hosvd_error(weight, spec) for spec in specs]
+            return [
+                hosvd_error(weight, spec.out_split, spec.in_split, spec.ranks) for spec in specs
+            ]
         return [self._closed_form_error(weight, metric, spec) for spec in specs]
 
     def curve(
@@ -163,7 +182,9 @@ class Tucker(Format[TuckerSpec]):
 
     def _closed_form_error(self, weight: Tensor, metric: Metric, spec: TuckerSpec) -> float:
         network = self.network(matrix_shape(weight), spec)
-        return closed_form(network, weight, metric, partial(_nearest, ranks=spec.ranks))[1]
+        if is_low_rank(network) and metric.separable:
+            return metric.relative(weight, rebuild(network, self.fit(weight, metric, spec)))
+        return closed_form(network, weight, metric, partial(nearest, ranks=spec.ranks))[1]
 
 
 def _bounds(weight: Tensor, specs: Sequence[TuckerSpec]) -> list[float]:
@@ -177,51 +198,12 @@ def _bounds(weight: Tensor, specs: Sequence[TuckerSpec]) -> list[float]:
     found = []
     for spec in specs:
         dims = spec.out_split + spec.in_split
-        modes = _reduced(dims, spec.ranks)[: None if len(dims) > 2 else 1]
+        modes = reduced_modes(dims, spec.ranks)[: None if len(dims) > 2 else 1]
         lost = sum(
             float(tail(spec.out_split, spec.in_split, mode)[spec.ranks[mode]]) for mode in modes
         )
         found.append(min(lost, 1.0) ** 0.5)
     return found
-
-
-def _nearest(tensor: Tensor, ranks: Sequence[int]) -> Factors:
-    """Fit a tensor (out modes, then in modes) in the Frobenius norm."""
-    if tensor.dim() == 2:
-        svd = truncated_svd(tensor, ranks[0])
-        return {"left": svd.u, "right": svd.s[:, None] * svd.vh}
-    modes = _reduced(tuple(tensor.shape), ranks)
-    if not modes:
-        return {"core": tensor}
-    factors, core = hooi(tensor, hosvd(tensor, [ranks[mode] for mode in modes], modes), modes)
-    return {"core": core} | {f"mode{k}": u for k, u in zip(modes, factors, strict=True)}
-
-
-def _orthogonal(factors: Factors) -> Factors:
-    """Return the same tensor with orthonormal factors, except the core (or the right factor)."""
-    found = dict(factors)
-    carrier = "core" if "core" in found else "right"
-    for name in [name for name in factors if name != carrier]:
-        found[name], r = torch.linalg.qr(factors[name])
-        axis = int(name.removeprefix("mode")) if carrier == "core" else 0
-        found[carrier] = torch.tensordot(r, found[carrier], ([1], [axis])).movedim(0, axis)
-    return found
-
-
-def _hosvd_error(weight: Tensor, spec: TuckerSpec) -> float:
-    tensor = as_tensor(weight, spec.out_split, spec.in_split)
-    modes = _reduced(tuple(tensor.shape), spec.ranks)
-    total = float(tensor.square().sum())
-    factors = hosvd(tensor, [spec.ranks[mode] for mode in modes], modes)
-    core = _tensorly.multi_mode_dot(tensor, factors, modes)
-    if total == 0.0:
-        return 0.0
-    error: float = max(1.0 - float(core.square().sum()) / total, 0.0) ** 0.5
-    return error
-
-
-def _reduced(dims: Sequence[int], ranks: Sequence[int]) -> list[int]:
-    return [k for k, (size, rank) in enumerate(zip(dims, ranks, strict=True)) if rank < size]
 
 
 def _limits(dims: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import tensorly
+import torch
+from tensorly.cp_tensor import CPTensor
+from tensorly.decomposition import tensor_train_matrix, tucker
+
+from tnlm.decompositions import get_format
+from tnlm.decompositions.kronecker import KroneckerSpec
+from tnlm.decompositions.tensor_train import TensorTrainSpec
+from tnlm.decompositions.tensorly_objects import from_tensorly, to_tensorly
+from tnlm.decompositions.tucker import TuckerSpec
+from tnlm.decompositions.whitening import rebuild
+from tnlm.errors import OptionError, RankError
+from tnlm.metrics.metric import Metric
+
+OURS = [
+    ("tucker", TuckerSpec((3, 4), (2, 4), (2, 4, 2, 3))),
+    ("tucker", TuckerSpec((12,), (2, 4), (5, 2, 4), gauge=True)),
+    ("tucker", TuckerSpec((12,), (8,), (3, 3))),
+    ("tensor-train", TensorTrainSpec((3, 2, 2), (2, 2, 2), (3, 2))),
+    ("kronecker", KroneckerSpec(3, (3, 4), (4, 2))),
+]
+
+
+@pytest.fixture(autouse=True)
+def torch_in_tensorly():
+    tensorly.set_backend("pytorch", local_threadsafe=True)
+    yield
+    tensorly.set_backend("numpy", local_threadsafe=True)
+
+
+def dense(tensor):
+    if type(tensor).__name__ == "TTMatrix":
+        return tensor.to_matrix()
+    return tensor.to_tensor().reshape(12, 8)
+
+
+@pytest.mark.parametrize(("name", "spec"), OURS)
+def test_factors_go_to_tensorly_and_come_back(name, spec, gaussian):
+    structure = get_format(name)
+    factors = structure.fit(gaussian(12, 8), Metric(), spec)
+    expected = structure.reconstruct((12, 8), spec, factors)
+    tensor = to_tensorly(name, (12, 8), spec, factors)
+    torch.testing.assert_close(dense(tensor), expected)
+    back = from_tensorly(tensor, outputs=len(spec.out_split))
+    assert back.format == ("tensor-train" if name == "kronecker" else name)
+    torch.testing.assert_close(rebuild(back.network, back.factors), expected)
+
+
+def test_a_tucker_of_tensorly_becomes_a_matrix(gaussian):
+    tensor = tucker(gaussian(12, 8).reshape(3, 4, 8), [2, 4, 3])
+    found = from_tensorly(tensor, outputs=2)
+    assert found.spec == TuckerSpec((3, 4), (8,), (2, 4, 3))
+    assert list(found.factors) == ["core", "mode0", "mode2"]
+    torch.testing.assert_close(rebuild(found.network, found.factors), dense(tensor))
+
+
+def test_a_train_of_tensorly_becomes_a_matrix(gaussian):
+    tensor = tensor_train_matrix(gaussian(12, 8).reshape(3, 4, 2, 4), [1, 5, 1])
+    found = from_tensorly(tensor)
+    assert found.spec == TensorTrainSpec((3, 4), (2, 4), (5,))
+    torch.testing.assert_close(rebuild(found.network, found.factors), dense(tensor))
+
+
+def test_what_has_no_counterpart_is_refused(gaussian):
+    with pytest.raises(OptionError, match="CPTensor is not"):
+        from_tensorly(CPTensor((None, [gaussian(3, 2), gaussian(4, 2)])))
+    with pytest.raises(OptionError, match="low-rank has no counterpart"):
+        to_tensorly("low-rank", (12, 8), None, {})
+    with pytest.raises(RankError, match="outputs=3; allowed: 1 to 2 of 3 modes"):
+        from_tensorly(tucker(gaussian(12, 8).reshape(3, 4, 8), [2, 4, 3]), outputs=3)

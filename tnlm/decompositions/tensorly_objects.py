@@ -1,0 +1,176 @@
+"""Exchanges factors with tensorly's own objects: Tucker tensors and TT-matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tnlm.decompositions import get_format
+from tnlm.decompositions._tensorly import torch_backend
+from tnlm.decompositions.base import Shape
+from tnlm.decompositions.tensor_train import TensorTrainSpec
+from tnlm.decompositions.tucker import TuckerSpec
+from tnlm.errors import OptionError, RankError
+from tnlm.tensors.network import Factors, Network
+
+
+class Decomposed(NamedTuple):
+    """A matrix in a format of tnlm.
+
+    Attributes:
+        format: name of the format.
+        spec: its spec.
+        network: the network of the factors.
+        factors: all full factors.
+    """
+
+    format: str
+    spec: Any
+    network: Network
+    factors: Factors
+
+
+def from_tensorly(tensor: Any, outputs: int = 1) -> Decomposed:
+    """Return a decomposition made with tensorly as factors of a format.
+
+    Args:
+        tensor: a `TuckerTensor` of the matrix reshaped to its modes, outputs first, or a
+            `TTMatrix`; with torch tensors.
+        outputs: how many of a Tucker tensor's modes are of the outputs.
+
+    Raises:
+        OptionError: if it is neither.
+        RankError: if the matrix cannot have its ranks in the format; the message says what it can.
+
+    Example:
+        >>> from tensorly.tt_matrix import TTMatrix
+        >>> cores = [torch.randn(1, 2, 3, 2), torch.randn(2, 3, 2, 1)]
+        >>> found = from_tensorly(TTMatrix(cores))
+        >>> found.format, found.network.shape
+        ('tensor-train', (6, 6))
+    """
+    name = type(tensor).__name__
+    if name == "TuckerTensor":
+        return _from_tucker(tensor.core, tensor.factors, outputs)
+    if name == "TTMatrix":
+        return _from_train(list(tensor.factors))
+    raise OptionError(
+        f"{name} is not a tensorly object that tnlm reads; allowed: TuckerTensor, TTMatrix"
+    )
+
+
+def to_tensorly(format_name: str, shape: Shape, spec: Any, factors: Mapping[str, Tensor]) -> Any:
+    """Return the factors of a format as an object of tensorly.
+
+    Args:
+        format_name: ``"tucker"``, ``"tensor-train"`` or ``"kronecker"``, which is a TT-matrix of
+            two cores.
+        shape: ``(out, in)`` of the matrix.
+        spec: the spec of the format.
+        factors: all full factors, as a layer's ``factors()`` returns them.
+
+    Returns:
+        A `TuckerTensor` of the matrix reshaped to its modes, outputs first, or a `TTMatrix`.
+
+    Raises:
+        OptionError: if the format has no counterpart.
+
+    Example:
+        >>> from tnlm.decompositions.kronecker import KroneckerSpec
+        >>> spec = KroneckerSpec(1, (2, 3), (3, 2))
+        >>> factors = {"left": torch.randn(1, 2, 3), "right": torch.randn(1, 3, 2)}
+        >>> to_tensorly("kronecker", (6, 6), spec, factors).rank
+        (1, 1, 1)
+    """
+    if format_name not in WRITERS:
+        raise OptionError(
+            f"{format_name} has no counterpart in tensorly; allowed: {', '.join(WRITERS)}"
+        )
+    network = get_format(format_name).network(shape, spec)
+    with torch_backend():
+        return WRITERS[format_name](network, factors)
+
+
+def _from_tucker(core: Tensor, factors: Sequence[Tensor], outputs: int) -> Decomposed:
+    dims = [len(factor) for factor in factors]
+    if not 1 <= outputs < len(dims):
+        raise RankError(f"outputs={outputs}; allowed: 1 to {len(dims) - 1} of {len(dims)} modes")
+    spec = TuckerSpec(tuple(dims[:outputs]), tuple(dims[outputs:]), tuple(core.shape))
+    shape = math.prod(spec.out_split), math.prod(spec.in_split)
+    network = get_format("tucker").network(shape, spec)
+    if "core" not in network.factors:  # a plain matrix: the core goes into one factor
+        return Decomposed(
+            "tucker", spec, network, {"left": factors[0] @ core, "right": factors[1].T}
+        )
+    found: Factors = {}
+    for mode, factor in enumerate(factors):
+        if f"mode{mode}" in network.factors:
+            found[f"mode{mode}"] = factor
+        else:  # of full rank: the core holds it
+            core = torch.tensordot(factor, core, ([1], [mode])).movedim(0, mode)
+    return Decomposed("tucker", spec, network, {"core": core, **found})
+
+
+def _from_train(cores: Sequence[Tensor]) -> Decomposed:
+    out, inp = (tuple(core.shape[axis] for core in cores) for axis in (1, 2))
+    spec = TensorTrainSpec(out, inp, tuple(core.shape[0] for core in cores[1:]))
+    network = get_format("tensor-train").network((math.prod(out), math.prod(inp)), spec)
+    found = {
+        name: core.reshape(network.shape_of(name))
+        for name, core in zip(network.factors, cores, strict=True)
+    }
+    return Decomposed("tensor-train", spec, network, found)
+
+
+def _tucker(network: Network, factors: Mapping[str, Tensor]) -> Any:
+    from tensorly.tucker_tensor import TuckerTensor
+
+    if "core" not in factors:
+        left = factors["left"]
+        eye = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
+        return TuckerTensor((eye, [left, factors["right"].T]))
+    core = factors["core"]
+    sides = [
+        factors.get(f"mode{mode}", torch.eye(size, dtype=core.dtype, device=core.device))
+        for mode, size in enumerate(core.shape)
+    ]
+    return TuckerTensor((core, sides))
+
+
+def _train(network: Network, factors: Mapping[str, Tensor]) -> Any:
+    from tensorly.tt_matrix import TTMatrix
+
+    cores = []
+    for name, modes in network.factors.items():
+        out, inp = ("".join(m for m in modes if m in part) for part in (network.out, network.inp))
+        before, after = _bonds(network, name)
+        order = [modes.index(mode) for mode in before + out + inp + after]
+        sizes = [network.size(part) for part in (before, out, inp, after)]
+        cores.append(factors[name].permute(order).reshape(sizes))
+    return TTMatrix(cores)
+
+
+def _bonds(network: Network, name: str) -> tuple[str, str]:
+    """Return the bonds of a core of a chain with the core before and the core after."""
+    names = list(network.factors)
+    place = names.index(name)
+    modes = network.factors
+
+    def shared(other: int) -> str:
+        if not 0 <= other < len(names):
+            return ""
+        return "".join(mode for mode in modes[name] if mode in modes[names[other]])
+
+    return shared(place - 1), shared(place + 1)
+
+
+WRITERS: Mapping[str, Callable[[Network, Mapping[str, Tensor]], Any]] = {
+    "tucker": _tucker,
+    "tensor-train": _train,
+    "kronecker": _train,
+}
+"""Formats that tensorly has an object for."""
