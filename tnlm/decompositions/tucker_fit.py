@@ -24,7 +24,7 @@ def is_low_rank(network: Network) -> bool:
 def low_rank_factors(network: Network, weight: Tensor, metric: Metric) -> Factors:
     """Return the best factors of such a network under a separable metric, in closed form."""
     [name] = [name for name in network.factors if name.startswith("mode")]
-    mode, bond = network.factors[name]
+    mode, bond = tuple(network.factors[name])
     left, right = metric.low_rank(weight, network.sizes[bond])
     side, core = (left, right) if mode == network.out else (right.T, left)
     return {"core": core.reshape(network.shape_of("core")), name: side}
