@@ -4,26 +4,39 @@
         --text wiki=test.txt --text c4=c4.jsonl --keep-targets 0.8 0.6 --how lora distill
 
 MODEL is compressed by `auto` once for each size and kept in OUT. ``lora`` is `tnlm.heal`,
-``distill`` and ``finetune`` train the factors with the dense model or the data as the teacher.
+``correct`` the same towards the dense model's predictions; ``distill`` and ``finetune`` train the
+factors with the dense model or the data as the teacher.
 Results are appended to OUT/results.jsonl as they come; OUT/healing.md is the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tnlm
 from tnlm.checkpoint.dense_models import load_model
 from tnlm.studies.journal import Journal
 
 Row = dict[str, Any]
-SETTINGS = ("model", "calibration", "training", "text", "batch_size", "max_length", "windows")
-RATES = {"lora": 1e-3, "distill": 2e-4, "finetune": 2e-4}
+SETTINGS = (
+    "model",
+    "calibration",
+    "training",
+    "text",
+    "batch_size",
+    "max_length",
+    "windows",
+    "bfloat16",
+)
+RATES = {"lora": 1e-3, "correct": 1e-3, "distill": 2e-4, "finetune": 2e-4}
 
 
 def main() -> None:
@@ -60,6 +73,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--cache", type=Path, help="statistics of an earlier calibration")
+    parser.add_argument("--bfloat16", action="store_true", help="heal in bfloat16 arithmetic")
     return parser.parse_args()
 
 
@@ -69,11 +84,11 @@ def measure(asked: argparse.Namespace, keep: float, how: str) -> Row:
     if how == "dense":
         return _perplexities(asked, dense, tokenizer)
     kept = asked.out / f"auto-{keep:g}"
-    model, start = dense, time.perf_counter()
+    model, start = copy.deepcopy(dense), time.perf_counter()
     if kept.exists():
         model, _ = load_model(kept)
     else:
-        given = {"calibration": asked.calibration, "tokenizer": tokenizer}
+        given = {"calibration": asked.calibration, "tokenizer": tokenizer, "cache_dir": asked.cache}
         tnlm.compress(model, "auto", keep_targets=keep, progress=False, **given)
         tnlm.save(model, kept, tokenizer=tokenizer)
     if how != "none":
@@ -85,8 +100,10 @@ def measure(asked: argparse.Namespace, keep: float, how: str) -> Row:
             "batch_size": asked.batch_size,
             "max_length": asked.max_length,
         }
-        if how == "lora":
-            tnlm.heal(model, asked.training, **options)
+        teacher = {"teacher": dense} if how == "correct" else {}
+        if how in ("lora", "correct"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=asked.bfloat16):
+                tnlm.heal(model, asked.training, **teacher, **options)
         elif how == "distill":
             tnlm.distill(model, dense, asked.training, train="factors", **options)
         else:

@@ -51,7 +51,7 @@ def test_every_block_on_training_runs(tmp_path, monkeypatch, tiny_llama, word_to
     word_tokenizer.save_pretrained(tmp_path / "my-model")
     (tmp_path / "text.txt").write_text(word_text(4096))
     monkeypatch.chdir(tmp_path)
-    assert run_blocks("recover.md") == 8
+    assert run_blocks("recover.md") == 9
     assert (tmp_path / "my-model-pruned" / "config.json").is_file()
 
 

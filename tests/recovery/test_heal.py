@@ -24,6 +24,7 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.made import made_layers
 from tnlm.metrics.metric import InputMoment, Metric
 from tnlm.recovery import lora_training
+from tnlm.recovery.goals import divergence_from
 from tnlm.recovery.heal import heal
 
 IDS = torch.arange(256) * 7 % 61 + 3
@@ -368,3 +369,50 @@ def test_a_lora_merged_into_codes_moves_those_that_it_can(tiny_llama, tmp_path):
     loaded = tnlm.load(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(model(IDS[:16][None]).logits, loaded(IDS[:16][None]).logits)
+
+
+@pytest.fixture
+def pair(make_model, compressed):
+    """Make a dense model whose predictions are of some certainty, and a compressed one."""
+    both = make_model("llama"), compressed("llama", "svd", **SMALL)
+    head = torch.randn(both[0].lm_head.weight.shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for model in both:
+            model.lm_head.weight.copy_(head)
+    return both
+
+
+def varied(model):
+    ids = torch.randint(3, 61, (2048,), generator=torch.Generator().manual_seed(4))
+    return with_labels(model, token_batches(ids, max_length=32, batch_size=2))
+
+
+def divergence(model, teacher):
+    with torch.no_grad():
+        goal = divergence_from(teacher)
+        return sum(float(goal(model, batch)) for batch in varied(model))
+
+
+def test_a_teacher_is_approached_and_left_as_it_is(pair):
+    teacher, model = pair
+    weights = copy.deepcopy(teacher.state_dict())
+    before, training = divergence(model, teacher), teacher.training
+    run(model, varied(model), teacher=teacher, tokens=8192, learning_rate=3e-3)
+    assert divergence(model, teacher) < 0.9 * before
+    assert teacher.training == training
+    assert all(torch.equal(weights[name], each) for name, each in teacher.state_dict().items())
+
+
+def test_a_correction_that_does_not_help_on_held_out_text_is_undone(pair, caplog):
+    teacher, model = pair
+    before = copy.deepcopy(model.state_dict())
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        run(model, varied(model), teacher=teacher, learning_rate=0.1)
+    assert "did not lower the loss" in caplog.text
+    for name, each in model.state_dict().items():
+        torch.testing.assert_close(each, before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_is_not_its_own_teacher(pair):
+    with pytest.raises(OptionError, match="its own teacher"):
+        run(pair[1], varied(pair[1]), teacher=pair[1])

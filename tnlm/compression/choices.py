@@ -103,7 +103,7 @@ class Recovery:
     kind: str | None = choice(None, "Training after fitting: {names} or none.", keyword="recover")
     tokens: int | None = choice(
         None,
-        "Tokens to train on, also for metrics that prune; 200,000 by default.",
+        "Tokens to train on, also for metrics that prune; 200,000 by default, 65,536 for correct.",
         keyword="recover_tokens",
     )
     training: Any = choice(

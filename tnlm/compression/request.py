@@ -36,12 +36,11 @@ from tnlm.errors import BudgetError
 from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS, MOVEMENT, Measure
 from tnlm.metrics.named import get_measure
 from tnlm.precision.grid import Precision
+from tnlm.recovery.kinds import tokens_of
 from tnlm.schemes.base import Scheme
 from tnlm.tensors.network import Cost
 
 SIZES = ("rank", "ranks", "terms", "width")
-RECOVER_TOKENS = 200_000
-"""Tokens that recovery trains on by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +251,7 @@ def request_of(asked: Asked) -> Request:
         refine=recovery.refine,
         share=named.share,
         recover=after,
-        recover_tokens=RECOVER_TOKENS if recovery.tokens is None else recovery.tokens,
+        recover_tokens=tokens_of(after) if recovery.tokens is None else recovery.tokens,
         options=options,
         keep=budget.keep,
         keep_targets=budget.keep_targets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -24,10 +25,10 @@ from tnlm.layers.made import made_layers
 from tnlm.layers.packed import PackedLinear
 from tnlm.metrics.metric import Metric
 from tnlm.recovery.compensate import residual_start
-from tnlm.recovery.examples import batches as in_batches
+from tnlm.recovery.goals import check_teacher, divergence_from, hold_out, own_loss
 from tnlm.recovery.lora_training import schedule_of, train
 from tnlm.recovery.merging import charge, check_merge, merge_layers
-from tnlm.recovery.model_kinds import examples_for, padding_for
+from tnlm.recovery.model_kinds import batches_for
 from tnlm.utils.checks import is_whole
 from tnlm.utils.undo import attempt, leaves_model
 
@@ -64,6 +65,7 @@ def heal(
     merge: str | None = None,
     originals: Mapping[str, Tensor] | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    teacher: PreTrainedModel | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PreTrainedModel:
@@ -80,9 +82,10 @@ def heal(
     - ``"adapter"``: leave the LoRAs in the model as PEFT layers, with frozen factors. Save them
       with ``peft.get_peft_model_state_dict``; `tnlm.save` needs the model without them.
 
-    If training does not lower the loss, the LoRAs are merged as they were at the start. The model
-    runs in eval mode. If anything fails, it is left unchanged. ``tnlm.report(model)`` includes the
-    added parameters, and drops the errors of changed matrices.
+    With a ``teacher``, training matches its predictions, and no label is learnt. If training does
+    not lower the loss, with a teacher on batches that were held out, the LoRAs are merged as they
+    were at the start. The model runs in eval mode. If anything fails, it is left unchanged.
+    ``tnlm.report(model)`` includes the added parameters, and drops the errors of changed matrices.
 
     Args:
         model: a compressed model.
@@ -106,6 +109,7 @@ def heal(
         merge: see above; ``"factors"`` or ``"concatenate"`` by default.
         originals: dense weights ``(out, in)`` by module name, for ``start="residual"``.
         metrics: metrics by module name, for ``merge="retruncate"``; the Frobenius norm by default.
+        teacher: the dense model, to match KL(teacher || model); None to learn the data's labels.
         seed: draws the LoRAs and the order of batches.
         progress: show a progress bar.
 
@@ -136,8 +140,9 @@ def heal(
     """
     began = time.perf_counter()
     check_bare(model)
+    check_teacher(model, teacher)
     _check_numbers(rank, alpha, learning_rate, tokens)
-    batches = _batches(
+    batches = batches_for(
         model,
         data,
         tokenizer,
@@ -157,11 +162,14 @@ def heal(
     starts = _starts(model, ranks, alpha / rank, originals) if originals is not None else {}
     for name in set(metrics or {}) - set(names):
         raise TargetError(f"metrics name {name!r}, which is not healed")
-    order = schedule_of(batches, tokens, seed)
-    with attached(model, ranks, alpha / rank, seed) as adapters, eval_mode(model):
+    goal = own_loss if teacher is None else divergence_from(teacher)
+    shown, held = (batches, None) if teacher is None else hold_out(batches)
+    order = schedule_of(shown, tokens, seed)
+    resting = contextlib.nullcontext() if teacher is None else eval_mode(teacher)
+    with attached(model, ranks, alpha / rank, seed) as adapters, eval_mode(model), resting:
         for name, lora in starts.items():
             adapters[name].fill(lora)
-        train(model, adapters, batches, order, learning_rate, progress)
+        train(model, adapters, shown, order, learning_rate, progress, goal, held)
         loras = {name: adapter.lora() for name, adapter in adapters.items()}
     for name, lora in loras.items():
         if not bool(lora.A.isfinite().all() and lora.B.isfinite().all()):
@@ -185,25 +193,6 @@ def heal(
             model.get_submodule(name).load_state_dict(state)
 
     return attempt(finish, undo)
-
-
-def _batches(
-    model: PreTrainedModel,
-    data: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    batch_size: int,
-    **options: Any,
-) -> list[dict[str, Tensor]]:
-    """Convert data into batches with labels, unless it already is a list of batches."""
-    if isinstance(data, list | tuple) and all(map(_is_batch, data)):
-        return list(data)
-    padding = padding_for(model, tokenizer, batch_size)
-    return in_batches(examples_for(model, data, tokenizer, **options), batch_size, padding)
-
-
-def _is_batch(item: Any) -> bool:
-    ids = item.get("input_ids") if isinstance(item, Mapping) else None
-    return isinstance(ids, Tensor) and ids.dim() == 2
 
 
 def _names(model: nn.Module, modules: Sequence[str] | None) -> list[str]:

@@ -1,13 +1,14 @@
-"""Trains adapters on the model's own loss."""
+"""Trains adapters towards a goal."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
@@ -16,6 +17,7 @@ from tnlm.calibration.labels import count_predictions
 from tnlm.errors import CalibrationError, TrainingError
 from tnlm.layers.adapters import Adapter
 from tnlm.parallel.workers import Workers
+from tnlm.recovery.goals import Goal, own_loss
 from tnlm.recovery.sharing import average, in_steps, team
 
 logger = logging.getLogger("tnlm")
@@ -50,42 +52,31 @@ def train(
     order: Sequence[int],
     learning_rate: float,
     progress: bool,
+    goal: Goal = own_loss,
+    measured: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Train the adapters; restore the start if that does not help.
 
     Several processes take one batch each in every step.
+
+    Args:
+        model: the model, with the adapters in it.
+        adapters: the adapters, by name.
+        batches: batches with labels.
+        order: the batch of every step.
+        learning_rate: peak learning rate of AdamW.
+        progress: show a progress bar.
+        goal: the loss.
+        measured: batches on which the loss must fall; ``batches`` by default.
     """
+    shown = batches if measured is None else measured
     with team() as workers:
         workers.check_same(data=fingerprint(map(dict, batches)), order=list(order))
-        _train(model, adapters, batches, order, learning_rate, progress, workers)
-
-
-def _train(
-    model: PreTrainedModel,
-    adapters: Mapping[str, Adapter],
-    batches: Sequence[Mapping[str, Tensor]],
-    order: Sequence[int],
-    learning_rate: float,
-    progress: bool,
-    workers: Workers,
-) -> None:
-    steps = in_steps(order, workers)
-    parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
-    before = {name: adapter.lora() for name, adapter in adapters.items()}
-    first = _mean_loss(model, batches, workers)
-    adam = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    rising = round(WARM_UP * len(steps))  # none of a few steps, the first of which would do nothing
-    schedule = get_cosine_schedule_with_warmup(adam, rising, len(steps) + 1)
-    with torch.inference_mode(False), torch.enable_grad():
-        hidden = not progress or workers.rank > 0
-        for index in tqdm(steps, desc="healing", unit="step", disable=hidden):
-            adam.zero_grad()
-            count = 0 if index is None else _backward(model, batches[index], index)
-            if average(parameters, count, workers):
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                adam.step()
-            schedule.step()
-    last = _mean_loss(model, batches, workers)
+        before = {name: adapter.lora() for name, adapter in adapters.items()}
+        first = _mean_loss(model, goal, shown, workers)
+        steps = in_steps(order, workers)
+        _train(_Step(model, goal, batches, workers), adapters, steps, learning_rate, progress)
+        last = _mean_loss(model, goal, shown, workers)
     logger.info("healed in %d steps: loss %.4f -> %.4f", len(steps), first, last)
     if not last < first:
         logger.warning("healing did not lower the loss (%.4f -> %.4f): undone", first, last)
@@ -93,21 +84,55 @@ def _train(
             adapter.fill(before[name])
 
 
-def _backward(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> int:
-    """Compute the gradients of a batch, and return the number of its predictions, 0 for none."""
-    loss = _loss(model, batch, index)
-    if loss is None or not loss.requires_grad:
-        return 0
-    loss.backward()
-    return count_predictions(model, batch["labels"])
+@dataclass(frozen=True)
+class _Step:
+    """Computes the gradients of one batch, averaged over processes."""
+
+    model: PreTrainedModel
+    goal: Goal
+    batches: Sequence[Mapping[str, Tensor]]
+    workers: Workers
+
+    def backward(self, index: int | None, parameters: Sequence[nn.Parameter]) -> bool:
+        """Compute the gradients, and return whether there are any."""
+        count = 0
+        if index is not None:
+            loss = _loss(self.model, self.goal, self.batches[index], index)
+            if loss is not None and loss.requires_grad:
+                loss.backward()
+                count = count_predictions(self.model, self.batches[index]["labels"])
+        return average(parameters, count, self.workers)
 
 
-def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> Tensor | None:
+def _train(
+    step: _Step,
+    adapters: Mapping[str, Adapter],
+    steps: Sequence[int | None],
+    learning_rate: float,
+    progress: bool,
+) -> None:
+    parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
+    adam = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    rising = round(WARM_UP * len(steps))  # none of a few steps, the first of which would do nothing
+    schedule = get_cosine_schedule_with_warmup(adam, rising, len(steps) + 1)
+    hidden = not progress or step.workers.rank > 0
+    with torch.inference_mode(False), torch.enable_grad():
+        for index in tqdm(steps, desc="healing", unit="step", disable=hidden):
+            adam.zero_grad()
+            if step.backward(index, parameters):
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                adam.step()
+            schedule.step()
+
+
+def _loss(
+    model: PreTrainedModel, goal: Goal, batch: Mapping[str, Tensor], index: int
+) -> Tensor | None:
     """Return the mean loss of a batch, or None if there is nothing to predict."""
     here = {key: value.to(model.device) for key, value in batch.items()}
     if not count_predictions(model, here["labels"]):
         return None
-    loss: Tensor = model(**here).loss
+    loss = goal(model, here)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(f"the loss is {value} on batch {index}; lower learning_rate")
@@ -116,10 +141,13 @@ def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor], index: int) -> Te
 
 @torch.no_grad()
 def _mean_loss(
-    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], workers: Workers
+    model: PreTrainedModel,
+    goal: Goal,
+    batches: Sequence[Mapping[str, Tensor]],
+    workers: Workers,
 ) -> float:
     some = workers.mine(range(0, len(batches), max(1, len(batches) // SAMPLE)))
-    losses = [float(loss) for i in some if (loss := _loss(model, batches[i], i)) is not None]
+    losses = [float(loss) for i in some if (loss := _loss(model, goal, batches[i], i)) is not None]
     losses = [loss for found in workers.gather(losses) for loss in found]
     if not losses:
         raise CalibrationError("the batches have labels, but none of them is predicted")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.text import AUTO
@@ -11,6 +13,7 @@ from tnlm.errors import ModelError, OptionError, TrainingError
 from tnlm.evaluation.mode import room_of
 from tnlm.recovery.examples import (
     Examples,
+    batches,
     check_tokens,
     draw,
     is_read_in_part,
@@ -69,6 +72,25 @@ def examples_for(
         )
     _check(model, made)
     return Examples(draw(made.items, max_tokens, seed), classes=classes)
+
+
+def batches_for(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    batch_size: int,
+    **options: Any,
+) -> list[dict[str, Tensor]]:
+    """Convert data into batches with labels, unless it already is a list of batches."""
+    if isinstance(data, list | tuple) and all(map(_is_batch, data)):
+        return list(data)
+    padding = padding_for(model, tokenizer, batch_size)
+    return batches(examples_for(model, data, tokenizer, **options), batch_size, padding)
+
+
+def _is_batch(item: Any) -> bool:
+    ids = item.get("input_ids") if isinstance(item, Mapping) else None
+    return isinstance(ids, Tensor) and ids.dim() == 2
 
 
 def _check(model: PreTrainedModel, examples: Examples) -> None:

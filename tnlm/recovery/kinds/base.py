@@ -9,6 +9,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+TOKENS = 200_000
+"""Tokens that a training takes by default."""
+
 
 @dataclass(frozen=True)
 class Practice:
@@ -49,6 +52,7 @@ class RecoveryKind:
         run: trains the model in place.
         needs_teacher: whether it needs a copy of the dense model.
         needs_dense: whether it needs the original weights.
+        tokens: how many tokens it trains on by default.
     """
 
     name: str
@@ -56,3 +60,4 @@ class RecoveryKind:
     run: Callable[[PreTrainedModel, Practice], Any]
     needs_teacher: bool = False
     needs_dense: bool = False
+    tokens: int = TOKENS
