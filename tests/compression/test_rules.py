@@ -168,13 +168,16 @@ def test_blocks_are_counted_only_where_they_act(allocation):
 
 
 @pytest.mark.parametrize("structure", formats().values(), ids=lambda s: s.name)
-def test_truncation_shares_out_ranks(structure):
+def test_some_allocations_share_out_ranks(structure):
     for allocation in allocations().values():
-        if allocation.name == "truncation" and structure.name != "low-rank":
-            text = refused(rules.check_shared_formats, allocation, [*LOW_RANK, structure])
-            assert f"allocation='truncation' with {structure.name}; allowed: low-rank" in text
+        measure = get_measure(allocation.metric or "input")
+        if allocation.formats is not None and structure.name not in allocation.formats:
+            asked = allocation, [*LOW_RANK, structure], measure
+            text = refused(rules.check_shared_formats, *asked)
+            wanted = f"allocation={allocation.name!r} with {structure.name}; allowed: low-rank"
+            assert wanted in text
         else:
-            rules.check_shared_formats(allocation, [structure])
+            rules.check_shared_formats(allocation, [structure], measure)
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, True, "8", None])

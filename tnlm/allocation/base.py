@@ -124,6 +124,7 @@ class Allocation(ABC):
         tolerates: whether it supports a tolerance instead of a budget.
         counts_blocks: whether it takes the number of blocks to compress.
         formats: names of the formats that it supports; None for all.
+        metric: the one metric that it needs; None for any.
         chooses_bits: whether it counts and chooses the bits of codes.
     """
 
@@ -134,6 +135,7 @@ class Allocation(ABC):
     tolerates: ClassVar[bool] = False
     counts_blocks: ClassVar[bool] = False
     formats: ClassVar[frozenset[str] | None] = None
+    metric: ClassVar[str | None] = None
     chooses_bits: ClassVar[bool] = False
 
     @abstractmethod

@@ -41,10 +41,14 @@ class _Gradients:
         examples: number of sequences, one per batch, to gather the Fisher information; otherwise
             None.
         workers: share out the batches.
+        slope: whether to gather the mean gradient of the weight.
     """
 
-    def __init__(self, moment: str, examples: int | None, workers: Workers) -> None:
+    def __init__(
+        self, moment: str, examples: int | None, workers: Workers, slope: bool = False
+    ) -> None:
         self.moment, self.examples, self._workers = moment, examples, workers
+        self.slope = slope
         self.sums: dict[str, dict[str, Tensor]] = {}
         self.zeros: list[str] = []
         self._rows: Counter[str] = Counter()
@@ -63,8 +67,12 @@ class _Gradients:
                 self.sums[name]["gradient"] = square
             if self.examples is not None:
                 self.sums[name]["fisher"] = torch.zeros(rows, columns, device=device)
+            if self.slope:
+                total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+                self.sums[name]["slope"] = total
         self._rows[name] += output.shape[:-1].numel()
-        inputs = None if self.examples is None else counted_rows(name, x, padding)
+        needs_inputs = self.slope or self.examples is not None
+        inputs = counted_rows(name, x, padding) if needs_inputs else None
         output.register_hook(partial(self._add, name, inputs, padding))
 
     def _add(
@@ -79,7 +87,11 @@ class _Gradients:
                 self.sums[name]["gradient"] += rounded(squares, squares)
         if inputs is not None:  # a module may be called more than once
             weight = rows.float().T @ inputs.float()
-            self._example[name] = self._example[name] + weight if name in self._example else weight
+            if self.slope:
+                self.sums[name]["slope"] += weight
+            if self.examples is not None:
+                known = self._example.get(name)
+                self._example[name] = weight if known is None else known + weight
 
     def end_batch(self) -> None:
         """Square the weights' gradients on the current sequence, and add them."""
@@ -98,7 +110,9 @@ class _Gradients:
             check_finite(f"gradients at {name}", sums)
             if not any(bool(total.any()) for total in sums.values()):
                 self.zeros.append(name)
-            counts = {"gradient": store.tokens, "fisher": self.examples or 1}
+            counts = {"gradient": store.tokens, "fisher": self.examples or 1, "slope": store.tokens}
+            if self.slope:
+                sums["slope"] = sums["slope"].float()
             store.put(name, [name], {k: total.div_(counts[k]).cpu() for k, total in sums.items()})
         self.sums.clear()
 
@@ -110,6 +124,7 @@ def collect_gradients(
     *,
     moment: str = "full",
     fisher: bool = False,
+    slope: bool = False,
     labels: str = "sampled",
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -123,10 +138,11 @@ def collect_gradients(
 
     - ``gradient`` G = E[g g.T], ``(out, out)``, float64, a mean over all tokens, or its diagonal
       E[g²], ``(out,)``;
-    - ``fisher``, ``(out, in)``, float32, the mean over sequences of the weight's squared gradient.
+    - ``fisher``, ``(out, in)``, float32, the mean over sequences of the weight's squared gradient;
+    - ``slope``, ``(out, in)``, float32, the weight's gradient, a mean over all tokens.
 
-    Both cover a module's whole output; ``fisher`` is ``(out, in)`` for GPT-2's ``(in, out)``
-    weights too.
+    All cover a module's whole output; ``fisher`` and ``slope`` are ``(out, in)`` for GPT-2's
+    ``(in, out)`` weights too.
 
     Args:
         model: run in eval mode, without gradients of parameters; left unchanged.
@@ -135,6 +151,7 @@ def collect_gradients(
         batches: from :func:`tnlm.calibration.data.token_batches`; padding is not counted.
         moment: the part of ``gradient`` to gather: ``"full"``, ``"diagonal"`` or ``"none"``.
         fisher: whether to gather ``fisher``, which processes sequences one by one.
+        slope: whether to gather ``slope``, which is 0 on average under sampled labels.
         labels: ``"sampled"`` from the model's predictions, for the true Fisher information, or
             ``"data"`` for the data's own tokens, for the empirical one.
         seed: seed of the samples, which do not depend on the batch size.
@@ -163,18 +180,19 @@ def collect_gradients(
     """
     if moment not in MOMENTS:
         raise OptionError(f"moment={moment!r}{did_you_mean(str(moment), MOMENTS)}")
-    if moment == "none" and not fisher:
-        raise OptionError("moment='none' without fisher=True leaves nothing to gather")
+    if moment == "none" and not (fisher or slope):
+        raise OptionError("moment='none' without fisher=True or slope=True leaves nothing")
     if moment == "full":
         check_room(model, modules)
     if fisher:
         batches = [sequence for batch in batches for sequence in sequences_of(batch)]
     tasks = make_tasks(model, batches, labels, seed)
-    kind = ("gradients", moment, fisher, labels, seed if labels == "sampled" else 0)
+    about = ("gradients", moment, fisher, labels, seed if labels == "sampled" else 0)
+    kind = (*about, "slope") if slope else about
     store = open_store(cache_dir, count_tokens(batches), model, modules, batches, kind, workers)
     if store.complete:
         return store
-    gradients = _Gradients(moment, len(batches) if fisher else None, workers)
+    gradients = _Gradients(moment, len(batches) if fisher else None, workers, slope)
     shares = stream(model, modules, tasks, gradients.see, store.trail, workers)
     title = "computing gradients" if progress else None
     fill(store, gradients, shares, modules, len(tasks), title, workers)

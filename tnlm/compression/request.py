@@ -239,7 +239,7 @@ def request_of(asked: Asked) -> Request:
     after = named.recover if recovery.kind is None else recovery.kind
     check_recover(measure, after, recovery.tokens)
     unit = check_shared(shared, budget, named.unit)
-    check_shared_formats(shared, structures)
+    check_shared_formats(shared, structures, measure)
     grids = check_precision(named, shared, budget, unit, recovery)
     return Request(
         scheme=named,

@@ -154,8 +154,16 @@ def check_share(
         )
 
 
-def check_shared_formats(allocation: Allocation, structures: Sequence[Format[Any]]) -> None:
-    """Raise `OptionError` unless the allocation supports the formats."""
+def check_shared_formats(
+    allocation: Allocation, structures: Sequence[Format[Any]], measure: Measure
+) -> None:
+    """Raise `OptionError` unless the allocation supports the formats and the metric."""
+    if allocation.metric not in (None, measure.name):
+        raise OptionError(
+            f"allocation={allocation.name!r} with metric={measure.name!r}; allowed: "
+            f"{allocation.metric}",
+            argument=("allocation", "metric"),
+        )
     for structure in structures:
         if allocation.formats is not None and structure.name not in allocation.formats:
             raise OptionError(

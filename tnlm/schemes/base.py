@@ -94,12 +94,12 @@ class Scheme:
     def needs(self) -> str:
         """What the scheme needs besides the weights: nothing, data, or data and gradients."""
         from tnlm.allocation import get_allocation
-        from tnlm.metrics.measure import FISHER, GRADIENTS, LORA, MOVEMENT
+        from tnlm.metrics.measure import FISHER, GRADIENTS, LORA, MOVEMENT, SLOPES
         from tnlm.metrics.named import get_measure
 
         needed = get_measure(self.metric).needs
         weighs_loss = get_allocation(self.allocation).weighs_loss
-        if needed & {GRADIENTS, FISHER, LORA, MOVEMENT} or weighs_loss:
+        if needed & {GRADIENTS, FISHER, LORA, MOVEMENT, SLOPES} or weighs_loss:
             return "data and gradients"
         tunes = self.cascade != "none" or self.recover != "none"
         return "data" if needed or tunes else "nothing"

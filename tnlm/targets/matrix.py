@@ -25,7 +25,7 @@ from tnlm.tensors.contraction import chain, stored_shapes
 from tnlm.tensors.costs import macs
 from tnlm.tensors.network import Cost, Factors, Network
 
-BY_OUTPUT = ("gradient", "fisher", "lora_outputs")
+BY_OUTPUT = ("gradient", "fisher", "slope", "lora_outputs")
 """Statistics with one row per row of the weight."""
 
 
