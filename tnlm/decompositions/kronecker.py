@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tnlm.decompositions.als import als, fit_network
+from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import (
     Ceiling,
     Format,
@@ -22,12 +22,11 @@ from tnlm.decompositions.base import (
 )
 from tnlm.decompositions.kronecker_fit import balanced, low_rank_factors, nearest
 from tnlm.decompositions.kronecker_screen import Spectra, estimate, is_low_rank, is_thin
-from tnlm.decompositions.screening import KEEPS, trial
+from tnlm.decompositions.screening import KEEPS
 from tnlm.decompositions.whitening import (
     closed_form,
     grown,
     is_plain,
-    unwhiten,
     whiten,
 )
 from tnlm.errors import RankError
@@ -191,23 +190,19 @@ class Kronecker(Format[KroneckerSpec]):
     ) -> list[tuple[KroneckerSpec, float]]:
         """Return the best split at each of many sizes, predicted from the whitened matrix.
 
-        Splits whose fit is not optimal in closed form are scaled by the error of one trial fit.
+        Least squares may leave less, except of low rank, of which the prediction is exact.
         """
         shape, spectra = matrix_shape(weight), Spectra(metric.start().whiten(weight))
         splits = self._promising(spectra, shape, options, macs)
-        optimal = {pair: _is_optimal(metric, *pair) for pair in splits}
-        found: dict[bool, dict[KroneckerSpec, float]] = {True: {}, False: {}}
+        found = {}
         for keep in KEEPS:
             ceiling = Ceiling(keep * weight.numel(), macs)
-            for kind, curve in found.items():
-                alike = [pair for pair in splits if optimal[pair] == kind]
-                specs = [self._largest(shape, pair, options, ceiling) for pair in alike]
-                errors = {spec: _tail(spectra, spec) for spec in specs if spec is not None}
-                if errors:
-                    best = list(errors)[least(list(errors.values()), EXACT)]
-                    curve[best] = errors[best]
-        scale = trial(partial(self._error_after_trial, weight, metric), found[False])
-        return [*found[True].items(), *((spec, scale * e) for spec, e in found[False].items())]
+            specs = [self._largest(shape, pair, options, ceiling) for pair in splits]
+            errors = {spec: _tail(spectra, spec) for spec in specs if spec is not None}
+            if errors:
+                best = list(errors)[least(list(errors.values()), EXACT)]
+                found[best] = errors[best]
+        return list(found.items())
 
     def _promising(
         self, spectra: Spectra, shape: Shape, options: Mapping[str, Any], macs: float
@@ -221,15 +216,6 @@ class Kronecker(Format[KroneckerSpec]):
             for spec in _best(spectra, near or specs, FEW):
                 found[_pairs(spec)] = None
         return list(found)
-
-    def _error_after_trial(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
-        """Return the relative error after a short refinement of the whitened closed form."""
-        network = self.network(matrix_shape(weight), spec)
-        sides = metric.modes(*_pairs(spec))
-        tensor = whiten(as_tensor(weight, *_pairs(spec)), sides)
-        start = unwhiten(network, nearest(spec.terms, *_pairs(spec))(tensor), sides)
-        squared = als(network, weight, metric, start, sweeps=1, steps=1).objective[-1]
-        return math.sqrt(max(squared, 0.0)) / metric.norm(weight)
 
     def _closed_form_error(self, weight: Tensor, metric: Metric, spec: KroneckerSpec) -> float:
         network = self.network(matrix_shape(weight), spec)
@@ -285,12 +271,6 @@ def _tail(spectra: Spectra, spec: KroneckerSpec) -> float:
 def _pairs(spec: KroneckerSpec) -> tuple[Split, Split]:
     (a, b), (c, d) = spec.out_split, spec.in_split
     return (a, b), (c, d)
-
-
-def _is_optimal(metric: Metric, out_split: Split, in_split: Split) -> bool:
-    """Return whether the closed form is optimal: the metric is separable over the modes."""
-    sides = (metric.outputs, out_split), (metric.inputs, in_split)
-    return metric.separable and all(side is None or 1 in split for side, split in sides)
 
 
 FORMAT = Kronecker()
