@@ -119,6 +119,20 @@ def test_a_budget_that_nothing_meets_states_the_best(make_problem):
         LossAware().allocate(problem)
 
 
+def test_identity_blocks_are_left_out_where_order_takes_longer(make_problem):
+    slow = dataclasses.replace(BY_BYTES, move=1e-6)
+    problem = make_problem([(12, 10)], 0.8, unit="time", clock=clock(slow))
+    [layer] = LossAware().allocate(problem)
+    assert layer.spec["gauge"] is False
+    fixed = dataclasses.replace(problem.limits, options={"gauge": True}, keep=1.0)
+    [layer] = LossAware().allocate(dataclasses.replace(problem, limits=fixed))
+    assert layer.spec.get("gauge", True)
+    [layer] = LossAware().allocate(
+        make_problem([(12, 10)], 0.8, unit="time", clock=clock(BY_BYTES))
+    )
+    assert layer.spec["gauge"] is True
+
+
 def test_other_units_predict_nothing(make_problem):
     layers = LossAware().allocate(make_problem([(12, 10)], 0.7))
     assert [(each.before.time, each.after.time) for each in layers] == [(0, 0)]

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tnlm.allocation.base import Problem
+from tnlm.allocation.base import Limits, Problem
 from tnlm.allocation.bits import Bits
 from tnlm.allocation.candidate import Candidate
 from tnlm.allocation.uniform import curve_of, stay_dense
-from tnlm.decompositions.base import to_dict
+from tnlm.decompositions.base import Format, to_dict
 from tnlm.errors import BudgetError
 from tnlm.metrics.metric import Metric
 from tnlm.targets.base import Target
@@ -131,7 +131,8 @@ def _candidates(
     for structure in problem.formats:
         if target.kinds.isdisjoint(structure.kinds):
             continue
-        for spec, network, error in curve_of(target, weight, metric, structure, limits, macs):
+        sampled = curve_of(target, weight, metric, structure, limits, macs)
+        for spec, network, error in [*sampled, *_without_gauge(target, structure, limits, sampled)]:
             after = target.cost(network, size, extra)
             if network.params < target.least:
                 continue
@@ -150,6 +151,27 @@ def _candidates(
             candidate = Candidate((layer,), limits.price(after), energy * error**2)
             found.append((candidate, network))
     return found
+
+
+def _without_gauge(
+    target: Target,
+    structure: Format[Any],
+    limits: Limits,
+    sampled: Sequence[tuple[Any, Network, float]],
+) -> list[tuple[Any, Network, float]]:
+    """Return the same matrices without identity blocks, if time counts and nobody fixed them.
+
+    They have more parameters, but a small product takes less time than putting values in order.
+    """
+    if limits.clock is None or "gauge" in limits.options or "gauge" in target.fixed:
+        return []
+    used = target.taken(structure)
+    found = [
+        (replace(spec, gauge=False), error)
+        for spec, network, error in sampled
+        if network.gauge is not None
+    ]
+    return [(spec, used.network(target.shape, spec), error) for spec, error in found]
 
 
 def _front(found: Sequence[Candidate], harm: Harm) -> Curve:
