@@ -1,7 +1,7 @@
 """Speed and size of whole models against dense: prefill, decoding, bytes of weights.
 
     python benchmarks/model.py [MODEL] [--models real random] [--keep-targets 0.8 0.6]
-        [--dtypes float32 bfloat16] [--precision int8] [--out DIR]
+        [--dtypes float32 bfloat16] [--precision int8] [--compressed NAME=DIR ...] [--out DIR]
 
 Two models are measured, dense and of low rank. The real one, MODEL, is the demo's if not given, and
 is compressed by plain SVD. The random one has Llama-7B's blocks, few of them, and a tiny
@@ -9,7 +9,7 @@ vocabulary; its matrices are replaced by random factors of the ranks that ``tnlm
 choose, since speed does not depend on values and the SVD of such matrices takes long. With a
 precision there are also the dense model in few bits, its embedding and head as well, and a random
 one whose feed-forward layers are narrowed to the size. All variants of a model take turns in one
-process; rates are medians, and ratios are to dense.
+process; rates are medians, and ratios are to dense. Rows of other machines in DIR stay there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from random_layers import random_low_rank
-from timing import DTYPES, add_options, speed, table, take_turns, weight_bytes, write
+from timing import DTYPES, add_options, speed, table, take_turns, weight_bytes, with_earlier, write
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -66,6 +66,7 @@ def main() -> None:
                 variant.to(DTYPES[dtype])
             common = {"model": name, "dtype": dtype}
             rows += [common | row for row in _measure(variants, asked)]
+    rows = with_earlier(asked.out, "model", "models", rows)
     settings = {"prefill_tokens": asked.prompt_tokens, "decoded_tokens": asked.new_tokens}
     write(asked.out, "model", {**settings, "models": rows}, _table(rows, asked))
 
@@ -81,6 +82,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2, help="blocks of the random model")
     parser.add_argument("--hidden", type=int, default=4096, help="its width")
     parser.add_argument("--intermediate", type=int, default=11008, help="that of its feed-forwards")
+    parser.add_argument(
+        "--compressed", nargs="+", default=[], metavar="NAME=DIR", help="saved variants of MODEL"
+    )
     parser.add_argument("--precision", help="measure packed models too, such as int8")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="for prefill")
     parser.add_argument("--new-tokens", type=int, default=16, help="decoded in a turn")
@@ -98,6 +102,9 @@ def _real(asked: argparse.Namespace) -> tuple[str, Variants]:
     for keep in asked.keep_targets:
         model = copy.deepcopy(loaded)
         variants[_named(keep)] = tnlm.compress(model, "svd", keep_targets=keep, progress=False)
+    for named in asked.compressed:
+        name, _, folder = named.partition("=")
+        variants[name] = tnlm.load(folder, dtype=torch.float32)
     return Path(source).name, variants | _packed(variants["dense"], asked)
 
 
@@ -184,12 +191,24 @@ def _named(keep: float) -> str:
 def _table(rows: Sequence[Row], asked: argparse.Namespace) -> str:
     prefill = f"prefill of {asked.prompt_tokens}, tokens/s"
     decode = f"decoding {asked.new_tokens} at batch 1, tokens/s"
-    head = ["model", "dtype", "", "MB of weights", "of dense", prefill, "speed", decode, "speed"]
+    head = [
+        "machine",
+        "model",
+        "dtype",
+        "",
+        "MB of weights",
+        "of dense",
+        prefill,
+        "speed",
+        decode,
+        "speed",
+    ]
     return table(head, map(_line, rows))
 
 
 def _line(row: Row) -> list[str]:
     return [
+        row["machine"],
         row["model"],
         row["dtype"],
         row["variant"],

@@ -107,18 +107,53 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def write(out: Path | None, name: str, results: Mapping[str, Any], text: str) -> None:
     """Print a Markdown text; keep it and the figures in a folder, if there is one."""
-    machine = _machine()
-    said = ", ".join(f"{key} {value}" for key, value in machine.items())
+    here = machine()
+    said = ", ".join(f"{key} {value}" for key, value in here.items())
     text = f"{text}\n\nMachine: {said}.\n"
     print(text)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text(text)
-    (out / f"{name}.json").write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps({"machine": here, **results}, indent=1) + "\n")
 
 
-def _machine() -> dict[str, str | int]:
+def with_earlier(
+    out: Path | None, name: str, key: str, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return rows with their machine, after those in the file that were measured elsewhere.
+
+    A row of the file stays unless this machine measured the same case again.
+
+    Args:
+        out: the folder of the file, if there is one.
+        name: name of the file.
+        key: where the file has its rows.
+        rows: new rows, in which numbers are results and text is the case.
+    """
+    mine = machine_name(machine())
+    new = [{"machine": mine, **row} for row in rows]
+    path = None if out is None else out / f"{name}.json"
+    if path is None or not path.exists():
+        return new
+    known = json.loads(path.read_text())
+    old = [{"machine": machine_name(known["machine"]), **row} for row in known[key]]
+    cases = [_case(row) for row in new]
+    return [row for row in old if _case(row) not in cases] + new
+
+
+def _case(row: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in row.items() if isinstance(value, str)}
+
+
+def machine_name(known: Mapping[str, Any]) -> str:
+    """Return a machine's processor, threads and torch in a few words."""
+    threads = known["threads"]
+    return f"{known['processor']}, {threads} thread{'s' * (threads > 1)}, torch {known['torch']}"
+
+
+def machine() -> dict[str, str | int]:
+    """Return what a speed depends on."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
