@@ -6,7 +6,8 @@
 Every run is a process of its own, so that its peak memory is its own. Results are appended to
 OUT/results.jsonl as they come; runs that are there already are not repeated. OUT/quality.md is the
 table. Calibration statistics are kept in OUT/cache. A scheme may carry options after a colon:
-``svd-llm:allocation=loss,damping=0.01``.
+``svd-llm:allocation=loss,damping=0.01``; runs that differ in ``seed=`` alone, which draws the
+calibration data, are one row of ``--table readme``, as a mean with its spread.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+DESTROYED = 100.0
+"""Ratio of perplexities from which a model is of no use."""
 
 
 def main() -> None:
@@ -43,7 +47,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
     (asked.out / "quality.md").write_text(_table(done))
     (asked.out / "quality.json").write_text(json.dumps(done, indent=1) + "\n")
-    print(_table(done))
+    print(_readme(done, asked.model) if asked.table == "readme" else _table(done))
 
 
 def _arguments() -> argparse.Namespace:
@@ -60,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--gradient-samples", type=int, default=16)
+    parser.add_argument("--table", choices=["whole", "readme"], default="whole")
     parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -129,8 +134,7 @@ def _looks_at_data(scheme: str, keywords: dict[str, Any]) -> bool:
 def _table(rows: list[Row]) -> str:
     """Return a Markdown table; perplexities with their ratio to dense."""
     dense = next(row for row in rows if row["scheme"] == "dense")
-    fixed = {"scheme", "asked", "keep_targets", "keep_macs", "seconds", "total_seconds"}
-    texts = [key for key in dense if key not in fixed | {"parameters", "peak_mib"}]
+    texts = _texts(dense)
     head = ["scheme", "asked", *texts, "targets", "MACs", "parameters", "whole model"]
     head += ["fit s", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -148,6 +152,51 @@ def _table(rows: list[Row]) -> str:
         cells += [f"{fit:.0f}", str(row["peak_mib"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _texts(dense: Row) -> list[str]:
+    """Return the names of the texts, from the row of the dense model."""
+    fixed = {"scheme", "asked", "keep_targets", "keep_macs", "seconds", "total_seconds"}
+    return [key for key in dense if key not in fixed | {"parameters", "peak_mib"}]
+
+
+def _readme(rows: list[Row], model: str) -> str:
+    """Return a short Markdown table: ratios to dense alone, over all draws of the data."""
+    dense = next(row for row in rows if row["scheme"] == "dense")
+    texts = _texts(dense)
+    of = ", ".join(f"{dense[text]:.1f} on {text}" for text in texts)
+    lines = [f"{Path(model).name}; perplexity of the dense model: {of}.", ""]
+    lines += [
+        "| | linear weights kept | " + " | ".join(texts) + " |",
+        "|" + "---|" * (2 + len(texts)),
+    ]
+    draws: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        if row is not dense and "error" not in row:
+            draws.setdefault((_drawn(row["scheme"]), row["asked"]), []).append(row)
+    for (scheme, keep), alike in draws.items():
+        cells = [_spread([row[text] / dense[text] for row in alike]) for text in texts]
+        lines.append(f"| `{scheme}` | {keep:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _drawn(scheme: str) -> str:
+    """Return a scheme's name and options without the seed."""
+    name, _, options = scheme.partition(":")
+    left = [part for part in options.split(",") if part and not part.startswith("seed=")]
+    return ":".join([name, ",".join(left)] if left else [name])
+
+
+def _spread(ratios: list[float]) -> str:
+    """Return a mean with the standard deviation, if there are several; in words if it is large.
+
+    >>> _spread([1.1]), _spread([1.1, 1.3]), _spread([200.0])
+    ('1.100', '1.200 ± 0.141', 'destroyed')
+    """
+    mean = statistics.fmean(ratios)
+    if mean >= DESTROYED:
+        return "destroyed"
+    return f"{mean:.3f}" + (f" ± {statistics.stdev(ratios):.3f}" if len(ratios) > 1 else "")
 
 
 if __name__ == "__main__":

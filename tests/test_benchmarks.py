@@ -531,3 +531,22 @@ def test_costs_of_large_models_grow_with_them(run):
     assert mixture["fit"] > dense["fit"] > 0
     assert mixture["gather"] / mixture["params"] < dense["gather"] / dense["params"]
     assert "| in memory | in memory |" in text
+
+
+def test_the_short_table_of_quality_joins_draws_and_names_the_model():
+    quality = importlib.import_module("quality")
+    rows = [
+        {"scheme": "dense", "asked": 1.0, "wiki": 10.0, "parameters": 9, "total_seconds": 0.0},
+        {"scheme": "auto", "asked": 0.8, "wiki": 11.0},
+        {"scheme": "auto:seed=1", "asked": 0.8, "wiki": 13.0},
+        {"scheme": "svd-llm:damping=0.1,seed=1", "asked": 0.8, "wiki": 15.0},
+        {"scheme": "svd", "asked": 0.8, "wiki": 1e9},
+        {"scheme": "tt", "asked": 0.8, "error": "ValueError"},
+    ]
+    first, _, _, _, *table = quality._readme(rows, "models/tiny").splitlines()
+    assert first == "tiny; perplexity of the dense model: 10.0 on wiki."
+    assert table == [
+        "| `auto` | 0.8 | 1.200 ± 0.141 |",
+        "| `svd-llm:damping=0.1` | 0.8 | 1.500 |",
+        "| `svd` | 0.8 | destroyed |",
+    ]
