@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version as installed_version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(EXAMPLES))  # examples may share a helper
 
 from diagrams import write_all
-from gallery import FirstOnTop, first_cell
+from gallery import first_cell
 from pages import write_pages
 from papers import link_papers
 from sources import repair
@@ -30,8 +31,18 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
+if find_spec("latex2mathml"):  # otherwise formulas need MathJax, and a network
+    extensions.append("mathml")
+    html_math_renderer = "mathml"
+
 # Parts of pages, which other pages include, are no pages.
-exclude_patterns = ["_build", "schemes", "_generated/schemes.md", "_generated/gallery/*.ipynb"]
+exclude_patterns = [
+    "_build",
+    "schemes",
+    "_generated/schemes.md",
+    "_generated/sizes.md",
+    "_generated/gallery/*.ipynb",
+]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -79,7 +90,7 @@ if (EXAMPLES / "README.rst").is_file():
         "plot_gallery": False,
         "filename_pattern": r"\.py$",
         "ignore_pattern": r"(__init__|tiny)\.py$",
-        "within_subsection_order": FirstOnTop,
+        "within_subsection_order": "gallery.FirstOnTop",
         "first_notebook_cell": first_cell(EXAMPLES),
         "download_all_examples": False,
         "show_signature": False,

@@ -12,6 +12,7 @@ from costs import cost
 from diagrams import EXAMPLES as PICTURES
 from diagrams import describe, example
 from measured import measured
+from sizes import sizes_table
 
 import tnlm
 from tnlm.decompositions import formats
@@ -131,6 +132,7 @@ def examples_page(folder: Path) -> str:
 def write_pages(folder: Path) -> None:
     """Write all generated text into a folder."""
     write_if_new(folder / "examples.md", examples_page(EXAMPLES))
+    write_if_new(folder / "sizes.md", sizes_table())
     found = schemes()
     write_if_new(folder / "schemes.md", scheme_table(found))
     for name, scheme in found.items():
@@ -158,7 +160,7 @@ def _choices(scheme: Scheme) -> list[str]:
         "cascade": f"`{scheme.cascade}`",
         "recovery": f"`{scheme.recover}`",
         "targets": " and ".join(f"`{target}`" for target in targets),
-        "kept if nothing is asked": f"{scheme.keep_targets:g} of the targets' numbers",
+        "kept by default": f"{scheme.keep_targets:g} of the targets' parameters",
         "needs": scheme.needs,
         "source": scheme.source,
     }

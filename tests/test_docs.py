@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +29,7 @@ def site():
         yield pages, diagrams
     finally:
         sys.path.remove(str(DOCS))
-        for name in ("pages", "costs", "diagrams", "measured", "papers", "sources"):
+        for name in ("pages", "costs", "diagrams", "measured", "papers", "sizes", "sources"):
             sys.modules.pop(name, None)
 
 
@@ -199,3 +200,19 @@ def test_source_pages_link_back_to_public_names(name, right, site):
 
 def _api() -> str:
     return (DOCS / "api" / "index.md").read_text()
+
+
+def test_formulas_are_mathml_which_needs_no_script(monkeypatch):
+    pytest.importorskip("latex2mathml")
+    nodes = pytest.importorskip("docutils.nodes")
+    monkeypatch.syspath_prepend(str(DOCS))
+    import mathml
+
+    written = SimpleNamespace(body=[])
+    with pytest.raises(nodes.SkipNode):
+        mathml.inline(written, nodes.math("", "C^{1/2}"))
+    with pytest.raises(nodes.SkipNode):
+        mathml.block(written, nodes.math_block("", r"\sum_i x_i", ids=["sum"]))
+    assert written.body[0].startswith("<math")
+    assert 'id="sum"' in written.body[1]
+    assert 'display="block"' in written.body[1]
