@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tnlm.layers import unfolded
 from tnlm.targets import checks
 
 SECOND = torch.device("lazy", 0)
@@ -30,7 +31,6 @@ BETWEEN = {
 }
 """Operations that take tensors of two devices, as on a GPU."""
 READS = (Tensor.tolist, Tensor.untyped_storage)
-DETACHES = (Tensor.detach, Tensor.cpu)
 SET = Tensor.data.__set__
 
 
@@ -59,10 +59,8 @@ class Second(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in READS:  # without a dispatch
             return func(args[0].held)
-        if func in DETACHES and torch.is_inference_mode_enabled():  # torch makes no alias then
-            return Second(args[0].held) if func is Tensor.detach else args[0].held.clone()
         found = torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
-        if func is SET:
+        if func == SET:
             args[0].held = args[1].held
         return found
 
@@ -83,6 +81,8 @@ def _run(func, args, kwargs):
     there = bool(second) if asked is None else asked.type == SECOND.type
     if name == "copy_":
         there = isinstance(args[0], Second)
+    if name == "histc" and there:  # of integers too, as on a GPU
+        args = args[0].float(), *args[1:]
     near, named = tree_map(_near, (args, kwargs))
     same = {id(each): each for each in others} | {id(each.held): each for each in second}
 
@@ -125,5 +125,8 @@ class _Values(TorchFunctionMode):
 def second_device() -> Iterator[torch.device]:
     """Make the device usable."""
     with pytest.MonkeyPatch.context() as patch, _Operations(), _Values():
-        patch.setattr(checks, "_check_plain", lambda *_: None)  # these are no plain tensors
+        for module, check in ((checks, "_check_plain"), (unfolded, "_held")):
+            patch.setattr(module, check, lambda *_: None)  # these are no plain tensors
+        # In inference mode torch makes no views of tensors that have no memory.
+        patch.setattr(torch, "inference_mode", lambda on=True: torch.set_grad_enabled(not on))
         yield SECOND
