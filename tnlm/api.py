@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from tnlm.checkpoint.describing import saved_report
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.compression.alike import check_alike
-from tnlm.compression.choices import Budget, Recovery, choices_of, gather_choices
+from tnlm.compression.choices import Budget, Recovery, gather_choices
+from tnlm.compression.earlier import check_alone
 from tnlm.compression.folding import unfold_for
 from tnlm.compression.job import prepare
 from tnlm.compression.pipeline import carry_out, resume, settle
 from tnlm.compression.request import request_of
-from tnlm.errors import ModelError, OptionError, did_you_mean
+from tnlm.errors import ModelError
 from tnlm.layers.unfolded import refold
 from tnlm.parallel.choose import workers_of
 from tnlm.parallel.workers import Workers
@@ -113,7 +113,7 @@ def compress(
     with torch.inference_mode(False), workers_of(workers) as team:
         check_alike(model, team)
         if isinstance(scheme, Plan):
-            _only_data(given, targets, ignore)
+            check_alone(given, targets, ignore)
             decided, job = resume(model, scheme, given, progress, team)
         else:
             asked = gather_choices(scheme, given)
@@ -210,12 +210,3 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         dense: PreTrainedModel = model.dequantize()
     vars(dense).pop("tnlm_report", None)
     return dense
-
-
-def _only_data(given: Mapping[str, Any], *chosen: Selector | None) -> None:
-    """Raise `OptionError` if anything but data is given with a plan, which holds the rest."""
-    about_data = {each.keyword for each in choices_of("calibration")} | {"training"}
-    others = [name for name, value in given.items() if value is not None and name not in about_data]
-    if others or any(each is not None for each in chosen):
-        hint = f": {others[0]}={did_you_mean(others[0], about_data)}" if others else ""
-        raise OptionError(f"a plan already holds targets, budget and options; give it alone{hint}")

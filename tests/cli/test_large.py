@@ -35,6 +35,15 @@ def test_a_device_is_chosen_or_refused(files, source, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_plan_is_carried_out_from_files_to_files(source, tmp_path):
+    made = tmp_path / "plan.json"
+    assert run("plan", source, "-s", "svd", "--keep-targets", 0.6, "--out", made).exit_code == 0
+    out = tmp_path / "out"
+    assert run("compress", source, out, "--plan", made, *FILES, "--json").exit_code == 0
+    kept = [layer.keep for layer in tnlm.report(out).plan.layers]
+    assert kept == [layer.keep for layer in tnlm.Plan.load(made).layers]
+
+
 def test_a_plan_is_made_on_a_device(source):
     assert run("plan", source, "--scheme", "svd", "--device", "cpu", "--json").exit_code == 0
     with second_device() as device:

@@ -10,7 +10,6 @@ import typer
 from tnlm.cli.jobs import workers_here
 from tnlm.cli.loading import load
 from tnlm.cli.output import console, print_json
-from tnlm.errors import OptionError
 from tnlm.plans.report import Report
 
 Memory = Annotated[
@@ -67,13 +66,10 @@ def show_resources(model: str, scheme: str, as_json: bool, **choices: Any) -> No
 def compress_on_disk(
     model: str,
     out: Path,
-    scheme: str | None,
-    plan: Path | None,
+    scheme_or_plan: Any,
     **choices: Any,
 ) -> Report:
     """Compress block by block, and return the report."""
     from tnlm.streaming.compress import compress_files
 
-    if plan is not None:
-        raise OptionError("--plan is not carried out block by block yet; give --scheme")
-    return compress_files(model, out, str(scheme), workers=workers_here(), **choices)
+    return compress_files(model, out, scheme_or_plan, workers=workers_here(), **choices)

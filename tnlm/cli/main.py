@@ -169,7 +169,7 @@ def compress(
     if memory is not None or scratch is not None:
         choices |= {"targets": targets, "ignore": ignore, "dtype": dtype, "overwrite": overwrite}
         choices |= {"memory": memory, "scratch": scratch, "device": device, "progress": not as_json}
-        done = compress_on_disk(model, out, scheme, plan, **choices)
+        done = compress_on_disk(model, out, scheme_or_plan, **choices)
         if is_first():
             print_report(done, as_json)
         return

@@ -6,23 +6,22 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.allocation.base import Problem
-from tnlm.allocation.bits import all_on_grid, repriced
+from tnlm.allocation.bits import all_on_grid
 from tnlm.allocation.pricing import model_cost
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.compression.blind import warn_if_blind
 from tnlm.compression.cascade import cascade
 from tnlm.compression.checked_plan import check_packed, check_worth
-from tnlm.compression.choices import gather_choices
-from tnlm.compression.clocked import clock_again, clock_of, recorded, timed_model, with_times
+from tnlm.compression.clocked import clock_of, recorded, timed_model
 from tnlm.compression.covered import with_coverage
+from tnlm.compression.earlier import asked_of, matched, names_of
 from tnlm.compression.fitting import Fitting, by_module
 from tnlm.compression.folding import fold, unfold_for
 from tnlm.compression.install import install, replace_norm
@@ -30,7 +29,6 @@ from tnlm.compression.job import Job, prepare
 from tnlm.compression.refine import refine
 from tnlm.compression.request import request_of
 from tnlm.compression.rules import NO_RECOVERY
-from tnlm.errors import TargetError
 from tnlm.layers.swap import Shelf, Swap
 from tnlm.parallel.workers import ALONE, Workers
 from tnlm.plans.plan import Plan, total
@@ -38,15 +36,12 @@ from tnlm.plans.report import Report, with_errors
 from tnlm.recovery.kinds import get_recovery
 from tnlm.recovery.kinds.base import Practice, RecoveryKind
 from tnlm.recovery.recover import as_lessons
-from tnlm.schemes import get_scheme
 from tnlm.targets.dropping import dropped
 from tnlm.targets.stacks import tie
 from tnlm.utils.memory import release, unmap
 from tnlm.utils.undo import attempt
 
 logger = logging.getLogger("tnlm")
-RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens")
-"""Keywords of later steps that a plan records."""
 
 
 def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -> Plan:
@@ -89,12 +84,6 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
     return with_coverage(model, job.selection, decided)
 
 
-def _in_bits(decided: Plan) -> bool:
-    """Return whether a plan has codes, or its scheme always has."""
-    packed = any(layer.precision is not None for layer in decided.layers)
-    return packed or get_scheme(decided.scheme).precision is not None
-
-
 def resume(
     model: PreTrainedModel,
     decided: Plan,
@@ -108,41 +97,12 @@ def resume(
         TargetError: if the model lacks a matrix of the plan, or has it in another shape.
         OptionError: if a matrix cannot have its format or spec from the plan.
     """
-    choices = {
-        "metric": decided.metric,
-        "allocation": "uniform",  # already decided, so no gradients are needed
-        "share": decided.request.get("share", 1),
-        "recover": decided.request.get("recover", "none"),
-        "unit": "params",
-        "precision": "int8" if _in_bits(decided) else None,  # layers have their own
-        **{name: decided.request.get(name) for name in RESUMED},
-    }
-    asked = gather_choices(decided.scheme, {**choices, **data})
-    wanted = {layer.name: layer.shape for layer in decided.layers}
-    names = [name for joined in wanted for name in joined.split("+")]
+    asked = asked_of(decided, data)
     request = request_of(asked)
     unfold_for(model, request)
+    names = names_of(decided)
     job = prepare(model, request, names, None, asked.calibration, progress, workers)
-    found = {target.name: target for target in (*job.units, *job.joint)}
-    for name, shape in wanted.items():
-        if name not in found or found[name].shape != shape:
-            has = found[name].shape if name in found else "no such matrix"
-            why = "".join(f": {job.selection.skipped.get(part, '')}" for part in name.split("+"))
-            raise TargetError(
-                f"the plan has {name} of {shape}; the model has {has}{why.rstrip(': ')}"
-            )
-    chosen = [found[name] for name in wanted]
-    modules = {member.module for unit in chosen for member in unit.members}
-    job.selection.targets = [t for t in job.selection.targets if t.module in modules]
-    job.seconds["plan"] = 0.0
-    layers = {layer.name: layer for layer in decided.layers}
-    read = job.evidence.weights_of(model)
-    clock = clock_again(decided.request, chosen[0].weight(model).element_size())
-    priced = (repriced(t, t.weight(read), layers[t.name]) for t in chosen)
-    timed = tuple(with_times(clock, *pair) for pair in zip(chosen, priced, strict=True))
-    cost = replace(model_cost(model), time=decided.model.time)
-    again = replace(decided, layers=timed, model=cost)
-    return with_coverage(model, job.selection, again), job
+    return matched(model, job, decided), job
 
 
 def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -> PreTrainedModel:

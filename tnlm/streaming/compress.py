@@ -26,6 +26,7 @@ from tnlm.checkpoint.sums import REPORT_FILE, record_sums
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.checkpoint.writing import save_description
 from tnlm.compression.choices import Asked, Calibration, gather_choices
+from tnlm.compression.earlier import asked_of, check_alone, matched, names_of
 from tnlm.compression.fitting import Fitting
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import fit_all, report_of, settle
@@ -54,7 +55,7 @@ from tnlm.utils.files import write_file
 def compress_files(
     source: str | Path,
     out: str | Path,
-    scheme: str | Scheme,
+    scheme: str | Scheme | Plan,
     *,
     memory: int | float | str | None = None,
     scratch: str | Path | None = None,
@@ -75,7 +76,7 @@ def compress_files(
     Args:
         source: directory of a dense model, with safetensors files.
         out: new or empty, unless ``overwrite``.
-        scheme: a name from ``tnlm.list_schemes()``, or a scheme.
+        scheme: a name from ``tnlm.list_schemes()``, a scheme, or a plan from :func:`tnlm.plan`.
         memory: the most memory that the process may hold, such as ``"6GB"``; a run that needs more
             is refused before it starts. None for no limit.
         scratch: folder for temporary files; by default beside ``out``.
@@ -106,7 +107,12 @@ def compress_files(
     folder, target = check_source(source), Path(out)
     if "calibration" in choices and choices.get("tokenizer") is None:
         choices["tokenizer"] = load_tokenizer(folder)
-    asked = gather_choices(scheme, choices)
+    earlier = scheme if isinstance(scheme, Plan) else None
+    if isinstance(scheme, Plan):
+        check_alone(choices, targets, ignore)
+        asked, targets = asked_of(scheme, choices), names_of(scheme)
+    else:
+        asked = gather_choices(scheme, choices)
     request = request_of(asked)
     check_request(request, asked)
     most = None if memory is None else bytes_of(memory, "memory")
@@ -117,11 +123,11 @@ def compress_files(
         with _work(target, scratch, team) as work:
             run = _Run(folder, request, asked, work, dtype, place, progress, team)
             run.check(targets, ignore, most)
-            found = run.recipe(targets, ignore)
+            found = run.recipe(targets, ignore) | {"plan": earlier and earlier.to_json()}
             team.check_same(**found)
             if team.rank == 0:
                 work.agree(found)
-            return run.write(targets, ignore, target, overwrite)
+            return run.write(targets, ignore, target, overwrite, earlier)
 
 
 @contextmanager
@@ -197,13 +203,19 @@ class _Run:
         check_resources(found, memory, self._work)
 
     def write(
-        self, targets: Selector | None, ignore: Selector | None, out: Path, overwrite: bool
+        self,
+        targets: Selector | None,
+        ignore: Selector | None,
+        out: Path,
+        overwrite: bool,
+        earlier: Plan | None,
     ) -> Report:
         """Plan, fit and write, and return the report."""
         model, progress = self._model, self._progress
         data, workers = self._data(), self._workers
         job = prepare(model, self._request, targets, ignore, data, progress, workers)
-        decided, start = self._decide(job), time.perf_counter()
+        decided = self._decide(job) if earlier is None else matched(model, job, earlier)
+        start = time.perf_counter()
         fitting, pieces = self._fit(job, decided)
         if workers.rank > 0:
             workers.gather(None)  # until the first process has written

@@ -1,0 +1,93 @@
+"""A plan that was made earlier, possibly edited by hand, in place of a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tnlm.allocation.bits import repriced
+from tnlm.allocation.pricing import model_cost
+from tnlm.compression.choices import Asked, choices_of, gather_choices
+from tnlm.compression.clocked import clock_again, with_times
+from tnlm.compression.covered import with_coverage
+from tnlm.compression.job import Job
+from tnlm.errors import OptionError, TargetError, did_you_mean
+from tnlm.plans.plan import Plan
+from tnlm.schemes import get_scheme
+from tnlm.targets.base import Selector
+
+RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens")
+"""Keywords of later steps that a plan records."""
+
+
+def check_alone(given: Mapping[str, Any], *chosen: Selector | None) -> None:
+    """Raise `OptionError` if anything but data is given with a plan, which holds the rest."""
+    about_data = {each.keyword for each in choices_of("calibration")} | {"training"}
+    others = [name for name, value in given.items() if value is not None and name not in about_data]
+    if others or any(each is not None for each in chosen):
+        hint = f": {others[0]}={did_you_mean(others[0], about_data)}" if others else ""
+        raise OptionError(f"a plan already holds targets, budget and options; give it alone{hint}")
+
+
+def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
+    """Return the arguments of a call that carries out a plan with some data."""
+    choices = {
+        "metric": decided.metric,
+        "allocation": "uniform",  # already decided, so no gradients are needed
+        "share": decided.request.get("share", 1),
+        "recover": decided.request.get("recover", "none"),
+        "unit": "params",
+        "precision": "int8" if _in_bits(decided) else None,  # layers have their own
+        **{name: decided.request.get(name) for name in RESUMED},
+    }
+    return gather_choices(decided.scheme, {**choices, **data})
+
+
+def names_of(decided: Plan) -> list[str]:
+    """Return the names of the matrices in a plan.
+
+    Example:
+        >>> from tnlm.plans.plan import Cost
+        >>> names_of(Plan("svd", "identity", {}, (), Cost(0, 0, 0)))
+        []
+    """
+    return [name for layer in decided.layers for name in layer.name.split("+")]
+
+
+def matched(model: PreTrainedModel, job: Job, decided: Plan) -> Plan:
+    """Return a plan with the costs of a model, and restrict the job to its matrices.
+
+    Raises:
+        TargetError: if the model lacks a matrix of the plan, or has it in another shape.
+        OptionError: if a matrix cannot have its format or spec from the plan.
+    """
+    wanted = {layer.name: layer.shape for layer in decided.layers}
+    found = {target.name: target for target in (*job.units, *job.joint)}
+    for name, shape in wanted.items():
+        if name not in found or found[name].shape != shape:
+            has = found[name].shape if name in found else "no such matrix"
+            why = "".join(f": {job.selection.skipped.get(part, '')}" for part in name.split("+"))
+            raise TargetError(
+                f"the plan has {name} of {shape}; the model has {has}{why.rstrip(': ')}"
+            )
+    chosen = [found[name] for name in wanted]
+    modules = {member.module for unit in chosen for member in unit.members}
+    job.selection.targets = [t for t in job.selection.targets if t.module in modules]
+    job.seconds["plan"] = 0.0
+    layers = {layer.name: layer for layer in decided.layers}
+    read = job.evidence.weights_of(model)
+    clock = clock_again(decided.request, chosen[0].weight(model).element_size())
+    priced = (repriced(t, t.weight(read), layers[t.name]) for t in chosen)
+    timed = tuple(with_times(clock, *pair) for pair in zip(chosen, priced, strict=True))
+    cost = replace(model_cost(model), time=decided.model.time)
+    again = replace(decided, layers=timed, model=cost)
+    return with_coverage(model, job.selection, again)
+
+
+def _in_bits(decided: Plan) -> bool:
+    """Return whether a plan has codes, or its scheme always has."""
+    packed = any(layer.precision is not None for layer in decided.layers)
+    return packed or get_scheme(decided.scheme).precision is not None
