@@ -6,7 +6,7 @@ from tnlm.errors import OptionError
 from tnlm.recovery.kinds.base import Practice, RecoveryKind
 
 LEARNING_RATE = 1e-3
-BATCH = 4
+BATCH = 1
 
 
 def _run(model: PreTrainedModel, practice: Practice) -> None:
