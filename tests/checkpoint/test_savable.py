@@ -91,3 +91,11 @@ def test_a_name_that_no_directory_can_have_is_refused(name, compressed, tmp_path
 def test_a_name_that_no_directory_can_have_is_not_verified():
     with pytest.raises(CheckpointError, match="is not a directory"):
         tnlm.verify("a" * 5000)
+
+
+def test_a_generation_config_that_transformers_refuses_is_named(compressed, tmp_path):
+    model = compressed("llama", "svd")
+    model.generation_config.temperature = 0.5  # without do_sample
+    with pytest.raises(ModelError, match=r"(?s)generation_config is invalid.*temperature"):
+        tnlm.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -28,6 +29,7 @@ def check_savable(model: PreTrainedModel, said: TnlmConfig) -> None:
         said: its description for `config.json`.
     """
     _check_bare(model)
+    _check_generation(model)
     try:
         names = names_in(model, said)
         for name, entry in said.modules.items():
@@ -53,6 +55,18 @@ def _check_bare(model: nn.Module) -> None:
                 f"{name or 'the model'} has a PEFT adapter, which tnlm.save cannot store; save "
                 "the result of merge_and_unload(), or the adapter alone with save_pretrained"
             )
+
+
+def _check_generation(model: PreTrainedModel) -> None:
+    """Raise `ModelError` if transformers refuses to write how the model generates."""
+    config = model.generation_config if model.can_generate() else None
+    if config is None:
+        return
+    with tempfile.TemporaryDirectory() as nowhere:
+        try:
+            config.save_pretrained(nowhere)
+        except ValueError as error:
+            raise ModelError(f"model.generation_config is invalid: {error}") from error
 
 
 def _check_module(name: str, entry: dict[str, Any], module: nn.Module) -> None:
