@@ -34,7 +34,7 @@ print(analysis)
 
 # %%
 # ``curves`` holds the error of every format at many sizes, in the Frobenius norm (``identity``) and
-# in the norm of the outputs (``input``). The last matrix alone, at about half its numbers:
+# in the norm of the outputs (``input``). The last matrix alone, at about half its parameters:
 
 name = analysis.weights[-1].name
 one = tnlm.analyze(given.model, targets=[name], formats=["low-rank", "kronecker"], **data)

@@ -40,7 +40,7 @@ for name, budget in BUDGETS.items():
 
 # %%
 # Three structures at several sizes: low rank, the same without the identity block that saves r * r
-# numbers, and block tensor trains. ``pareto_front`` finds the points that no other one beats in
+# parameters, and block tensor trains. ``pareto_front`` finds the points that no other one beats in
 # both size and perplexity.
 
 STRUCTURES = {

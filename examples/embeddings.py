@@ -21,12 +21,12 @@ given = tiny.setting(__doc__, kind="gpt2")
 dense = given.model
 table = dense.get_input_embeddings().weight.detach()
 share = table.numel() / sum(parameter.numel() for parameter in dense.parameters())
-print(f"the table holds {share:.2f} of the model's numbers")
+print(f"the table holds {share:.2f} of the model's parameters")
 print(f"dense      perplexity {given.perplexity(dense):.2f}")
 
 # %%
 # Both replace the token embedding and nothing else. Where the output head is tied to it, as in
-# GPT-2, it stays tied: it multiplies by the same factors. In a train of a row of H numbers with k
+# GPT-2, it stays tied: it multiplies by the same factors. In a train of a row of H values with k
 # cores the ranks are what ``keep_targets`` allows.
 
 models = {}

@@ -1,8 +1,8 @@
 """A first compression
 ===================
 
-A plan, a compressed model, a report, and a directory that loads again: the four things that most
-uses of tnlm need. By default all of it happens on a tiny model that is made here. On your own::
+A plan, a compressed model, a report, and a directory that loads again: what most uses of tnlm
+need. By default it runs on a tiny model that is made here. On your own::
 
     python examples/first_compression.py --model MODEL --text TEXT
 
@@ -24,10 +24,10 @@ place = tempfile.TemporaryDirectory()
 print(f"dense      perplexity {given.perplexity(model):.2f}")
 
 # %%
-# A plan says what would be done to each matrix, what that costs and what error is expected. No
-# weight changes yet. ``svd-llm`` keeps, of each matrix, what its inputs on the calibration text
-# make most use of; ``keep_targets`` is the share of the matrices' numbers that remains. What the
-# text tells is kept in ``cache_dir``, so that it is read once.
+# A plan previews what happens to each matrix: its cost, and the expected error. No weight changes
+# yet. ``svd-llm`` keeps the part of each matrix that its inputs on the calibration text use most;
+# ``keep_targets`` is the fraction of the matrices' parameters to keep. Statistics of the text are
+# stored in ``cache_dir``, so that they are gathered once.
 
 data = {
     "calibration": [given.learn],
@@ -41,8 +41,8 @@ plan = tnlm.plan(model, "svd-llm", keep_targets=0.7, **data)
 print(plan)
 
 # %%
-# Carrying it out changes the model in place. If anything failed the model would be left as it was.
-# The report has the columns of the plan, with errors that were measured instead of predicted.
+# Carrying out the plan changes the model in place; if anything fails, the model is unchanged. The
+# report has the columns of the plan, with measured errors instead of predicted ones.
 
 model = tnlm.compress(model, plan, **data)
 report = tnlm.report(model)
@@ -50,7 +50,7 @@ print("\n".join(report.summary()))
 print(f"compressed perplexity {given.perplexity(model):.2f}")
 
 # %%
-# The result is an ordinary model: it generates, and it saves and loads whole.
+# The result is an ordinary model: it generates, saves and loads.
 
 tnlm.save(model, f"{place.name}/smaller", tokenizer=tokenizer)
 loaded = tnlm.load(f"{place.name}/smaller")

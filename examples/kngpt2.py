@@ -50,5 +50,5 @@ print(f"distilled  perplexity {given.perplexity(student):.2f}")
 # The teacher was not changed, and the student is as small as before.
 
 print(f"teacher    perplexity {given.perplexity(teacher):.2f}")
-kept = sum(parameter.numel() for parameter in student.parameters())
-print(f"{kept / sum(parameter.numel() for parameter in teacher.parameters()):.3f} of the numbers")
+kept, dense = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
+print(f"{kept / dense:.3f} of the parameters")

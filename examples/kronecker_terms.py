@@ -52,7 +52,7 @@ print(f"keep 0.7, data     perplexity {given.perplexity(aware):.2f}")
 
 # %%
 # Why the shape has to be searched: at one size the error of a matrix depends on it. Here every
-# inner shape gets as many terms as half the matrix's numbers allow.
+# inner shape gets as many terms as half the matrix's parameters allow.
 
 name = plan.layers[0].name
 errors = kronecker_errors(given.model.get_submodule(name).weight, keep=0.5)

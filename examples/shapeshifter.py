@@ -1,5 +1,5 @@
-"""Shapeshifter: trained from scratch, a tenth of the numbers
-==========================================================
+"""Shapeshifter: trained from scratch, a tenth of the parameters
+=============================================================
 
 A Transformer whose matrices are all sums of Kronecker products from the start, as in Shapeshifter
 (Panahi, Saeedi and Arodz 2021). It learns to count: sequences of tokens with a fixed step, whose
