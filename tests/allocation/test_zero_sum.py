@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnlm
+from tests import mixtures
 from tnlm.allocation.zero_sum import drop
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.gradients import collect_gradients
@@ -100,3 +101,21 @@ def test_the_scheme_meets_its_budget_and_leaves_some_matrices_dense(make_model):
 def test_another_metric_is_refused(make_model):
     with pytest.raises(OptionError, match="allowed: sloped-input"):
         tnlm.plan(make_model("llama"), "svd-llm", allocation="zero-sum", **DATA)
+
+
+@pytest.mark.parametrize("option", [{"rank": 4}, {"rank": 4, "keep_targets": 0.7}])
+def test_a_rank_is_not_taken(make_model, option):
+    with pytest.raises(OptionError, match="rank= with allocation='zero-sum', which chooses it"):
+        tnlm.plan(make_model("llama"), "zs-svd", **option, **DATA)
+
+
+def test_multiply_adds_limit_the_ranks(make_model):
+    plan = tnlm.plan(make_model("llama"), "zs-svd", max_macs=0.5, **DATA)
+    assert all(layer.after.macs <= 0.5 * layer.before.macs for layer in plan.layers)
+
+
+def test_experts_share_a_rank():
+    model = mixtures.make("Mixtral")
+    plan = tnlm.plan(model, "zs-svd", keep_targets=0.6, **DATA)
+    assert 0.5 < plan.targets_after.params / plan.targets_before.params <= 0.6
+    assert any("experts" in layer.name and layer.format for layer in plan.layers)

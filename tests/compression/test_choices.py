@@ -121,3 +121,27 @@ def test_a_misspelt_keyword_is_named_with_the_one_that_is_meant(wrong, call, tin
 def test_the_call_names_the_common_keywords():
     named = set(inspect.signature(tnlm.compress).parameters)
     assert {"keep", "keep_targets", "calibration", "tokenizer", "budget", "recovery"} <= named
+
+
+@pytest.mark.parametrize(
+    ("scheme", "asked", "allocation"),
+    [
+        ("kron", {}, "loss"),
+        ("kron", {"keep_targets": 0.6}, "loss"),
+        ("kron", {"terms": 4, "keep": 0.6}, "loss"),
+        ("kron", {"terms": 4}, "uniform"),
+        ("tucker", {"ranks": (4, 4, 4)}, "uniform"),
+        ("btt", {"rank": 2}, "uniform"),
+        ("tt", {"tolerance": 0.1}, "uniform"),
+        (tnlm.scheme("tt", allocation="uniform"), {"keep_targets": 0.6}, "uniform"),
+        (tnlm.scheme("tt", ranks=(2,)), {}, "uniform"),
+    ],
+)
+def test_with_data_the_loss_shares_out_a_budget_that_nothing_else_sets(scheme, asked, allocation):
+    made = gather_choices(scheme, {"calibration": [1, 2, 3], **asked}).scheme
+    assert (made.metric, made.allocation) == ("two-sided", allocation)
+
+
+def test_a_copy_of_a_scheme_with_a_metric_keeps_it_with_data():
+    made = gather_choices(tnlm.scheme("kron", metric="identity"), {"calibration": [1, 2]}).scheme
+    assert (made.metric, made.allocation) == ("identity", "uniform")

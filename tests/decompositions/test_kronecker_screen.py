@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tnlm.decompositions import kronecker_screen
 from tnlm.decompositions.kronecker_screen import Spectra, is_low_rank, is_thin
 from tnlm.tensors.rearrange import divisor_pairs, rearrange
 
@@ -39,3 +40,13 @@ def test_outer_products_are_low_rank():
 
 def test_a_zero_matrix_has_no_error():
     assert Spectra(torch.zeros(4, 6)).error(1, (2, 2), (2, 3)) == 0.0
+
+
+def test_a_long_matrix_has_no_gram_matrix_over_its_long_side(gaussian, monkeypatch):
+    weight = gaussian(64, 6, seed=1)
+    whole = Spectra(weight).error(2, (1, 64), (3, 2)), Spectra(weight).error(2, (64, 1), (1, 6))
+    monkeypatch.setattr(kronecker_screen, "SHARED", 8)
+    limited = Spectra(weight)
+    found = limited.error(2, (1, 64), (3, 2)), limited.error(2, (64, 1), (1, 6))
+    assert found == pytest.approx(whole)
+    assert all(len(gram) <= 8 for gram in limited._grams.values())

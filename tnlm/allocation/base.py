@@ -125,6 +125,7 @@ class Allocation(ABC):
         counts_blocks: whether it takes the number of blocks to compress.
         formats: names of the formats that it supports; None for all.
         metric: the one metric that it needs; None for any.
+        takes_sizes: whether options may set the size of every matrix.
         chooses_bits: whether it counts and chooses the bits of codes.
     """
 
@@ -136,6 +137,7 @@ class Allocation(ABC):
     counts_blocks: ClassVar[bool] = False
     formats: ClassVar[frozenset[str] | None] = None
     metric: ClassVar[str | None] = None
+    takes_sizes: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = False
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,15 @@ from torch import Tensor
 from tnlm.allocation.base import Allocation, Problem
 from tnlm.allocation.uniform import decide, options_for, stay_dense
 from tnlm.decompositions.base import Format, from_dict
-from tnlm.errors import BudgetError
+from tnlm.errors import BudgetError, OptionError
 from tnlm.metrics.metric import Metric
+from tnlm.metrics.named.sloped import Sloped
+from tnlm.metrics.several import Several
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Target
+
+EXACT = 1e-12
+"""Relative rounding of a budget that is not an excess."""
 
 
 def drop(
@@ -79,19 +85,22 @@ class ZeroSum(Allocation):
     units = ("params",)
     formats = frozenset({"low-rank"})
     metric = "sloped-input"
+    takes_sizes = False
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
         """Choose the rank of every matrix, then decide on each."""
         structure, limits = problem.formats[0], problem.limits
 
-        def changes(target: Target, weight: Tensor, metric: Any) -> list[float]:
-            found: list[float] = metric.changes(weight).tolist()
-            return found
+        def options(
+            target: Target, weight: Tensor, metric: Metric
+        ) -> tuple[list[float], list[int]]:
+            prices = _prices(problem, structure, target)
+            return _changes(target, weight, metric)[: len(prices) - 1], prices
 
-        found = list(replace(problem, joint=()).map(changes))
+        found = list(replace(problem, joint=()).map(options))
         dense = sum(target.params for target, _ in found)
-        prices = [_prices(problem, structure, target) for target, _ in found]
-        ranks = drop([own for _, own in found], prices, int(limits.keep * dense))
+        most = math.floor(limits.keep * dense * (1 + EXACT))
+        ranks = drop([own for _, (own, _) in found], [own for _, (_, own) in found], most)
         chosen = dict(zip((target.name for target, _ in found), ranks, strict=True))
 
         def layer(target: Target, weight: Tensor, metric: Metric) -> LayerPlan:
@@ -105,14 +114,36 @@ class ZeroSum(Allocation):
         return [decided for _, decided in quiet.map(layer)]
 
 
+def _changes(target: Target, weight: Tensor, metric: Metric) -> list[float]:
+    """Return the change of the loss by dropping each component; of experts, of all together."""
+    if isinstance(metric, Several):
+        parts = [
+            _changes(target, matrix, part())
+            for matrix, part in zip(weight, metric.parts, strict=True)
+        ]
+        return [sum(changes) for changes in zip(*parts, strict=True)]
+    if not isinstance(metric, Sloped):
+        raise OptionError(
+            f"{target.name}: no gradient is known of a {target.kind}, which allocation='zero-sum' "
+            "needs; name it in ignore=",
+            argument=("allocation", "ignore"),
+        )
+    found: list[float] = metric.changes(weight).tolist()
+    return found
+
+
 def _prices(problem: Problem, structure: Format[Any], target: Target) -> list[int]:
-    """Return the parameters of a matrix at every rank; at full rank it stays dense."""
-    options = {**options_for(target, structure, problem.limits)}
-    ranks = range(1, min(target.shape))
-    specs = (from_dict(structure.spec, {**options, "rank": rank}) for rank in ranks)
-    networks = (structure.network(target.shape, spec) for spec in specs)
-    factored = [min(target.cost(network, 1).params, target.params) for network in networks]
-    return [0, *factored, target.params]
+    """Return the parameters at rank 0, 1, ... that multiply-adds allow; dense at full rank."""
+    limits, structure = problem.limits, target.taken(structure)
+    options = options_for(target, structure, limits)
+    specs = [
+        from_dict(structure.spec, {**options, "rank": rank}) for rank in range(1, min(target.shape))
+    ]
+    costs = [target.cost(structure.network(target.shape, spec), 1) for spec in specs]
+    if limits.max_macs < 1:
+        most = target.most_macs(limits.max_macs)
+        return [0, *(cost.params for cost in costs if cost.macs <= most)]
+    return [0, *(min(cost.params, target.params) for cost in costs), target.params]
 
 
 ALLOCATION = ZeroSum()

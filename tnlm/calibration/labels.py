@@ -80,7 +80,7 @@ def with_labels(model: PreTrainedModel, batches: Sequence[Batch]) -> list[dict[s
         raise CalibrationError(
             f"gradients need a model with an output head over its vocabulary, but a "
             f"{type(model).__name__} has none; load it with its head, or use a metric without "
-            "gradients"
+            "gradients, such as metric='input'"
         )
     found = []
     for batch in batches:

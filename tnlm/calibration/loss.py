@@ -83,7 +83,7 @@ def _no_head(model: PreTrainedModel) -> CalibrationError:
     return CalibrationError(
         f"gradients need a model with an output head over its vocabulary, or over classes, "
         f"but a {type(model).__name__} has none; load it with its head, or use a metric "
-        "without gradients"
+        "without gradients, such as metric='input'"
     )
 
 

@@ -119,6 +119,8 @@ GROUPS: Mapping[str, type] = {
     "recovery": Recovery,
 }
 """The classes that hold the choices, by the keyword that takes an instance."""
+SIZES = ("rank", "ranks", "terms", "width")
+"""Options of formats that set the size of every matrix."""
 NAMES: Mapping[str, Callable[[], Iterable[str]]] = {
     "metric": measures,
     "allocation": allocations,
@@ -221,22 +223,27 @@ def gather_choices(scheme: str | Scheme, given: Mapping[str, Any]) -> Asked:
         fields[each.group][each.field] = value
     named: Scheme = base["scheme"]
     if base["calibration"].data is not None and named.metric == "identity":
-        tolerance = fields["budget"].get("tolerance", base["budget"].tolerance)
-        fields["scheme"] = _with_data(named, fields["scheme"], tolerance is None)
+        budget = dataclasses.replace(base["budget"], **fields["budget"])
+        fields["scheme"] = _with_data(named, fields["scheme"], budget, {**named.defaults, **left})
     made = {group: dataclasses.replace(base[group], **fields[group]) for group in GROUPS}
     return Asked(**made, options=left)
 
 
-def _with_data(named: Scheme, given: Mapping[str, Any], splits: bool) -> dict[str, Any]:
+def _with_data(
+    named: Scheme, given: Mapping[str, Any], budget: Budget, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the fields given for a scheme, with its choices for data where they are left open.
 
     Args:
         named: the scheme.
         given: fields that the call changes.
-        splits: whether there is a budget to split; a tolerance leaves nothing to allocate.
+        budget: if it sets a tolerance, or no size while the options do, nothing is to be allocated.
+        options: options of the formats.
     """
     chosen = dict(named.with_data)
-    if "metric" in given or named.allocation != Scheme.allocation or not splits:
+    sized = budget.keep is None and budget.keep_targets is None and any(n in options for n in SIZES)
+    fixed = sized or budget.tolerance is not None
+    if "metric" in given or named.allocation != Scheme.allocation or fixed:
         chosen.pop("allocation", None)
     return {**chosen, **given}
 
@@ -258,6 +265,9 @@ def scheme(name: str, **changes: Any) -> Scheme:
     """
     named = get_scheme(name)
     fields = {item.name for item in dataclasses.fields(Scheme)} - {"name", "defaults"}
+    open_to_data = {} if "metric" in changes else named.with_data
+    left = {field: value for field, value in open_to_data.items() if field not in changes}
+    changes = {"with_data": left, **changes}
     own = {key: value for key, value in changes.items() if key in fields}
     options = {key: value for key, value in changes.items() if key not in fields}
     return dataclasses.replace(named, **own, defaults={**named.defaults, **options})

@@ -12,7 +12,7 @@ from tnlm.allocation import get_allocation
 from tnlm.allocation.base import Allocation, Limits
 from tnlm.allocation.clock import Clock, Workload
 from tnlm.compression.bit_rules import check_precision
-from tnlm.compression.choices import Asked, gather_choices
+from tnlm.compression.choices import SIZES, Asked, gather_choices
 from tnlm.compression.portable import portable
 from tnlm.compression.rules import (
     check_budgets,
@@ -39,8 +39,6 @@ from tnlm.precision.grid import Precision
 from tnlm.recovery.kinds import tokens_of
 from tnlm.schemes.base import Scheme
 from tnlm.tensors.network import Cost
-
-SIZES = ("rank", "ranks", "terms", "width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +227,8 @@ def request_of(asked: Asked) -> Request:
     options = {**named.defaults, **asked.options}
     check_options(named.name, structures, options)
     check_fitting(structures, measure, asked.options)
-    check_budgets(budget, [name for name in SIZES if name in asked.options])
+    sizes = [name for name in SIZES if name in asked.options]
+    check_budgets(budget, sizes)
     check_damping(measure, named.damping)
     check_cascade(measure, named.cascade)
     check_channels(structures, measure, named.cascade)
@@ -239,7 +238,7 @@ def request_of(asked: Asked) -> Request:
     after = named.recover if recovery.kind is None else recovery.kind
     check_recover(measure, after, recovery.tokens)
     unit = check_shared(shared, budget, named.unit)
-    check_shared_formats(shared, structures, measure)
+    check_shared_formats(shared, structures, measure, sizes)
     grids = check_precision(named, shared, budget, unit, recovery)
     return Request(
         scheme=named,

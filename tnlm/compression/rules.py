@@ -155,9 +155,17 @@ def check_share(
 
 
 def check_shared_formats(
-    allocation: Allocation, structures: Sequence[Format[Any]], measure: Measure
+    allocation: Allocation,
+    structures: Sequence[Format[Any]],
+    measure: Measure,
+    sizes: Sequence[str] = (),
 ) -> None:
-    """Raise `OptionError` unless the allocation supports the formats and the metric."""
+    """Raise `OptionError` unless the allocation supports the formats, the metric and sizes."""
+    if sizes and not allocation.takes_sizes:
+        raise OptionError(
+            f"{sizes[0]}= with allocation={allocation.name!r}, which chooses it; give keep=",
+            argument=(sizes[0], "allocation"),
+        )
     if allocation.metric not in (None, measure.name):
         raise OptionError(
             f"allocation={allocation.name!r} with metric={measure.name!r}; allowed: "

@@ -12,6 +12,8 @@ from tnlm.tensors.rearrange import Split, rearrange, sample
 
 SCREEN_ENTRIES = 2**15
 """Approximate number of matrix entries used to screen one split."""
+SHARED = 4096
+"""Longest side of a matrix over which one Gram matrix is formed for all thin splits."""
 LARGE = 1e12
 """Entries up to this size have sums of squares far from overflow in float32."""
 
@@ -20,7 +22,8 @@ class Spectra:
     """The relative tails of the rearrangements R(W) of one matrix.
 
     If one of both factors is a vector, the Gram matrix of R(W) is a partial trace of that of W, so
-    that such thin splits cost no product of their own.
+    that such thin splits cost no product of their own, unless W is so long that this takes much
+    memory.
 
     Args:
         weight: ``(out, in)``, whitened if errors are to be measured under a metric.
@@ -53,7 +56,8 @@ class Spectra:
         for split, beside, is_rows in ((out_split, in_split, True), (in_split, out_split, False)):
             for kept in (0, 1):
                 # The kept mode alone stands on one side of R(W).
-                if beside[kept] == 1 and split[kept] == short:
+                alone = beside[kept] == 1 and split[kept] == short
+                if alone and split[0] * split[1] <= SHARED:
                     return energies(self._traced(split, kept, is_rows))
         return spectrum(rearrange(self.weight, out_split, in_split))
 

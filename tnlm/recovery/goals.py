@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.inputs import IGNORED
+from tnlm.calibration.labels import count_predictions
+from tnlm.calibration.passes import run
 from tnlm.errors import ModelError, OptionError
 from tnlm.recovery.lessons import logit_loss
+from tnlm.targets.ends import vocabulary_of
 
 Batch = Mapping[str, Tensor]
 Goal = Callable[[PreTrainedModel, Batch], Tensor]
@@ -45,10 +48,9 @@ def divergence_from(teacher: PreTrainedModel) -> Goal:
     """
 
     def goal(model: PreTrainedModel, batch: Batch) -> Tensor:
-        shown = {name: value for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
-            wanted = teacher(**{k: v.to(teacher.device) for k, v in shown.items()}).logits
-        found = model(**shown).logits
+            wanted = run(teacher, batch).logits
+        found = run(model, batch).logits
         if wanted.shape != found.shape:
             raise ModelError(
                 f"the teacher predicts logits of {tuple(wanted.shape)} and the model of "
@@ -70,21 +72,34 @@ def _counted(model: PreTrainedModel, labels: Tensor, logits: Tensor) -> Tensor |
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    """Raise `OptionError` if a model is its own teacher."""
+    """Raise a `TnlmError` unless the teacher is another model with the same choices, or None."""
+    if teacher is None:
+        return
+    if not isinstance(teacher, PreTrainedModel):
+        raise OptionError(
+            f"teacher= is a {type(teacher).__name__}; give the dense model", argument="teacher"
+        )
     if model is teacher:
         raise OptionError(
             "the model is its own teacher; copy it before it is compressed", argument="teacher"
         )
+    own, its = vocabulary_of(model), vocabulary_of(teacher)
+    if own != its:
+        raise ModelError(
+            f"the teacher has a vocabulary of {its} and the model one of {own}; give the dense "
+            "model that was compressed"
+        )
 
 
-def hold_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def hold_out(
+    model: PreTrainedModel, batches: Sequence[Batch]
+) -> tuple[Sequence[Batch], Sequence[Batch]]:
     """Split batches into those to train on and those to measure on; a single one is both.
 
-    Example:
-        >>> [len(part) for part in hold_out([{}] * 40)], [len(part) for part in hold_out([{}])]
-        ([37, 3], [1, 1])
+    Only batches with predictions are held out, one in `HELD_OUT`.
     """
-    if len(batches) < 2:
-        return list(batches), list(batches)
-    held = list(batches[::HELD_OUT])
-    return [batch for i, batch in enumerate(batches) if i % HELD_OUT], held
+    useful = [i for i, batch in enumerate(batches) if count_predictions(model, batch["labels"])]
+    if len(useful) < 2:
+        return batches, batches
+    held = useful[::HELD_OUT]
+    return [b for i, b in enumerate(batches) if i not in held], [batches[i] for i in held]

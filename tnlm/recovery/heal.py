@@ -163,7 +163,7 @@ def heal(
     for name in set(metrics or {}) - set(names):
         raise TargetError(f"metrics name {name!r}, which is not healed")
     goal = own_loss if teacher is None else divergence_from(teacher)
-    shown, held = (batches, None) if teacher is None else hold_out(batches)
+    shown, held = (batches, None) if teacher is None else hold_out(model, batches)
     order = schedule_of(shown, tokens, seed)
     resting = contextlib.nullcontext() if teacher is None else eval_mode(teacher)
     with attached(model, ranks, alpha / rank, seed) as adapters, eval_mode(model), resting:

@@ -79,7 +79,7 @@ def train(
         last = _mean_loss(model, goal, shown, workers)
     logger.info("healed in %d steps: loss %.4f -> %.4f", len(steps), first, last)
     if not last < first:
-        logger.warning("healing did not lower the loss (%.4f -> %.4f): undone", first, last)
+        logger.warning("healing did not lower the loss (%.5g -> %.5g): undone", first, last)
         for name, adapter in adapters.items():
             adapter.fill(before[name])
 
@@ -132,6 +132,7 @@ def _loss(
     here = {key: value.to(model.device) for key, value in batch.items()}
     if not count_predictions(model, here["labels"]):
         return None
+    torch.clear_autocast_cache()  # casts of adapters, made before they changed or without gradients
     loss = goal(model, here)
     value = float(loss.detach())
     if not math.isfinite(value):
