@@ -47,10 +47,12 @@ def draw(rows: list[Row], text: str) -> Any:
     (dense,) = points.pop("dense")
     words = {"size": "parameters of the whole model, millions", "quality": f"perplexity on {text}"}
     axes = plot.pareto(points, dense=dense, **words)
-    for drawn in axes.get_lines():  # ours apart from all others
-        if drawn.get_label() in points:
+    for drawn in list(axes.get_lines()):
+        if drawn.get_label() in points:  # ours apart from all others
             drawn.set_color("C0" if drawn.get_label() == OURS else "C1")
-    handles = [line for line in axes.get_lines() if line.get_label() in ("not beaten", "dense")]
+        elif drawn.get_label() == "Pareto front":
+            drawn.remove()  # sizes differ by rounding, so that it would hold what is beaten
+    handles = [line for line in axes.get_lines() if line.get_label() == "dense"]
     axes.legend(handles=handles, frameon=False, loc="upper left")
     for names, size, value in labels([row for row in rows if row["scheme"] in points], text):
         axes.annotate(names, (size, value), (9, 2), textcoords="offset points", fontsize=9)
