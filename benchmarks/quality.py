@@ -172,7 +172,7 @@ def _readme(rows: list[Row], model: str) -> str:
     ]
     draws: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
-        if row is not dense and "error" not in row:
+        if row["scheme"] != "dense" and "error" not in row:
             draws.setdefault((_drawn(row["scheme"]), row["asked"]), []).append(row)
     for (scheme, keep), alike in draws.items():
         cells = [_spread([row[text] / dense[text] for row in alike]) for text in texts]

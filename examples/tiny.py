@@ -194,7 +194,7 @@ def make_model(kind: str) -> Any:
                 **ends,
             )
         )
-    model.loss_type = "ForCausalLM"  # of which GPT-2's class does not tell by its name
+    model.loss_type = "ForCausalLM"  # cannot be derived from the name of GPT-2's class
     model.load_state_dict(_learned(kind, model))
     return model.eval()
 

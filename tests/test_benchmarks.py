@@ -538,6 +538,7 @@ def test_the_short_table_of_quality_joins_draws_and_names_the_model():
     rows = [
         {"scheme": "dense", "asked": 1.0, "wiki": 10.0, "parameters": 9, "total_seconds": 0.0},
         {"scheme": "auto", "asked": 0.8, "wiki": 11.0},
+        {"scheme": "dense", "asked": 1.0, "wiki": 10.0, "parameters": 9, "total_seconds": 0.0},
         {"scheme": "auto:seed=1", "asked": 0.8, "wiki": 13.0},
         {"scheme": "svd-llm:damping=0.1,seed=1", "asked": 0.8, "wiki": 15.0},
         {"scheme": "svd", "asked": 0.8, "wiki": 1e9},

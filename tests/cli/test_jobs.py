@@ -66,9 +66,11 @@ def test_two_processes_plan_as_one_does(command):
     assert json.loads(one.stdout) == json.loads(two.stdout)
 
 
-def test_resources_take_no_jobs(command):
-    done = CliRunner().invoke(app, ["plan", *command[1:], "--resources", "--jobs", "2"])
-    assert "--resources runs nothing, so --jobs has no effect" in str(done.exception)
+@pytest.mark.parametrize("option", ["--jobs=2", "--device=warp:7", "--out=plan.json"])
+def test_resources_take_no_option_of_a_run(command, option):
+    done = CliRunner().invoke(app, ["plan", *command[1:], "--resources", option])
+    name = option.partition("=")[0]
+    assert f"--resources runs nothing, so {name} has no effect" in str(done.exception)
 
 
 @pytest.mark.slow

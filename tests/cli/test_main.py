@@ -202,6 +202,13 @@ def test_an_analysis_has_a_page_beside_its_tables(source, text, tmp_path):
     }
 
 
+def test_a_baseline_that_no_page_would_show_is_refused_early(text, tmp_path, monkeypatch):
+    asked = ("analyze", tmp_path / "no", tmp_path / "study", "--baseline", tmp_path / "nothing")
+    assert "--baseline needs --calibration" in fails(*asked)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "pip install 'tnlm[plot]'" in fails(*asked, "--calibration", text)
+
+
 def test_a_page_is_readable_by_others(source, tmp_path):
     before = os.umask(0o022)
     try:

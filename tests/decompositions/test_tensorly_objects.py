@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tensorly
 import torch
 from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import tensor_train_matrix, tucker
+from tensorly.tt_matrix import TTMatrix
+from tensorly.tucker_tensor import TuckerTensor
 
 from tnlm.decompositions import get_format
 from tnlm.decompositions.kronecker import KroneckerSpec
@@ -62,6 +65,16 @@ def test_a_train_of_tensorly_becomes_a_matrix(gaussian):
     found = from_tensorly(tensor)
     assert found.spec == TensorTrainSpec((3, 4), (2, 4), (5,))
     torch.testing.assert_close(rebuild(found.network, found.factors), dense(tensor))
+
+
+def test_factors_of_numpy_are_refused():
+    tensorly.set_backend("numpy", local_threadsafe=True)  # tensorly's default
+    train = TTMatrix([np.ones((1, 2, 3, 2)), np.ones((2, 3, 2, 1))])
+    whole = TuckerTensor((np.ones((2, 2)), [np.ones((3, 2)), np.ones((4, 2))]))
+    core = TuckerTensor((torch.ones(2, 2), [np.ones((3, 2)), torch.ones(4, 2)]))
+    for tensor in (train, whole, core):
+        with pytest.raises(OptionError, match=r'ndarray.*tensorly.set_backend\("pytorch"\)'):
+            from_tensorly(tensor)
 
 
 def test_what_has_no_counterpart_is_refused(gaussian):

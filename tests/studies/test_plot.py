@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -87,6 +88,13 @@ def test_groups_and_shapes_draw_what_is_given():
     assert image.get_array().tolist() == [[0.3], [0.7]]
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_groups_take_arrays_and_tensors(kind):
+    ax = plot.groups(kind([3.0, 2.0, 1.0]), kind([9.0, 9.5, 8.0]))
+    assert [bar.get_height() for bar in ax.patches] == [3, 2, 1]
+    assert list(ax.figure.axes[1].lines[0].get_ydata()) == [9, 9.5, 8]
+
+
 def test_they_draw_into_axes_that_are_given():
     ax = Figure().subplots()
     for draw in (
@@ -108,6 +116,7 @@ def test_what_cannot_be_drawn_is_refused(monkeypatch):
         (lambda: plot.pareto({"a": []}), "at least one point"),
         (lambda: plot.pareto({"a": [(1.0, float("inf"))]}), "finite size"),
         (lambda: plot.groups([1.0], []), "1 errors, but 0 scores"),
+        (lambda: plot.groups([1.0]), "1 errors, but 0 scores"),
         (lambda: plot.shapes({}), "no errors"),
     ):
         with pytest.raises(OptionError, match=message):
@@ -134,6 +143,8 @@ def test_every_plot_takes_what_the_library_returns(compressed, tiny_llama):
     dropped = tnlm.truncate_groups(tiny_llama(), lambda _: 1.0, groups=3, progress=False)
     heights = [bar.get_height() for bar in plot.groups(dropped).patches]
     assert heights == [row.error for row in dropped.rows]
+    with pytest.raises(OptionError, match="leave out scores="):
+        plot.groups(dropped, [1.0, 2.0, 3.0])
 
 
 def test_a_spectrum_without_its_curve_is_refused():

@@ -10,6 +10,7 @@ import typer
 from tnlm.cli.jobs import workers_here
 from tnlm.cli.loading import load
 from tnlm.cli.output import console, print_json
+from tnlm.errors import OptionError
 from tnlm.plans.report import Report
 
 Memory = Annotated[
@@ -50,6 +51,13 @@ def load_on(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     place = device_of(device)
     loaded, tokenizer = load(model, dtype=dtype)
     return loaded.to(place), tokenizer
+
+
+def check_nothing_runs(**given: Any) -> None:
+    """Raise `OptionError` if an option that only a run needs is given beside --resources."""
+    for name, value in given.items():
+        if value is not None:
+            raise OptionError(f"--resources runs nothing, so --{name} has no effect; leave it out")
 
 
 def show_resources(model: str, scheme: str, as_json: bool, **choices: Any) -> None:

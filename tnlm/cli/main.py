@@ -1,4 +1,4 @@
-"""The command line: every command calls one public function, and takes ``--json``."""
+"""The command line: every command calls one public function."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tnlm.cli.large import (
     Memory,
     Resources,
     Scratch,
+    check_nothing_runs,
     compress_on_disk,
     load_on,
     show_resources,
@@ -43,7 +44,7 @@ from tnlm.cli.output import console, layers_table, print_json, print_report, pri
 from tnlm.cli.overview import SETTINGS, options
 from tnlm.cli.studies import studies
 from tnlm.cli.words import in_options
-from tnlm.errors import OptionError, TnlmError
+from tnlm.errors import TnlmError
 
 app = typer.Typer(**SETTINGS)  # type: ignore[arg-type]
 app.callback()(options)
@@ -98,8 +99,7 @@ def plan(
     read_plan(None, scheme, choices)
     check_jobs(jobs)
     if resources:
-        if jobs is not None:
-            raise OptionError("--resources runs nothing, so --jobs has no effect; leave it out")
+        check_nothing_runs(jobs=jobs, device=device, out=out)
         show_resources(
             model, scheme, as_json, targets=targets, ignore=ignore, dtype=dtype, **choices
         )

@@ -84,6 +84,8 @@ def analyze(
     asked["bos"] = "auto" if bos is None else bos
     from tnlm.checkpoint.exchange import check_writable
 
+    if baseline is not None:
+        _check_baseline(calibration)
     check_writable(out, overwrite=overwrite)
     loaded, tokenizer, dense = _load(model, baseline, dtype)
     asked |= {"tokenizer": tokenizer, "progress": not as_json}
@@ -94,9 +96,21 @@ def analyze(
     _show(found, as_json)
 
 
+def _check_baseline(calibration: Any) -> None:
+    """Raise `OptionError` unless the page of an analysis can show a baseline."""
+    if calibration is None:
+        raise OptionError("--baseline needs --calibration: only features on data are compared")
+    if not _can_draw():
+        raise OptionError("--baseline needs matplotlib, to draw both: pip install 'tnlm[plot]'")
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def _draw(found: tnlm.Analysis, out: Path, before: tnlm.Analysis | None, as_json: bool) -> None:
     """Write the page of an analysis, if there is matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not _can_draw():
         sys.stderr.write("no page was written: plots need matplotlib: pip install 'tnlm[plot]'\n")
         return
     from tnlm.studies.page.analysis import FILE, write_analysis

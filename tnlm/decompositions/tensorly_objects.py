@@ -43,7 +43,7 @@ def from_tensorly(tensor: Any, outputs: int = 1) -> Decomposed:
         outputs: how many of a Tucker tensor's modes are of the outputs.
 
     Raises:
-        OptionError: if it is neither.
+        OptionError: if it is neither, or if its factors are not torch tensors.
         RankError: if the matrix cannot have its ranks in the format; the message says what it can.
 
     Example:
@@ -55,12 +55,23 @@ def from_tensorly(tensor: Any, outputs: int = 1) -> Decomposed:
     """
     name = type(tensor).__name__
     if name == "TuckerTensor":
+        _check_torch(tensor.core, *tensor.factors)
         return _from_tucker(tensor.core, tensor.factors, outputs)
     if name == "TTMatrix":
+        _check_torch(*tensor.factors)
         return _from_train(list(tensor.factors))
     raise OptionError(
         f"{name} is not a tensorly object that tnlm reads; allowed: TuckerTensor, TTMatrix"
     )
+
+
+def _check_torch(*factors: Any) -> None:
+    for factor in factors:
+        if not isinstance(factor, Tensor):
+            raise OptionError(
+                f"a factor is of type {type(factor).__name__}; allowed: torch.Tensor; call "
+                'tensorly.set_backend("pytorch") and decompose a torch tensor'
+            )
 
 
 def to_tensorly(format_name: str, shape: Shape, spec: Any, factors: Mapping[str, Tensor]) -> Any:

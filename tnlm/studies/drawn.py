@@ -60,11 +60,18 @@ def grid_of(
 def by_group(
     reconstruction: GroupTruncation | Sequence[float], scores: Sequence[float] | None
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Return one error and one score per group of singular values."""
+    """Return one error and one score per group of singular values.
+
+    Raises:
+        OptionError: if scores are given beside a result, which has its own.
+    """
     if isinstance(reconstruction, GroupTruncation):
+        if scores is not None:
+            raise OptionError("groups: the result of truncate_groups has scores; leave out scores=")
         rows = reconstruction.rows
         return [row.error for row in rows], [row.value for row in rows]
-    return reconstruction, scores or ()
+    given = () if scores is None else scores
+    return list(map(float, reconstruction)), list(map(float, given))
 
 
 def by_block(label: str, found: Analysis) -> dict[int, float]:

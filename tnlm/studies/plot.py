@@ -245,7 +245,8 @@ def groups(
         label: label of the scores.
 
     Raises:
-        OptionError: if there is not one score per error, or if matplotlib is missing.
+        OptionError: if there is not one score per error, if scores are given beside a result, or
+            if matplotlib is missing.
 
     Example:
         >>> groups([3.0, 2.0, 1.0], [9.0, 9.5, 8.0]).get_xlabel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -40,6 +41,13 @@ def test_without_data_there_are_no_features(tiny_llama, tmp_path):
     text = write_analysis(found, tmp_path / "page.html").read_text()
     assert "<h2>Features</h2>" not in text
     assert "<h2>Errors of formats</h2>" in text
+
+
+def test_the_name_of_the_model_is_escaped(tiny_llama, tmp_path):
+    found = tnlm.analyze(tiny_llama(), targets=["up_proj"], progress=False)
+    found = dataclasses.replace(found, protocol={**found.protocol, "model": "<b>&"})
+    text = write_analysis(found, tmp_path / "page.html").read_text()
+    assert "<h1>Analysis of &lt;b&gt;&amp;</h1>" in text
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tiny_llama, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +52,7 @@ def write_analysis(found: Analysis, out: str | Path, *, before: Analysis | None 
 def _body(title: str, found: Analysis, before: Analysis | None) -> Iterator[str]:
     from tnlm.studies import plot
 
-    yield f"<h1>{title}</h1>"
+    yield f"<h1>{escape(title)}</h1>"
     yield facts(_figures(found))
     yield "<h2>Weights</h2>"
     yield picture(
