@@ -79,6 +79,20 @@ def test_a_plan_that_is_carried_out_keeps_its_prices(tiny_llama, file, caplog):
         tnlm.compress(tiny_llama(), broken, progress=False, **DATA)
 
 
+def test_a_plan_for_a_device_that_is_not_here_warns(tiny_llama, file, caplog, monkeypatch):
+    decided = tnlm.plan(tiny_llama(), "auto", prices=file, **ASKED)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = OTHER.replace(" cpu ", " cuda ")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        plan = tnlm.Plan.from_json(decided.to_json().replace(OTHER, there))
+        tnlm.compress(tiny_llama(), plan, progress=False, **DATA)
+    assert f"the plan's times are those of {there}" in caplog.text
+    broken = tnlm.Plan.from_json(decided.to_json().replace(OTHER, "my laptop"))
+    with pytest.raises(OptionError, match="cannot be read: 'my laptop' does not end with"):
+        tnlm.compress(tiny_llama(), broken, progress=False, **DATA)
+
+
 def test_keep_needs_the_time_of_the_whole_model(tiny_llama, file):
     asked = {**ASKED, "keep_targets": None, "keep": 0.9}
     with pytest.raises(BudgetError, match=f"those of {OTHER}; use keep_targets"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import tnlm
+from tests.mixtures import make
 from tnlm.errors import ModelError, OptionError
 from tnlm.evaluation import predicted_speed as prediction
 from tnlm.evaluation.predicted_speed import predict_speed
@@ -53,5 +55,9 @@ def test_a_rebuilt_weight_is_never_slower_than_dense(compressed, monkeypatch):
 def test_what_has_no_prediction_says_so(make_model, compressed):
     with pytest.raises(ModelError, match="replaced no linear layer"):
         predict_speed(make_model("llama"))
+    data = {"calibration": torch.arange(64), "max_length": 16, "num_samples": 4}
+    dropped = tnlm.compress(make("Mixtral"), "reap", keep_targets=0.75, progress=False, **data)
+    with pytest.raises(ModelError, match="replaced no linear layer"):
+        predict_speed(dropped)
     with pytest.raises(OptionError, match=r"tokens=\[0\]"):
         predict_speed(compressed("llama", "svd"), [0])

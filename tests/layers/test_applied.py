@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as every
 
+import tnlm
 from tnlm.layers.applied import apply_linear
 from tnlm.layers.arranged import ArrangedLinear
 
@@ -52,3 +54,50 @@ def test_layers_of_other_classes_are_called():
     assert torch.equal(apply_linear(child, X), 2 * nn.functional.linear(X, child.weight))
     own = nn.Linear(4, 3)
     assert torch.equal(apply_linear(own, X, BIAS), own(X) + BIAS)
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_global_hooks_are_called(register):
+    child, calls = nn.Linear(4, 3, bias=False), []
+    note = {child: calls.append}
+    handle = getattr(every, f"register_module_{register}")(
+        lambda module, *_: note[module](1) if module in note else None
+    )
+    try:
+        applied = apply_linear(child, X.clone().requires_grad_(), BIAS)
+        applied.sum().backward()
+    finally:
+        handle.remove()
+    assert calls == [1]
+    assert torch.equal(applied, child(X) + BIAS)
+
+
+@pytest.mark.parametrize("gauge", [True, False])
+def test_replicas_apply_weights_that_are_no_parameters(gauge, tiny_llama):
+    model = tnlm.compress(tiny_llama(), tnlm.scheme("svd", gauge=gauge), progress=False)
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, layer.in_features)
+    expected = layer(x)
+    assert torch.equal(_replica(layer)(x), expected)
+
+
+def _replica(module):
+    """Return a replica as `torch.nn.parallel.replicate` makes it, without its copy to a device."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        setattr(made, name, _replica(child))
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            made._parameters[name] = None
+        else:
+            setattr(made, name, parameter.detach().clone())
+    return made
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_bias_of_another_dtype_is_converted(kind):
+    child = nn.Linear(4, 3, bias=False, dtype=kind)
+    x = X.to(kind)
+    applied = apply_linear(child, x, BIAS)
+    assert applied.dtype is kind
+    torch.testing.assert_close(applied, child(x) + BIAS.to(kind))

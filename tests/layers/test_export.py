@@ -22,6 +22,16 @@ def test_every_batch_and_length_runs_in_one_program(pair, gaussian):
         torch.testing.assert_close(program(x), pair.dense(x), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("seen", [1, 3])
+def test_a_traced_layer_runs_with_every_number_of_tokens(seen, small_model):
+    layer = small_model("llama", "svd").model.layers[0].mlp.up_proj
+    traced = torch.jit.trace(layer, torch.randn(1, seen, layer.in_features))
+    for length in (1, 3, 40):
+        x = torch.randn(1, length, layer.in_features)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
 def test_lookups_of_every_batch_and_length_run_in_one_program(table):
     program = export(table.layer, (torch.zeros(3, 5, dtype=torch.int64),), dynamic_shapes=ANY)
     for batch, length in SIZES:

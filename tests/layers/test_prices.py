@@ -64,3 +64,16 @@ def test_broken_files_are_refused(file, tmp_path):
     assert f"broken entry for {OTHER}" in refused(file(OTHER, macs=[1.0]))
     (tmp_path / "list.json").write_text("[]")
     assert "is not a file of prices" in refused(tmp_path / "list.json")
+    mine = "my laptop cpu 1 threads torch.float32"
+    assert not Prices.of(Prices(mine, TIMES).to_dict()).own
+
+
+@pytest.mark.parametrize("name", ["my laptop", "far CPU cpu 1 threads torch.nothing", ""])
+def test_a_broken_name_is_refused(name):
+    with pytest.raises(ValueError, match="does not end with the device, threads and dtype"):
+        Prices.of(Prices(name, TIMES).to_dict())
+
+
+def test_prices_of_a_device_that_is_not_here_are_of_another_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not Prices(OTHER.replace(" cpu ", " cuda "), TIMES).own

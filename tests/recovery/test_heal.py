@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import BertForSequenceClassification
 
 import tnlm
+from tests import mixtures
 from tnlm.calibration.data import token_batches
 from tnlm.calibration.labels import with_labels
 from tnlm.errors import (
@@ -31,6 +32,7 @@ IDS = torch.arange(256) * 7 % 61 + 3
 BATCHES = token_batches(IDS, max_length=32, batch_size=2)
 UP = "model.layers.1.mlp.up_proj"
 FUSED = "transformer.h.0.attn.c_attn.q"
+MIXED = {"calibration": IDS, "max_length": 16, "num_samples": 4, "progress": False}
 SMALL = {"keep_targets": 0.4}
 run = functools.partial(heal, rank=2, tokens=1024, learning_rate=1e-2, progress=False)
 
@@ -334,6 +336,25 @@ def test_failures_leave_the_model(compressed, make_model, monkeypatch):
         run(model, data, on="layers", merge="retruncate")
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.config.quantization_config.to_dict() == config
+
+
+def test_experts_that_were_dropped_are_not_healed():
+    model = tnlm.compress(mixtures.make("Mixtral"), "reap", keep_targets=0.75, **MIXED)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data, experts = with_labels(model, BATCHES), "model.layers.0.mlp.experts"
+    with pytest.raises(TargetError, match=rf"only {experts}, .* which take no LoRA"):
+        run(model, data)
+    with pytest.raises(TargetError, match=rf"{experts} is a MixtralExperts, which takes no LoRA"):
+        run(model, data, modules=[experts])
+    assert all(torch.equal(before[name], found) for name, found in model.state_dict().items())
+    whole = mixtures.make("Mixtral")
+    with pytest.raises(TargetError, match="which take no LoRA"):
+        tnlm.compress(whole, "reap", keep_targets=0.75, recover="lora", **MIXED)
+    assert whole.model.layers[0].mlp.experts.num_experts == 4
+    attention = tnlm.compress(model, "svd", keep_targets=0.5, targets=["q_proj"], progress=False)
+    healed = run(attention, data)
+    assert layers(healed)
+    assert torch.equal(before[f"{experts}.down_proj"], healed.state_dict()[f"{experts}.down_proj"])
 
 
 def test_a_single_step_trains(compressed):

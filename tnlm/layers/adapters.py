@@ -112,6 +112,28 @@ def size_of(module: nn.Module) -> tuple[int, int]:
     return shape_of(module)
 
 
+def size_at(modules: Mapping[str, nn.Module], name: str) -> tuple[int, int]:
+    """Return the ``(out, in)`` shape of a module that is to have a LoRA.
+
+    Raises:
+        TargetError: if there is no such module, or it is no linear layer.
+
+    Example:
+        >>> size_at({"up": nn.Linear(3, 5)}, "up")
+        (5, 3)
+    """
+    if name not in modules:
+        raise TargetError(f"the model has no module {name!r}")
+    module = modules[name]
+    try:
+        return size_of(module)
+    except (AttributeError, TypeError, ValueError) as error:
+        kind = type(module).__name__
+        raise TargetError(
+            f"{name} is a {kind}, which takes no LoRA; choose linear layers"
+        ) from error
+
+
 @contextlib.contextmanager
 def attached(
     model: nn.Module, ranks: Mapping[str, int], scaling: float, seed: int = 0
@@ -206,9 +228,7 @@ def check(model: nn.Module, ranks: Mapping[str, int]) -> None:
         raise TargetError("LoRA needs at least one module; none was given")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, rank in ranks.items():
-        if name not in modules:
-            raise TargetError(f"the model has no module {name!r}")
-        most = min(size_of(modules[name]))
+        most = min(size_at(modules, name))
         if not is_whole(rank) or not 1 <= rank <= most:
             raise RankError(f"LoRA rank={rank!r} at {name}; allowed: 1 to {most}", argument="rank")
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from tnlm.errors import ModelError
 from tnlm.layers.arranged import ArrangedLinear
@@ -39,7 +40,8 @@ def apply_linear(child: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Ten
     """Apply a child layer to ``(..., in)``, and add a bias.
 
     Calling a module takes longer than a small product, so a plain linear layer that nothing watches
-    or replaces is not called: only its weight is used.
+    or replaces is not called: only its weight is used. Replicas of `nn.DataParallel` and modules
+    under FSDP hold their weight as another attribute, and are called.
 
     Example:
         >>> child = nn.Linear(2, 3, bias=False)
@@ -48,17 +50,26 @@ def apply_linear(child: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Ten
         True
     """
     held = child._parameters
+    weight = held.get("weight")
     plain = type(child) in PLAIN and held.get("bias") is None
-    if plain and not (
+    if weight is None or not plain or _is_watched(child):
+        applied: Tensor = child(x)
+        return applied if bias is None else applied + bias.to(applied.dtype)
+    if bias is not None and bias.dtype is not weight.dtype:
+        bias = bias.to(weight.dtype)
+    return F.linear(x, weight, bias)
+
+
+def _is_watched(child: nn.Linear) -> bool:
+    """Return whether something would notice, or replace, a call of the module."""
+    return bool(
         child._forward_hooks
         or child._forward_pre_hooks
         or child._backward_hooks
         or child._backward_pre_hooks
         or "forward" in child.__dict__  # as accelerate sets it
-    ):
-        return F.linear(x, held["weight"], bias)  # type: ignore[arg-type]
-    applied: Tensor = child(x)
-    return applied if bias is None else applied + bias.to(applied.dtype)
+        or _has_any_global_hook()
+    )
 
 
 def _weight(child: nn.Linear) -> Tensor:

@@ -162,8 +162,8 @@ class FactorizedLinear(nn.Module):
         return self._multiply(last, x, self.bias)
 
     def _rebuild_pays(self, x: Tensor) -> bool:
-        # A compiled or exported graph keeps one path for every length.
-        if torch.compiler.is_compiling():
+        # A graph keeps one path for every length.
+        if _makes_graph():
             return False
         if self.crossing is None:
             self.crossing = self._price(x)
@@ -225,9 +225,7 @@ class FactorizedLinear(nn.Module):
             return apply_linear(child, h, bias)
         order: Any = self._buffers[step.factor + ORDER]
         if self._passes_in:
-            # Of one row, taking elements and giving them its shape is the fastest.
-            h = h.take(order).view(h.shape) if _is_row(h, order) else _reorder(h, order)
-            passed, rest = h.split_with_sizes(self._split, dim=-1)
+            passed, rest = _reorder(h, order).split_with_sizes(self._split, dim=-1)
             h = apply_linear(child, rest)
             # The dtypes differ under autocast.
             h = h + (passed if passed.dtype is h.dtype else passed.to(h.dtype))
@@ -272,8 +270,14 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _is_row(x: Tensor, order: Tensor) -> bool:
-    """Return whether a tensor has one row; unknown in a compiled graph, which is for any number."""
-    return x.numel() == order.numel() and not torch.compiler.is_compiling()
+    """Return whether a tensor has one row; unknown in a graph, which is for any number."""
+    return not _makes_graph() and x.numel() == order.numel()
+
+
+def _makes_graph() -> bool:
+    """Return whether the layer is being compiled, exported or traced."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.compiler.is_compiling() or tracing
 
 
 def _saved_numbers(steps: Sequence[Step]) -> int:

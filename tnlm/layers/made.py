@@ -10,6 +10,8 @@ from torch import nn
 
 VOCABULARY = ("embedding", "head", "table", "packed-head")
 """Kinds of entries of tables and the heads that share them."""
+ROWS = "rows"
+"""Kind of entries of experts and routers that lost some of their experts, and are dense."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Made:
 
     @property
     def linear(self) -> bool:
-        """Whether it is one linear layer: no embedding, no head, no stack of experts."""
-        return not self.experts and self.entry["kind"] not in VOCABULARY
+        """Whether it is one linear layer: no embedding or head, no experts and no router."""
+        return not self.experts and self.entry["kind"] not in (*VOCABULARY, ROWS)
 
 
 def made_layers(model: nn.Module) -> Iterator[Made]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from tnlm.errors import OptionError
 from tnlm.layers.machine import Machine, key_of, machine, parse
 
 logger = logging.getLogger("tnlm")
+
+ENDING = re.compile(r" (?P<device>\S+) \d+ threads torch\.(?P<dtype>\w+)$")
+"""How the name of a machine ends, as `tnlm.layers.machine.key_of` writes it."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,10 @@ class Prices:
     @property
     def own(self) -> bool:
         """Whether they were measured on this machine, with this process's number of threads."""
-        words = self.name.split()
-        device, dtype = words[-4], words[-1].removeprefix("torch.")
-        return self.name == key_of(getattr(torch, dtype), device, torch.get_num_threads())
+        device, dtype = _kind_of(self.name)
+        if device == "cuda" and not torch.cuda.is_available():
+            return False
+        return self.name == key_of(dtype, device, torch.get_num_threads())
 
     def to_dict(self) -> dict[str, Any]:
         """Return them as plain values, such as a file of measurements has."""
@@ -42,8 +47,13 @@ class Prices:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Prices:
-        """Return prices from the plain values of :meth:`to_dict`."""
+        """Return prices from the plain values of :meth:`to_dict`; broken ones raise an error.
+
+        Raises:
+            LookupError, TypeError, ValueError: if the name or the times cannot be read.
+        """
         ((name, times),) = values.items()
+        _kind_of(name)
         return cls(name, parse(times))
 
 
@@ -95,3 +105,15 @@ def _entries(path: str | Path) -> Mapping[str, Any]:
     if not isinstance(known, dict):
         raise OptionError(f"prices={str(path)!r} is not a file of prices", argument="prices")
     return known
+
+
+def _kind_of(name: str) -> tuple[str, torch.dtype]:
+    """Return the device and dtype in the name of prices."""
+    ending = ENDING.search(name)
+    dtype = getattr(torch, ending["dtype"], None) if ending else None
+    if ending is None or not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"{name!r} does not end with the device, threads and dtype of the prices, such as "
+            "'cpu 8 threads torch.float32'"
+        )
+    return ending["device"], dtype

@@ -18,7 +18,7 @@ from tnlm.calibration.labels import check_labels
 from tnlm.calibration.text import AUTO
 from tnlm.calibration.walk import eval_mode
 from tnlm.errors import OptionError, TargetError, TrainingError, did_you_mean
-from tnlm.layers.adapters import Lora, attach, attached, check_bare, matrix, size_of
+from tnlm.layers.adapters import Lora, attach, attached, check_bare, matrix, size_at, size_of
 from tnlm.layers.adapters import check as check_ranks
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.made import made_layers
@@ -198,9 +198,12 @@ def heal(
 def _names(model: nn.Module, modules: Sequence[str] | None) -> list[str]:
     if modules is not None:
         return list(modules)
-    found = [made.name for made in made_layers(model) if made.linear and made.approximated]
+    made = [layer for layer in made_layers(model) if layer.approximated]
+    found = [layer.name for layer in made if layer.linear]
     if not found:
-        raise TargetError("the model has no compressed linear layer; name others in modules=")
+        others = ", ".join(layer.name for layer in made)
+        only = f", only {others}, which take no LoRA" if made else ""
+        raise TargetError(f"the model has no compressed linear layer{only}; name some in modules=")
     return found
 
 
@@ -214,11 +217,9 @@ def _on_factors(model: nn.Module, names: Sequence[str], rank: int) -> dict[str, 
         if isinstance(layer, FactorizedLinear):
             inner = [f"{name}.{factor}" for factor in layer.chain.order]
         for full in inner:
-            if full not in modules:
-                raise TargetError(f"the model has no module {full!r}")
+            most = min(size_at(modules, full))
             held = modules[full]._parameters
             own = owners[id(held.get("scales", held.get("weight")))] == 1
-            most = min(size_of(modules[full]))
             if own and most > 0:
                 ranks[full] = min(rank, most)
     if not ranks:
