@@ -12,6 +12,7 @@ from transformers import ViTConfig, ViTModel
 import tnlm
 from tnlm.compression import clocked
 from tnlm.errors import BudgetError, OptionError
+from tnlm.evaluation import speed
 from tnlm.layers.machine import Machine, key_of
 from tnlm.layers.prices import Prices
 
@@ -26,7 +27,7 @@ ASKED = {"keep_targets": 0.7, "unit": "time", "progress": False, **DATA}
 def prices(monkeypatch):
     """Give made-up prices, and a dense model that takes a millisecond."""
     monkeypatch.setattr(clocked, "own_prices", lambda dtype, device: Prices(OWN, TIMES))
-    monkeypatch.setattr(clocked, "timed_decoding", lambda model, prompt, steps: (2e-3, 4e-3))
+    monkeypatch.setattr(speed, "timed_decoding", lambda model, prompt, steps: (2e-3, 4e-3))
 
 
 @pytest.fixture

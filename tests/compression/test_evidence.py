@@ -28,6 +28,7 @@ def evidence_of(metric, gaussian, *, silent=(), allocation="loss", **changes):
         "gradient": g.T @ g / 20,
         "fisher": 1e-4 * gaussian(OUT, IN, seed=2).square().float(),
     } | changes
+    found["slope"] = gaussian(OUT, IN, seed=3)
     found["lora_inputs"] = found["fisher"].double().sum(0)
     found["lora_outputs"] = found["fisher"].double().sum(1)
     found["movement"] = found["lora_inputs"].clone()
@@ -51,7 +52,7 @@ def test_the_importance_of_every_measure_is_its_formula(gaussian):
         g, c = (float(found[k].diagonal().mean()) for k in ("gradient", "moment"))
         expected = dict.fromkeys(MEASURES, 1.0)
         expected |= {"identity": g * c, "diagonal": g * c / float(found["magnitude"].mean())}
-        expected |= dict.fromkeys(("input", "covariance", "centered"), g)
+        expected |= dict.fromkeys(("input", "sloped-input", "covariance", "centered"), g)
         expected["fisher-elements"] = float(found["fisher"].mean())
         weight = float(found["lora_inputs"].mean())
         expected |= {name: g * c / weight for name in MEASURES if name.startswith("lora")}

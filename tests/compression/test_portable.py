@@ -49,7 +49,11 @@ def test_a_budget_object_holds_it_as_well(tiny_llama):
 @pytest.mark.parametrize(
     ("scheme", "portable", "message"),
     [
-        ("svd", "llama.cpp", "does not execute low-rank; allowed schemes: auto, modegpt"),
+        (
+            "svd",
+            "llama.cpp",
+            "does not execute low-rank; allowed schemes: auto, auto-corrected, modegpt",
+        ),
         ("auto", "llama-cpp", "unknown runtime 'llama-cpp'; did you mean 'llama.cpp'"),
     ],
 )

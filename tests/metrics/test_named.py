@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.errors import OptionError
-from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT
+from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT, SLOPES
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.named import get_measure, measures
 from tnlm.metrics.named.two_sided import GRADIENT_SHRINK
@@ -14,7 +14,7 @@ from tnlm.metrics.named.two_sided import GRADIENT_SHRINK
 MEASURES = {name: each for name, each in measures().items() if not each.weighs_experts}
 
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
-NAMES |= {"gradient": GRADIENTS, "fisher": FISHER}
+NAMES |= {"gradient": GRADIENTS, "fisher": FISHER, "slope": SLOPES}
 NAMES |= {"lora_inputs": LORA, "lora_outputs": LORA, "movement": MOVEMENT}
 OUT, IN = 4, 5
 
@@ -29,6 +29,7 @@ def statistics(gaussian, seed=0, shift=0.0):
         "magnitude": x.abs().mean(0),
         "gradient": g.T @ g / 30,
         "fisher": squared,
+        "slope": gaussian(OUT, IN, seed=seed + 4),
         "lora_inputs": squared.sum(0),
         "lora_outputs": squared.sum(1),
         "movement": gaussian(IN, seed=seed + 3).square() + 0.1,
@@ -72,6 +73,7 @@ def test_every_measure_is_its_formula(seed, shift, gaussian):
         "identity": error.square().sum(),
         "diagonal": (error.square() * found["magnitude"]).sum(),
         "input": torch.trace(error @ found["moment"] @ error.T),
+        "sloped-input": torch.trace(error @ found["moment"] @ error.T),
         "covariance": torch.trace(error @ C @ error.T),
         "centered": torch.trace(error @ C @ error.T),
         "two-sided": torch.trace(G @ error @ found["moment"] @ error.T),

@@ -15,8 +15,6 @@ from tnlm.compression.request import Request
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import from_dict
 from tnlm.errors import BudgetError, ModelError, OptionError, TnlmError
-from tnlm.evaluation.mode import check_causal, check_positions, evaluating
-from tnlm.evaluation.speed import timed_decoding
 from tnlm.layers.prices import Prices, own_prices, read_prices
 from tnlm.parallel.workers import Workers
 from tnlm.plans.plan import LayerPlan
@@ -92,6 +90,10 @@ def timed_model(
 
 def _measured(model: PreTrainedModel, clock: Clock) -> float:
     """Return the seconds of one pass of the dense model."""
+    # Imported where it is needed, since compressing by another unit needs none of it.
+    from tnlm.evaluation.mode import check_causal, check_positions, evaluating
+    from tnlm.evaluation.speed import timed_decoding
+
     if not clock.prices.own:
         raise OptionError(f"the prices are those of {clock.prices.name}")
     if offloaded(model) is not None:

@@ -65,6 +65,7 @@ class Kronecker(Format[KroneckerSpec]):
     family. Source: Van Loan and Pitsianis, 1993; used by KnGPT2, Shapeshifter and Krony-PT.
 
     Example:
+        >>> import torch
         >>> weight = torch.kron(torch.randn(2, 3), torch.randn(3, 2))
         >>> spec = KroneckerSpec(terms=1, out_split=(2, 3), in_split=(3, 2))
         >>> factors = FORMAT.fit(weight, Metric(), spec)

@@ -99,9 +99,10 @@ class Tucker(Format[TuckerSpec]):
         sizes |= {BOND[k]: spec.ranks[k] for k in reduced}
         core = "".join(BOND[k] if k in reduced else OPEN[k] for k in range(len(dims)))
         factors = {"core": core} | {f"mode{k}": OPEN[k] + BOND[k] for k in reduced}
-        largest = max(reduced, key=spec.ranks.__getitem__, default=None)
         gauge = (
-            Gauge(f"mode{largest}", BOND[largest]) if spec.gauge and largest is not None else None
+            _gauge(max(reduced, key=spec.ranks.__getitem__), out)
+            if spec.gauge and reduced
+            else None
         )
         return Network(factors, out, inp, sizes, gauge)
 
@@ -204,6 +205,15 @@ def _bounds(weight: Tensor, specs: Sequence[TuckerSpec]) -> list[float]:
         )
         found.append(min(lost, 1.0) ** 0.5)
     return found
+
+
+def _gauge(mode: int, out: str) -> Gauge:
+    """Return where the bond of a mode has its identity block.
+
+    It is in the mode's factor, or in the core if that factor holds the rows of the matrix, so that
+    rows of a head can be added and taken away.
+    """
+    return Gauge("core" if OPEN[mode] == out else f"mode{mode}", BOND[mode])
 
 
 def _limits(dims: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:

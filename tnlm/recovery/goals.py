@@ -43,7 +43,7 @@ def divergence_from(teacher: PreTrainedModel) -> Goal:
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1)).eval()
         >>> ids = torch.tensor([[5, 6, 7]])
         >>> goal = divergence_from(copy.deepcopy(model))
-        >>> float(goal(model, {"input_ids": ids, "labels": ids}))
+        >>> float(goal(model, {"input_ids": ids, "labels": ids}).detach())
         0.0
     """
 

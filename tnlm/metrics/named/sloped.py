@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tnlm.metrics.measure import INPUTS, SLOPES, Gathered, Measure
+from tnlm.metrics.measure import INPUTS, SLOPES, Gathered, Measure, effect
 from tnlm.metrics.metric import InputMoment
 
 
@@ -49,7 +49,7 @@ MEASURES = (
         "sloped-input",
         "error of the output on data, with the slope of the loss (ZS-SVD)",
         build=_build,
-        importance=lambda of: 1.0,
+        importance=effect("moment"),
         needs=frozenset({INPUTS, SLOPES}),
     ),
 )

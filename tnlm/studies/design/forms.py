@@ -31,7 +31,7 @@ def spec_of(form: str, shape: tuple[int, int], rank: int) -> TuckerSpec | LowRan
 
     Example:
         >>> spec_of("tucker", (6, 5), 2)
-        TuckerSpec(out_split=(6,), in_split=(5,), ranks=(2, 2))
+        TuckerSpec(out_split=(6,), in_split=(5,), ranks=(2, 2), gauge=False)
     """
     if form == "tucker":
         return TuckerSpec((shape[0],), (shape[1],), (rank, rank))
@@ -40,7 +40,7 @@ def spec_of(form: str, shape: tuple[int, int], rank: int) -> TuckerSpec | LowRan
 
 def options_of(form: str, rank: int) -> dict[str, Any]:
     """Return the options with which :func:`tnlm.compress` makes the same factors."""
-    return {"ranks": [rank, rank]} if form == "tucker" else {"rank": rank}
+    return {"ranks": [rank, rank], "gauge": False} if form == "tucker" else {"rank": rank}
 
 
 def network_of(form: str, shape: tuple[int, int], rank: int) -> Network:
