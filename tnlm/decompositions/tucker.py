@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -99,12 +99,10 @@ class Tucker(Format[TuckerSpec]):
         sizes |= {BOND[k]: spec.ranks[k] for k in reduced}
         core = "".join(BOND[k] if k in reduced else OPEN[k] for k in range(len(dims)))
         factors = {"core": core} | {f"mode{k}": OPEN[k] + BOND[k] for k in reduced}
-        gauge = (
-            _gauge(max(reduced, key=spec.ranks.__getitem__), out)
-            if spec.gauge and reduced
-            else None
-        )
-        return Network(factors, out, inp, sizes, gauge)
+        network = Network(factors, out, inp, sizes)
+        if not (spec.gauge and reduced):
+            return network
+        return replace(network, gauge=_gauge(network, max(reduced, key=spec.ranks.__getitem__)))
 
     def fit(self, weight: Tensor, metric: Metric, spec: TuckerSpec) -> Factors:
         """Start from the HOSVD, then improve one factor at a time (HOOI).
@@ -207,13 +205,16 @@ def _bounds(weight: Tensor, specs: Sequence[TuckerSpec]) -> list[float]:
     return found
 
 
-def _gauge(mode: int, out: str) -> Gauge:
+def _gauge(network: Network, mode: int) -> Gauge:
     """Return where the bond of a mode has its identity block.
 
     It is in the mode's factor, or in the core if that factor holds the rows of the matrix, so that
-    rows of a head can be added and taken away.
+    rows of a head can be added and taken away; but never is it all of the core.
     """
-    return Gauge("core" if OPEN[mode] == out else f"mode{mode}", BOND[mode])
+    bond = BOND[mode]
+    rest = math.prod(network.shape_of("core")) // network.sizes[bond]
+    in_core = OPEN[mode] == network.out and rest > network.sizes[bond]
+    return Gauge("core" if in_core else f"mode{mode}", bond)
 
 
 def _limits(dims: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
