@@ -114,6 +114,11 @@ def test_multiply_adds_limit_the_ranks(make_model):
     assert all(layer.after.macs <= 0.5 * layer.before.macs for layer in plan.layers)
 
 
+def test_a_matrix_without_a_rank_within_the_limit_is_named(make_model):
+    with pytest.raises(BudgetError, match=r"no rank needs at most max_macs=0\.001"):
+        tnlm.plan(make_model("llama"), "zs-svd", max_macs=0.001, **DATA)
+
+
 def test_experts_share_a_rank():
     model = mixtures.make("Mixtral")
     plan = tnlm.plan(model, "zs-svd", keep_targets=0.6, **DATA)

@@ -105,6 +105,9 @@ class ZeroSum(Allocation):
 
         def layer(target: Target, weight: Tensor, metric: Metric) -> LayerPlan:
             rank = chosen[target.name]
+            if rank == 0:
+                note = f"no rank needs at most max_macs={limits.max_macs:g} of its multiply-adds"
+                return stay_dense(target, weight, note)
             if rank == min(target.shape):
                 return stay_dense(target, weight, "none of its components was dropped")
             own = replace(limits, keep=1.0, options={**limits.options, "rank": rank})

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
+from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.store import Statistics
 from tnlm.compression.choices import Calibration
 from tnlm.parallel.workers import ALONE, Workers
@@ -71,6 +72,22 @@ class Found:
 def by_module(store: Statistics) -> Found:
     """Wrap statistics kept by module."""
     return Found(lambda target, name: store.tensor(target.module, name), store)
+
+
+def from_gradients(task: Task, **options: Any) -> Found:
+    """Gather statistics by `collect_gradients`, from the sequences for gradients."""
+    return by_module(
+        collect_gradients(
+            task.model,
+            task.modules,
+            task.few,
+            seed=task.data.cut.seed,
+            cache_dir=task.data.cache_dir,
+            progress=task.progress,
+            workers=task.workers,
+            **options,
+        )
+    )
 
 
 @dataclass(frozen=True)

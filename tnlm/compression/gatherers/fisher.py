@@ -1,24 +1,10 @@
 """Per-example squared weight gradients, under the data's own labels (FWSVD and TFWSVD)."""
 
-from tnlm.calibration.gradients import collect_gradients
-from tnlm.compression.gatherers.base import Found, Gatherer, Task, by_module
+from tnlm.compression.gatherers.base import Found, Gatherer, Task, from_gradients
 
 
 def _gather(task: Task) -> Found:
-    return by_module(
-        collect_gradients(
-            task.model,
-            task.modules,
-            task.few,
-            moment="none",
-            fisher=True,
-            labels="data",
-            seed=task.data.cut.seed,
-            cache_dir=task.data.cache_dir,
-            progress=task.progress,
-            workers=task.workers,
-        )
-    )
+    return from_gradients(task, moment="none", fisher=True, labels="data")
 
 
 GATHERER = Gatherer("fisher", ("fisher",), _gather)

@@ -1,23 +1,10 @@
 """Second moments of output gradients, under labels sampled from the model (K-FAC)."""
 
-from tnlm.calibration.gradients import collect_gradients
-from tnlm.compression.gatherers.base import Found, Gatherer, Task, by_module
+from tnlm.compression.gatherers.base import Found, Gatherer, Task, from_gradients
 
 
 def _gather(task: Task, moment: str = "diagonal") -> Found:
-    return by_module(
-        collect_gradients(
-            task.model,
-            task.modules,
-            task.few,
-            moment=moment,
-            labels="sampled",
-            seed=task.data.cut.seed,
-            cache_dir=task.data.cache_dir,
-            progress=task.progress,
-            workers=task.workers,
-        )
-    )
+    return from_gradients(task, moment=moment, labels="sampled")
 
 
 GATHERER = Gatherer("gradients", ("gradient",), _gather)
