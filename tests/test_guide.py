@@ -125,6 +125,7 @@ def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
         ("guide/experts.md", 4),
         ("guide/bits.md", 2),
         ("guide/reproduce.md", 2),
+        ("guide/speed.md", 4),
     ],
 )
 def test_every_block_on_other_pages_runs(

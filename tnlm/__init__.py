@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tnlm.recovery.heal import heal as heal
     from tnlm.recovery.pruning.prune import prune as prune
     from tnlm.recovery.training import finetune as finetune
+    from tnlm.runtimes.compiled import compile_decoding as compile_decoding
     from tnlm.runtimes.export import export as export
     from tnlm.schemes import list_schemes as list_schemes
     from tnlm.streaming.compress import compress_files as compress_files
@@ -101,6 +102,7 @@ _HOMES = {
     "save": "tnlm.checkpoint.saving",
     "list_schemes": "tnlm.schemes",
     "export": "tnlm.runtimes.export",
+    "compile_decoding": "tnlm.runtimes.compiled",
     "Budget": "tnlm.compression.choices",
     "Calibration": "tnlm.compression.choices",
     "Recovery": "tnlm.compression.choices",

@@ -128,3 +128,13 @@ def test_the_shell_hands_options_over(saved, monkeypatch):
     assert result.exit_code == 0, result.output
     program = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
     assert ran == [[*program, str(saved[2]), "--port", "8001"]]
+
+
+def test_a_server_that_compiles_is_another_program(saved, monkeypatch):
+    ran = []
+    monkeypatch.setattr(serving, "PACKAGES", ())
+    monkeypatch.setattr(serving, "run", ran.append)
+    result = CliRunner().invoke(cli.app, ["serve", str(saved[2]), "--compile"])
+    assert result.exit_code == 0, result.output
+    program = [sys.executable, "-m", "tnlm.runtimes.compiled_server", "serve"]
+    assert ran == [[*program, str(saved[2]), "--compile"]]

@@ -20,21 +20,25 @@ PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Files one of which every tokenizer has."""
 
+SERVER, COMPILING = "transformers.cli.transformers", "tnlm.runtimes.compiled_server"
+"""Modules whose main program is the server; that of transformers compiles on GPUs only."""
+
 
 def serve(directory: str | Path, options: Sequence[str] = ()) -> NoReturn:
     """Replace this process by ``transformers serve DIRECTORY``, with tnlm registered.
 
     Args:
         directory: a model, compressed or not, with its tokenizer.
-        options: of ``transformers serve``, such as ``("--port", "8000")``.
+        options: of ``transformers serve``, such as ``("--port", "8000")``; ``"--compile"`` compiles
+            decoding on the CPU as well.
 
     Raises:
         CheckpointError: if the directory holds no model, or no tokenizer.
         ModelError: if a package that the server needs is not installed.
     """
     check_servable(Path(directory))
-    program = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
-    run([*program, str(directory), *options])
+    server = COMPILING if "--compile" in options else SERVER
+    run([sys.executable, "-m", server, "serve", str(directory), *options])
 
 
 def check_servable(directory: Path) -> None:
