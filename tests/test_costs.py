@@ -114,6 +114,12 @@ def test_tensor_ring(out, inp, ranks):
         assert chain(found, order).macs == closing * chain(train, order).macs
 
 
+def test_cp():
+    found = network("cp", (12, 10), rank=3, out_split=(3, 4), in_split=(5, 2))
+    assert found.params == 3 * (3 + 4 + 5 + 2)
+    assert chain(found).macs == 3 * (10 + 2 + 3 + 12)
+
+
 def test_how_far_a_ring_is_from_the_size_asked_for():
     form, dense = get_format("tensor-ring"), 576 * 576
     found = form.candidates((576, 576), {}, Ceiling(0.8 * dense, dense))

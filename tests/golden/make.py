@@ -102,6 +102,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
     "tensor-train": (llama, "tt", {}),
     "tensor-ring": (llama, "tr", {}),
     "tucker": (llama, "tucker", {}),
+    "cp": (llama, "cp", {}),
     "block-train": (llama, "btt", {}),
     "channels": (llama, "modegpt", TEXT),
     "heads": (

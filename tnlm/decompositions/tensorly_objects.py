@@ -1,4 +1,4 @@
-"""Exchanges factors with tensorly's own objects: Tucker tensors and TT-matrices."""
+"""Exchanges factors with tensorly's own objects: Tucker, CP, TT-matrices and tensor rings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from tnlm.decompositions import get_format
 from tnlm.decompositions._tensorly import torch_backend
 from tnlm.decompositions.base import Shape
+from tnlm.decompositions.cp import CPSpec
+from tnlm.decompositions.tensor_ring import TensorRingSpec
 from tnlm.decompositions.tensor_train import TensorTrainSpec
 from tnlm.decompositions.tucker import TuckerSpec
 from tnlm.errors import OptionError, RankError
@@ -34,16 +36,20 @@ class Decomposed(NamedTuple):
     factors: Factors
 
 
-def from_tensorly(tensor: Any, outputs: int = 1) -> Decomposed:
+def from_tensorly(
+    tensor: Any, outputs: int = 1, out_split: Sequence[int] | None = None
+) -> Decomposed:
     """Return a decomposition made with tensorly as factors of a format.
 
     Args:
-        tensor: a `TuckerTensor` of the matrix reshaped to its modes, outputs first, or a
-            `TTMatrix`; with torch tensors.
-        outputs: how many of a Tucker tensor's modes are of the outputs.
+        tensor: a `TuckerTensor`, `CPTensor` or `TRTensor` of the matrix reshaped to its modes,
+            outputs first, or a `TTMatrix`; with torch tensors.
+        outputs: how many of the modes are of the outputs; a `TTMatrix` has both in every core.
+        out_split: for a `TRTensor` whose modes join outputs and inputs, the outputs in each mode,
+            in place of ``outputs``.
 
     Raises:
-        OptionError: if it is neither, or if its factors are not torch tensors.
+        OptionError: if it is none of these, or if its factors are not torch tensors.
         RankError: if the matrix cannot have its ranks in the format; the message says what it can.
 
     Example:
@@ -54,15 +60,20 @@ def from_tensorly(tensor: Any, outputs: int = 1) -> Decomposed:
         ('tensor-train', (6, 6))
     """
     name = type(tensor).__name__
-    if name == "TuckerTensor":
-        _check_torch(tensor.core, *tensor.factors)
-        return _from_tucker(tensor.core, tensor.factors, outputs)
-    if name == "TTMatrix":
-        _check_torch(*tensor.factors)
-        return _from_train(list(tensor.factors))
-    raise OptionError(
-        f"{name} is not a tensorly object that tnlm reads; allowed: TuckerTensor, TTMatrix"
-    )
+    if name not in READERS:
+        raise OptionError(
+            f"{name} is not a tensorly object that tnlm reads; allowed: {', '.join(READERS)}"
+        )
+    if out_split is not None and name != "TRTensor":
+        raise OptionError(f"out_split={tuple(out_split)}; allowed only for a TRTensor")
+    parts = [tensor.core] if name == "TuckerTensor" else []
+    if name == "CPTensor" and tensor.weights is not None:
+        parts = [tensor.weights]
+    _check_torch(*parts, *tensor.factors)
+    if name != "TTMatrix" and out_split is None and not 1 <= outputs < len(tensor.factors):
+        modes = len(tensor.factors)
+        raise RankError(f"outputs={outputs}; allowed: 1 to {modes - 1} of {modes} modes")
+    return READERS[name](tensor, outputs, out_split)
 
 
 def _check_torch(*factors: Any) -> None:
@@ -78,14 +89,15 @@ def to_tensorly(format_name: str, shape: Shape, spec: Any, factors: Mapping[str,
     """Return the factors of a format as an object of tensorly.
 
     Args:
-        format_name: ``"tucker"``, ``"tensor-train"`` or ``"kronecker"``, which is a TT-matrix of
-            two cores.
+        format_name: ``"tucker"``, ``"cp"``, ``"tensor-train"``, ``"tensor-ring"``, or
+            ``"kronecker"``, which is a TT-matrix of two cores.
         shape: ``(out, in)`` of the matrix.
         spec: the spec of the format.
         factors: all full factors, as a layer's ``factors()`` returns them.
 
     Returns:
-        A `TuckerTensor` of the matrix reshaped to its modes, outputs first, or a `TTMatrix`.
+        A `TuckerTensor` or `CPTensor` of the matrix reshaped to its modes, outputs first, a
+        `TTMatrix`, or a `TRTensor`, each mode of which joins an out mode and an in mode.
 
     Raises:
         OptionError: if the format has no counterpart.
@@ -106,10 +118,9 @@ def to_tensorly(format_name: str, shape: Shape, spec: Any, factors: Mapping[str,
         return WRITERS[format_name](network, factors)
 
 
-def _from_tucker(core: Tensor, factors: Sequence[Tensor], outputs: int) -> Decomposed:
+def _from_tucker(tensor: Any, outputs: int, _: Any) -> Decomposed:
+    core, factors = tensor.core, tensor.factors
     dims = [len(factor) for factor in factors]
-    if not 1 <= outputs < len(dims):
-        raise RankError(f"outputs={outputs}; allowed: 1 to {len(dims) - 1} of {len(dims)} modes")
     spec = TuckerSpec(tuple(dims[:outputs]), tuple(dims[outputs:]), tuple(core.shape))
     shape = math.prod(spec.out_split), math.prod(spec.in_split)
     network = get_format("tucker").network(shape, spec)
@@ -126,7 +137,38 @@ def _from_tucker(core: Tensor, factors: Sequence[Tensor], outputs: int) -> Decom
     return Decomposed("tucker", spec, network, {"core": core, **found})
 
 
-def _from_train(cores: Sequence[Tensor]) -> Decomposed:
+def _from_cp(tensor: Any, outputs: int, _: Any) -> Decomposed:
+    dims = tuple(len(factor) for factor in tensor.factors)
+    spec = CPSpec(tensor.factors[0].shape[1], dims[:outputs], dims[outputs:])
+    shape = math.prod(spec.out_split), math.prod(spec.in_split)
+    network = get_format("cp").network(shape, spec)
+    found = dict(zip(network.factors, tensor.factors, strict=True))
+    if tensor.weights is not None:
+        last = f"mode{len(dims) - 1}"
+        found[last] = found[last] * tensor.weights
+    return Decomposed("cp", spec, network, found)
+
+
+def _from_ring(tensor: Any, outputs: int, out_split: Sequence[int] | None) -> Decomposed:
+    dims = [core.shape[1] for core in tensor.factors]
+    ones = [1] * len(dims)
+    out = tuple(out_split or dims[:outputs] + ones[outputs:])
+    if len(out) != len(dims) or any(size % part for size, part in zip(dims, out, strict=True)):
+        raise RankError(
+            f"out_split={out}; allowed: a divisor of each of the sizes {dims}", argument="out_split"
+        )
+    inp = tuple(size // part for size, part in zip(dims, out, strict=True))
+    spec = TensorRingSpec(out, inp, tuple(core.shape[0] for core in tensor.factors))
+    network = get_format("tensor-ring").network((math.prod(out), math.prod(inp)), spec)
+    found = {
+        name: core.reshape(network.shape_of(name))
+        for name, core in zip(network.factors, tensor.factors, strict=True)
+    }
+    return Decomposed("tensor-ring", spec, network, found)
+
+
+def _from_train(tensor: Any, *_: Any) -> Decomposed:
+    cores = tensor.factors
     out, inp = (tuple(core.shape[axis] for core in cores) for axis in (1, 2))
     spec = TensorTrainSpec(out, inp, tuple(core.shape[0] for core in cores[1:]))
     network = get_format("tensor-train").network((math.prod(out), math.prod(inp)), spec)
@@ -150,6 +192,27 @@ def _tucker(network: Network, factors: Mapping[str, Tensor]) -> Any:
         for mode, size in enumerate(core.shape)
     ]
     return TuckerTensor((core, sides))
+
+
+def _cp(network: Network, factors: Mapping[str, Tensor]) -> Any:
+    from tensorly.cp_tensor import CPTensor
+
+    *others, last = factors.values()
+    weights = last.norm(dim=0)
+    unit = last / torch.where(weights > 0, weights, 1.0)
+    return CPTensor((weights, [*others, unit]))
+
+
+def _ring(network: Network, factors: Mapping[str, Tensor]) -> Any:
+    from tensorly.tr_tensor import TRTensor
+
+    rank = network.sizes[network.factors["core0"][0]] if len(network.factors["core0"]) == 4 else 1
+    cores = []
+    for name, modes in network.factors.items():
+        width = network.size("".join(m for m in modes if m in network.out + network.inp))
+        cores.append(factors[name].reshape(rank, width, -1))
+        rank = cores[-1].shape[-1]
+    return TRTensor(cores)
 
 
 def _train(network: Network, factors: Mapping[str, Tensor]) -> Any:
@@ -183,5 +246,15 @@ WRITERS: Mapping[str, Callable[[Network, Mapping[str, Tensor]], Any]] = {
     "tucker": _tucker,
     "tensor-train": _train,
     "kronecker": _train,
+    "cp": _cp,
+    "tensor-ring": _ring,
 }
 """Formats that tensorly has an object for."""
+
+READERS: Mapping[str, Callable[[Any, int, Sequence[int] | None], Decomposed]] = {
+    "TuckerTensor": _from_tucker,
+    "TTMatrix": _from_train,
+    "CPTensor": _from_cp,
+    "TRTensor": _from_ring,
+}
+"""Objects of tensorly that are read."""
