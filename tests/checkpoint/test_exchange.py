@@ -317,3 +317,15 @@ def test_a_load_names_who_is_exchanging_the_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"process \d+ on .* is writing it; wait"):
         tnlm.load(tmp_path / "model")
     writer.close()
+
+
+def test_files_have_the_permissions_of_new_files(tmp_path):
+    def hidden(new):
+        writer(NEW)(new)
+        for path in new.iterdir():
+            path.chmod(0o600)
+
+    (tmp_path / "file").touch()
+    replace_directory(tmp_path / "model", hidden)
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes == {(tmp_path / "file").stat().st_mode}

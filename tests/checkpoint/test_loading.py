@@ -300,6 +300,7 @@ def test_the_token_reaches_every_request(saved, tmp_path, monkeypatch):
         return str(saved / name) if (saved / name).exists() else None
 
     monkeypatch.setattr("tnlm.checkpoint.location.cached_file", fetched)
+    monkeypatch.setattr("tnlm.checkpoint.location.hub_options", lambda *_, **__: {})
     tnlm.load("someone/model", token="secret", revision="v1")
     assert {"config.json", "model.safetensors"} <= {name for name, _, _ in seen}
     assert {(token, revision) for _, token, revision in seen} == {("secret", "v1")}

@@ -280,7 +280,7 @@ def shell(monkeypatch, capsys, source, text, tmp_path):
         ("efficiency model --prompt-tokens 500", "--prompt-tokens + --new-tokens = 532, but"),
         ("evaluate model", "Error: nothing to measure; pass --text or --tasks"),
         (
-            "evaluate model --tasks piqa --data model --batch-size 0",
+            "evaluate model --tasks piqa --batch-size 0",
             "Error: --batch-size 0, but at",
         ),
         ("evaluate model --text text.txt --limit 3", "Error: --limit has no effect on a text"),
@@ -363,7 +363,7 @@ def test_evaluate_scores_local_rows_and_a_text_beside_a_baseline(source, text, t
     assert task["figures"][0]["difference"] == 0
     assert json.loads((tmp_path / "found.json").read_text()) == found
     assert "did you mean 'arc_easy'" in fails("evaluate", "./no/model", "--tasks", "arc_eazy")
-    assert "there is no directory" in fails(*arguments, "--out", tmp_path / "no" / "found.json")
+    assert "cannot be written" in fails(*arguments, "--out", tmp_path / "no" / "found.json")
     words = ("--text", text, "--window", 16, "--windows", 4)
     both = run(*arguments, *options, *words, "--out", tmp_path / "both.json")
     alone = run("evaluate", source, *words)
@@ -449,6 +449,14 @@ def test_outputs_and_caches_that_cannot_be_are_refused_before_the_model_loads(tm
         (tmp_path / "out", ["--cache-dir", str(file)], "is a file"),
     ):
         assert told in fails("compress", "no/such", out, "-s", "svd-llm", *text, *more)
+
+
+def test_files_of_results_and_items_are_checked_before_the_model_loads(tmp_path):
+    file = tmp_path / "no" / "plan.json"
+    assert f"{file} cannot be written" in fails("plan", "./no/model", "-s", "svd", "--out", file)
+    items = ("evaluate", "./no/model", "--tasks", "arc_easy", "--data", tmp_path)
+    assert "has none of arc_easy.jsonl" in fails(*items)
+    assert f"{tmp_path / 'none'}: no such directory" in fails("report", tmp_path / "none")
 
 
 def test_the_model_writes_its_own_calibration_text(source, tmp_path):

@@ -10,7 +10,7 @@ from typer.main import get_command
 
 import tnlm
 from tnlm.cli.main import app
-from tnlm.cli.overview import GROUPS
+from tnlm.cli.overview import GROUPS, main
 
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
 
@@ -29,6 +29,18 @@ def test_the_help_shows_every_group_and_command(words):
 
 def test_the_version_is_printed():
     assert started("--version").strip() == tnlm.__version__
+
+
+def test_ctrl_c_while_torch_is_imported_prints_nothing(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    monkeypatch.setattr(sys, "argv", ["tnlm", "compress"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def started(*words):

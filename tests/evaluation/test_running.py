@@ -207,10 +207,20 @@ def test_errors_name_the_item(bad, message, ask):
         ask("piqa", [ROW, bad])
 
 
-def test_a_choice_longer_than_the_window_names_the_item(ask):
+def test_an_item_with_a_choice_longer_than_the_window_is_skipped(ask, tiny_llama):
     long = {**ROW, "choices": ["word2", "word3 " * 20]}
-    with pytest.raises(EvaluationError, match="piqa item 1: a choice has 20 tokens, but the"):
-        ask("piqa", [ROW, long], max_length=10)
+    alone = ask("piqa", [ROW], max_length=10)["piqa"]
+    found = ask("piqa", [long, ROW], max_length=10, baseline=tiny_llama(seed=3))
+    result = Evaluation.from_json(found.to_json())["piqa"]
+    assert (result.n, result.skipped, result.items) == (1, (0,), alone.items)
+    flips = result.flips
+    assert (*flips.learned, *flips.unlearned, *flips.right, *flips.wrong) == (1,)
+    assert "piqa: 1 skipped, longer than the window" in str(found)
+    with pytest.raises(EvaluationError, match="piqa: every item has a choice longer than"):
+        ask("piqa", [long], max_length=10)
+
+
+def test_a_long_prompt_is_cut_and_counted(ask):
     found = ask("piqa", [{**ROW, "query": "word1 " * 30}], max_length=10)
     assert found["piqa"].truncated == 2
     assert "piqa: 2 cut" in str(found)

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tnlm.checkpoint.hub import hub_options
 from tnlm.errors import CheckpointError, OptionError, TnlmError, did_you_mean
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def load_model(
 
 
 def check_source(source: str | Path) -> None:
-    """Raise `CheckpointError` for a model that is not there; a hub id is not looked up.
+    """Raise `CheckpointError` for a model that is not there; the hub is not asked for an id.
 
     Example:
         >>> check_source("./no/such/model")
@@ -99,7 +100,10 @@ def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(
             f"{source}: no such file or directory; give a model directory, a .gguf file or a hub id"
         )
-    return str(source), {}
+    try:
+        return str(source), hub_options(str(source))
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def looks_like_path(source: str | Path) -> bool:
@@ -149,7 +153,7 @@ def _read_model(
         # Otherwise the model counts as quantized and cannot be saved.
         options = options | {"quantization_config": GgufConfig(dequantize=True)}
     else:
-        kind = class_of(place) or kind
+        kind = class_of(place, **options) or kind
     # Without trust_remote_code, transformers asks on the terminal whether to run code.
     options = options | {"dtype": dtype, "trust_remote_code": False}
     loaded: Any = kind.from_pretrained(place, output_loading_info=True, **options)
@@ -157,11 +161,11 @@ def _read_model(
     return model, sorted(info["missing_keys"])
 
 
-def class_of(place: str) -> type[PreTrainedModel] | None:
+def class_of(place: str, **options: Any) -> type[PreTrainedModel] | None:
     """Return the class that a config names, if it is in transformers and fits the config."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(place)
+    config = transformers.AutoConfig.from_pretrained(place, **options)
     named = (getattr(config, "architectures", None) or [""])[0]
     found = getattr(transformers, named, None) if isinstance(named, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):

@@ -67,14 +67,16 @@ def saved_report(directory: str | Path) -> Report:
     """Return the report that ``tnlm.save`` wrote beside a model.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is no such directory, or no report in it.
         OptionError: if the file is not such a report.
 
     Example:
         >>> saved_report("no-such-model")
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: no-such-model has no tnlm_report.json; ...
+        tnlm.errors.CheckpointError: no-such-model: no such directory
     """
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
     try:
         text = (Path(directory) / REPORT_FILE).read_text(encoding="utf-8")
     except OSError as error:

@@ -170,6 +170,7 @@ class _Exchange:
         part, inside = work / "part", work.parent == self._target
         part.mkdir()
         write(part)
+        _share(part, self._lock.path)
         _sync(part)
         if not inside:
             part.replace(self._target)
@@ -269,6 +270,13 @@ def _move(place: Path, paths: Iterable[Path]) -> bool:
         path.replace(place / path.name)
         moved = True
     return moved
+
+
+def _share(folder: Path, ordinary: Path) -> None:
+    """Give files the permissions of an ordinary new file: safetensors hides its own from others."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(ordinary.stat().st_mode & 0o777)
 
 
 def _sync(folder: Path) -> None:

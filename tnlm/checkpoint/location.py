@@ -11,6 +11,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from tnlm.checkpoint.dense_models import looks_like_path
 from tnlm.checkpoint.exchange import recover
 from tnlm.checkpoint.folder import INDEX, WEIGHTS, named, read_index
+from tnlm.checkpoint.hub import hub_options
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.errors import CheckpointError
 
@@ -54,6 +55,9 @@ def _fetch(
     source: str, subfolder: str, hub: dict[str, Any], variant: str | None, code: bool
 ) -> Path:
     """Download the files that loading reads, all from one revision of a repository."""
+    if not hub.get("local_files_only"):
+        places = {name: hub[name] for name in ("cache_dir", "revision") if name in hub}
+        hub |= hub_options(source, subfolder, **places)
 
     def fetch(name: str, **options: Any) -> Path | None:
         found = cached_file(source, name, subfolder=subfolder, **hub, **options)

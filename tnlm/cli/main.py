@@ -45,6 +45,7 @@ from tnlm.cli.overview import SETTINGS, options
 from tnlm.cli.studies import studies
 from tnlm.cli.words import in_options
 from tnlm.errors import TnlmError
+from tnlm.utils.files import check_file
 
 app = typer.Typer(**SETTINGS)  # type: ignore[arg-type]
 app.callback()(options)
@@ -98,6 +99,8 @@ def plan(
     choices = asked(given)
     read_plan(None, scheme, choices)
     check_jobs(jobs)
+    if out is not None:
+        check_file(out)
     if resources:
         check_nothing_runs(jobs=jobs, device=device, out=out)
         show_resources(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from typing import Annotated
 
@@ -91,4 +92,7 @@ def main() -> None:
     """Run the command line; what needs no command does not wait for torch."""
     if set(sys.argv[1:]) <= LIGHT:
         overview()()
-    importlib.import_module("tnlm.cli.main").main()
+    try:
+        importlib.import_module("tnlm.cli.main").main()
+    except KeyboardInterrupt:  # while torch is imported; commands end by themselves
+        sys.exit(128 + signal.SIGINT)

@@ -31,6 +31,7 @@ from tnlm.cli.options import (
 )
 from tnlm.cli.output import console, numbers, print_json, print_report
 from tnlm.errors import OptionError
+from tnlm.utils.files import check_file, save_text
 
 studies = typer.Typer()
 
@@ -150,16 +151,18 @@ def evaluate(
 ) -> None:
     """Measure perplexity on a text, benchmarks, or both, optionally beside a baseline."""
     asked = _arguments(locals())
+    from tnlm.evaluation.rows import rows_of
     from tnlm.evaluation.tasks import get_task
 
     if text is None and tasks is None:
         raise OptionError("nothing to measure; pass --text or --tasks")
     asked["tasks"] = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    for name in asked["tasks"]:
-        get_task(name)
+    for task in map(get_task, asked["tasks"]):
+        if data is not None and task.config:
+            rows_of(task, data)  # found missing or broken before the model is loaded
     asked["bos"] = "auto" if bos is None else bos
-    if out is not None and not out.parent.is_dir():
-        raise OptionError(f"--out {out}: there is no directory {out.parent}")
+    if out is not None:
+        check_file(out)
     loaded, tokenizer, beside = _load(model, baseline, dtype)
     if tokenizer is None:
         raise OptionError(f"{model} has no tokenizer, which an evaluation needs")
@@ -167,7 +170,7 @@ def evaluate(
         loaded, tokenizer=tokenizer, baseline=beside, progress=not as_json, **asked
     )
     if out is not None:
-        out.write_text(found.to_json(), encoding="utf-8")
+        save_text(out, found.to_json())
     _show_evaluation(found, loaded, text, as_json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from tnlm.errors import EvaluationError
 from tnlm.evaluation.flips import Flips, flips
@@ -66,13 +66,16 @@ def compared(
                 difference_stderr=error,
             )
         )
-    return replace(
-        result, figures=tuple(found), flips=_flips(result.right, result.items, old.items)
-    )
+    changes = _flips(result.right, result.items, old.items, result.skipped)
+    return replace(result, figures=tuple(found), flips=changes)
 
 
-def _flips(right: str, now: Sequence[Scores], before: Sequence[Scores]) -> Flips | None:
+def _flips(
+    right: str, now: Sequence[Scores], before: Sequence[Scores], skipped: Sequence[int]
+) -> Flips | None:
     """Return the changes in correctness, or None if items have no such score."""
     if not right or not all(right in each for each in (*now, *before)):
         return None
-    return flips([each[right] for each in before], [each[right] for each in now])
+    found = flips([each[right] for each in before], [each[right] for each in now])
+    scored = [n for n in range(len(now) + len(skipped)) if n not in skipped]
+    return Flips(*(tuple(scored[i] for i in where) for where in astuple(found)))

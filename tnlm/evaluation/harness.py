@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,12 @@ def scored(
         for each in loaded["tasks"].values():
             each.set_fewshot_seed(asked.seed)
         found = _run(lm, loaded, task, asked.limit if local is None else None)
-    samples = _by_item(found["samples"])
+    samples, skipped = _without(list(lm.too_long), _by_item(found["samples"]))
+    if not samples:
+        raise EvaluationError(
+            f"{task.name}: every item has a choice longer than the window of {lm.max_length} "
+            "tokens; use a longer window"
+        )
     scores = [_scores(task, each, None if local is None else lm.tokens) for each in samples]
     return TaskResult(
         task=task.name,
@@ -89,6 +94,7 @@ def scored(
         right=task.right,
         items=tuple(scores),
         digest=digest([[each[0]["arguments"], each[0]["target"]] for each in samples]),
+        skipped=skipped,
     )
 
 
@@ -139,6 +145,18 @@ def _by_item(samples: Mapping[str, Sequence[dict[str, Any]]]) -> list[list[dict[
             key = (number, part, sample["doc_id"]) if place is None else (place,)
             found.setdefault(key, []).append(sample)
     return [found[key] for key in sorted(found)]
+
+
+def _without(
+    too_long: Container[Any], items: Sequence[list[dict[str, Any]]]
+) -> tuple[list[list[dict[str, Any]]], tuple[int, ...]]:
+    """Return the items whose choices all fit the window, and the positions of the others."""
+    skipped = tuple(
+        number
+        for number, samples in enumerate(items)
+        if any(tuple(pair) in too_long for pair in samples[0]["arguments"])
+    )
+    return [each for number, each in enumerate(items) if number not in skipped], skipped
 
 
 def _scores(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+_UNSCORED = (0.0, False)
+"""Stands for the likelihood of a choice that is longer than the window."""
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations that mypy reads
@@ -35,6 +37,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
     Attributes:
         truncated: number of prompts that lost their first tokens.
         tokens: number of tokens of each continuation, by context and continuation.
+        too_long: contexts with continuations that are longer than the window, and are not scored.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
             )
         self.truncated = 0
         self.tokens: dict[tuple[str, str], int] = {}
+        self.too_long: set[tuple[str, str]] = set()
         self._of = task
         self._names: list[str] = []
 
@@ -95,19 +99,19 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval has no annotations th
         return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
-        """Check tokenised pairs before any is scored."""
+        """Check tokenised pairs before any is scored, and score those that fit the window."""
         for name, (pair, context, continuation) in zip(self._names, requests, strict=True):
             if not context or not continuation:
                 raise EvaluationError(f"{name}: {pair[1]!r} has no tokens of its own to score")
-            if len(continuation) > self.max_length:
-                raise EvaluationError(
-                    f"{name}: a choice has {len(continuation)} tokens, but the window has "
-                    f"{self.max_length}; use a longer window or leave the item out"
-                )
             self._check_vocabulary(name, [*context, *continuation])
-            self.truncated += len(context) + len(continuation) > self.max_length + 1
             self.tokens[pair] = len(continuation)
-        return super()._loglikelihood_tokens(requests, **options)
+            if len(continuation) > self.max_length:
+                self.too_long.add(pair)
+            else:
+                self.truncated += len(context) + len(continuation) > self.max_length + 1
+        fitting = [request for request in requests if request[0] not in self.too_long]
+        found = iter(super()._loglikelihood_tokens(fitting, **options) if fitting else ())
+        return [_UNSCORED if pair in self.too_long else next(found) for pair, *_ in requests]
 
     def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Return the logits ``(batch, tokens, vocabulary)``, without keeping a cache."""

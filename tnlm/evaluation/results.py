@@ -43,7 +43,7 @@ class TaskResult:
 
     Attributes:
         task: its name.
-        n: number of items.
+        n: number of items that were scored.
         num_fewshot: examples for each item.
         truncated: number of prompts that lost their first tokens because they were too long.
         figures: one for each metric.
@@ -51,6 +51,7 @@ class TaskResult:
         items: the scores of each item.
         digest: hash of the questions; results can only be compared if it is the same.
         flips: changes in correctness compared with the baseline, if items are right or wrong.
+        skipped: indices of items that were not scored, as a choice is longer than the window.
     """
 
     task: str
@@ -62,6 +63,7 @@ class TaskResult:
     items: tuple[Scores, ...]
     digest: str
     flips: Flips | None = None
+    skipped: tuple[int, ...] = ()
 
     def __getitem__(self, metric: str) -> Figure:
         """Return the figure of a metric."""
@@ -150,6 +152,11 @@ class Evaluation:
     def _notes(self) -> list[str]:
         lines = [f"{r.task}: {r.flips}" for r in self.results if r.flips is not None]
         lines += [f"{r.task}: {r.truncated} cut" for r in self.results if r.truncated]
+        lines += [
+            f"{r.task}: {len(r.skipped)} skipped, longer than the window"
+            for r in self.results
+            if r.skipped
+        ]
         lines += [] if self.perplexity is None else [str(self.perplexity)]
         return [*lines, f"scored by {self.scorer}, seed {self.seed}"]
 
@@ -188,4 +195,5 @@ def _result(stored: Mapping[str, Any]) -> TaskResult:
         flips = Flips(**{name: tuple(items) for name, items in flips.items()})
     figures = tuple(Figure(**figure) for figure in stored["figures"])
     known = {**stored, "figures": figures, "items": tuple(stored["items"]), "flips": flips}
+    known["skipped"] = tuple(stored.get("skipped", ()))
     return TaskResult(**known)

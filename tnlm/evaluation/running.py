@@ -69,7 +69,8 @@ def evaluate(
         num_fewshot: examples for each item; None for the task's default.
         batch_size: sequences per pass.
         max_length: most tokens of a prompt; longer prompts lose their first tokens, and the result
-            counts how many. None for the model's number of positions.
+            counts how many. Items with a choice that is longer still are skipped and counted. None
+            for the model's number of positions.
         max_new_tokens: most tokens of a generated answer.
         seed: seed of the few-shot draws and bootstraps.
         progress: show progress bars.

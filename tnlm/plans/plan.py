@@ -12,6 +12,7 @@ from tnlm.errors import CheckpointError, OptionError
 from tnlm.plans.coverage import Coverage
 from tnlm.precision.grid import Precision
 from tnlm.tensors.network import Cost
+from tnlm.utils.files import save_text
 from tnlm.utils.notebook import fragment
 
 FORMAT_VERSION = 2
@@ -134,8 +135,12 @@ class Plan:
             raise OptionError(f"not a tnlm plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json())
+        """Write the plan as JSON.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
+        """
+        save_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

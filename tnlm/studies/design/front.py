@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tnlm.errors import CheckpointError, OptionError
+from tnlm.errors import OptionError
 from tnlm.studies.design.configuration import Configuration
 from tnlm.studies.table import as_csv
+from tnlm.utils.files import save_text
 from tnlm.utils.pareto import pareto
 
 FORMAT_VERSION = 1
@@ -117,11 +118,7 @@ class Front:
         Raises:
             CheckpointError: if the file cannot be written.
         """
-        text = self.to_csv() if Path(path).suffix == ".csv" else self.to_json()
-        try:
-            Path(path).write_text(text)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error}") from error
+        save_text(path, self.to_csv() if Path(path).suffix == ".csv" else self.to_json())
 
     def __str__(self) -> str:
         lines = [f"{len(self.points)} of {self.measured} configurations are on the front"]

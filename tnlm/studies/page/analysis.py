@@ -12,7 +12,8 @@ import numpy as np
 
 from tnlm.studies.analysis.result import Analysis
 from tnlm.studies.analysis.weights import WeightRow
-from tnlm.studies.page.parts import document, facts, picture, replace, table
+from tnlm.studies.page.parts import document, facts, picture, table
+from tnlm.utils.files import save_text
 from tnlm.utils.names import place, shortened
 
 FILE = "analysis.html"
@@ -45,7 +46,7 @@ def write_analysis(found: Analysis, out: str | Path, *, before: Analysis | None 
     """
     title = f"Analysis of {found.protocol.get('model', 'a model')}"
     target = Path(out)
-    replace(target, document(title, "\n".join(_body(title, found, before))))
+    save_text(target, document(title, "\n".join(_body(title, found, before))))
     return target
 
 

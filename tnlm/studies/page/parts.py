@@ -7,11 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tnlm.errors import CheckpointError
-from tnlm.utils.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,11 +98,3 @@ def document(title: str, body: str) -> str:
 </body>
 </html>
 """
-
-
-def replace(target: Path, text: str) -> None:
-    """Write a whole file, or nothing."""
-    try:
-        write_file(target, text)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}") from error

@@ -13,7 +13,8 @@ from tnlm.errors import CheckpointError
 from tnlm.plans.coverage import Coverage
 from tnlm.plans.plan import LayerPlan
 from tnlm.plans.report import Report, versions
-from tnlm.studies.page.parts import document, facts, picture, replace, table
+from tnlm.studies.page.parts import document, facts, picture, table
+from tnlm.utils.files import save_text
 
 FILE = "report.html"
 
@@ -41,7 +42,7 @@ def write_page(
     report = saved_report(folder)
     parts = [*_body(folder.resolve().name, about, report, _measured(evaluation))]
     target = folder / FILE if out is None else Path(out)
-    replace(target, document(folder.resolve().name, "\n".join(parts)))
+    save_text(target, document(folder.resolve().name, "\n".join(parts)))
     return target
 
 
