@@ -50,10 +50,11 @@ def formats_of(directory):
     for name, entry in config["quantization_config"]["modules"].items():
         narrow = "heads" if name.endswith("o_proj") else "channels"
         for part in entry.get("parts", [entry]):
-            yield {"sliced": narrow, "rows": "experts"}.get(part["kind"], part.get("format"))
+            kinds = {"sliced": narrow, "narrowed": "channel-ranks", "rows": "experts"}
+            yield kinds.get(part["kind"], part.get("format"))
 
 
-LATER = {"cp", "stack-tucker", "expert-tucker", "experts", "heads", "submatrix"}
+LATER = {"channel-ranks", "cp", "stack-tucker", "expert-tucker", "experts", "heads"}
 
 
 @pytest.mark.parametrize(("version", "later"), [(2, LATER), (3, set())])

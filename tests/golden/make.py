@@ -105,12 +105,16 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
     "cp": (llama, "cp", {}),
     "block-train": (llama, "btt", {}),
     "channels": (llama, "modegpt", TEXT),
+    "channel-ranks": (
+        llama,
+        tnlm.scheme("auto", formats=("channel-ranks",), allocation="uniform"),
+        {"targets": r".*mlp.*", "width": 16, "ranks": (5, 12, 7), **TEXT},
+    ),
     "heads": (
         lambda: llama(num_key_value_heads=2),
         tnlm.scheme("modegpt", formats=("heads",)),
         {"targets": r".*self_attn.*", "keep_targets": 0.7, **TEXT},
     ),
-    "submatrix": (llama, "llm-surgeon", {"keep_targets": 0.6, "shots": 2, **TEXT}),
     "added-bias": (llama, "afm", TEXT),
     "shared-factors": (lambda: llama(num_hidden_layers=2), "basis-sharing", TEXT),
     "stacks": (

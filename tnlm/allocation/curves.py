@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +19,7 @@ from tnlm.errors import BudgetError
 from tnlm.metrics.metric import Metric
 from tnlm.targets.base import Target
 from tnlm.tensors.network import Network
+from tnlm.utils.hull import combinations
 from tnlm.utils.ties import RELATIVE, significant
 
 STEPS = 60
@@ -78,16 +78,7 @@ def by_multiplier(parts: Sequence[Curve]) -> Curve:
     Start with the cheapest candidates, then take the steps of the convex hulls in order of gain per
     price.
     """
-    hulls = [_hull(curve) for curve in parts]
-    steps = [
-        (_slope(a, b), index, b) for index, hull in enumerate(hulls) for a, b in pairwise(hull)
-    ]
-    chosen = [hull[0] for hull in hulls]
-    found = [_combined(chosen)]
-    for _, index, better in sorted(steps, key=lambda step: significant(step[0])):
-        chosen[index] = better
-        found.append(_combined(chosen))
-    return found
+    return [_combined(chosen) for chosen in combinations(parts, _point)]
 
 
 def by_tolerance(parts: Sequence[Curve]) -> Curve:
@@ -101,18 +92,8 @@ def _combined(chosen: Sequence[Candidate]) -> Candidate:
     return Candidate(layers, sum(c.price for c in chosen), sum(c.loss for c in chosen))
 
 
-def _hull(curve: Curve) -> Curve:
-    """Keep the candidates that are optimal for some multiplier: the lower convex hull."""
-    hull: Curve = []
-    for candidate in curve:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], candidate):
-            hull.pop()
-        hull.append(candidate)
-    return hull
-
-
-def _slope(a: Candidate, b: Candidate) -> float:
-    return (b.loss - a.loss) / (b.price - a.price)
+def _point(candidate: Candidate) -> tuple[float, float]:
+    return candidate.price, candidate.loss
 
 
 def _candidates(

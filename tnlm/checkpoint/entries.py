@@ -73,3 +73,8 @@ def before_dense(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
 def dense_module(entry: Entry, module: nn.Module) -> nn.Module:
     """Return an ordinary dense module with the weight of a built one."""
     return KINDS.get(entry["kind"]).dense(entry, unpacked(module))
+
+
+def small_module(entry: Entry, module: nn.Module) -> nn.Module:
+    """Return an ordinary module with these weights, without the channels that were dropped."""
+    return KINDS.get(entry["kind"]).small(entry, unpacked(module))

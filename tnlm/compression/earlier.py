@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tnlm.allocation import get_allocation
 from tnlm.allocation.bits import repriced
 from tnlm.allocation.pricing import model_cost
 from tnlm.compression.choices import Asked, choices_of, gather_choices
@@ -35,7 +34,6 @@ def check_alone(given: Mapping[str, Any], *chosen: Selector | None) -> None:
 
 def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
     """Return the arguments of a call that carries out a plan with some data."""
-    made_by = get_allocation(decided.request.get("allocation", "uniform"))
     choices = {
         "metric": decided.metric,
         "allocation": "uniform",  # already decided, so no gradients are needed
@@ -43,10 +41,9 @@ def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
         "recover": decided.request.get("recover", "none"),
         "unit": "params",
         "precision": "int8" if _in_bits(decided) else None,  # layers have their own
-        **{name: decided.request.get(name) for name in (*RESUMED, *made_by.repeats)},
+        **{name: decided.request.get(name) for name in RESUMED},
     }
-    given = {name: value for name, value in data.items() if value is not None}
-    return gather_choices(decided.scheme, {**choices, **given})
+    return gather_choices(decided.scheme, {**choices, **data})
 
 
 def names_of(decided: Plan) -> list[str]:

@@ -63,7 +63,6 @@ def gather(
         request.recover_tokens,
         data,
         progress and workers.rank == 0,
-        request,
         workers,
     )
     for gatherer in gatherers():

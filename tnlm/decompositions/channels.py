@@ -77,7 +77,7 @@ class Channels(Format[ChannelsSpec]):
 
     def fit(self, weight: Tensor, metric: Metric, spec: ChannelsSpec) -> Factors:
         """Return ``kept``, the sorted channel indices, and ``rows``, their new projection."""
-        chosen, _ = _order(weight, metric, spec.multiple, spec.width)
+        chosen, _ = ordered(weight, metric, spec.multiple, spec.width)
         kept = chosen[: spec.width].sort().values
         return {"kept": kept, "rows": refitted(weight, moment_of(weight, metric), kept)}
 
@@ -106,7 +106,7 @@ class Channels(Format[ChannelsSpec]):
         if options.get("width") is not None:
             spec = ChannelsSpec(options["width"], multiple)
             return [(spec, self.errors(weight, metric, [spec])[0])]
-        _, path = _order(weight, metric, multiple)
+        _, path = ordered(weight, metric, multiple)
         total = path[0][1] or 1.0
         return [
             (ChannelsSpec(width, multiple), max(left / total, 0.0) ** 0.5)
@@ -122,7 +122,7 @@ class Channels(Format[ChannelsSpec]):
         found: dict[ChannelsSpec, float] = {}
         for multiple in {spec.multiple for spec in specs}:
             widest = max(spec.width for spec in specs if spec.multiple == multiple)
-            _, path = _order(weight, metric, multiple, widest)
+            _, path = ordered(weight, metric, multiple, widest)
             total = path[0][1]
             found |= {
                 ChannelsSpec(width, multiple): (left / total) ** 0.5
@@ -141,12 +141,13 @@ class Channels(Format[ChannelsSpec]):
         return table
 
 
-def _order(
+def ordered(
     weight: Tensor, metric: Metric, multiple: int = 1, width: int | None = None
 ) -> tuple[Tensor, list[tuple[int, float]]]:
     """Order the channels, best first, in batches of a multiple: all, or at least ``width``.
 
-    Also return the number of channels taken and the squared error left after every step.
+    The metric is that of the ``(hidden, out)`` matrix. Also return the number of channels taken and
+    the squared error left after every step.
     """
     batch = -(-len(weight) // STEPS // multiple) * multiple
     most = len(weight) if width is None else width

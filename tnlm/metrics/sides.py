@@ -61,6 +61,18 @@ class Side:
         """Return ``rows @ S``."""
         return rows * self.values if self.is_diagonal else rows @ self.values
 
+    def part(self, kept: Tensor) -> Side:
+        """Return the side of some rows or columns alone.
+
+        Example:
+            >>> Side(torch.tensor([4.0, 1.0, 3.0])).part(torch.tensor([0, 2])).values.tolist()
+            [4.0, 3.0]
+        """
+        cut = self.values[kept] if self.is_diagonal else self.values[kept][:, kept]
+        found = Side(cut)
+        found._definite = self._definite
+        return found
+
     def inner(self, core: Tensor) -> float:
         """Return the trace of ``S @ core``."""
         if self.is_diagonal:

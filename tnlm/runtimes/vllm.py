@@ -29,7 +29,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Kinds of models that were run in vLLM with factored layers."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers of these models that may be compressed."""
-KINDS = ("linear", "dense", "sliced")
+KINDS = ("linear", "dense", "sliced", "narrowed")
 """Kinds of checkpoint entries that are run."""
 LAYOUT = 1
 """Version of the description; the plug-in reads one."""

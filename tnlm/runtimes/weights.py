@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tnlm.checkpoint.entries import Entry, dense_module
+from tnlm.checkpoint.entries import Entry, small_module
 from tnlm.checkpoint.naming import owner_of
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.errors import ModelError
-from tnlm.layers.packing import unpacked
 
 
 def generation_config(model: PreTrainedModel) -> Any:
@@ -81,9 +80,6 @@ def plain_weights(model: PreTrainedModel, leave: Collection[str] = ()) -> dict[s
         if name in leave:
             found |= {} if module.bias is None else {f"{name}.bias": module.bias.detach()}
             continue
-        kept = entry["kind"] == "sliced"
-        plain = unpacked(module) if kept else dense_module(entry, module)
-        turned = kept and entry.get("conv1d")  # GPT-2's class stores (in, out)
-        for part, tensor in plain.state_dict().items():
-            found[f"{name}.{part}"] = tensor.T if turned and tensor.dim() == 2 else tensor
+        for part, tensor in small_module(entry, module).state_dict().items():
+            found[f"{name}.{part}"] = tensor
     return {name: tensor.contiguous() for name, tensor in found.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -172,19 +172,28 @@ def sliced(
         bias, rows = member.bias(model), slabs.rows(kept, unit.count)
         module = filled(member.weight(model)[rows], None if bias is None else bias[rows])
         parts = {"slabs": slabs.parts} if slabs.parts > 1 else {}
-        found.append((member, _entry(member, module, "rows") | parts, module))
+        found.append((member, sliced_entry(member, module.weight, bias, "rows") | parts, module))
     like, bias = unit.consumer.weight(model), unit.consumer.bias(model)
     module = filled(factors["rows"].T.to(like), None if bias is None else bias)
-    found.append((unit.consumer, _entry(unit.consumer, module, "columns"), module))
+    found.append(
+        (unit.consumer, sliced_entry(unit.consumer, module.weight, bias, "columns"), module)
+    )
     return found
 
 
-def _entry(member: MatrixTarget, module: nn.Linear, cut: str) -> Entry:
-    shape: list[Any] = [module.out_features, module.in_features]
+def sliced_entry(member: MatrixTarget, weight: Tensor, bias: Tensor | None, cut: str) -> Entry:
+    """Return the entry of a member of which only some rows or columns are left.
+
+    Args:
+        member: the target.
+        weight: what is left of it.
+        bias: its bias, if any.
+        cut: ``"rows"`` or ``"columns"``.
+    """
     return {
         "kind": "sliced",
-        "shape": shape,
+        "shape": list(weight.shape),
         "full": list(member.shape),
         "cut": cut,
-        "bias": module.bias is not None,
+        "bias": bias is not None,
     }

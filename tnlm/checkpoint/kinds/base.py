@@ -80,6 +80,10 @@ class EntryKind(ABC):
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return an ordinary dense module with the weights of a built one."""
 
+    def small(self, entry: Entry, module: Any) -> nn.Module:
+        """Return an ordinary module with these weights, without the channels that were dropped."""
+        return self.dense(entry, module)
+
     def link(self, model: PreTrainedModel, module: nn.Module) -> None:  # noqa: B027
         """Let a module that stands in a model find others that it reads."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -47,14 +47,25 @@ class Fused(MatrixKind):
 
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return one layer with the weights of all parts."""
-        parts: list[Any] = [
-            _kind(part).dense({**part, "conv1d": False}, getattr(module, part["name"]))
-            for part in entry["parts"]
-        ]
-        runs = entry.get("runs", ())
-        weight = joined([part.weight.detach() for part in parts], runs, 0)
-        bias = _bias(parts, runs)
-        return plain(entry, weight, bias, trained(module))
+        parts = [kind.dense(part, inner) for kind, part, inner in _parts(entry, module)]
+        return _one(entry, parts, trained(module))
+
+    def small(self, entry: Entry, module: Any) -> nn.Module:
+        """Return one layer with the weights of all parts, without dropped channels."""
+        parts = [kind.small(part, inner) for kind, part, inner in _parts(entry, module)]
+        return _one(entry, parts, trained(module))
+
+
+def _parts(entry: Entry, module: Any) -> Iterator[tuple[MatrixKind, Entry, nn.Module]]:
+    """Yield the kind, the entry and the module of every part."""
+    for part in entry["parts"]:
+        yield _kind(part), {**part, "conv1d": False}, getattr(module, part["name"])
+
+
+def _one(entry: Entry, parts: Sequence[Any], learns: bool) -> nn.Module:
+    runs = entry.get("runs", ())
+    weight = joined([part.weight.detach() for part in parts], runs, 0)
+    return plain(entry, weight, _bias(parts, runs), learns)
 
 
 def _kind(part: Entry) -> MatrixKind:

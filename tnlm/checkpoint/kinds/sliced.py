@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tnlm.checkpoint.kinds.base import Entry, MatrixKind, Place, by, plain, sizes
+from tnlm.checkpoint.kinds.base import Entry, MatrixKind, Place, by, plain, sizes, trained
 from tnlm.errors import CheckpointError
 from tnlm.layers.arranged import linear
 
@@ -36,16 +36,27 @@ class Sliced(MatrixKind):
         rows, columns = entry["shape"]
         return linear(rows, columns, bias=entry["bias"], **place.tensors)
 
+    def small(self, entry: Entry, module: Any) -> nn.Module:
+        """Return an ordinary layer of the smaller shape."""
+        return plain(entry, self.weight(module), module.bias, trained(module))
+
     def dense(self, entry: Entry, module: Any) -> nn.Module:
         """Return a layer of the full size, with zeros for dropped channels."""
         rows, columns = entry["full"]
-        parts = entry.get("slabs", 1)
-        weight = _padded(module.weight, rows, columns, parts)
+        parts, cut = entry.get("slabs", 1), self.weight(module)
+        weight = _padded(cut, rows, columns, parts)
         bias = None
-        if module.bias is not None:
+        if module.bias is not None and entry["cut"] == "columns":
+            bias = module.bias
+        elif module.bias is not None:
             padded = _padded(module.bias.unsqueeze(1), rows, 1, parts).squeeze(1)
             bias = nn.Parameter(padded, requires_grad=module.bias.requires_grad)
-        return plain(entry, weight, bias, module.weight.requires_grad)
+        return plain(entry, weight, bias, trained(module))
+
+    def weight(self, module: Any) -> Tensor:
+        """Return the smaller matrix of a module."""
+        weight: Tensor = module.weight.detach()
+        return weight
 
 
 def _padded(small: Tensor, rows: int, columns: int, parts: int) -> Tensor:
