@@ -179,7 +179,8 @@ def test_every_format_is_covered():
     assert {kind for _, kind in with_kinds(FEW)} == {"linear", "embedding", "head"}
     for name, structure in formats().items():
         assert structure.name == name
-        assert structure.kinds <= {*LAYERS, "channels", "heads", "experts", "stack", "expert-stack"}
+        several = {"channels", "heads", "experts", "stack", "expert-stack"}
+        assert structure.kinds <= {*LAYERS, *several, "submatrix"}
 
 
 # --- formats

@@ -115,6 +115,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
         tnlm.scheme("modegpt", formats=("heads",)),
         {"targets": r".*self_attn.*", "keep_targets": 0.7, **TEXT},
     ),
+    "submatrix": (llama, "llm-surgeon", {"keep_targets": 0.6, "shots": 2, **TEXT}),
     "added-bias": (llama, "afm", TEXT),
     "shared-factors": (lambda: llama(num_hidden_layers=2), "basis-sharing", TEXT),
     "stacks": (

@@ -26,7 +26,7 @@ DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
 PUBLISHED = {
     "nothing": "albert btt kngpt2 kron shapeshifter svd tensorgpt tt tucker",
     "data": "aa-svd afm asvd basis-sharing modegpt rom sfsd svd-llm svd-llm-v2",
-    "data and gradients": "fwsvd kfac-svd lpaf tfwsvd",
+    "data and gradients": "fwsvd kfac-svd llm-surgeon lpaf tfwsvd",
 }
 every_scheme = pytest.mark.parametrize("name", sorted(schemes()))
 

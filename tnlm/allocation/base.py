@@ -127,6 +127,7 @@ class Allocation(ABC):
         metric: the one metric that it needs; None for any.
         takes_sizes: whether options may set the size of every matrix.
         chooses_bits: whether it counts and chooses the bits of codes.
+        repeats: keywords of the call that a plan is carried out with again, where fits need them.
     """
 
     name: ClassVar[str]
@@ -139,6 +140,7 @@ class Allocation(ABC):
     metric: ClassVar[str | None] = None
     takes_sizes: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = False
+    repeats: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def allocate(self, problem: Problem) -> list[LayerPlan]:

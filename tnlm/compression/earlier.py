@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tnlm.allocation import get_allocation
 from tnlm.allocation.bits import repriced
 from tnlm.allocation.pricing import model_cost
 from tnlm.compression.choices import Asked, choices_of, gather_choices
@@ -34,6 +35,7 @@ def check_alone(given: Mapping[str, Any], *chosen: Selector | None) -> None:
 
 def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
     """Return the arguments of a call that carries out a plan with some data."""
+    made_by = get_allocation(decided.request.get("allocation", "uniform"))
     choices = {
         "metric": decided.metric,
         "allocation": "uniform",  # already decided, so no gradients are needed
@@ -41,9 +43,10 @@ def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
         "recover": decided.request.get("recover", "none"),
         "unit": "params",
         "precision": "int8" if _in_bits(decided) else None,  # layers have their own
-        **{name: decided.request.get(name) for name in RESUMED},
+        **{name: decided.request.get(name) for name in (*RESUMED, *made_by.repeats)},
     }
-    return gather_choices(decided.scheme, {**choices, **data})
+    given = {name: value for name, value in data.items() if value is not None}
+    return gather_choices(decided.scheme, {**choices, **given})
 
 
 def names_of(decided: Plan) -> list[str]:

@@ -63,6 +63,7 @@ def gather(
         request.recover_tokens,
         data,
         progress and workers.rank == 0,
+        request,
         workers,
     )
     for gatherer in gatherers():

@@ -132,7 +132,7 @@ def _check_kinds(model: PreTrainedModel, request: Request, selection: Selection)
     """Skip targets that the formats or the metric do not support, or that fail their trial."""
     allowed = request.kinds
     for target in list(selection.targets):
-        if target.kind not in allowed:
+        if target.kinds.isdisjoint(allowed):
             formats = " or ".join(structure.name for structure in request.structures)
             names = formats or f"scheme {request.scheme.name!r}"
             reason = f"{names} replaces only {' and '.join(sorted(allowed))}"

@@ -269,7 +269,7 @@ def request_of(asked: Asked) -> Request:
 def _is_sized(structure: Format[Any], options: Mapping[str, Any]) -> bool:
     fields = {item.name for item in dataclasses.fields(structure.spec)}
     sizes = fields & {"rank", "ranks", "width"} or fields & {"terms", "out_split", "in_split"}
-    return sizes <= options.keys()
+    return bool(sizes) and sizes <= options.keys()
 
 
 def _words(unit: str) -> str:

@@ -11,7 +11,7 @@ from tnlm.allocation.clock import Workload
 from tnlm.compression.choices import Budget, choices_of
 from tnlm.decompositions.base import Format, from_dict
 from tnlm.errors import BudgetError, OptionError, did_you_mean
-from tnlm.metrics.measure import INPUTS, MOVEMENT, Measure
+from tnlm.metrics.measure import INPUTS, MOVEMENT, SURGERY, Measure
 from tnlm.metrics.named import measures
 from tnlm.recovery.kinds import recoveries
 from tnlm.utils.checks import is_whole
@@ -102,6 +102,12 @@ def check_cascade(measure: Measure, cascade: str) -> None:
     """Raise `OptionError` unless the cascade is known, and the metric uses inputs."""
     if not is_word(cascade, CASCADES):
         raise OptionError(f"unknown cascade {cascade!r}{did_you_mean(str(cascade), CASCADES)}")
+    if cascade != "none" and SURGERY in measure.needs:
+        raise OptionError(
+            f"cascade={cascade!r} with metric={measure.name!r}, which has measured the changed "
+            "model itself; allowed: cascade='none'",
+            argument=("cascade", "metric"),
+        )
     if cascade != "none" and INPUTS not in measure.needs:
         raise OptionError(
             f"cascade={cascade!r} with metric={measure.name!r}, which does not use inputs; "
@@ -165,6 +171,12 @@ def check_shared_formats(
         raise OptionError(
             f"{sizes[0]}= with allocation={allocation.name!r}, which chooses it; give keep=",
             argument=(sizes[0], "allocation"),
+        )
+    if SURGERY in measure.needs and allocation.metric != measure.name:
+        raise OptionError(
+            f"metric={measure.name!r} with allocation={allocation.name!r}; allowed: "
+            f"allocation={measure.name!r}, as all matrices are operated on together",
+            argument=("metric", "allocation"),
         )
     if allocation.metric not in (None, measure.name):
         raise OptionError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnlm.decompositions.base import FIXED, Ceiling, Format, Shape
+from tnlm.decompositions.base import FIXED, Ceiling, Format, Shape, matrix_shape
 from tnlm.decompositions.channel_layer import Layer
 from tnlm.decompositions.low_rank import FORMAT as LOW_RANK
 from tnlm.decompositions.low_rank import LowRankSpec
@@ -124,7 +124,7 @@ class ChannelRanks(Format[ChannelRanksSpec]):
         """Return the smallest sampled sizes whose error is within the tolerance."""
         found = self.curve(weight, metric, options, math.inf)
         good = [spec for spec, error in found if error <= tolerance]
-        return [min(good, key=partial(self._params, tuple(weight.shape)))] if good else []
+        return [min(good, key=partial(self._params, matrix_shape(weight)))] if good else []
 
     def errors(
         self, weight: Tensor, metric: Metric, specs: Sequence[ChannelRanksSpec]

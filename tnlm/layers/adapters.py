@@ -16,6 +16,7 @@ from tnlm.errors import ModelError, OptionError, RankError, TargetError
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.packed import PackedLinear
 from tnlm.layers.shapes import shape_of
+from tnlm.layers.submatrix import SubmatrixLinear
 from tnlm.utils.checks import is_whole
 from tnlm.utils.mounting import modules_kept
 
@@ -195,7 +196,8 @@ def attach(
         alpha_pattern={name: scaling * rank for name, rank in exact.items()},
     )
     plain = peft.tuners.lora.Linear
-    config._register_custom_module({FactorizedLinear: plain, PackedLinear: plain})
+    made = (FactorizedLinear, SubmatrixLinear, PackedLinear)
+    config._register_custom_module(dict.fromkeys(made, plain))
     # PEFT draws its own weights, which are overwritten.
     with torch.random.fork_rng(), warnings.catch_warnings():
         for message in _KNOWN:

@@ -12,6 +12,7 @@ from tnlm.layers.embedding import FactorizedEmbedding
 from tnlm.layers.fused import FusedLinear
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.packed import PackedLinear
+from tnlm.layers.submatrix import SubmatrixLinear
 
 if TYPE_CHECKING:
     import peft
@@ -65,6 +66,7 @@ def adaptable(config: peft.LoraConfig) -> peft.LoraConfig:
     config._register_custom_module(
         {
             FactorizedLinear: FactoredLinear,
+            SubmatrixLinear: FactoredLinear,
             FusedLinear: FactoredLinear,
             PackedLinear: FactoredLinear,
             FactorizedEmbedding: FactoredTable,

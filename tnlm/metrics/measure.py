@@ -12,13 +12,14 @@ from torch import Tensor
 from tnlm.metrics.metric import Metric
 
 INPUTS, GRADIENTS, FISHER, LORA = "inputs", "gradients", "fisher", "lora"
-MOVEMENT, SLOPES = "movement", "slopes"
+MOVEMENT, SLOPES, SURGERY = "movement", "slopes", "surgery"
 """Kinds of statistics: inputs, output gradients, per-example weight gradients, the same estimated
-from a LoRA's gradients, movement of weights during pruning, and mean weight gradients."""
+from a LoRA's gradients, movement of weights during pruning, mean weight gradients, and
+what LLM Surgeon keeps of a matrix."""
 
 Gathered = Callable[[str], Tensor]
 """Returns one statistic of a matrix by name: moment, mean, magnitude, gradient, fisher,
-lora_inputs, lora_outputs, movement, slope."""
+lora_inputs, lora_outputs, movement, slope, kept_rows, kept_columns, core."""
 
 
 def effect(scale: str | None) -> Callable[[Gathered], float]:

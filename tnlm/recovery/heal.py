@@ -23,6 +23,7 @@ from tnlm.layers.adapters import check as check_ranks
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.made import made_layers
 from tnlm.layers.packed import PackedLinear
+from tnlm.layers.submatrix import SubmatrixLinear
 from tnlm.metrics.metric import Metric
 from tnlm.recovery.compensate import residual_start
 from tnlm.recovery.goals import check_teacher, divergence_from, hold_out, own_loss
@@ -216,6 +217,8 @@ def _on_factors(model: nn.Module, names: Sequence[str], rank: int) -> dict[str, 
         layer, inner = modules.get(name), [name]
         if isinstance(layer, FactorizedLinear):
             inner = [f"{name}.{factor}" for factor in layer.chain.order]
+        elif isinstance(layer, SubmatrixLinear):
+            inner = [f"{name}.core"]
         for full in inner:
             most = min(size_at(modules, full))
             held = modules[full]._parameters

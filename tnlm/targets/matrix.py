@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnlm.checkpoint.entries import Entry, network_of
+from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Ceiling
 from tnlm.layers.arranged import filled
 from tnlm.layers.fused import FusedLinear, Layout, joined
@@ -27,6 +28,8 @@ from tnlm.tensors.network import Cost, Factors, Network
 
 BY_OUTPUT = ("gradient", "fisher", "slope", "lora_outputs")
 """Statistics with one row per row of the weight."""
+BY_TARGET = ("movement", "kept_rows", "kept_columns", "core")
+"""Statistics that are kept by target, not by module."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class MatrixTarget(Member):
     layout: Layout | None = None
 
     kind = "linear"
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds that it is of: a network can replace it, or some of its rows and columns."""
+        return frozenset({self.kind, "submatrix"})
 
     @property
     def siblings(self) -> tuple[MatrixTarget, ...]:
@@ -89,7 +97,7 @@ class MatrixTarget(Member):
     def statistic(self, name: str, read: Read) -> Tensor:
         """Return the target's rows of a statistic of outputs; those of inputs are shared."""
         tensor = read(self, name)
-        if name == "movement":  # is kept by the target
+        if name in BY_TARGET:
             return tensor
         if name == "gradient" and tensor.dim() == 2:
             return tensor[self.rows][:, self.rows]
@@ -123,8 +131,9 @@ class MatrixTarget(Member):
         shape = list(self.shape)
         if layer.format is None:
             return {"kind": "dense", "shape": shape, "bias": biased}
+        kinds = self.kinds & get_format(layer.format).kinds
         entry: Entry = {
-            "kind": "linear",
+            "kind": self.kind if self.kind in kinds else min(kinds),
             "shape": shape,
             "bias": biased or layer.bias,
             "format": layer.format,
@@ -132,6 +141,8 @@ class MatrixTarget(Member):
         }
         if layer.bias:
             entry["bias_added"] = True
+        if entry["kind"] != self.kind:
+            return entry
         return entry | {"order": list(chain(network_of(entry)).order)}
 
     def fit(

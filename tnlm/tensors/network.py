@@ -35,6 +35,7 @@ class Network:
         inp: the open modes that make up the columns, outermost first.
         sizes: the size of every mode.
         gauge: the bond that is stored with an identity block, if any.
+        indices: row and column numbers stored beside the factors.
         beside: networks of further matrices that one decision replaces together with this one.
 
     A mode is either a bond, in two factors and summed over, or an open mode, in one factor and in
@@ -53,6 +54,7 @@ class Network:
     inp: str
     sizes: Mapping[str, int]
     gauge: Gauge | None = None
+    indices: int = 0
     beside: tuple[Network, ...] = ()
 
     @cached_property
@@ -73,8 +75,8 @@ class Network:
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the row order that a gauge-fixed factor needs (int64)."""
-        return 8 * self.gauge_rows if self.gauge else 0
+        """Bytes of indices (int64): the row order of a gauge-fixed factor, and others."""
+        return 8 * (self.gauge_rows + self.indices)
 
     @property
     def gauge_rows(self) -> int:

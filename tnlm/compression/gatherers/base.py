@@ -13,6 +13,7 @@ from tnlm.calibration.data import Batch
 from tnlm.calibration.gradients import collect_gradients
 from tnlm.calibration.store import Statistics
 from tnlm.compression.choices import Calibration
+from tnlm.compression.request import Request
 from tnlm.parallel.workers import ALONE, Workers
 from tnlm.targets.base import Member
 
@@ -29,6 +30,7 @@ class Task:
         tokens: how many tokens to train on.
         data: the calibration data, and how it is cut.
         progress: show progress bars.
+        request: the request.
         workers: share out the batches.
         earlier: the outputs of earlier gatherers, by name.
     """
@@ -40,6 +42,7 @@ class Task:
     tokens: int
     data: Calibration
     progress: bool
+    request: Request
     workers: Workers = ALONE
     earlier: Mapping[str, Found] = field(default_factory=dict)
 

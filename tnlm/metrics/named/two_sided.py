@@ -14,7 +14,7 @@ def _build(of: Gathered, damping: float) -> Metric:
     return Metric(Side(of("gradient"), GRADIENT_SHRINK), Side(of("moment"), damping))
 
 
-def _importance(of: Gathered) -> float:
+def effect_of_both(of: Gathered) -> float:
     """Return 1, since the metric already is the effect on the loss; 0 if the data shows none."""
     gradient = float(of("gradient").diagonal().mean())
     return float(gradient * float(of("moment").diagonal().mean()) > 0)
@@ -25,7 +25,7 @@ MEASURES = (
         "two-sided",
         "error of the output weighted by its effect on the loss (K-FAC)",
         build=_build,
-        importance=_importance,
+        importance=effect_of_both,
         needs=frozenset({INPUTS, GRADIENTS}),
         gathering={GRADIENTS: {"moment": "full"}},
         damping=5e-2,
