@@ -57,7 +57,8 @@ def compress(
     Args:
         model: any Hugging Face model, not quantized.
         scheme: a name from ``tnlm.list_schemes()``, a modified copy of a scheme from
-            :func:`scheme`, or a plan from :func:`plan`.
+            :func:`scheme`, or a plan from :func:`plan`, with which only data and the bits of its
+            matrices (``precision``, ``group``) may be given.
         targets: the matrices to compress; see :func:`tnlm.targets.selection.select`. The scheme
             has a default.
         ignore: matrices to leave alone, in the same form.

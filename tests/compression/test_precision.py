@@ -107,7 +107,7 @@ def test_fused_projections_are_packed_part_by_part(tiny_gpt2):
 def test_narrowed_layers_and_their_bits_are_in_the_report(made):
     layers = tnlm.report(made("narrowed")).plan.layers
     assert {layer.precision["bits"] for layer in layers} == {4}
-    assert "channels" in {layer.format for layer in layers}
+    assert "channel-ranks" in {layer.format for layer in layers}
     assert "int4" in str(tnlm.report(made("narrowed")))
 
 
@@ -328,3 +328,34 @@ def test_from_files_to_files_codes_are_the_same(scheme, tiny_llama, tmp_path):
     tnlm.compress(model, scheme, precision="int4", progress=False)
     with torch.no_grad():
         assert torch.equal(tnlm.load(tmp_path / "out")(IDS).logits, model(IDS).logits)
+
+
+def test_the_matrices_of_a_plan_may_be_stored_in_few_bits(tiny_llama):
+    plan = tnlm.plan(tiny_llama(), "svd", keep_targets=0.6, progress=False)
+    whole = tnlm.compress(tiny_llama(), plan, progress=False)
+    model = tnlm.compress(tiny_llama(), plan, precision="int4", group=16, progress=False)
+    again = tnlm.compress(
+        tiny_llama(), "svd", keep_targets=0.6, precision="int4", group=16, progress=False
+    )
+    report, other = tnlm.report(model), tnlm.report(again)
+    assert [layer.precision for layer in report.plan.layers] == [
+        layer.precision for layer in other.plan.layers
+    ]
+    assert report.plan.model_after == other.plan.model_after
+    assert report.plan.model_after.bytes < tnlm.report(whole).plan.model_after.bytes
+    ids = torch.arange(3, 11)[None]
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"precision": "auto"}, "precision='auto' with unit='params'"),
+        ({"precision": "int9"}, "int9"),
+        ({"group": 16}, "group=16 has no effect without precision="),
+    ],
+)
+def test_bits_of_a_plan_that_are_refused(given, words, tiny_llama):
+    plan = tnlm.plan(tiny_llama(), "svd", keep_targets=0.6, progress=False)
+    with pytest.raises(OptionError, match=words):
+        tnlm.compress(tiny_llama(), plan, progress=False, **given)

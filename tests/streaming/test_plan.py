@@ -19,6 +19,12 @@ def test_a_plan_gives_what_it_gives_in_memory(scheme, tiny_llama, both, same):
     same(*both(model, plan, **data))
 
 
+def test_a_plan_in_few_bits_is_what_it_is_in_memory(tiny_llama, both, same):
+    model = tiny_llama()
+    plan = tnlm.plan(model, "svd-llm", keep_targets=0.6, progress=False, **DATA)
+    same(*both(model, plan, precision="int8", **DATA))
+
+
 def test_a_plan_is_given_alone_and_for_its_model(tiny_llama, tmp_path):
     model, source, out = tiny_llama(), tmp_path / "model", tmp_path / "out"
     plan = tnlm.plan(tiny_llama(num_hidden_layers=3), "svd", keep_targets=0.6, progress=False)

@@ -47,14 +47,13 @@ def all_on_grid(
     problem: Problem, layers: Sequence[LayerPlan], grid: Precision | None
 ) -> list[LayerPlan]:
     """Return decisions on one grid, except those that have one already or cannot be packed."""
-    if grid is None:
-        return list(layers)
     known = {target.name: target for target in (*problem.targets, *problem.joint)}
-    return [_stored(known[layer.name], layer, grid) for layer in layers]
+    return [stored(known[layer.name], layer, grid) for layer in layers]
 
 
-def _stored(target: Target, layer: LayerPlan, grid: Precision) -> LayerPlan:
-    if layer.precision is not None or not target.packs(layer.format):
+def stored(target: Target, layer: LayerPlan, grid: Precision | None) -> LayerPlan:
+    """Return a decision on a grid, unless it has one already or cannot be packed."""
+    if grid is None or layer.precision is not None or not target.packs(layer.format):
         return layer
     size = layer.before.bytes // layer.before.params
     return on_grid(target, layer, network_of_plan(target, layer), grid, size)
@@ -117,10 +116,10 @@ class Bits:
                 if grid is None:
                     found.append(candidate)
                     continue
-                stored = on_grid(target, layer, network, grid, weight.element_size())
+                coded = on_grid(target, layer, network, grid, weight.element_size())
                 loss = candidate.loss + scale * lost
-                stored = replace(stored, error=(loss / energy) ** 0.5 if energy else 0.0)
-                found.append(Candidate((stored,), self._problem.limits.price(stored.after), loss))
+                coded = replace(coded, error=(loss / energy) ** 0.5 if energy else 0.0)
+                found.append(Candidate((coded,), self._problem.limits.price(coded.after), loss))
         return found
 
     def _energy(self, target: Target, weight: Tensor, metric: Metric) -> float:

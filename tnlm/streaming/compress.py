@@ -26,7 +26,7 @@ from tnlm.checkpoint.sums import REPORT_FILE, record_sums
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.checkpoint.writing import save_description
 from tnlm.compression.choices import Asked, Calibration, gather_choices
-from tnlm.compression.earlier import asked_of, check_alone, matched, names_of
+from tnlm.compression.earlier import asked_of, check_alone, grid_of, matched, names_of
 from tnlm.compression.fitting import Fitting
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import fit_all, report_of, settle
@@ -37,6 +37,7 @@ from tnlm.parallel.choose import workers_of
 from tnlm.parallel.workers import ALONE, Workers
 from tnlm.plans.plan import Plan
 from tnlm.plans.report import Report, with_errors
+from tnlm.precision.grid import Precision
 from tnlm.schemes.base import Scheme
 from tnlm.streaming.blocks import block_names
 from tnlm.streaming.pieces import Pieces
@@ -77,20 +78,18 @@ def compress_files(
         source: directory of a dense model, with safetensors files.
         out: new or empty, unless ``overwrite``.
         scheme: a name from ``tnlm.list_schemes()``, a scheme, or a plan from :func:`tnlm.plan`.
-        memory: the most memory that the process may hold, such as ``"6GB"``; a run that needs more
-            is refused before it starts. None for no limit.
+        memory: the most memory to hold, such as ``"6GB"``; a run that needs more is refused.
         scratch: folder for temporary files; by default beside ``out``.
         targets: the matrices to compress, as in :func:`tnlm.compress`.
         ignore: matrices to leave alone.
-        dtype: dtype of the weights; ``"auto"`` keeps the checkpoint's.
+        dtype: of the weights; ``"auto"`` keeps the checkpoint's.
         device: where walks and fits are computed, such as ``"cuda:0"``; one block, or one matrix,
             is moved there at a time. None for the CPU.
         overwrite: replace the contents of ``out``.
-        workers: as in :func:`tnlm.compress`; processes share ``out`` and ``scratch``, and each
-            writes the blocks that it fits.
+        workers: as in :func:`tnlm.compress`; each process writes the blocks that it fits.
         progress: show progress bars.
-        **choices: as in :func:`tnlm.compress`, except what trains the whole model; the tokenizer is
-            the one in ``source`` if none is given.
+        **choices: as in :func:`tnlm.compress`, except what trains the whole model; without a
+            tokenizer, that of ``source`` is used.
 
     Returns:
         The report, which is also written to ``out``.
@@ -127,7 +126,7 @@ def compress_files(
             team.check_same(**found)
             if team.rank == 0:
                 work.agree(found)
-            return run.write(targets, ignore, target, overwrite, earlier)
+            return run.write(targets, ignore, target, overwrite, earlier, grid_of(choices))
 
 
 @contextmanager
@@ -209,12 +208,13 @@ class _Run:
         out: Path,
         overwrite: bool,
         earlier: Plan | None,
+        grid: Precision | None,
     ) -> Report:
         """Plan, fit and write, and return the report."""
         model, progress = self._model, self._progress
         data, workers = self._data(), self._workers
         job = prepare(model, self._request, targets, ignore, data, progress, workers)
-        decided = self._decide(job) if earlier is None else matched(model, job, earlier)
+        decided = self._decide(job) if earlier is None else matched(model, job, earlier, grid)
         start = time.perf_counter()
         fitting, pieces = self._fit(job, decided)
         if workers.rank > 0:
