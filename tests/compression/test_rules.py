@@ -253,3 +253,11 @@ def test_a_request_asks_every_rule(arguments, words):
 def test_the_choices_of_a_scheme_are_held_to_the_rules(scheme, arguments, words):
     with pytest.raises(OptionError, match=re.escape(words)):
         make_request(scheme, **arguments)
+
+
+@pytest.mark.parametrize("recover", ["lora", "correct"])
+@pytest.mark.parametrize("scheme", ["reap", "tensorgpt"])
+def test_adapters_without_a_compressed_linear_layer_are_refused_early(scheme, recover):
+    with pytest.raises(OptionError, match="trains compressed linear layers"):
+        make_request(scheme, recover=recover)
+    assert make_request(scheme, recover="distill").recover == "distill"

@@ -236,7 +236,7 @@ def request_of(asked: Asked) -> Request:
     check_share(structures, measure, named.cascade, named.share)
     check_refine(recovery.refine)
     after = named.recover if recovery.kind is None else recovery.kind
-    check_recover(measure, after, recovery.tokens)
+    check_recover(structures, measure, after, recovery.tokens)
     unit = check_shared(shared, budget, named.unit)
     check_shared_formats(shared, structures, measure, sizes)
     grids = check_precision(named, shared, budget, unit, recovery)

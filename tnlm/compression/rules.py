@@ -293,11 +293,20 @@ def check_refine(refine: int) -> None:
         )
 
 
-def check_recover(measure: Measure, recover: str, tokens: int | None) -> None:
-    """Raise `OptionError` unless the recovery is known, with a whole number of tokens."""
+def check_recover(
+    structures: Sequence[Format[Any]], measure: Measure, recover: str, tokens: int | None
+) -> None:
+    """Raise `OptionError` unless the recovery is known, and has tokens and layers to train."""
     known = (NO_RECOVERY, *recoveries())
     if not is_word(recover, known):
         raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), known)}")
+    made = frozenset().union(*(each.kinds | each.made_of for each in structures))
+    if recover != NO_RECOVERY and recoveries()[recover].adapts and made and "linear" not in made:
+        raise OptionError(
+            f"recover={recover!r} trains compressed linear layers, and {structures[0].name} makes "
+            "none; allowed: 'finetune' or 'distill'",
+            argument="recover",
+        )
     if tokens is None:
         return
     if recover == "none" and MOVEMENT not in measure.needs:

@@ -131,9 +131,9 @@ class MatrixTarget(Member):
         shape = list(self.shape)
         if layer.format is None:
             return {"kind": "dense", "shape": shape, "bias": biased}
-        kinds = self.kinds & get_format(layer.format).kinds
+        others = (self.kinds - {self.kind}) & get_format(layer.format).kinds
         entry: Entry = {
-            "kind": self.kind if self.kind in kinds else min(kinds),
+            "kind": min(others, default=self.kind),
             "shape": shape,
             "bias": biased or layer.bias,
             "format": layer.format,

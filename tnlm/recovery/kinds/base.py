@@ -52,6 +52,7 @@ class RecoveryKind:
         run: trains the model in place.
         needs_teacher: whether it needs a copy of the dense model.
         needs_dense: whether it needs the original weights.
+        adapts: whether it trains adapters of compressed linear layers, and nothing else.
         tokens: how many tokens it trains on by default.
     """
 
@@ -60,4 +61,5 @@ class RecoveryKind:
     run: Callable[[PreTrainedModel, Practice], Any]
     needs_teacher: bool = False
     needs_dense: bool = False
+    adapts: bool = False
     tokens: int = TOKENS

@@ -23,5 +23,10 @@ def _run(model: PreTrainedModel, practice: Practice) -> None:
 
 
 RECOVERY = RecoveryKind(
-    "correct", "adapters, from the dense model, merged", _run, needs_teacher=True, tokens=2**16
+    "correct",
+    "adapters, from the dense model, merged",
+    _run,
+    needs_teacher=True,
+    adapts=True,
+    tokens=2**16,
 )

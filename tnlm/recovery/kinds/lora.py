@@ -13,4 +13,4 @@ def _run(model: PreTrainedModel, practice: Practice) -> None:
     heal(model, **options)
 
 
-RECOVERY = RecoveryKind("lora", "adapters, merged into the factors", _run)
+RECOVERY = RecoveryKind("lora", "adapters, merged into the factors", _run, adapts=True)
