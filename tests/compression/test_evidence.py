@@ -12,7 +12,7 @@ from tnlm.metrics.measure import FISHER
 from tnlm.metrics.named import measures
 from tnlm.targets.matrix import MatrixTarget
 
-MEASURES = {name: each for name, each in measures().items() if not each.weighs_experts}
+MEASURES = {n: m for n, m in measures().items() if m.form not in ("experts", "tokens")}
 
 OUT, IN = 4, 3
 TARGET = MatrixTarget("a.q", "a.q", (OUT, IN))

@@ -15,7 +15,7 @@ from tnlm.targets.heads import Attention
 from tnlm.targets.matrix import MatrixTarget
 from tnlm.targets.table import TableTarget
 
-MEASURES = {name: each for name, each in measures().items() if not each.weighs_experts}
+MEASURES = {n: m for n, m in measures().items() if m.form not in ("experts", "tokens")}
 
 IDS = torch.arange(256) % 61 + 3
 DATA = Calibration(IDS, num_samples=4, max_length=32, gradient_samples=2)

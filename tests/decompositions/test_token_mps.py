@@ -14,6 +14,7 @@ from tnlm.decompositions.base import Ceiling
 from tnlm.decompositions.token_mps import FORMAT, TokenMPSSpec
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
 
 seeds, parts = st.integers(0, 20), st.floats(0, 1)
 splits = st.lists(st.integers(1, 4), min_size=2, max_size=4).map(tuple)
@@ -120,3 +121,41 @@ def test_options_fix_the_spec():
 def test_impossible_options_are_refused(options):
     with pytest.raises(RankError):
         FORMAT.candidates((100, 24), options, Ceiling())
+
+
+def weighing(gaussian, rows, width, seed):
+    root = gaussian(width, width, seed=seed + 1) * torch.exp(gaussian(width, seed=seed + 2))
+    return Metric(Side(gaussian(rows, seed=seed).square()), Side(root.T @ root, 0.1))
+
+
+@given(
+    split=st.lists(st.integers(1, 4), min_size=2, max_size=3).map(tuple), seed=st.integers(0, 20)
+)
+def test_under_weights_the_error_is_never_above_that_of_plain_sweeps(split, seed, gaussian):
+    width = math.prod(split)
+    table, metric = gaussian(7, width, seed=seed), weighing(gaussian, 7, width, seed)
+    spec = TokenMPSSpec(split, (1,) * (len(split) - 1))
+    errors = [
+        metric.relative(table, FORMAT.reconstruct((7, width), spec, FORMAT.fit(table, norm, spec)))
+        for norm in (metric, Metric())
+    ]
+    assert errors[0] <= errors[1] + 1e-9
+
+
+def test_under_weights_chunks_of_rows_are_fitted_by_their_own_weights(gaussian, monkeypatch):
+    table, metric = gaussian(9, 6), weighing(gaussian, 9, 6, 0)
+    spec = TokenMPSSpec((2, 3), (1,))
+    monkeypatch.setattr("tnlm.decompositions.token_mps.CHUNK", 4)
+    parts = FORMAT.reconstruct((9, 6), spec, FORMAT.fit(table, metric, spec))
+    for rows in (slice(0, 4), slice(8, 9)):
+        own = Metric(Side(metric.outputs.values[rows]), metric.inputs)
+        alone = FORMAT.fit(table[rows], own, spec)
+        expected = FORMAT.reconstruct((len(table[rows]), 6), spec, alone)
+        torch.testing.assert_close(parts[rows], expected)
+
+
+def test_under_weights_a_tolerance_is_met(gaussian):
+    table, metric = gaussian(9, 8), weighing(gaussian, 9, 8, 0)
+    for spec in FORMAT.within(table, metric, {}, 0.3):
+        found = FORMAT.reconstruct((9, 8), spec, FORMAT.fit(table, metric, spec))
+        assert metric.relative(table, found) <= 0.3

@@ -11,7 +11,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.metrics.named import get_measure, measures
 from tnlm.metrics.named.two_sided import GRADIENT_SHRINK
 
-MEASURES = {name: each for name, each in measures().items() if not each.weighs_experts}
+MEASURES = {n: m for n, m in measures().items() if m.form not in ("experts", "tokens")}
 
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
 NAMES |= {"gradient": GRADIENTS, "fisher": FISHER, "slope": SLOPES}

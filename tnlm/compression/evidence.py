@@ -84,7 +84,7 @@ class Evidence:
             target: the matrix.
             newer: statistics that replace those of the dense model.
         """
-        if target.unmeasured:
+        if target.unmeasured_by(self.measure):
             return Metric()
         if len(target.alike) > 1:
             parts = [partial(self.metric, one) for one in target.alike]

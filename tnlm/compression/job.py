@@ -93,7 +93,9 @@ def prepare(
     usable = alike(model, usable_targets(model, groups, request.kinds))
     evidence = Evidence(request.measure, request.damping)
     if request.looks_at_data:
-        measured = [target for target in selection.targets if not target.unmeasured]
+        measured = [
+            target for target in selection.targets if not target.unmeasured_by(request.measure)
+        ]
         evidence = gather(model, request, measured, data, progress, workers)
     reached = [target for target in selection.targets if target.name not in evidence.skipped]
     known = {target.name for target in reached}
@@ -132,12 +134,13 @@ def _check_kinds(model: PreTrainedModel, request: Request, selection: Selection)
     """Skip targets that the formats or the metric do not support, or that fail their trial."""
     allowed = request.kinds
     for target in list(selection.targets):
+        unmeasured = target.unmeasured_by(request.measure)
         if target.kinds.isdisjoint(allowed):
             formats = " or ".join(structure.name for structure in request.structures)
             names = formats or f"scheme {request.scheme.name!r}"
             reason = f"{names} replaces only {' and '.join(sorted(allowed))}"
-        elif target.unmeasured and request.looks_at_data and not request.rounds_unmeasured:
-            reason = target.unmeasured
+        elif unmeasured and request.looks_at_data and not request.rounds_unmeasured:
+            reason = unmeasured
         else:
             found = target.tried(model)
             if not isinstance(found, str):

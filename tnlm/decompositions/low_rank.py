@@ -60,7 +60,7 @@ class LowRank(Format[LowRankSpec]):
     name = "low-rank"
     title = "low rank, W = left @ right"
     spec = LowRankSpec
-    metrics = frozenset({"identity", "input", "separable", "elementwise"})
+    metrics = frozenset({"identity", "input", "separable", "elementwise", "tokens"})
     kinds = frozenset({"linear", "embedding"})
     stacks = True
 

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnlm.decompositions.als import fit_network
 from tnlm.decompositions.base import Ceiling, Format, Shape, check_split, given_split, matrix_shape
 from tnlm.decompositions.splits import balanced_split, largest_within, orders, ranks_at
+from tnlm.decompositions.whitening import grown, is_plain
 from tnlm.errors import RankError
 from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import Side
 from tnlm.tensors.linalg import rank_for
 from tnlm.tensors.network import Factors, Network
 
@@ -51,6 +54,7 @@ class TokenMPS(Format[TokenMPSSpec]):
     name = "token-mps"
     title = "one tensor train (MPS) for every row"
     spec = TokenMPSSpec
+    metrics = frozenset({"identity", "tokens"})
     kinds = frozenset({"embedding"})
 
     def network(self, shape: Shape, spec: TokenMPSSpec) -> Network:
@@ -76,14 +80,33 @@ class TokenMPS(Format[TokenMPSSpec]):
         return Network(factors, "z", MODES[:order], sizes)
 
     def fit(self, weight: Tensor, metric: Metric, spec: TokenMPSSpec) -> Factors:
-        """Sweep a batched TT-SVD over the modes, ``CHUNK`` rows at a time."""
+        """Sweep a batched TT-SVD over the modes, ``CHUNK`` rows at a time.
+
+        Under a metric whose row side is diagonal, the sweep is also of the whitened rows, and
+        alternating least squares improve the better result.
+        """
         network = self.network(matrix_shape(weight), spec)
-        parts = [_sweep(rows.double(), spec) for rows in weight.detach().split(CHUNK)]
+        starts = range(0, len(weight), CHUNK)
+        parts = [
+            self._chunk(weight[k : k + CHUNK], _of_rows(metric, slice(k, k + CHUNK)), spec)
+            for k in starts
+        ]
         cores = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
         return {
             name: core.reshape(network.shape_of(name))
             for name, core in zip(network.factors, cores, strict=True)
         }
+
+    def _chunk(self, rows: Tensor, metric: Metric, spec: TokenMPSSpec) -> list[Tensor]:
+        network = self.network(matrix_shape(rows), spec)
+
+        def sweep(tensor: Tensor) -> Factors:
+            cores = _sweep(tensor.reshape(len(rows), -1), spec)
+            pairs = zip(network.factors, cores, strict=True)
+            return {name: core.reshape(network.shape_of(name)) for name, core in pairs}
+
+        factors = fit_network(network, rows, metric, sweep)
+        return [factors[name] for name in network.factors]
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
@@ -107,21 +130,41 @@ class TokenMPS(Format[TokenMPSSpec]):
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
     ) -> Sequence[TokenMPSSpec]:
-        """Return ranks that allow ``tolerance / sqrt(modes - 1)`` per unfolding, over all rows."""
-        found = []
+        """Return ranks that allow ``tolerance / sqrt(modes - 1)`` per unfolding, over all rows.
+
+        Under a metric, the unfoldings are of the whitened rows and give no bound, so the ranks grow
+        until the error measured on evenly spaced rows is within the tolerance.
+        """
+        found, whitened = [], metric.whiten(weight)
         for split in _splits(matrix_shape(weight), options):
-            share = tolerance / math.sqrt(len(split) - 1)
-            ranks = tuple(
-                rank_for(_pooled_energy(weight, math.prod(split[:k])), share)
-                for k in range(1, len(split))
-            )
-            found.append(TokenMPSSpec(split, ranks))
+
+            def spec_at(bound: float, split: tuple[int, ...] = split) -> TokenMPSSpec:
+                share = bound / math.sqrt(len(split) - 1)
+                ranks = tuple(
+                    rank_for(_pooled_energy(whitened, math.prod(split[:k])), share)
+                    for k in range(1, len(split))
+                )
+                return TokenMPSSpec(split, ranks)
+
+            if is_plain(metric):
+                found.append(spec_at(tolerance))
+            else:
+                found.append(
+                    grown(spec_at, lambda s: self.errors(weight, metric, [s])[0], tolerance)
+                )
         return found
 
     def errors(self, weight: Tensor, metric: Metric, specs: Sequence[TokenMPSSpec]) -> list[float]:
         """Return the relative error of each spec, measured on evenly spaced rows."""
-        rows = weight.detach()[:: max(len(weight) // SAMPLE, 1)]
-        return super().errors(rows, metric, specs)
+        chosen = slice(None, None, max(len(weight) // SAMPLE, 1))
+        return super().errors(weight.detach()[chosen], _of_rows(metric, chosen), specs)
+
+
+def _of_rows(metric: Metric, chosen: slice) -> Metric:
+    """Return the metric of some rows of a table, whose row side is diagonal."""
+    if metric.outputs is None:
+        return metric
+    return Metric(Side(metric.outputs.values[chosen]), metric.inputs)
 
 
 def _sweep(rows: Tensor, spec: TokenMPSSpec) -> list[Tensor]:

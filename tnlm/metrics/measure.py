@@ -12,14 +12,14 @@ from torch import Tensor
 from tnlm.metrics.metric import Metric
 
 INPUTS, GRADIENTS, FISHER, LORA = "inputs", "gradients", "fisher", "lora"
-MOVEMENT, SLOPES, SURGERY = "movement", "slopes", "surgery"
+MOVEMENT, SLOPES, SURGERY, TOKENS = "movement", "slopes", "surgery", "tokens"
 """Kinds of statistics: inputs, output gradients, per-example weight gradients, the same estimated
-from a LoRA's gradients, movement of weights during pruning, mean weight gradients, and
-what LLM Surgeon keeps of a matrix."""
+from a LoRA's gradients, movement of weights during pruning, mean weight gradients, what LLM
+Surgeon keeps of a matrix, and the frequencies of tokens."""
 
 Gathered = Callable[[str], Tensor]
 """Returns one statistic of a matrix by name: moment, mean, magnitude, gradient, fisher,
-lora_inputs, lora_outputs, movement, slope, kept_rows, kept_columns, core."""
+lora_inputs, lora_outputs, movement, slope, kept_rows, kept_columns, core, frequency."""
 
 
 def effect(scale: str | None) -> Callable[[Gathered], float]:
@@ -60,6 +60,7 @@ class Measure:
         adds_bias: whether the mean error is moved into a bias.
         elementwise: whether every entry has its own weight, so that no closed form exists.
         weighs_experts: it weighs the experts of a block, not the entries of a matrix.
+        weighs_tokens: it weighs the rows of an embedding, and measures no other matrix.
     """
 
     name: str
@@ -72,10 +73,13 @@ class Measure:
     adds_bias: bool = False
     elementwise: bool = False
     weighs_experts: bool = False
+    weighs_tokens: bool = False
 
     @property
     def form(self) -> str:
-        """What a format must be fitted under: elementwise, separable or experts."""
+        """What a format must be fitted under: elementwise, separable, experts or tokens."""
         if self.elementwise:
             return "elementwise"
+        if self.weighs_tokens:
+            return "tokens"
         return "experts" if self.weighs_experts else "separable"

@@ -10,4 +10,5 @@ SCHEME = Scheme(
     targets=TOKEN_EMBEDDINGS,
     source="ALBERT, Lan et al. 2020, arXiv 1909.11942 (there trained from scratch)",
     defaults={"gauge": False},
+    with_data={"metric": "tokens"},
 )

@@ -9,4 +9,5 @@ SCHEME = Scheme(
     formats=("token-mps",),
     targets=TOKEN_EMBEDDINGS,
     source="TensorGPT, Xu et al. 2023, arXiv 2307.00526",
+    with_data={"metric": "tokens"},
 )

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from tnlm.checkpoint.entries import Entry
 from tnlm.decompositions.base import Ceiling, Format
 from tnlm.layers.swap import Swap
+from tnlm.metrics.measure import Measure
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.tensors.network import Cost, Network
@@ -56,7 +57,7 @@ class Target(ABC):
         shape: shape of the matrix, ``(out, in)``.
         share: fraction of tokens that use it: k / E for one of E experts.
         kind: the kind that a format must support, e.g. ``"linear"``.
-        unmeasured: why calibration data cannot measure targets of this kind; empty if it can.
+        unmeasured: why metrics of inputs cannot measure targets of this kind; empty if they can.
         ends_block: whether its output is usually the last that a block adds to its residual stream.
     """
 
@@ -128,6 +129,12 @@ class Target(ABC):
     def measured(self) -> Target:
         """The target whose inputs and gradients calibration measures."""
         return self
+
+    def unmeasured_by(self, measure: Measure) -> str:
+        """Return why a named metric cannot measure the target from data; empty if it can."""
+        if measure.weighs_tokens:
+            return f"metric={measure.name!r} measures embeddings alone"
+        return self.unmeasured
 
     @property
     def fixed(self) -> Mapping[str, Any]:

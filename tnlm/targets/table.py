@@ -14,6 +14,7 @@ from tnlm.decompositions.base import Ceiling
 from tnlm.layers.embedding import FactorizedHead
 from tnlm.layers.packed import PackedEmbedding, PackedHead
 from tnlm.layers.swap import Swap
+from tnlm.metrics.measure import Measure
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Fitted, Member
@@ -35,8 +36,13 @@ class TableTarget(Member):
 
     kind = "embedding"
     unmeasured = (
-        "an embedding has no input to measure; use metric='identity', or scheme 'rtn' or 'gptq'"
+        "an embedding has no input to measure; use metric='tokens' or 'identity', or scheme 'rtn' "
+        "or 'gptq'"
     )
+
+    def unmeasured_by(self, measure: Measure) -> str:
+        """Return why a metric cannot measure an embedding; empty for the frequencies of tokens."""
+        return "" if measure.weighs_tokens else self.unmeasured
 
     @property
     def fixed(self) -> Mapping[str, Any]:
@@ -157,3 +163,8 @@ def _head(table: Any, bias: nn.Parameter | None) -> nn.Module:
         setattr(head, factor, getattr(table, factor))
     head.bias = bias
     return head
+
+
+def heads_of(targets: Sequence[Member]) -> dict[str, tuple[str, ...]]:
+    """Return the modules of the tables among targets, each with the heads that are tied to it."""
+    return {each.module: each.tied for each in targets if isinstance(each, TableTarget)}
