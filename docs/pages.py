@@ -48,6 +48,7 @@ PACKAGES = {
     "tnlm.studies": "Studies",
     "tnlm.studies.analysis": "Analysis",
     "tnlm.studies.design": "Design space",
+    "tnlm.studies.level_search": "Level search",
     "tnlm.studies.page": "The page about a model",
     "tnlm.studies.rank_search": "Rank search",
     "tnlm.targets": "Targets",

@@ -55,6 +55,18 @@ def test_every_block_on_training_runs(tmp_path, monkeypatch, tiny_llama, word_to
     assert (tmp_path / "my-model-pruned" / "config.json").is_file()
 
 
+def test_every_block_on_level_searches_runs(
+    tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text
+):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "my-model")
+    word_tokenizer.save_pretrained(tmp_path / "my-model")
+    (tmp_path / "search.txt").write_text(word_text(256))
+    (tmp_path / "calibration.txt").write_text(word_text(2048))
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks("level_search.md") == 1
+    assert (tmp_path / "my-model-searched" / "config.json").is_file()
+
+
 def test_every_block_on_design_spaces_runs(
     tmp_path, monkeypatch, tiny_llama, word_tokenizer, word_text
 ):

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from tnlm.studies.design.search import search as search
     from tnlm.studies.design.space import DesignSpace as DesignSpace
     from tnlm.studies.design.sweep import sweep as sweep
+    from tnlm.studies.level_search.search import level_search as level_search
     from tnlm.studies.page.write import write_page as write_page
     from tnlm.studies.rank_search.search import rank_search as rank_search
 
@@ -110,6 +111,7 @@ _HOMES = {
     "register": "tnlm.compression.register",
     "unregister": "tnlm.compression.register",
     "from_config": "tnlm.compression.scratch",
+    "level_search": "tnlm.studies.level_search.search",
     "rank_search": "tnlm.studies.rank_search.search",
     "verify": "tnlm.checkpoint.sums",
 }

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tnlm.allocation.base import Allocation, Problem
-from tnlm.allocation.curves import at_multiplier, check_budget, curves, least_within, spend_rest
+from tnlm.allocation.candidate import Candidate
+from tnlm.allocation.curves import (
+    Curve,
+    at_multiplier,
+    check_budget,
+    curves,
+    least_within,
+    spend_rest,
+)
 from tnlm.plans.plan import LayerPlan
 
 
@@ -28,11 +38,15 @@ class LossAware(Allocation):
     def allocate(self, problem: Problem) -> list[LayerPlan]:
         """Choose the multiplier that just meets the budget."""
         found = curves(problem)
-        budget = check_budget(problem, found)
-        largest = max((curve[0].loss for curve in found), default=0.0) or 1.0
-        chosen = least_within(found, budget, at_multiplier, 1e-30 * largest, 2.0 * largest)
-        chosen = spend_rest(found, chosen, budget)
+        chosen = least_loss(found, check_budget(problem, found))
         return [layer for candidate in chosen for layer in candidate.layers]
+
+
+def least_loss(found: Sequence[Curve], budget: float) -> list[Candidate]:
+    """Return the candidates of least predicted loss within a budget, one of each curve."""
+    largest = max((curve[0].loss for curve in found), default=0.0) or 1.0
+    chosen = least_within(found, budget, at_multiplier, 1e-30 * largest, 2.0 * largest)
+    return spend_rest(found, chosen, budget)
 
 
 ALLOCATION = LossAware()

@@ -31,7 +31,7 @@ from tnlm.compression.request import request_of
 from tnlm.compression.rules import NO_RECOVERY
 from tnlm.layers.swap import Shelf, Swap
 from tnlm.parallel.workers import ALONE, Workers
-from tnlm.plans.plan import Plan, total
+from tnlm.plans.plan import LayerPlan, Plan, total
 from tnlm.plans.report import Report, with_errors
 from tnlm.recovery.kinds import get_recovery
 from tnlm.recovery.kinds.base import Practice, RecoveryKind
@@ -44,8 +44,23 @@ from tnlm.utils.undo import attempt
 logger = logging.getLogger("tnlm")
 
 
-def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -> Plan:
-    """Choose the spec of every target, and return the plan."""
+def settle(
+    model: PreTrainedModel,
+    job: Job,
+    *,
+    predict: bool,
+    progress: bool,
+    choose: Callable[[Problem], list[LayerPlan]] | None = None,
+) -> Plan:
+    """Choose the spec of every target, and return the plan.
+
+    Args:
+        model: holds the weights.
+        job: the request.
+        predict: whether to compute errors even if no decision depends on them.
+        progress: show a progress bar.
+        choose: decides in place of the request's allocation.
+    """
     start = time.perf_counter()
     request, units = job.request, job.units
     clock = clock_of(model, request, units, job.workers)
@@ -68,7 +83,7 @@ def settle(model: PreTrainedModel, job: Job, *, predict: bool, progress: bool) -
         grids=request.grids if request.allocation.chooses_bits else (None,),
         workers=job.workers,
     )
-    chosen = request.allocation.allocate(problem)
+    chosen = (choose or request.allocation.allocate)(problem)
     decided = Plan(
         request.scheme.name,
         request.measure.name,
