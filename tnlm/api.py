@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.describing import saved_report
+from tnlm.checkpoint.reports import known_report
 from tnlm.checkpoint.sums import REPORT_FILE
 from tnlm.checkpoint.transformers_plugin import config_of
 from tnlm.compression.alike import check_alike
@@ -183,12 +184,9 @@ def report(model: PreTrainedModel | str | Path) -> Report:
     """
     if isinstance(model, str | Path):
         return saved_report(model)
-    found = getattr(model, "tnlm_report", None)
-    if isinstance(found, Report):
+    found = known_report(model)
+    if found is not None:
         return found
-    source = Path(getattr(model, "name_or_path", "") or "no-directory")
-    if config_of(model) is not None and (source / REPORT_FILE).is_file():
-        return saved_report(source)
     raise ModelError(
         "this model was not compressed in this process, nor loaded from a directory with a report; "
         f"tnlm.save writes {REPORT_FILE} beside a model"

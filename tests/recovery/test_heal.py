@@ -83,10 +83,14 @@ def test_on_factors_every_format_heals_without_growth(kind, scheme, compressed, 
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_narrowed_feed_forwards_heal_too(kind, compressed, tmp_path):
-    model = compressed(kind, "modegpt", calibration=IDS, **SMALL)
-    narrowed = [made.name for made in made_layers(model) if made.entry["kind"] == "sliced"]
-    weights = {name: model.get_submodule(name).weight.clone() for name in narrowed}
+@pytest.mark.parametrize("scheme", ["modegpt", "auto"])
+def test_narrowed_feed_forwards_heal_too(kind, scheme, compressed, tmp_path):
+    asked = {"targets": r".*\.mlp\..*", "keep_targets": 0.35} if scheme == "auto" else SMALL
+    model = compressed(kind, scheme, calibration=IDS, **asked)
+    cut = {"modegpt": "sliced", "auto": "narrowed"}[scheme]
+    narrowed = [made.name for made in made_layers(model) if made.entry["kind"] == cut]
+    leaves = [name if cut == "sliced" else f"{name}.left" for name in narrowed]
+    weights = {name: model.get_submodule(name).weight.clone() for name in leaves}
     before, size = loss_of(model), count(model)
     run(model, with_labels(model, BATCHES), on="factors")
     assert loss_of(model) < before
@@ -348,7 +352,7 @@ def test_experts_that_were_dropped_are_not_healed():
         run(model, data, modules=[experts])
     assert all(torch.equal(before[name], found) for name, found in model.state_dict().items())
     whole = mixtures.make("Mixtral")
-    with pytest.raises(TargetError, match="which take no LoRA"):
+    with pytest.raises(OptionError, match="trains compressed linear layers"):
         tnlm.compress(whole, "reap", keep_targets=0.75, recover="lora", **MIXED)
     assert whole.model.layers[0].mlp.experts.num_experts == 4
     attention = tnlm.compress(model, "svd", keep_targets=0.5, targets=["q_proj"], progress=False)
@@ -445,3 +449,22 @@ def test_adapters_train_under_autocast(pair):
     with torch.autocast("cpu", torch.bfloat16):
         run(model, varied(model), teacher=teacher, tokens=8192, learning_rate=3e-3)
     assert divergence(model, teacher) < 0.9 * before
+
+
+def test_the_report_of_a_loaded_model_is_healed_with_it(compressed, tmp_path):
+    place = tnlm.save(compressed("llama", "svd", **SMALL), tmp_path / "model")
+    loaded = tnlm.load(place)
+    before = [layer.error for layer in tnlm.report(loaded).plan.layers]
+    run(loaded, with_labels(loaded, BATCHES))
+    assert tnlm.report(loaded).seconds["heal"] > 0.0
+    after = [layer.error for layer in tnlm.report(loaded).plan.layers]
+    assert all(error is None for error, old in zip(after, before, strict=True) if old is not None)
+    again = tnlm.load(tnlm.save(loaded, tmp_path / "healed"))
+    assert tnlm.report(again).to_dict() == tnlm.report(loaded).to_dict()
+
+
+def test_a_loaded_model_is_saved_with_its_report(compressed, tmp_path):
+    model = compressed("llama", "svd", keep_targets=0.5)
+    first = tnlm.load(tnlm.save(model, tmp_path / "model"))
+    again = tnlm.load(tnlm.save(first, tmp_path / "again"))
+    assert tnlm.report(again).to_dict() == tnlm.report(model).to_dict()

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tnlm.checkpoint.exchange import replace_directory
+from tnlm.checkpoint.reports import known_report
 from tnlm.checkpoint.savable import check_savable
 from tnlm.checkpoint.sums import REPORT_FILE, record_sums
 from tnlm.checkpoint.transformers_plugin import description
 from tnlm.errors import ModelError
-from tnlm.plans.report import Report
 from tnlm.utils.claim import temporary_folder
 
 
@@ -62,8 +62,8 @@ def save(
         model.save_pretrained(new, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        report = getattr(model, "tnlm_report", None)
-        if isinstance(report, Report):
+        report = known_report(model)
+        if report is not None:
             (new / REPORT_FILE).write_text(report.to_json())
         record_sums(new)
 

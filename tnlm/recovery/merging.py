@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.entries import Entry, build, network_of
+from tnlm.checkpoint.reports import known_report
 from tnlm.checkpoint.transformers_plugin import attach, config_of
 from tnlm.errors import ModelError, OptionError, RankError
 from tnlm.layers.adapters import Lora
@@ -20,7 +21,6 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.swap import Swap
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
-from tnlm.plans.report import Report
 from tnlm.recovery.compensate import concatenate, retruncate
 from tnlm.tensors.contraction import chain
 from tnlm.tensors.gauge import fix
@@ -186,8 +186,8 @@ def _owners(name: str) -> set[str]:
 
 
 def _edit(model: PreTrainedModel, edit: Any, seconds: float = 0.0) -> None:
-    report = getattr(model, "tnlm_report", None)
-    if isinstance(report, Report):
+    report = known_report(model)
+    if report is not None:
         plan = replace(report.plan, layers=tuple(map(edit, report.plan.layers)))
         times = {**report.seconds, "heal": report.seconds.get("heal", 0.0) + seconds}
         model.tnlm_report = replace(report, plan=plan, seconds=times)  # type: ignore[assignment]
