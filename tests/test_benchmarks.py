@@ -73,6 +73,18 @@ def test_overhead_is_measured_in_cache_and_from_memory(run):
     assert "| float32 | 24x16 | 0.5 | cache |" in text
 
 
+def test_predicted_compares_every_variant_with_dense(run):
+    options = "--widths 192 --layers 1 --keep-targets 0.6 --prefill 8 --dtypes float32"
+    figures, text = run("predicted", *options.split())
+    rows = figures["rows"]
+    assert len(rows) == 2 * 4  # passes, variants
+    dense, low_rank, *_ = (row for row in rows if row["pass"] == "decode")
+    assert dense["off"] == 0
+    gained = dense["layers"] - low_rank["layers"]
+    assert low_rank["predicted"] == pytest.approx(dense["measured"] - gained)
+    assert "| 192, 1 blocks | float32 | prefill 8 | Kronecker sum, 0.6 |" in text
+
+
 @pytest.mark.parametrize("missing", ["tltorch", "peft", "linear_operator"])
 def test_a_library_that_is_missing_is_said_to_be(run, monkeypatch, missing):
     for module in [name for name in sys.modules if name.split(".")[0] == missing]:

@@ -23,8 +23,8 @@ from tnlm.targets.matrix import MatrixTarget
 from tnlm.targets.selection import select
 from tnlm.targets.stacks import stack
 
-BY_BYTES = Machine(0.0, 1e-9, 0.0, (1e-15,) * 4, True)
-BY_CALLS = Machine(1e-6, 0.0, 0.0, (1e-30,) * 4, True)
+BY_BYTES = Machine(0.0, 0.0, (1e-9,) * 5, 0.0, (1e-15,) * 4, True)
+BY_CALLS = Machine(1e-6, 1e-6, (0.0,) * 5, 0.0, (1e-30,) * 4, True)
 
 
 def clock(times, workload="decode"):
@@ -64,6 +64,17 @@ def test_a_pair_is_priced_as_its_narrowed_matrices():
     assert time_of(clock(BY_BYTES), pair) == 2 * 4 * 8 * 4
     assert time_of(clock(BY_BYTES), pair, network) == 2 * 4 * 6 * 4
     assert time_of(clock(BY_CALLS), pair, network) == time_of(clock(BY_CALLS), pair)
+
+
+def test_what_stays_dense_is_not_arranged_but_narrowed_matrices_are():
+    model = GPT2Model(GPT2Config(vocab_size=8, n_embd=128, n_inner=512, n_layer=1, n_head=1))
+    pair = pairs(model, select(model).targets)[0]
+    channels = get_format("channels")
+    network = channels.network(pair.shape, from_dict(channels.spec, {"width": 512}))
+    lines = dataclasses.replace(BY_BYTES, loads=(4e-9, 3e-9, 2e-9, 1e-9, 1e-9))
+    size = 128 * 512 * 4
+    assert time_of(clock(lines), pair) == size * (4 + 2)
+    assert time_of(clock(lines), pair, network) == size * (2 + 2)
 
 
 def test_members_of_a_stack_apply_the_shared_factor_each():

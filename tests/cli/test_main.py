@@ -88,7 +88,8 @@ def test_a_model_is_compressed_from_files_to_files(source, text, tmp_path):
 
 
 def test_a_budget_in_time_takes_prices_from_a_file(source, text, tmp_path):
-    times = {"call": 1e-9, "load": 1e-9, "move": 0.0, "macs": [1e-15] * 4, "column_major": True}
+    times = {"call": 1e-9, "step": 0.0, "loads": [1e-9] * 5, "move": 0.0, "macs": [1e-15] * 4}
+    times["column_major"] = True
     name = f"far cpu {torch.get_num_threads()} threads torch.float32"
     (tmp_path / "machine.json").write_text(json.dumps({name: times}))
     asked = ("--scheme", "auto", "--keep-targets", 0.7, "--unit", "time", "--workload", "prefill:8")

@@ -16,7 +16,7 @@ from tnlm.evaluation import speed
 from tnlm.layers.machine import Machine, key_of
 from tnlm.layers.prices import Prices
 
-TIMES = Machine(1e-9, 1e-9, 1e-12, (1e-15,) * 4, True)
+TIMES = Machine(1e-9, 1e-9, (1e-9,) * 5, 1e-12, (1e-15,) * 4, True)
 OWN = key_of(torch.float32, "cpu", torch.get_num_threads())
 OTHER = f"far CPU torch 9 cpu {torch.get_num_threads()} threads torch.float32"
 DATA = {"calibration": torch.arange(256) % 61 + 3, "max_length": 16, "num_samples": 4}

@@ -12,9 +12,9 @@ from tnlm.evaluation import predicted_speed as prediction
 from tnlm.evaluation.predicted_speed import predict_speed
 from tnlm.layers.machine import Machine
 
-BY_BYTES = Machine(0.0, 1e-9, 0.0, (1e-15,) * 4, True)
-BY_WORK = Machine(0.0, 1e-15, 0.0, (1e-9,) * 4, True)
-BY_CALLS = Machine(1.0, 0.0, 0.0, (0.0,) * 4, True)
+BY_BYTES = Machine(0.0, 0.0, (1e-9,) * 5, 0.0, (1e-15,) * 4, True)
+BY_WORK = Machine(0.0, 0.0, (1e-15,) * 5, 0.0, (1e-9,) * 4, True)
+BY_CALLS = Machine(1.0, 1.0, (0.0,) * 5, 0.0, (0.0,) * 4, True)
 
 
 def priced(monkeypatch, prices):
@@ -32,7 +32,8 @@ def test_where_only_multiply_adds_count_their_ratio_is_the_speed(kind, compresse
 
 def test_many_small_products_are_slower(compressed, monkeypatch):
     priced(monkeypatch, BY_CALLS)
-    assert predict_speed(compressed("llama", "svd"), [1])[1] == pytest.approx(1 / 3)  # and order
+    # Two products, and two or three operations for the identity block.
+    assert 1 / 5 <= predict_speed(compressed("llama", "svd"), [1])[1] <= 1 / 4
 
 
 def test_fewer_channels_are_faster_by_what_they_drop(compressed, monkeypatch):

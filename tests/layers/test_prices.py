@@ -13,7 +13,7 @@ from tnlm.layers import prices as module
 from tnlm.layers.machine import Machine, key_of
 from tnlm.layers.prices import Prices, own_prices, read_prices
 
-TIMES = Machine(1e-6, 1e-10, 2e-10, (8e-9, 2e-9, 5e-10, 1e-10), True)
+TIMES = Machine(1e-6, 1e-6, (1e-10,) * 5, 2e-10, (8e-9, 2e-9, 5e-10, 1e-10), True)
 OWN = key_of(torch.float32, "cpu", torch.get_num_threads())
 OTHER = f"far CPU torch 9 cpu {torch.get_num_threads()} threads torch.float32"
 

@@ -28,7 +28,7 @@ TRAIN = Network(
     {"o": 4, "p": 4, "q": 4, "a": 4, "x": 4, "y": 4, "b": 5, "c": 5},
 )
 BYTES = 64 * 64 * 8
-FAST = Machine(1e-6, 1e-10, 1e-10, (1e-9, 1e-10, 2e-11, 1e-11), True)
+FAST = Machine(1e-6, 1e-6, (1e-10,) * 5, 1e-10, (1e-9, 1e-10, 2e-11, 1e-11), True)
 
 
 def layer(seed: int = 0) -> FactorizedLinear:

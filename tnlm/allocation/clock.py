@@ -79,8 +79,10 @@ class Clock:
         tokens = self.workload.tokens * target.share
         each = max(1, round(tokens))
         products = target.products(network)
+        made = network is not None
         seconds = sum(
-            layer_time(product, self.prices.times, self.itemsize, each) for product in products
+            layer_time(product, self.prices.times, self.itemsize, each, arranged=made)
+            for product in products
         )
         return replace(cost, time=round(1e9 * seconds * min(1.0, tokens)))
 

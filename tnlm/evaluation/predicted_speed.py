@@ -59,7 +59,9 @@ def predict_speed(model: nn.Module, tokens: Sequence[int] = (1, 16, 512)) -> dic
     size = parameter.element_size()
     found = {}
     for count in tokens:
-        dense = [prices.product(count, *_dense_shape(made), 1, size) for made in layers]
+        dense = [
+            prices.product(count, *_dense_shape(made), 1, size, arranged=False) for made in layers
+        ]
         found[count] = sum(dense) / sum(_seconds(m.module, prices, size, count) for m in layers)
     return found
 

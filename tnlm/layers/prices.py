@@ -43,7 +43,8 @@ class Prices:
 
     def to_dict(self) -> dict[str, Any]:
         """Return them as plain values, such as a file of measurements has."""
-        return {self.name: {**asdict(self.times), "macs": list(self.times.macs)}}
+        times = asdict(self.times)
+        return {self.name: {n: list(t) if isinstance(t, tuple) else t for n, t in times.items()}}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Prices:

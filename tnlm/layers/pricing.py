@@ -11,6 +11,8 @@ from tnlm.tensors.network import Network
 
 MOST_TOKENS = 2**15
 """Largest token count to consider."""
+VIEWS = 3
+"""Small operations that a step on modes takes to give an activation its modes and back."""
 GAIN = 0.9
 """A rebuilt weight is used if its predicted time is below this fraction of the factors'."""
 
@@ -35,7 +37,8 @@ def crossing(
 
     Example:
         >>> from tnlm.tensors.contraction import chain
-        >>> machine = Machine(1e-6, 1e-10, 1e-10, (1e-9, 1e-10, 2e-11, 1e-11), True)
+        >>> rates = (1e-9, 1e-10, 2e-11, 1e-11)
+        >>> machine = Machine(1e-6, 1e-6, (1e-10,) * 5, 1e-10, rates, True)
         >>> low_rank = Network({"l": "oa", "r": "ai"}, "o", "i", {"o": 512, "a": 64, "i": 512})
         >>> crossing(low_rank, chain(low_rank), machine, 4)
         inf
@@ -59,14 +62,20 @@ def through(network: Network, plan: Chain, machine: Machine, itemsize: int, toke
             seconds += machine.reorder(tokens * numbers, itemsize)
         rows, width = network.size(step.kept), step.width
         met = tokens * math.prod(step.rest)
-        # The identity block is not multiplied; its values are reordered with the others.
+        # The identity block is not multiplied; its values are put in order with the others, and
+        # joined to the results or added to them.
         if passes_out(network, step.factor, step.batch, step.contracted):
-            seconds += machine.reorder(met * rows, itemsize)
+            seconds += machine.step + machine.reorder(met * rows, itemsize)
             rows -= width
         elif passes_in(network, step.factor, step.batch, step.kept):
-            seconds += machine.reorder(met * width, itemsize)
+            seconds += 2 * machine.step + machine.reorder(met * width, itemsize)
             width -= rows
-        seconds += machine.product(met, rows, width, step.blocks, itemsize)
+        elif network.gauge is not None and network.gauge.factor == step.factor:
+            # Joined with an identity block, put in order, and laid out for its step.
+            seconds += 4 * machine.step + 3 * machine.reorder(step.blocks * rows * width, itemsize)
+        if not plan.is_flat:
+            seconds += VIEWS * machine.step
+        seconds += machine.product(met, rows, width, step.blocks, itemsize, arranged=step.is_flat)
         numbers = math.prod(step.after)
     if plan.permute is not None:
         seconds += machine.reorder(tokens * numbers, itemsize)
@@ -74,18 +83,26 @@ def through(network: Network, plan: Chain, machine: Machine, itemsize: int, toke
 
 
 def layer_time(
-    product: tuple[int, int] | Network, machine: Machine, itemsize: int, tokens: int
+    product: tuple[int, int] | Network,
+    machine: Machine,
+    itemsize: int,
+    tokens: int,
+    *,
+    arranged: bool = True,
 ) -> float:
     """Return the seconds that tokens take through a matrix, by its shape, or through a network.
 
+    A matrix made by tnlm is arranged in memory; one that stays dense is not.
+
     Example:
-        >>> machine = Machine(1e-6, 1e-10, 1e-10, (1e-9, 1e-10, 2e-11, 1e-11), True)
+        >>> rates = (1e-9, 1e-10, 2e-11, 1e-11)
+        >>> machine = Machine(1e-6, 1e-6, (1e-10,) * 5, 1e-10, rates, True)
         >>> low_rank = Network({"l": "oa", "r": "ai"}, "o", "i", {"o": 512, "a": 64, "i": 512})
         >>> layer_time(low_rank, machine, 4, 1) < layer_time((512, 512), machine, 4, 1)
         True
     """
     if isinstance(product, tuple):
-        return machine.product(tokens, *product, 1, itemsize)
+        return machine.product(tokens, *product, 1, itemsize, arranged=arranged)
     rebuilt = rebuilding(product, machine, itemsize)
     rebuilt += machine.product(tokens, *product.shape, 1, itemsize)
     if is_table(product):
