@@ -80,14 +80,15 @@ if SITE := os.environ.get("TNLM_DOCS_URL"):
         "navbar_end": ["version-switcher", "theme-switcher", "navbar-icon-links"],
     }
 
-# The gallery shows examples without running them, which takes real models or long. To run them:
-# sphinx-build -D plot_gallery=True.
+# The gallery runs its examples on tiny models, in a minute or two; later builds run what changed.
+# Without running any: sphinx-build -D plot_gallery=0.
 if (EXAMPLES / "README.rst").is_file():
     extensions.append("sphinx_gallery.gen_gallery")
     sphinx_gallery_conf = {
         "examples_dirs": str(EXAMPLES),
         "gallery_dirs": "_generated/gallery",
-        "plot_gallery": False,
+        "plot_gallery": True,
+        "capture_repr": (),
         "filename_pattern": r"\.py$",
         "ignore_pattern": r"(__init__|tiny)\.py$",
         "within_subsection_order": "gallery.FirstOnTop",

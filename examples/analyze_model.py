@@ -14,13 +14,13 @@ import tiny
 
 import tnlm
 
-given = tiny.setting(__doc__, "figure")
+given = tiny.setting(__doc__)
 
 # %%
-# One row for each matrix. ``k90`` is the share of the directions that holds 90 % of the energy, and
-# ``random`` the same for a matrix of independent random numbers: a weight whose two numbers agree
-# has nothing that plain low rank could use. ``features k90`` counts directions of the outputs on
-# the text, often far fewer: that is why schemes that look at data do better.
+# One row for each matrix. ``k90`` is the fraction of the directions that hold 90 % of the energy,
+# and ``random`` the same for a matrix of independent random numbers: where the two agree, plain low
+# rank has nothing to exploit. ``features k90`` counts directions of the outputs on the text, often
+# far fewer, which is why schemes that use data do better.
 
 data = {
     "calibration": [given.learn],
@@ -45,16 +45,16 @@ for metric in ("identity", "input"):
         print(f"{name} {structure:9} {metric:8} keep {row.keep:.2f} error {row.error:.3f}")
 
 # %%
-# A number that foretells which matrices suffer, without any text: the share that goes times the
-# stable rank.
+# Which matrices will suffer most? The fraction that is removed times the stable rank predicts it,
+# without any text.
 
 damage = analysis.damage(keep=0.8)
 print("suffers most:", max(damage, key=damage.__getitem__))
 
 # %%
-# Do large singular values matter more? One tenth of them after another is dropped from all matrices
-# and the model is measured without it. If so, the first group costs most, and the rank correlation
-# with the energy that is lost is near 1.
+# Do large singular values matter more? Each tenth of them in turn is dropped from all matrices, and
+# the model is measured without it. If they do, the first group costs most, and the rank correlation
+# with the lost energy is near 1.
 
 groups = tnlm.truncate_groups(
     given.model,
@@ -65,5 +65,8 @@ groups = tnlm.truncate_groups(
     progress=False,
 )
 print(groups)
-if given.figure:
-    given.save(tnlm.plot.heatmap(damage, label="predicted damage"))
+
+# %%
+# The prediction as a picture: one row for each kind of matrix, one column for each block.
+
+given.show(tnlm.plot.heatmap, damage, label="predicted damage")

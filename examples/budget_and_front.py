@@ -18,7 +18,7 @@ import tiny
 import tnlm
 from tnlm.utils.pareto import pareto as pareto_front
 
-given = tiny.setting(__doc__, "figure")
+given = tiny.setting(__doc__)
 dense = given.model
 
 # %%
@@ -40,8 +40,8 @@ for name, budget in BUDGETS.items():
 
 # %%
 # Three structures at several sizes: low rank, the same without the identity block that saves r * r
-# parameters, and block tensor trains. ``pareto_front`` finds the points that no other one beats in
-# both size and perplexity.
+# parameters, and block tensor trains. ``pareto_front`` finds the points that no other point
+# beats in both size and perplexity.
 
 STRUCTURES = {
     "svd": {"scheme": "svd"},
@@ -59,14 +59,13 @@ for name, options in STRUCTURES.items():
 every = sorted(point for pairs in points.values() for point in pairs)
 front = pareto_front(every, maximize=[False, False])
 print(f"not beaten: {[every[index][0] for index in front]}")
-if given.figure:
-    size = sum(parameter.numel() for parameter in dense.parameters())
-    given.save(tnlm.plot.pareto(points, dense=(size, given.perplexity(dense))))
+size = sum(parameter.numel() for parameter in dense.parameters())
+given.show(tnlm.plot.pareto, points, dense=(size, given.perplexity(dense)))
 
 # %%
-# Instead of one share for all matrices a configuration says which layers are decomposed, which
-# matrices in them, and at which rank. All of them together are the design space; a search samples
-# it and returns its front. The model gets its own layers back after every trial.
+# Instead of one fraction for all matrices, a configuration sets which layers are decomposed, which
+# matrices in them, and at which rank. All configurations together are the design space; a search
+# samples it and returns its front. The model gets its own layers back after every trial.
 
 space = tnlm.DesignSpace(dense, ranks=[8, 24], formats=["low-rank"])
 print(f"{space.count(distinct=True)} configurations")

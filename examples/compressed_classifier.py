@@ -1,8 +1,9 @@
 """A compressed classifier
 =======================
 
-A classifier learns from labelled rows, before compression, for the Fisher information that weighs
-it, and after. By default the rows are made here: sentences of praise and of blame. On your own::
+A classifier learns from labelled rows before compression and after it; the same rows give the
+Fisher information that weights the errors. By default they are made here: sentences of praise and
+of blame. On your own::
 
     python examples/compressed_classifier.py --model MODEL --text ROWS.jsonl
 
@@ -23,7 +24,7 @@ from transformers import LlamaForSequenceClassification as TinyClassifier
 
 import tnlm
 
-asked = tiny.arguments(__doc__)
+asked = tiny.arguments(__doc__, "figure")
 
 # %%
 # The rows. A made-up sentence is of class 1 if its last adjective is a good one, and no "not"
@@ -84,13 +85,13 @@ dense = tnlm.finetune(dense, learn, **training)
 print(f"dense                 accuracy {accuracy(dense):.3f}")
 
 # %%
-# Plain low rank, and FWSVD, whose errors count by Fisher information of the classes:
-# ``tnlm.labelled`` turns rows into the calibration data for it. The head stays dense.
+# Plain low rank, and FWSVD, which weights errors by the Fisher information of the classes:
+# ``tnlm.labelled`` turns rows into calibration data for it. The head stays dense.
 
 data = tnlm.labelled(learn, tokenizer, max_length=128)
 plain = tnlm.compress(copy.deepcopy(dense), "svd", keep_targets=0.1, progress=False)
 print(f"svd                   accuracy {accuracy(plain):.3f}")
-weighed = tnlm.compress(
+weighted = tnlm.compress(
     copy.deepcopy(dense),
     "fwsvd",
     keep_targets=0.1,
@@ -98,11 +99,13 @@ weighed = tnlm.compress(
     gradient_samples=128,
     progress=False,
 )
-print(f"fwsvd                 accuracy {accuracy(weighed):.3f}")
+print(f"fwsvd                 accuracy {accuracy(weighted):.3f}")
 
 # %%
-# Fine-tuning goes on with the factors as with any other weights.
+# Fine-tuning continues on the factors, as on any other weights.
 
-weighed = tnlm.finetune(weighed, learn, **training)
-print(f"fwsvd, trained again  accuracy {accuracy(weighed):.3f}")
-print("\n".join(tnlm.report(weighed).summary()[:2]))
+weighted = tnlm.finetune(weighted, learn, **training)
+print(f"fwsvd, trained again  accuracy {accuracy(weighted):.3f}")
+report = tnlm.report(weighted)
+print("\n".join(report.summary()[:2]))
+tiny.show(tnlm.plot.allocation, report, file=asked.figure)

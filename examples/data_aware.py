@@ -18,14 +18,14 @@ import tiny
 
 import tnlm
 
-given = tiny.setting(__doc__, "figure")
+given = tiny.setting(__doc__)
 dense = given.model
 print(f"dense                   perplexity {given.perplexity(dense):.2f}")
 
 # %%
-# What a scheme needs to know decides its arguments. ``svd`` needs nothing; the others calibrate on
-# a text, and ``kfac-svd`` takes gradients on its first windows besides. What was learned from the
-# text is kept in ``cache_dir``: nine compressions read it once.
+# ``svd`` needs no data; the others calibrate on a text, and ``kfac-svd`` also computes gradients on
+# its first windows. Statistics of the text are kept in ``cache_dir``, so that all compressions
+# share them.
 
 place = tempfile.TemporaryDirectory()
 data = {
@@ -48,16 +48,15 @@ for scheme in ("svd", "svd-llm", "kfac-svd"):
 
 # %%
 # ``metric=`` overrides the metric of any scheme, so that one choice is changed at a time. This is
-# ``svd`` with the metric of ``svd-llm``, which is all that tells the two apart.
+# ``svd`` with the metric of ``svd-llm``, the only difference between the two.
 
 same = tnlm.compress(copy.deepcopy(dense), "svd", metric="input", keep_targets=0.4, **data)
 print(f"svd, metric=input keep_targets=0.4 perplexity {given.perplexity(same):.2f}")
 
 # %%
-# Perplexity against size. The tiny model learned for some seconds only, so the distances on it say
-# little about real ones; the script prints and draws the same for those.
+# Perplexity against size. The tiny model was trained for seconds, so its differences say little
+# about real models; the script prints and draws the same for those.
 
-if given.figure:
-    size = sum(parameter.numel() for parameter in dense.parameters())
-    given.save(tnlm.plot.pareto(points, dense=(size, given.perplexity(dense))))
+size = sum(parameter.numel() for parameter in dense.parameters())
+given.show(tnlm.plot.pareto, points, dense=(size, given.perplexity(dense)))
 place.cleanup()

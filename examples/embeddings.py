@@ -41,10 +41,9 @@ for scheme in ("albert", "tensorgpt"):
         )
 
 # %%
-# At the same size the two-matrix form is nearer to the table here: all rows share one subspace, and
-# a train for each row shares nothing. What this buys is that rows stay apart: to edit one token's
-# row is to edit its own cores. The row of any token is built when it is looked up; the whole table
-# never is.
+# At the same size the two-matrix form is nearer to the table here, as all rows share one subspace;
+# trains share nothing. In return, rows stay independent: editing one token's cores changes its row
+# alone. A row is built when its token is looked up; the whole table never is.
 
 embedding = models["tensorgpt"].get_input_embeddings()
 print({name: tuple(value.shape) for name, value in embedding.named_parameters()})
@@ -56,3 +55,9 @@ with torch.no_grad():
     changed = (embedding(ids) - before).abs().amax(1).nonzero().flatten().tolist()
     core[3].div_(2.0)
 print(f"changing the cores of row 3 changes rows {changed}")
+
+# %%
+# Why two thin matrices suffice: the leading directions of the table hold most of its energy.
+
+energies = torch.linalg.svdvals(table.float()).square().tolist()
+given.show(tnlm.plot.energy, {"token embedding": energies})

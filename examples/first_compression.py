@@ -50,6 +50,11 @@ print("\n".join(report.summary()))
 print(f"compressed perplexity {given.perplexity(model):.2f}")
 
 # %%
+# The parameters that each block keeps, of those it had.
+
+given.show(tnlm.plot.allocation, report)
+
+# %%
 # The result is an ordinary model: it generates, saves and loads.
 
 tnlm.save(model, f"{place.name}/smaller", tokenizer=tokenizer)

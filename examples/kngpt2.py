@@ -21,16 +21,19 @@ teacher = given.model
 print(f"teacher    perplexity {given.perplexity(teacher):.2f}")
 
 # %%
-# GPT-2 holds queries, keys and values in one matrix, ``c_attn``; tnlm sees three. The plan lists
-# what the scheme chose: the odd blocks, and the embedding as a product whose rows stay whole.
+# GPT-2 holds queries, keys and values in one matrix, ``c_attn``; tnlm treats them as three. The
+# report lists what the scheme chose: the odd blocks, and the embedding as a product whose rows stay
+# whole.
 
 student = tnlm.compress(copy.deepcopy(teacher), "kngpt2", progress=False)
-print(tnlm.report(student))
+report = tnlm.report(student)
+print(report)
 print(f"compressed perplexity {given.perplexity(student):.2f}")
 
 # %%
-# One product is little, and nothing looked at data: the fall is steep. ``preset="ilkd"`` is the
-# paper's intermediate-layer distillation. The paper does not give its weights; here each is 1.
+# A single product fitted without data loses much. ``preset="ilkd"`` is the paper's
+# intermediate-layer distillation. The paper does not give the weights of its losses; here each
+# is 1.
 
 tnlm.distill(
     student,
@@ -52,3 +55,4 @@ print(f"distilled  perplexity {given.perplexity(student):.2f}")
 print(f"teacher    perplexity {given.perplexity(teacher):.2f}")
 kept, dense = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
 print(f"{kept / dense:.3f} of the parameters")
+given.show(tnlm.plot.allocation, report)

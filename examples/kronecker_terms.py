@@ -17,7 +17,7 @@ import tiny
 import tnlm
 from tnlm.studies.analysis import kronecker_errors
 
-given = tiny.setting(__doc__, "figure")
+given = tiny.setting(__doc__)
 print(f"dense              perplexity {given.perplexity(given.model):.2f}")
 
 # %%
@@ -31,9 +31,9 @@ four = tnlm.compress(copy.deepcopy(given.model), plan, progress=False)
 print(f"4 terms            perplexity {given.perplexity(four):.2f}")
 
 # %%
-# That is the sum nearest to the weights. On a real model four such terms are of no use without
-# training: see the README's table. ``metric="input"`` fits the sum to the outputs on a text
-# instead. With a size in place of ``terms`` the search is free to choose both, terms and shape.
+# This is the sum nearest to the weights; on a real model it is unusable without training, as the
+# README's table shows. ``metric="input"`` fits the sum to the outputs on a text instead. With a
+# budget in place of ``terms``, the search chooses both terms and shape.
 
 nearest = tnlm.compress(copy.deepcopy(given.model), "kron", keep_targets=0.7, progress=False)
 print(f"keep 0.7, no data  perplexity {given.perplexity(nearest):.2f}")
@@ -51,13 +51,12 @@ aware = tnlm.compress(
 print(f"keep 0.7, data     perplexity {given.perplexity(aware):.2f}")
 
 # %%
-# Why the shape has to be searched: at one size the error of a matrix depends on it. Here every
-# inner shape gets as many terms as half the matrix's parameters allow.
+# The shape is searched because the error at a given size depends on it. Here every inner shape gets
+# as many terms as half the matrix's parameters allow.
 
 name = plan.layers[0].name
 errors = kronecker_errors(given.model.get_submodule(name).weight, keep=0.5)
 best, worst = min(errors, key=errors.__getitem__), max(errors, key=errors.__getitem__)
 print(f"{name}: error {errors[best]:.2f} with inner factors of {best[0]}x{best[1]},")
 print(f"{errors[worst]:.2f} with {worst[0]}x{worst[1]}, of {len(errors)} shapes")
-if given.figure:
-    given.save(tnlm.plot.shapes(errors))
+given.show(tnlm.plot.shapes, errors)

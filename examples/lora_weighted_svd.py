@@ -1,9 +1,9 @@
-"""SVD weighed by a LoRA, and healed by one
-========================================
+"""SVD weighted by a LoRA, and healed by one
+=========================================
 
-A LoRA's gradients tell which inputs of a matrix matter to the loss without ever holding the
-gradient of the matrix itself. ``lora-svd`` weighs an SVD by that; then another LoRA wins back what
-the cut took. It needs ``pip install 'tnlm[train]'``. On your own model::
+A LoRA's gradients show which inputs of a matrix matter to the loss, without the gradient of the
+matrix itself. ``lora-svd`` weights an SVD by them; then another LoRA wins back part of the loss.
+It needs ``pip install 'tnlm[train]'``. On your own model::
 
     python examples/lora_weighted_svd.py --model MODEL --text TEXT
 """
@@ -21,9 +21,9 @@ dense = given.model
 print(f"dense                 perplexity {given.perplexity(dense):.2f}")
 
 # %%
-# Low rank with columns weighed by their Fisher information as a LoRA sees it, beside plain low rank
-# of the same size. Which is better is for you to measure: the weights are one number for each
-# input, less than what a metric with whole second moments knows.
+# Low rank whose columns are weighted by a LoRA's estimate of their Fisher information, beside plain
+# low rank of the same size. Measure which is better on your model: one weight for each input says
+# less than a metric with whole second moments.
 
 data = {"tokenizer": given.tokenizer, "max_length": given.window, "progress": False}
 plain = tnlm.compress(copy.deepcopy(dense), "svd", keep_targets=0.5, progress=False)
@@ -40,8 +40,8 @@ model = tnlm.compress(
 print(f"lora-svd              perplexity {given.perplexity(model):.2f}")
 
 # %%
-# A LoRA on each factor, all else frozen. It is merged in the end: ranks, parameters and the
-# identity block of the gauge stay what they were.
+# A LoRA on each factor, all else frozen. It is merged at the end, so that ranks, parameters and the
+# identity block of the gauge do not change.
 
 training = {
     "tokens": given.tokens,
@@ -52,9 +52,9 @@ healed = tnlm.heal(copy.deepcopy(model), [given.learn], **training, **data)
 print(f"healed on the factors perplexity {given.perplexity(healed):.2f}")
 
 # %%
-# Or as compensation: a LoRA beside each product. It starts from the part of the dense weight that
-# the product lacks, is trained, and is then joined to the factors, so that the rank grows by the
-# LoRA's. What that costs, the report counts.
+# Or a LoRA beside each product, to compensate for its error: it starts from the part of the dense
+# weight that the product lacks, is trained, and is then joined to the factors, so that the rank
+# grows by the LoRA's. The report counts the added parameters.
 
 weights = {
     layer.name: dense.get_submodule(layer.name).weight.detach()
@@ -76,3 +76,13 @@ beside = tnlm.heal(
 print(f"compensated           perplexity {given.perplexity(beside):.2f}")
 for name, made in (("lora-svd", model), ("healed", healed), ("compensated", beside)):
     print(f"{name:12} {tnlm.report(made).parameters_after} parameters")
+
+# %%
+# Perplexity against size, of all four.
+
+made = {"svd": plain, "lora-svd": model, "healed": healed, "compensated": beside}
+points = {
+    name: [(tnlm.report(each).parameters_after, given.perplexity(each))]
+    for name, each in made.items()
+}
+given.show(tnlm.plot.pareto, points)

@@ -41,8 +41,8 @@ class HeadsSpec:
 
 
 # %%
-# In the network ``hor,hri->hoi`` the mode h stands in both factors and in the rows: it numbers the
-# groups, which meet only their equals.
+# In the network ``hor,hri->hoi`` the mode h, which numbers the groups, is in both factors and in
+# the rows: a group of one factor meets only the same group of the other.
 
 
 class Heads(Format[HeadsSpec]):
@@ -99,9 +99,9 @@ class Heads(Format[HeadsSpec]):
 
 
 # %%
-# A format that stays is a file in ``tnlm/decompositions/`` that ends with ``FORMAT = Heads()``, and
-# a scheme one in ``tnlm/schemes/``; both are found by looking. From outside of the library they are
-# registered. A checkpoint then loads only where that was done.
+# Inside the library, a format is a file in ``tnlm/decompositions/`` that ends with ``FORMAT =
+# Heads()``, a scheme one in ``tnlm/schemes/``, and both are found by themselves. Outside, they are
+# registered; a checkpoint then loads only where they are registered too.
 
 tnlm.register(Heads())
 tnlm.register(
@@ -131,8 +131,10 @@ for metric in ("identity", "input", "two-sided"):
         progress=False,
     )
     print(f"{metric:11} perplexity {given.perplexity(model):.2f}")
-print(tnlm.report(model))
+report = tnlm.report(model)
+print(report)
 with tempfile.TemporaryDirectory() as folder:
     loaded = tnlm.load(tnlm.save(model, f"{folder}/head-wise"))
 print(f"loaded      perplexity {given.perplexity(loaded):.2f}")
 print(f"dense again perplexity {given.perplexity(tnlm.to_dense(loaded)):.2f}")
+given.show(tnlm.plot.heatmap, report, label="fraction kept")

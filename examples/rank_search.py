@@ -16,7 +16,7 @@ import tiny
 
 import tnlm
 
-given = tiny.setting(__doc__, "figure")
+given = tiny.setting(__doc__)
 cut = len(given.measure) // 2
 
 # %%
@@ -54,5 +54,4 @@ print(f"perplexity {small.report[0]:.2f} dense, {small.report[1]:.2f} compressed
 
 kept = {layer.name: layer.keep for layer in found.plan.layers}
 print(f"least: {min(kept, key=kept.__getitem__)}, most: {max(kept, key=kept.__getitem__)}")
-if given.figure:
-    given.save(tnlm.plot.heatmap(kept, label="fraction kept"))
+given.show(tnlm.plot.heatmap, kept, label="fraction kept")

@@ -50,14 +50,14 @@ print(f"loaded: logits differ by {differ(loaded(**prompt).logits):.1e}")
 print(f"loaded: perplexity {given.perplexity(loaded):.2f}")
 
 # %%
-# ``to_dense`` multiplies the factors out. The model is as large as it was, and any tool reads it.
+# ``to_dense`` multiplies the factors out. The model is as large as before, and any tool reads it.
 
 dense = tnlm.to_dense(copy.deepcopy(loaded))
 dense.save_pretrained(folder / "dense")
 print(f"dense:  logits differ by {differ(dense(**prompt).logits):.1e}")
 
 # %%
-# Exported, the factors are operations of torch alone, and the batch and the length are free.
+# The exported program holds operations of torch alone, for any batch size and length.
 
 two = {name: value.repeat(2, 1) for name, value in prompt.items()}
 exported = DynamoExporter().export(loaded, two, config=DynamoConfig(dynamic=True))
@@ -79,6 +79,9 @@ else:
 #
 #     transformers serve dense
 #
-# and the small one by any program that imports tnlm before it loads the model.
+# and the small one by any program that imports tnlm before it loads the model. The parameters that
+# each of its blocks keeps:
+
+given.show(tnlm.plot.allocation, tnlm.report(model))
 
 place.cleanup()

@@ -62,8 +62,8 @@ def loss_of(model: PreTrainedModel) -> float:
 
 
 # %%
-# ``from_config`` takes an ordinary config. No dense matrix is ever made: the factors start at
-# random, with the variance that the matrices of the architecture would have.
+# ``from_config`` takes an ordinary config and never makes a dense matrix: the factors start at
+# random, with the variance that the dense matrices would have.
 
 config = LlamaConfig(
     vocab_size=TOKENS,
@@ -74,11 +74,12 @@ config = LlamaConfig(
     tie_word_embeddings=True,
 )
 model = tnlm.from_config(config, "shapeshifter", keep_targets=asked.keep_targets)
-print(tnlm.report(model))
+report = tnlm.report(model)
+print(report)
 print(f"loss before {loss_of(model):.3f}")
 
 # %%
-# Nothing special trains it, and it saves and loads as what it is.
+# It trains, saves and loads like any other model.
 
 with tempfile.TemporaryDirectory() as folder:
     how = TrainingArguments(
@@ -96,3 +97,4 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"loss after {loss_of(model):.3f}")
     loaded = tnlm.load(tnlm.save(model, f"{folder}/model"))
 print(f"loss loaded {loss_of(loaded):.3f}")
+tiny.show(tnlm.plot.allocation, report)

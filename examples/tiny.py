@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import builtins
 import functools
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,17 +66,29 @@ class Setting:
         sizes = {"window": self.window, "windows": max(8, 2048 // self.window)}
         return tnlm.perplexity(model, self.measure, self.tokenizer, **sizes).perplexity
 
-    def save(self, axes: Any) -> None:
-        """Write the figure that holds the axes, if one was asked for."""
-        if self.figure:
-            axes.figure.savefig(self.figure)
-            print(f"figure in {self.figure}")
+    def show(self, draw: Callable[..., Any], *values: Any, **labels: Any) -> None:
+        """Draw into a figure, which a notebook shows; save it if that was asked for."""
+        show(draw, *values, file=self.figure, **labels)
+
+
+def show(draw: Callable[..., Any], *values: Any, file: Path | None = None, **labels: Any) -> None:
+    """Draw into a figure, which a notebook shows; save it if there is a file."""
+    if not importlib.util.find_spec("matplotlib"):
+        print("for the figure: pip install 'tnlm[plot]'")
+        return
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    draw(*values, axes, **labels)
+    if file:
+        figure.savefig(file)
+        print(f"figure in {file}")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"type": int, "help": "tokens in a window"},
-    "tokens": {"type": int, "help": "how many are trained on"},
     "figure": {"type": Path, "help": "where the figure is saved, e.g. figure.png"},
+    "tokens": {"type": int, "help": "how many are trained on"},
 }
 """Options that an example may have besides ``--model`` and ``--text``."""
 
@@ -104,10 +118,10 @@ def setting(description: str | None, *options: str, kind: str = "llama") -> Sett
 
     Args:
         description: the example's docstring.
-        options: what the example has besides ``--window``: ``"tokens"``, ``"figure"``.
+        options: what the example has besides ``--window`` and ``--figure``: ``"tokens"``.
         kind: of the tiny model.
     """
-    asked = arguments(description, "window", *options)
+    asked = arguments(description, "window", "figure", *options)
     if asked.model is None:
         logging.disable_progress_bar()
         torch.set_num_threads(1)  # tiny matrices gain nothing from more
@@ -125,7 +139,7 @@ def setting(description: str | None, *options: str, kind: str = "llama") -> Sett
         asked.window or window,
         getattr(asked, "tokens", None) or tokens,
         8 if asked.model is None else 2,
-        getattr(asked, "figure", None),
+        asked.figure,
         asked.model is not None,
     )
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from transformers.utils import logging
 
@@ -30,6 +31,7 @@ def run(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., str]]:
     """Run an example as a script in an empty folder, and return what it prints."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
     registries = [(items, dict(items)) for items in (formats(), schemes())]
 
     def execute(name: str, *arguments: object) -> str:
@@ -39,6 +41,7 @@ def run(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., str]]:
         return capsys.readouterr().out
 
     yield execute
+    plt.close("all")
     logging.enable_progress_bar()
     for items, before in registries:
         items.clear()

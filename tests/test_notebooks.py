@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import json
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from transformers.utils import logging
 
+import tnlm
 from tests.test_examples import CHECKS, EXAMPLES, NAMES
 from tnlm.decompositions import formats
 from tnlm.schemes import schemes
@@ -59,6 +62,7 @@ def notebook(gallery):
 def kernel(tmp_path, monkeypatch, capsys):
     """Return a function that runs cells as a kernel does, and returns what they print."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
@@ -69,6 +73,8 @@ def kernel(tmp_path, monkeypatch, capsys):
         names = {"__name__": "__main__"}
         for cell in cells:
             magic, _, rest = cell.partition("\n")
+            if magic.startswith("%pip install "):
+                continue
             if magic.startswith("%%writefile "):
                 Path(magic.split()[1]).write_text(rest)
             else:
@@ -76,6 +82,7 @@ def kernel(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     yield run
+    plt.close("all")
     sys.modules.pop("tiny", None)
     logging.enable_progress_bar()
     for items, before in registries:
@@ -94,3 +101,20 @@ def test_a_notebook_runs_as_downloaded(name, notebook, kernel, tmp_path):
 def test_the_first_compression_comes_first(gallery):
     files = [f"{name}.py" for name in NAMES]
     assert sorted(files, key=gallery.FirstOnTop("examples"))[0] == "first_compression.py"
+
+
+def test_a_model_of_the_hub_is_compressed(
+    kernel, tmp_path, tiny_llama, word_tokenizer, word_text, monkeypatch
+):
+    tiny_llama(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    wiki = {part: {"text": [word_text(9000, seed=2)]} for part in ("validation", "test")}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: wiki)
+    stored = json.loads((EXAMPLES / "from_the_hub.ipynb").read_text())["cells"]
+    cells = ["".join(cell["source"]) for cell in stored if cell["cell_type"] == "code"]
+    [named] = [number for number, cell in enumerate(cells) if cell.startswith("MODEL = ")]
+    cells[named] = f"MODEL, KEEP = {str(tmp_path / 'model')!r}, 0.8"
+    assert all(not cell.get("outputs") for cell in stored)
+    assert "word" in kernel(cells)
+    kept = tnlm.report(tmp_path / "smaller").plan
+    assert kept.targets_after.params <= 0.8 * kept.targets_before.params

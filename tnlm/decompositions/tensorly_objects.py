@@ -21,14 +21,7 @@ from tnlm.tensors.network import Factors, Network
 
 
 class Decomposed(NamedTuple):
-    """A matrix in a format of tnlm.
-
-    Attributes:
-        format: name of the format.
-        spec: its spec.
-        network: the network of the factors.
-        factors: all full factors.
-    """
+    """A matrix in a format of tnlm: the format's name, its spec, its network, and full factors."""
 
     format: str
     spec: Any
