@@ -29,7 +29,7 @@ The checks, at {keep} of the targets' parameters and calibrated on two random ro
 - **trains**: a backward pass gives finite gradients;
 - **generates**, where the dense model does.
 
-A cell names the checks that fail, and the reason stands below. *Body* counts the parameters of two
+A cell names the checks that fail; the reasons are below. *Body* counts the parameters of two
 or more dimensions in the blocks, without embeddings and heads; *targets* is the part of them that
 `svd` chooses. Towers that the input does not reach stay dense under the schemes that need data.
 """

@@ -41,6 +41,7 @@ exclude_patterns = [
     "schemes",
     "_generated/schemes.md",
     "_generated/sizes.md",
+    "_generated/headline.md",
     "_generated/gallery/*.ipynb",
 ]
 

@@ -17,6 +17,22 @@ def measured(scheme: str) -> list[str]:
     return [*_quality(scheme), *_classification(scheme)]
 
 
+def headline() -> str:
+    """Return what `auto` costs without training, in one sentence, for the home page."""
+    rows = _rows("quality")
+    [dense] = [row for row in rows if row["scheme"] == "dense"]
+    at = {(row["scheme"], row["asked"]): row for row in rows if "error" not in row}
+    cost = {asked: at["auto", asked]["wiki"] / dense["wiki"] for asked in (0.9, 0.8, 0.6)}
+    whole = at["auto", 0.8]["parameters"] / dense["parameters"]
+    return (
+        f"**Perplexity × {cost[0.8]:.2f} at 0.8 of the linear weights, without training.** That is "
+        f"`auto` on SmolLM2-135M-Instruct and WikiText-2, with {whole:.2f} of the whole model; at "
+        f"0.9 of the linear weights it is × {cost[0.9]:.2f}, at 0.6 × {cost[0.6]:.2f}. Plain SVD "
+        "of the same size destroys the model ([all methods, and the command]"
+        "(/benchmarks/quality.md)).\n"
+    )
+
+
 def _quality(scheme: str) -> list[str]:
     rows = _rows("quality")
     [dense] = [row for row in rows if row["scheme"] == "dense"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from costs import cost
 from diagrams import EXAMPLES as PICTURES
 from diagrams import describe, example
-from measured import measured
+from measured import headline, measured
 from sizes import sizes_table
 
 import tnlm
@@ -134,6 +134,7 @@ def write_pages(folder: Path) -> None:
     """Write all generated text into a folder."""
     write_if_new(folder / "examples.md", examples_page(EXAMPLES))
     write_if_new(folder / "sizes.md", sizes_table())
+    write_if_new(folder / "headline.md", headline())
     found = schemes()
     write_if_new(folder / "schemes.md", scheme_table(found))
     for name, scheme in found.items():

@@ -89,6 +89,12 @@ def test_a_scheme_page_has_what_was_measured(site):
     assert "on SST-2 with a third of its rank" in page
 
 
+def test_the_home_page_says_what_auto_costs(site):
+    said = sys.modules["measured"].headline()
+    assert re.match(r"\*\*Perplexity × 1\.\d\d at 0\.8 of the linear weights", said)
+    assert "_generated/headline.md" in (DOCS / "index.md").read_text()
+
+
 def test_measured_rows_stand_in_the_order_of_their_size(site):
     pages, _ = site
     page = pages.scheme_page(schemes()["auto"])
