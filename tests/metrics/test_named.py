@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.errors import OptionError
-from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT, SLOPES
+from tnlm.metrics.measure import FISHER, GRADIENTS, INPUTS, LORA, MOVEMENT, SLOPES, SURGERY
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.named import get_measure, measures
 from tnlm.metrics.named.two_sided import GRADIENT_SHRINK
@@ -16,6 +16,8 @@ MEASURES = {n: m for n, m in measures().items() if m.form not in ("experts", "to
 NAMES = {"moment": INPUTS, "mean": INPUTS, "magnitude": INPUTS}
 NAMES |= {"gradient": GRADIENTS, "fisher": FISHER, "slope": SLOPES}
 NAMES |= {"lora_inputs": LORA, "lora_outputs": LORA, "movement": MOVEMENT}
+NAMES |= {"lora_A": LORA, "lora_B": LORA}
+NAMES |= {"kept_rows": SURGERY, "kept_columns": SURGERY, "core": SURGERY}
 OUT, IN = 4, 5
 
 
@@ -32,7 +34,12 @@ def statistics(gaussian, seed=0, shift=0.0):
         "slope": gaussian(OUT, IN, seed=seed + 4),
         "lora_inputs": squared.sum(0),
         "lora_outputs": squared.sum(1),
+        "lora_A": gaussian(1, IN, seed=seed + 6),
+        "lora_B": gaussian(OUT, 1, seed=seed + 7),
         "movement": gaussian(IN, seed=seed + 3).square() + 0.1,
+        "kept_rows": torch.arange(OUT),
+        "kept_columns": torch.arange(IN),
+        "core": gaussian(OUT, IN, seed=seed + 8),
     }
 
 
@@ -84,6 +91,8 @@ def test_every_measure_is_its_formula(seed, shift, gaussian):
         "lora-fisher": (F.sum(0) * error.square()).sum(),
         "lora-taylor": (F.sum(0) * error.square()).sum(),
         "lora-both": (torch.outer(F.sum(1), F.sum(0)) / F.sum(1).mean() * error.square()).sum(),
+        "lora-kept": (F.sum(0) * error.square()).sum(),
+        "surgery": torch.trace(found["gradient"] @ error @ found["moment"] @ error.T),
         "pruned": error.square().sum(),
         "movement": (found["movement"] * error.square()).sum(),
     }

@@ -210,14 +210,17 @@ def lora_statistics(
     kind: str = "fisher",
     outputs: bool = False,
     rank: int = 8,
+    step: float = 0.0,
+    steps: int = 0,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     progress: bool = True,
+    keep: bool = False,
 ) -> Statistics:
     """Gather the importance of columns, ``lora_inputs``, and of rows, ``lora_outputs``.
 
-    Each comes from an untrained LoRA for which this side is exact, and is scaled to compensate for
-    the average loss of a projection onto so few directions.
+    Each comes from a LoRA for which this side is exact at its start, and is scaled to compensate
+    for the average loss of a projection onto so few directions.
 
     Args:
         model: see :func:`collect_lora`.
@@ -226,28 +229,35 @@ def lora_statistics(
         kind: ``"fisher"`` or ``"taylor"``.
         outputs: whether to gather the importance of rows too, in a second pass.
         rank: rank of the LoRA; lower if a matrix is smaller.
+        step: weight of the gradient's quadratic term.
+        steps: number of steps that train the LoRA meanwhile.
         seed: seed of the LoRA.
         cache_dir: cache of the statistics.
         progress: show a progress bar.
+        keep: whether to keep the LoRA as well: ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``,
+            whose product is added to the weight.
     """
     sizes = {name: size_of(model.get_submodule(name)) for name in modules}
     heights = {name: heights_of(modules[name], rows) for name, (rows, _) in sizes.items()}
     rank = min(rank, *(min(*h, sizes[name][1] // len(h)) for name, h in heights.items()))
     tokens = count_tokens(batches)
-    settings = ("lora", kind, rank, outputs, seed, *heights.values())
+    trained = (step, steps, keep) if step or steps or keep else ()
+    settings = ("lora", kind, rank, outputs, seed, *trained, *heights.values())
     store = open_store(cache_dir, tokens, model, list(modules), batches, settings)
     if store.complete:
         return store
     data = with_labels(model, batches)
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
     for sees in SEEN if outputs else ("inputs",):
-        found, _ = collect_lora(
+        found, loras = collect_lora(
             model,
             list(modules),
             data,
             rank=rank,
             kind=kind,
+            step=step,
             sees=sees,
+            steps=steps,
             parts=modules,
             seed=seed,
             progress=progress,
@@ -257,6 +267,9 @@ def lora_statistics(
             lost = tall.unsqueeze(1) if sees == "inputs" and len(tall) > 1 else tall
             lost = lost if sees == "inputs" else torch.tensor(float(sizes[name][1]))
             tensors[name][f"lora_{sees}"] = sums[sees] * (lost / rank)
+            if keep:
+                A, B = loras[name].A.detach().float(), loras[name].B.detach().float()
+                tensors[name] |= {"lora_A": A.cpu(), "lora_B": B.cpu() * loras[name].scaling}
     for name, held in tensors.items():
         if held:
             store.put(name, [name], held)

@@ -47,6 +47,15 @@ class Calibration:
     column: str | tuple[str, str] | None = choice(
         None, "Column of texts, in data with named columns; in Python two of them for pairs."
     )
+    lora_rank: int | None = choice(
+        None, "Rank of the LoRA whose gradients weight the columns (metrics lora-); 8 by default."
+    )
+    lora_steps: int | None = choice(
+        None, "Steps that train this LoRA meanwhile; 0 by default, 100 for the metric lora-kept."
+    )
+    lora_step: float | None = choice(
+        None, "Weight of the quadratic term of the gradient that it gives; 0 by default."
+    )
     temperature: float | None = choice(
         None, "Temperature of text that the model writes, for calibration self; 1 by default."
     )

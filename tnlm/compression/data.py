@@ -16,10 +16,14 @@ from tnlm.calibration.sequences import Batch
 from tnlm.compression.choices import Calibration, choices_of
 from tnlm.compression.request import Request
 from tnlm.errors import CalibrationError, OptionError
-from tnlm.metrics.measure import MOVEMENT
-from tnlm.utils.checks import is_whole
+from tnlm.metrics.measure import LORA, MOVEMENT
+from tnlm.metrics.named.lora import KEPT
+from tnlm.utils.checks import check_whole, is_real, is_whole
 
 logger = logging.getLogger("tnlm")
+
+LORA_OPTIONS = ("lora_rank", "lora_steps", "lora_step")
+"""Options of the LoRA whose gradients weight the columns."""
 
 
 def windows(calibration: Calibration, model: PreTrainedModel) -> list[Batch]:
@@ -64,6 +68,8 @@ def drawn(calibration: Calibration, training: Any) -> dict[str, float]:
     cut = calibration.cut
     names = ("num_samples", "max_length", "gradient_samples", "seed")
     found: dict[str, float] = {name: getattr(cut, name) for name in names}
+    loras = {name: getattr(calibration, name) for name in LORA_OPTIONS}
+    found |= {name: value for name, value in loras.items() if value is not None}
     sources = (calibration.data, training)
     if any(begins(source, calibration.tokenizer, cut.bos) for source in sources):
         found["bos"] = True
@@ -124,11 +130,33 @@ def check_data(request: Request, data: Calibration) -> None:
             "temperature= is for calibration='self', text that the model writes",
             argument=("temperature", "calibration"),
         )
+    _check_lora(request, data)
     samples = data.cut.gradient_samples
     if not is_whole(samples) or samples < 1:
         raise OptionError(
             f"gradient_samples={samples!r}; allowed: a whole number >= 1",
             argument="gradient_samples",
+        )
+
+
+def _check_lora(request: Request, data: Calibration) -> None:
+    """Raise `OptionError` unless options of a LoRA are in range, and the metric takes one."""
+    given = {name: getattr(data, name) for name in LORA_OPTIONS}
+    for name in (name for name, value in given.items() if value is not None):
+        if LORA not in request.needs:
+            raise OptionError(
+                f"{name}= has no effect with metric={request.measure.name!r}; allowed with metrics "
+                "that take the gradients of a LoRA, such as 'lora-fisher'",
+                argument=(name, "metric"),
+            )
+    if data.lora_rank is not None:
+        check_whole("lora_rank", data.lora_rank)
+    keeps = KEPT in request.measure.gathering.get(LORA, {})
+    if data.lora_steps is not None:
+        check_whole("lora_steps", data.lora_steps, int(keeps))
+    if data.lora_step is not None and not is_real(data.lora_step):
+        raise OptionError(
+            f"lora_step={data.lora_step!r}; allowed: a finite number", argument="lora_step"
         )
 
 

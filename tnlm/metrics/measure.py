@@ -19,7 +19,8 @@ Surgeon keeps of a matrix, and the frequencies of tokens."""
 
 Gathered = Callable[[str], Tensor]
 """Returns one statistic of a matrix by name: moment, mean, magnitude, gradient, fisher,
-lora_inputs, lora_outputs, movement, slope, kept_rows, kept_columns, core, frequency."""
+lora_inputs, lora_outputs, lora_A, lora_B, movement, slope, kept_rows, kept_columns, core,
+frequency."""
 
 
 def effect(scale: str | None) -> Callable[[Gathered], float]:

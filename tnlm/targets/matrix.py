@@ -26,7 +26,7 @@ from tnlm.tensors.contraction import chain, stored_shapes
 from tnlm.tensors.costs import macs
 from tnlm.tensors.network import Cost, Factors, Network
 
-BY_OUTPUT = ("gradient", "fisher", "slope", "lora_outputs")
+BY_OUTPUT = ("gradient", "fisher", "slope", "lora_outputs", "lora_B")
 """Statistics with one row per row of the weight."""
 BY_TARGET = ("movement", "kept_rows", "kept_columns", "core")
 """Statistics that are kept by target, not by module."""

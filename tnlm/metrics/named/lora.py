@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from tnlm.metrics.measure import LORA, Gathered, Measure, effect
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
+
+KEPT = "keep"
+"""The gatherer's option that trains a LoRA and keeps it."""
 
 
 def _inputs(of: Gathered, damping: float) -> Metric:
@@ -17,6 +23,48 @@ def _both(of: Gathered, damping: float) -> Metric:
     outputs = Side(of("lora_outputs"), damping)
     # Divided so that the scale counts once, not twice.
     return Metric(outputs, Side(of("lora_inputs").double() / outputs.mean, damping))
+
+
+class KeptLora(Metric):
+    """The columns' weights, of a matrix to which a LoRA was added that stays as it is.
+
+    Low rank keeps the LoRA's own factors, and spends the rest of its rank on the matrix without it.
+
+    Args:
+        inputs: the weighting of the columns.
+        A: ``(r, in)``.
+        B: ``(out, r)``, scaled.
+
+    Example:
+        >>> import torch
+        >>> A, B = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0], [2.0], [0.0]])
+        >>> metric = KeptLora(Side(torch.ones(3)), A, B)
+        >>> left, right = metric.low_rank(torch.diag(torch.tensor([3.0, 1.0, 5.0])) + B @ A, 2)
+        >>> (left @ right).round(decimals=6).tolist()
+        [[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 5.0]]
+    """
+
+    def __init__(self, inputs: Side, A: Tensor, B: Tensor) -> None:
+        """Store the LoRA; see the class for the arguments."""
+        super().__init__(inputs=inputs)
+        self.A, self.B = A.double(), B.double()
+
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """Return zeros for the LoRA's own rank, then the spectrum of the matrix without it."""
+        rest = super().spectrum(weight.double() - self.B @ self.A)
+        return torch.cat([rest.new_zeros(len(self.A)), rest])
+
+    def low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return factors that hold the LoRA's; without them if the rank is not larger, or full."""
+        own = rank - len(self.A)
+        if own < 1 or rank >= min(weight.shape):
+            return super().low_rank(weight, rank)
+        left, right = super().low_rank(weight.double() - self.B @ self.A, own)
+        return torch.cat([left, self.B], 1), torch.cat([right, self.A])
+
+
+def _kept(of: Gathered, damping: float) -> Metric:
+    return KeptLora(Side(of("lora_inputs"), damping), of("lora_A"), of("lora_B"))
 
 
 lora = partial(Measure, importance=effect("lora_inputs"), needs=frozenset({LORA}))
@@ -38,5 +86,11 @@ MEASURES = (
         "rows and columns weighted by their Fisher information, estimated from a LoRA's gradients",
         _both,
         gathering={LORA: {"outputs": True}},
+    ),
+    lora(
+        "lora-kept",
+        "columns as in lora-fisher, while the LoRA is trained; it stays in the factors",
+        _kept,
+        gathering={LORA: {KEPT: True}},
     ),
 )
