@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tnlm
 from tnlm.compression.choices import Calibration
 from tnlm.compression.gatherers import gatherers
 from tnlm.compression.job import prepare
@@ -10,6 +11,7 @@ from tnlm.compression.request import make_request
 from tnlm.errors import CalibrationError, OptionError, TargetError
 from tnlm.metrics.measure import MOVEMENT
 from tnlm.metrics.named import measures
+from tnlm.targets.channel_ranks import RankedFeedForward
 from tnlm.targets.channels import FeedForward
 from tnlm.targets.heads import Attention
 from tnlm.targets.matrix import MatrixTarget
@@ -75,7 +77,7 @@ def test_parts_of_a_fused_module_take_their_own_rows(name, make_model):
 
 
 def test_a_pair_is_weighed_as_its_reader_is(tiny_llama):
-    job = prepared(tiny_llama(), "auto")
+    job = prepared(tiny_llama(), tnlm.scheme("auto", formats=("low-rank", "channels", "heads")))
     assert [type(unit) for unit in job.joint] == [FeedForward] * 2 + [Attention] * 2
     for unit in job.joint:
         own, reader = job.evidence.metric(unit), job.evidence.metric(unit.consumer)
@@ -83,6 +85,24 @@ def test_a_pair_is_weighed_as_its_reader_is(tiny_llama):
         torch.testing.assert_close(own.inputs.values, reader.outputs.values)
         assert job.evidence.importance(unit) == job.evidence.importance(unit.consumer)
     assert not prepared(tiny_llama(), "svd-llm").joint
+
+
+@pytest.mark.parametrize("name", ["two-sided", "input", "identity"])
+def test_errors_in_a_layer_add_up_by_their_effects_on_the_loss(name, tiny_llama):
+    model = tiny_llama()
+    job = prepared(model, "auto", metric=name)
+    unit = next(unit for unit in job.joint if isinstance(unit, RankedFeedForward))
+    error = torch.randn(unit.shape, dtype=torch.float64)
+    apart = error.split(list(unit.sizes))
+    members = (unit.consumer, *unit.producers)
+    effects = [job.evidence.importance(member) for member in members]
+    wanted = sum(
+        effect * job.evidence.metric(member).norm(part if index == 0 else part.T) ** 2
+        for index, (member, part, effect) in enumerate(zip(members, apart, effects, strict=True))
+    )
+    found = job.evidence.importance(unit) * job.evidence.metric(unit).norm(error) ** 2
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert name != "two-sided" or set(effects) == {1.0}
 
 
 @pytest.mark.parametrize("name", ["input", "two-sided", "fisher-both", "diagonal"])

@@ -17,6 +17,7 @@ from tnlm.errors import CalibrationError
 from tnlm.metrics.measure import INPUTS, Measure
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.several import Several
+from tnlm.metrics.stacked import UNSEEN, scaled
 from tnlm.targets.base import Member, Target
 
 
@@ -89,7 +90,19 @@ class Evidence:
         if len(target.alike) > 1:
             parts = [partial(self.metric, one) for one in target.alike]
             return Several(parts, self._scales(target.alike))
-        return target.metric(lambda measured: self._measured(measured, newer))
+        return target.metric(partial(self._within, target, newer))
+
+    def _within(
+        self, target: Target, newer: Mapping[str, Tensor] | None, measured: Target
+    ) -> Metric:
+        """Return the metric of a matrix in a target, by its effect on the loss if they add up."""
+        metric = self._measured(measured, newer)
+        if not target.adds_up or not self.weighs_loss:
+            return metric
+        effects = {member.name: self.importance(member) for member in target.members}
+        largest = max(effects.values()) or 1.0
+        scale = max(effects[measured.name] / largest, UNSEEN)
+        return scaled(metric, scale, measured.shape[0])
 
     def _scales(self, targets: Sequence[Target]) -> list[float]:
         """Return how much a squared error of each target counts: by the loss, or by its tokens."""
@@ -125,6 +138,8 @@ class Evidence:
             return 1.0
         if len(target.alike) > 1:  # in its metric already
             return float(any(self.importance(one) for one in target.alike))
+        if target.adds_up:
+            return max(self.importance(member) for member in target.members)
         return self.measure.importance(partial(self.statistic, target.measured))
 
     def forget(self) -> None:

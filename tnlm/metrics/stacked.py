@@ -61,7 +61,7 @@ class Stacked(Metric):
         weights = [_weight(part) * s for part, s in zip(parts, several.scales, strict=True)]
         least = UNSEEN * max(weights)
         found = [
-            _scaled(part, scale, rows) if weight > least else _even(least, rows)
+            scaled(part, scale, rows) if weight > least else _even(least, rows)
             for part, scale, weight in zip(parts, several.scales, weights, strict=True)
         ]
         return cls(found, [rows] * len(found))
@@ -126,8 +126,13 @@ def _weight(member: Metric) -> float:
     return math.prod(side.mean for side in (member.outputs, member.inputs) if side is not None)
 
 
-def _scaled(member: Metric, scale: float, rows: int) -> Metric:
-    """Return a metric whose squared norm is ``scale`` times as large."""
+def scaled(member: Metric, scale: float, rows: int) -> Metric:
+    """Return a metric of matrices with so many rows, its squared norm ``scale`` times as large.
+
+    Example:
+        >>> scaled(Metric(), 4.0, rows=1).norm(torch.tensor([[3.0]]))
+        6.0
+    """
     if scale == 1.0:
         return member
     if member.outputs is not None:

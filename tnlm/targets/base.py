@@ -59,6 +59,7 @@ class Target(ABC):
         kind: the kind that a format must support, e.g. ``"linear"``.
         unmeasured: why metrics of inputs cannot measure targets of this kind; empty if they can.
         ends_block: whether its output is usually the last that a block adds to its residual stream.
+        adds_up: whether its error is that of several matrices, each by its effect on the loss.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Target(ABC):
     kind: ClassVar[str]
     unmeasured: ClassVar[str] = ""
     ends_block: ClassVar[bool] = False
+    adds_up: ClassVar[bool] = False
 
     @property
     def kinds(self) -> frozenset[str]:

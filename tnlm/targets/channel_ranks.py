@@ -38,6 +38,7 @@ class RankedFeedForward(FeedForward):
     """
 
     kind = "channel-ranks"
+    adds_up = True
 
     @classmethod
     def of(cls, layer: FeedForward) -> Self:
