@@ -87,7 +87,7 @@ def test_a_pair_is_weighed_as_its_reader_is(tiny_llama):
     assert not prepared(tiny_llama(), "svd-llm").joint
 
 
-@pytest.mark.parametrize("name", ["two-sided", "input", "identity"])
+@pytest.mark.parametrize("name", ["two-sided", "input"])
 def test_errors_in_a_layer_add_up_by_their_effects_on_the_loss(name, tiny_llama):
     model = tiny_llama()
     job = prepared(model, "auto", metric=name)
