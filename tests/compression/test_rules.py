@@ -242,8 +242,8 @@ def test_a_request_asks_every_rule(arguments, words):
 @pytest.mark.parametrize(
     ("scheme", "arguments", "words"),
     [
-        ("auto", {"metric": "covariance"}, "cannot select channels"),
-        ("auto", {"cascade": "sequential"}, "cannot select channels"),
+        ("auto", {"metric": "covariance"}, "cannot select channel-ranks or channels"),
+        ("auto", {"cascade": "sequential"}, "cannot select channel-ranks or channels"),
         ("kron", {"share": 2}, "share=2 with kronecker"),
         ("kron", {"allocation": "truncation"}, "truncation' with kronecker"),
         ("modegpt", {"tolerance": 0.1, "width": 4}, "tolerance and width given"),

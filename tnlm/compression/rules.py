@@ -118,7 +118,8 @@ def check_cascade(measure: Measure, cascade: str) -> None:
 
 def check_channels(structures: Sequence[Format[Any]], measure: Measure, cascade: str) -> None:
     """Raise `OptionError` unless the metric and the cascade can select channels or heads."""
-    chosen = [each.name for each in structures if each.kinds & {"channels", "channel-ranks", "heads"}]
+    narrowed = {"channels", "channel-ranks", "heads"}
+    chosen = [each.name for each in structures if each.kinds & narrowed]
     if not chosen:
         return
     if measure.name not in ("input", "two-sided") or cascade != "none":
