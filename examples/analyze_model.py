@@ -46,10 +46,11 @@ for metric in ("identity", "input"):
 
 # %%
 # Which matrices will suffer most? The fraction that is removed times the stable rank predicts it,
-# without any text.
+# without any text. In the picture a row is a kind of matrix, a column a block.
 
 damage = analysis.damage(keep=0.8)
 print("suffers most:", max(damage, key=damage.__getitem__))
+given.show(tnlm.plot.heatmap, damage, label="predicted damage")
 
 # %%
 # Do large singular values matter more? Each tenth of them in turn is dropped from all matrices, and
@@ -65,8 +66,3 @@ groups = tnlm.truncate_groups(
     progress=False,
 )
 print(groups)
-
-# %%
-# The prediction as a picture: one row for each kind of matrix, one column for each block.
-
-given.show(tnlm.plot.heatmap, damage, label="predicted damage")
