@@ -7,7 +7,8 @@ Every run is a process of its own, so that its peak memory is its own. Results a
 OUT/results.jsonl as they come; runs that are there already are not repeated. OUT/quality.md is the
 table. Calibration statistics are kept in OUT/cache. A scheme may carry options after a colon:
 ``svd-llm:allocation=loss,damping=0.01``; runs that differ in ``seed=`` alone, which draws the
-calibration data, are one row of ``--table readme``, as a mean with its spread.
+calibration data, are one row of ``--table readme``, as a mean with its spread and range.
+``--seeds 0 1 2`` measures every scheme with each of these draws.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     results = asked.out / "results.jsonl"
     done = _read(results)
-    jobs = [("dense", 1.0)] + [(s, k) for k in asked.keep_targets for s in asked.scheme]
+    schemes = [_seeded(scheme, seed) for scheme in asked.scheme for seed in asked.seeds or [None]]
+    jobs = [("dense", 1.0)] + [(s, k) for k in asked.keep_targets for s in schemes]
     for scheme, keep in jobs:
         if any((row["scheme"], row["asked"]) == (scheme, keep) for row in done):
             continue
@@ -59,6 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scheme", nargs="+", required=True)
     parser.add_argument("--keep-targets", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     parser.add_argument("--calibration", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", help="draws of the calibration data")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
@@ -180,6 +183,17 @@ def _readme(rows: list[Row], model: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _seeded(scheme: str, seed: int | None) -> str:
+    """Return a scheme with the option of a seed.
+
+    >>> _seeded("auto", 1), _seeded("svd-llm:damping=0.1", 2), _seeded("auto", None)
+    ('auto:seed=1', 'svd-llm:damping=0.1,seed=2', 'auto')
+    """
+    if seed is None:
+        return scheme
+    return f"{scheme}{',' if ':' in scheme else ':'}seed={seed}"
+
+
 def _drawn(scheme: str) -> str:
     """Return a scheme's name and options without the seed."""
     name, _, options = scheme.partition(":")
@@ -188,15 +202,18 @@ def _drawn(scheme: str) -> str:
 
 
 def _spread(ratios: list[float]) -> str:
-    """Return a mean with the standard deviation, if there are several; in words if it is large.
+    """Return a mean, with standard deviation and range if there are several; in words if large.
 
     >>> _spread([1.1]), _spread([1.1, 1.3]), _spread([200.0])
-    ('1.100', '1.200 ± 0.141', 'destroyed')
+    ('1.100', '1.200 ± 0.141 (1.100 to 1.300)', 'destroyed')
     """
     mean = statistics.fmean(ratios)
     if mean >= DESTROYED:
         return "destroyed"
-    return f"{mean:.3f}" + (f" ± {statistics.stdev(ratios):.3f}" if len(ratios) > 1 else "")
+    if len(ratios) == 1:
+        return f"{mean:.3f}"
+    around = f"({min(ratios):.3f} to {max(ratios):.3f})"
+    return f"{mean:.3f} ± {statistics.stdev(ratios):.3f} {around}"
 
 
 if __name__ == "__main__":

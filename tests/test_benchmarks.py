@@ -560,7 +560,7 @@ def test_the_short_table_of_quality_joins_draws_and_names_the_model():
     first, _, _, _, *table = quality._readme(rows, "models/tiny").splitlines()
     assert first == "tiny; perplexity of the dense model: 10.0 on wiki."
     assert table == [
-        "| `auto` | 0.8 | 1.200 ± 0.141 |",
+        "| `auto` | 0.8 | 1.200 ± 0.141 (1.100 to 1.300) |",
         "| `svd-llm:damping=0.1` | 0.8 | 1.500 |",
         "| `svd` | 0.8 | destroyed |",
     ]
