@@ -31,13 +31,18 @@ def evidence_of(metric, gaussian, *, silent=(), allocation="loss", **changes):
     found["slope"] = gaussian(OUT, IN, seed=3)
     found["lora_inputs"] = found["fisher"].double().sum(0)
     found["lora_outputs"] = found["fisher"].double().sum(1)
+    found["lora_A"], found["lora_B"] = gaussian(1, IN, seed=4), gaussian(OUT, 1, seed=5)
+    found["kept_rows"], found["kept_columns"] = torch.arange(OUT), torch.arange(IN)
+    found["core"] = gaussian(OUT, IN, seed=6)
     found["movement"] = found["lora_inputs"].clone()
     for name in silent:
         found[name] = torch.zeros_like(found[name])
     store = Statistics(tokens=20)
-    store.put("a.q", ["a.q"], {name: value for name, value in found.items() if name != "movement"})
+    own = ("movement", "kept_rows", "kept_columns", "core")  # are kept by target
+    store.put("a.q", ["a.q"], {name: value for name, value in found.items() if name not in own})
     sources = dict.fromkeys(found, by_module(store))
-    sources["movement"] = Found(lambda target, name: {TARGET.name: found[name]}[target.name])
+    by_target = Found(lambda target, name: {TARGET.name: found[name]}[target.name])
+    sources.update(dict.fromkeys(own, by_target))
     asked = make_request("svd", metric=metric, allocation=allocation)
     return Evidence(asked.measure, asked.damping, sources), found
 

@@ -78,7 +78,7 @@ def gather(
             earlier={**task.earlier, gatherer.name: found},
         )
         if found.model is not None:
-            known.seconds["prune"] = time.perf_counter() - start
+            known.seconds["prune" if gatherer.first else "train"] = time.perf_counter() - start
     _warn(known, len(targets))
     if known.borrowed:
         logger.warning(

@@ -173,7 +173,8 @@ def check_shared_formats(
             f"{sizes[0]}= with allocation={allocation.name!r}, which chooses it; give keep=",
             argument=(sizes[0], "allocation"),
         )
-    if SURGERY in measure.needs and allocation.metric != measure.name:
+    cuts = any("submatrix" in structure.kinds for structure in structures)
+    if cuts and SURGERY in measure.needs and allocation.metric != measure.name:
         raise OptionError(
             f"metric={measure.name!r} with allocation={allocation.name!r}; allowed: "
             f"allocation={measure.name!r}, as all matrices are operated on together",
