@@ -57,6 +57,11 @@ def test_the_citation_names_this_version_and_licence(project, citation):
     assert citation["authors"] == project["project"]["authors"]
 
 
+def test_the_changelog_has_this_version_on_the_day_of_the_citation(citation):
+    found = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert found[:2] == [("Unreleased", ""), (tnlm.__version__, str(citation["date-released"]))]
+
+
 def test_every_reference_has_what_the_citation_format_asks_for(citation):
     for reference in citation["references"]:
         assert reference["type"] in {"article", "conference-paper"}
