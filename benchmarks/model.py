@@ -56,7 +56,7 @@ def main() -> None:
     """Measure the models one after the other, then write the table."""
     asked = _arguments()
     rows: list[Row] = []
-    makers = {"real": _real, "random": _random}
+    makers = {"real": _real, "random": random_models}
     for model in asked.models:
         print(f"making the {model} model ...", file=sys.stderr, flush=True)
         name, variants = makers[model](asked)
@@ -108,7 +108,8 @@ def _real(asked: argparse.Namespace) -> tuple[str, Variants]:
     return Path(source).name, variants | _packed(variants["dense"], asked)
 
 
-def _random(asked: argparse.Namespace) -> tuple[str, Variants]:
+def random_models(asked: argparse.Namespace) -> tuple[str, Variants]:
+    """Return the name of a random Llama, and the model dense and of low rank."""
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=asked.hidden,

@@ -86,6 +86,23 @@ def test_predicted_compares_every_variant_with_dense(run):
     assert "| 192, 1 blocks | float32 | prefill 8 | Kronecker sum, 0.6 |" in text
 
 
+def test_serving_times_first_and_later_tokens(run, tmp_path, tiny_llama):
+    tiny_llama(vocab_size=512).save_pretrained(tmp_path / "dense")
+    given = f"dense={tmp_path / 'dense'}", f"same={tmp_path / 'dense'}"
+    options = "--batches 1 2 --prompts 4 --new-tokens 3 --dtypes float32"
+    figures, text = run("serving", *given, *options.split())
+    rows = figures["rows"]
+    assert [(row["batch"], row["variant"]) for row in rows] == [
+        (batch, name) for batch in ("1", "2") for name in ("dense", "same")
+    ]
+    for row in rows:
+        assert row["first_seconds"] > 0
+        assert row["between_seconds"] > 0
+        assert row["cache_bytes"] == int(row["batch"]) * rows[0]["cache_bytes"]
+    assert rows[0]["first_speed"] == 1
+    assert "| dense | float32 | eager | 2 | 4 | same |" in text
+
+
 @pytest.mark.parametrize("missing", ["tltorch", "peft", "linear_operator"])
 def test_a_library_that_is_missing_is_said_to_be(run, monkeypatch, missing):
     for module in [name for name in sys.modules if name.split(".")[0] == missing]:

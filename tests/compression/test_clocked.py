@@ -80,6 +80,19 @@ def test_a_plan_that_is_carried_out_keeps_its_prices(tiny_llama, file, caplog):
         tnlm.compress(tiny_llama(), broken, progress=False, **DATA)
 
 
+def test_a_plan_for_another_number_of_threads_warns(tiny_llama, caplog):
+    decided = tnlm.plan(tiny_llama(), "auto", **ASKED)
+    threads = torch.get_num_threads()
+    planned = OWN.replace(f" {threads} threads", f" {threads + 1} threads")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        tnlm.compress(tiny_llama(), decided, progress=False, **DATA)
+        assert "threads" not in caplog.text
+        other = tnlm.Plan.from_json(decided.to_json().replace(OWN, planned))
+        tnlm.compress(tiny_llama(), other, progress=False, **DATA)
+    assert f"are those of {planned}, not of this machine with its {threads} threads" in caplog.text
+
+
 def test_a_plan_for_a_device_that_is_not_here_warns(tiny_llama, file, caplog, monkeypatch):
     decided = tnlm.plan(tiny_llama(), "auto", prices=file, **ASKED)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
