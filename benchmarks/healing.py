@@ -35,6 +35,8 @@ SETTINGS = (
     "max_length",
     "windows",
     "bfloat16",
+    "num_samples",
+    "gradient_samples",
 )
 RATES = {"lora": 1e-3, "correct": 1e-3, "distill": 2e-4, "finetune": 2e-4}
 
@@ -73,6 +75,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--gradient-samples", type=int, default=16)
     parser.add_argument("--cache", type=Path, help="statistics of an earlier calibration")
     parser.add_argument("--bfloat16", action="store_true", help="heal in bfloat16 arithmetic")
     return parser.parse_args()
@@ -89,6 +93,7 @@ def measure(asked: argparse.Namespace, keep: float, how: str) -> Row:
         model, _ = load_model(kept)
     else:
         given = {"calibration": asked.calibration, "tokenizer": tokenizer, "cache_dir": asked.cache}
+        given |= {"num_samples": asked.num_samples, "gradient_samples": asked.gradient_samples}
         tnlm.compress(model, "auto", keep_targets=keep, progress=False, **given)
         tnlm.save(model, kept, tokenizer=tokenizer)
     if how != "none":
