@@ -12,7 +12,9 @@ from tnlm.metrics.measure import FISHER
 from tnlm.metrics.named import measures
 from tnlm.targets.matrix import MatrixTarget
 
-MEASURES = {n: m for n, m in measures().items() if m.form not in ("experts", "tokens")}
+# Only some formats, and one allocation, can be fitted under the others.
+SPECIAL = ("experts", "tokens", "surgery")
+MEASURES = {n: m for n, m in measures().items() if m.form not in SPECIAL}
 
 OUT, IN = 4, 3
 TARGET = MatrixTarget("a.q", "a.q", (OUT, IN))

@@ -17,7 +17,9 @@ from tnlm.targets.heads import Attention
 from tnlm.targets.matrix import MatrixTarget
 from tnlm.targets.table import TableTarget
 
-MEASURES = {n: m for n, m in measures().items() if m.form not in ("experts", "tokens")}
+# Only some formats, and one allocation, can be fitted under the others.
+SPECIAL = ("experts", "tokens", "surgery")
+MEASURES = {n: m for n, m in measures().items() if m.form not in SPECIAL}
 
 IDS = torch.arange(256) % 61 + 3
 DATA = Calibration(IDS, num_samples=4, max_length=32, gradient_samples=2)

@@ -156,6 +156,42 @@ def test_what_remains_is_healed_and_what_was_removed_stays_removed(make_model):
         assert torch.equal(after != 0, weight != 0)
 
 
+@pytest.mark.parametrize("recover", ["lora", "correct"])
+def test_adapters_recover_what_remains(recover, make_model):
+    data = {"training": IDS.repeat(2), "recover_tokens": 128, **DATA}
+    options = {"keep_targets": 0.6, "shots": 1}
+    model = tnlm.compress(make_model("llama"), "llm-surgeon", **options, recover=recover, **data)
+    plain = tnlm.compress(make_model("llama"), "llm-surgeon", **options, **DATA)
+    assert removed(model) == removed(plain) != []
+    for name in removed(model):
+        assert torch.equal(dense(model, name) != 0, dense(plain, name) != 0)
+    assert recover == "correct" or any(
+        not torch.equal(dense(model, name), dense(plain, name)) for name in removed(model)
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_few_bits_store_what_remains_alone(kind, make_model, tmp_path):
+    options = {"keep_targets": 0.6, "shots": 1, **DATA}
+    plain = tnlm.compress(make_model(kind), "llm-surgeon", **options)
+    model = tnlm.compress(make_model(kind), "llm-surgeon", precision="int8", **options)
+    layers = tnlm.report(model).plan.layers
+    assert removed(model) == removed(plain) != []
+    modules = dict(model.named_modules())
+    for layer in layers:
+        held = sum(t.numel() * t.element_size() for t in modules[layer.name].state_dict().values())
+        bias = modules[layer.name].bias
+        assert held - (0 if bias is None else bias.numel() * 4) == layer.after.bytes, layer.name
+    for name in removed(model):
+        wanted = dense(plain, name)
+        torch.testing.assert_close(dense(model, name), wanted, rtol=0.0, atol=0.05)
+        assert not torch.equal(dense(model, name), wanted)
+    ids = IDS[None, :9]
+    loaded = tnlm.load(tnlm.save(model, tmp_path / "saved"))
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
+    torch.testing.assert_close(tnlm.to_dense(loaded)(ids).logits, model(ids).logits)
+
+
 def removed(model):
     layers = tnlm.report(model).plan.layers
     return [layer.name for layer in layers if layer.format and min(layer.spec.values()) > 1]
@@ -193,6 +229,7 @@ def test_experts_that_are_one_parameter_are_left_alone():
         ({"cascade": "anchored"}, "which has measured the changed model itself"),
         ({"metric": "two-sided"}, "allowed: surgery"),
         ({"allocation": "uniform"}, "metric='surgery' with allocation='uniform'"),
+        ({"allocation": "loss"}, "metric='surgery' with allocation='loss'"),
     ],
 )
 def test_what_has_no_meaning_is_refused(option, text, make_model):

@@ -9,6 +9,8 @@ import torch
 
 import tnlm
 from tnlm.calibration import lora as gathering
+from tnlm.decompositions import get_format
+from tnlm.decompositions.low_rank import LowRankSpec
 from tnlm.errors import OptionError
 from tnlm.metrics.named.lora import KeptLora
 from tnlm.metrics.sides import Side
@@ -49,6 +51,31 @@ def test_the_rest_of_the_rank_is_the_best_fit_of_the_matrix_alone(shape, rank, g
     spectrum = metric.spectrum(weight + B @ A)
     error = metric.norm(weight + B @ A - left @ right) ** 2
     assert float(spectrum[rank:].sum()) == pytest.approx(error)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("own", [1, 3, 6, 8])
+def test_the_error_of_every_rank_is_predicted(shape, own, gaussian):
+    weight, weights = gaussian(*shape).double(), gaussian(shape[1], seed=3).abs()
+    A, B = gaussian(own, shape[1], seed=1), gaussian(shape[0], own, seed=2)
+    metric, structure = KeptLora(Side(weights), A, B), get_format("low-rank")
+    specs = [LowRankSpec(rank, gauge=False) for rank in range(1, 7)]
+    found = []
+    for spec in specs:
+        left, right = metric.low_rank(weight, spec.rank)
+        found.append(metric.relative(weight, left @ right))
+    assert len(metric.spectrum(weight)) == 6
+    assert structure.errors(weight, metric, specs) == pytest.approx(found, abs=1e-7)
+    for tolerance in (1e-9, 0.3):
+        (spec,) = structure.within(weight, metric, {}, tolerance)
+        assert spec.rank == next(n + 1 for n, error in enumerate(found) if error <= tolerance)
+
+
+@pytest.mark.parametrize("allocation", ["truncation", "energy"])
+def test_other_allocations_take_its_spectrum(allocation, make_model):
+    options = {**KEPT, "lora_steps": 1, "lora_rank": 8, "allocation": allocation}
+    plan = tnlm.plan(make_model("llama"), "lora-svd", **options, **DATA)
+    assert plan.targets_after.params <= 0.8 * plan.targets_before.params
 
 
 def test_a_rank_that_has_no_room_for_the_lora_fits_the_sum(gaussian):

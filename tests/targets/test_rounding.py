@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tnlm.checkpoint.entries import build, dense_module
+from tnlm.checkpoint.entries import build, dense_module, network_of
 from tnlm.decompositions import formats, get_format
 from tnlm.decompositions.base import Ceiling, to_dict
 from tnlm.layers.packed import Packed
@@ -21,7 +21,7 @@ ROWS, COLUMNS = 48, 64
 LINEAR = [
     name
     for name in formats()
-    if "linear" in get_format(name).kinds and name not in ("stack-tucker",)
+    if {"linear", "submatrix"} & get_format(name).kinds and name not in ("stack-tucker",)
 ]
 
 
@@ -65,7 +65,7 @@ def test_every_format_is_packed_as_its_entry_and_its_bytes_say(model, name, bits
     ((_, entry, module),) = found.pieces
     packed = {n: m for n, m in module.named_modules() if isinstance(m, Packed)}
     assert set(entry["precision"]) == set(packed)
-    shapes = unit.packed_shapes(None if name is None else module.network)
+    shapes = unit.packed_shapes(None if name is None else network_of(entry))
     assert sorted(r * c for r, c in shapes) == sorted(before)
     held = [
         tensor.numel() * tensor.element_size()
@@ -80,7 +80,9 @@ def test_every_format_is_packed_as_its_entry_and_its_bytes_say(model, name, bits
     assert torch.allclose(dense_module(entry, again)(x), module(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [None, "low-rank", "kronecker", "tensor-train", "tucker"])
+@pytest.mark.parametrize(
+    "name", [None, "low-rank", "kronecker", "tensor-train", "tucker", "submatrix"]
+)
 def test_eight_bits_change_little_and_the_error_is_measured(model, metric, name):
     unit, layer = target(), planned(name)
     fitted = unit.fit(model, layer, Metric() if name == "tucker" else metric)

@@ -79,7 +79,7 @@ class TruncationLoss(Allocation):
 
 def _loss(metric: Metric, weight: Tensor, rank: int) -> float:
     # The paper sums singular values; here C is a mean over tokens, like all statistics.
-    return float(metric.spectrum(weight).sqrt()[rank:].sum())
+    return float(metric.spectrum(weight).clamp_min(0.0).sqrt()[rank:].sum())
 
 
 def _types(names: dict[str, float]) -> dict[str, list[str]]:

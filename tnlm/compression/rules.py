@@ -20,6 +20,8 @@ BUDGETS = ("keep", "keep_targets", "tolerance")
 UNITS = ("params", "bytes", "macs", "time")
 CASCADES = ("none", "sequential", "anchored")
 NO_RECOVERY = "none"
+ADAPTED = {"linear", "submatrix"}
+"""Kinds of targets whose layers take adapters."""
 
 
 def check_measure(scheme: str, structures: Sequence[Format[Any]], measure: Measure) -> None:
@@ -173,8 +175,7 @@ def check_shared_formats(
             f"{sizes[0]}= with allocation={allocation.name!r}, which chooses it; give keep=",
             argument=(sizes[0], "allocation"),
         )
-    cuts = any("submatrix" in structure.kinds for structure in structures)
-    if cuts and SURGERY in measure.needs and allocation.metric != measure.name:
+    if SURGERY in measure.needs and allocation.metric != measure.name:
         raise OptionError(
             f"metric={measure.name!r} with allocation={allocation.name!r}; allowed: "
             f"allocation={measure.name!r}, as all matrices are operated on together",
@@ -303,7 +304,7 @@ def check_recover(
     if not is_word(recover, known):
         raise OptionError(f"unknown recover {recover!r}{did_you_mean(str(recover), known)}")
     made = frozenset().union(*(each.kinds | each.made_of for each in structures))
-    if recover != NO_RECOVERY and recoveries()[recover].adapts and made and "linear" not in made:
+    if recover != NO_RECOVERY and recoveries()[recover].adapts and made and not made & ADAPTED:
         raise OptionError(
             f"recover={recover!r} trains compressed linear layers, and {structures[0].name} makes "
             "none; allowed: 'finetune' or 'distill'",

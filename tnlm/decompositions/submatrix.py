@@ -52,7 +52,7 @@ class Submatrix(Format[SubmatrixSpec]):
     name = "submatrix"
     title = "some rows and columns, updated for the others"
     spec = SubmatrixSpec
-    metrics = frozenset({"separable"})
+    metrics = frozenset({"separable", "surgery"})
     kinds = frozenset({"submatrix"})
 
     def network(self, shape: Shape, spec: SubmatrixSpec) -> Network:

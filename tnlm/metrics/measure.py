@@ -62,6 +62,7 @@ class Measure:
         elementwise: whether every entry has its own weight, so that no closed form exists.
         weighs_experts: it weighs the experts of a block, not the entries of a matrix.
         weighs_tokens: it weighs the rows of an embedding, and measures no other matrix.
+        operates: it has already chosen the rows and columns that a matrix keeps.
     """
 
     name: str
@@ -75,12 +76,15 @@ class Measure:
     elementwise: bool = False
     weighs_experts: bool = False
     weighs_tokens: bool = False
+    operates: bool = False
 
     @property
     def form(self) -> str:
-        """What a format must be fitted under: elementwise, separable, experts or tokens."""
+        """What a format must support: elementwise, separable, experts, tokens or surgery."""
         if self.elementwise:
             return "elementwise"
         if self.weighs_tokens:
             return "tokens"
+        if self.operates:
+            return "surgery"
         return "experts" if self.weighs_experts else "separable"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tnlm.layers.adapters import matrix
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.packing import packed
+from tnlm.layers.submatrix import SubmatrixLinear
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 from tnlm.precision.grid import Precision
@@ -72,6 +73,10 @@ def _round(
     module: Any, grid: Precision, moment: Tensor | None, wanted: Tensor | None
 ) -> dict[str, Rounded]:
     """Return the codes of every layer in a module whose packing saves bytes, by its name there."""
+    if isinstance(module, SubmatrixLinear):
+        kept, core = module.columns_order[: module.columns], module.core.weight
+        own = None if moment is None else _among(moment, kept.to(moment.device))
+        return {"core": _on_grid(core, core, grid, own)} if _saves(grid, core) else {}
     if not isinstance(module, FactorizedLinear):
         if not _saves(grid, module.weight):
             return {}
@@ -145,7 +150,12 @@ def _moment(metric: Metric, kept: Tensor | None) -> Tensor | None:
     side = metric.start().inputs
     if side is None or kept is None:
         return None if side is None else side.values
-    return side.values[kept] if side.is_diagonal else side.values[kept][:, kept]
+    return _among(side.values, kept)
+
+
+def _among(moment: Tensor, kept: Tensor) -> Tensor:
+    """Return the second moment of the kept inputs, full or diagonal."""
+    return moment[kept] if moment.dim() == 1 else moment[kept][:, kept]
 
 
 def _noise(metric: Metric, change: Tensor, weight: Tensor, moment: Tensor | None) -> float:

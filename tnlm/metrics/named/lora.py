@@ -10,6 +10,7 @@ from torch import Tensor
 from tnlm.metrics.measure import LORA, Gathered, Measure, effect
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
+from tnlm.tensors.linalg import tails
 
 KEPT = "keep"
 """The gatherer's option that trains a LoRA and keeps it."""
@@ -50,9 +51,16 @@ class KeptLora(Metric):
         self.A, self.B = A.double(), B.double()
 
     def spectrum(self, weight: Tensor) -> Tensor:
-        """Return zeros for the LoRA's own rank, then the spectrum of the matrix without it."""
-        rest = super().spectrum(weight.double() - self.B @ self.A)
-        return torch.cat([rest.new_zeros(len(self.A)), rest])
+        """Return by how much each rank lowers the squared error of :meth:`low_rank`.
+
+        The entry is negative at the first rank that keeps the LoRA if the sum was fitted better.
+        """
+        full = min(weight.shape)
+        own = min(len(self.A), full)
+        whole = tails(super().spectrum(weight))
+        rest = tails(super().spectrum(weight.double() - self.B @ self.A))
+        left = torch.cat([whole[: min(own + 1, full)], rest[1 : full - own], whole[-1:]])
+        return left[:-1] - left[1:]
 
     def low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return factors that hold the LoRA's; without them if the rank is not larger, or full."""

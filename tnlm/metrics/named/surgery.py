@@ -45,5 +45,6 @@ MEASURES = (
         needs=frozenset({INPUTS, GRADIENTS, SURGERY}),
         gathering={GRADIENTS: {"moment": "full"}},
         damping=1e-2,
+        operates=True,
     ),
 )
