@@ -156,6 +156,9 @@ def test_a_config_that_names_no_class_of_its_own_is_a_causal_model(named, llama_
         "weights.safetensors",
         "a/b.bin",
         "my model",
+        "Modell-Größe",
+        "one--two",
+        "x" * 97,
     ],
 )
 def test_a_path_that_is_not_there_is_not_looked_for_on_a_hub(name, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import tensorly
 import torch
 from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac, tensor_ring, tensor_train_matrix, tucker
+from tensorly.tr_tensor import TRTensor
 from tensorly.tt_matrix import TTMatrix
 from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
@@ -56,8 +57,10 @@ def test_factors_go_to_tensorly_and_come_back(name, spec, gaussian):
     expected = structure.reconstruct((12, 8), spec, factors)
     tensor = to_tensorly(name, (12, 8), spec, factors)
     torch.testing.assert_close(dense(tensor), expected)
-    ring = {"out_split": spec.out_split} if name == "tensor-ring" else {}
-    back = from_tensorly(tensor, outputs=len(spec.out_split), **ring)
+    modes = {"outputs": len(spec.out_split)}
+    if name in ("tensor-ring", "tensor-train", "kronecker"):
+        modes = {"out_split": spec.out_split} if name == "tensor-ring" else {}
+    back = from_tensorly(tensor, **modes)
     assert back.format == ("tensor-train" if name == "kronecker" else name)
     torch.testing.assert_close(rebuild(back.network, back.factors), expected)
 
@@ -119,3 +122,21 @@ def test_what_has_no_counterpart_is_refused(gaussian):
         to_tensorly("low-rank", (12, 8), None, {})
     with pytest.raises(RankError, match="outputs=3; allowed: 1 to 2 of 3 modes"):
         from_tensorly(tucker(gaussian(12, 8).reshape(3, 4, 8), [2, 4, 3]), outputs=3)
+
+
+def test_arguments_without_effect_or_of_another_type_are_refused(gaussian):
+    terms = CPTensor((None, [gaussian(3, 2), gaussian(4, 2)]))
+    with pytest.raises(RankError, match="outputs='a'; allowed: 1 to 1 of 2 modes"):
+        from_tensorly(terms, outputs="a")
+    ring = TRTensor([gaussian(2, 4, 2), gaussian(2, 6, 4), gaussian(4, 6, 2)])
+    with pytest.raises(OptionError, match=r"outputs=1 with out_split=\(2, 3, 2\)"):
+        from_tensorly(ring, outputs=1, out_split=(2, 3, 2))
+    train = TTMatrix([torch.ones(1, 2, 3, 2), torch.ones(2, 3, 2, 1)])
+    with pytest.raises(OptionError, match="outputs=1 with a TTMatrix"):
+        from_tensorly(train, outputs=1)
+
+
+def test_a_ring_with_larger_ranks_than_tr_svd_makes_is_refused_with_the_reason(gaussian):
+    ring = TRTensor([gaussian(3, 4, 2), gaussian(2, 5, 4), gaussian(4, 6, 3)])
+    with pytest.raises(RankError, match="TR-SVD makes no larger ones, and its first two multiply"):
+        from_tensorly(ring, outputs=2)

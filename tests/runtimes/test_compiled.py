@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -72,3 +73,14 @@ def test_models_without_text_or_static_cache_are_refused(tiny_llama, monkeypatch
     monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
     with pytest.raises(ModelError, match="cannot compile LlamaForCausalLM: it has no static cache"):
         compile_decoding(model)
+
+
+def test_a_saved_model_is_not_compiled_when_loaded(tiny_llama, tmp_path):
+    model = tnlm.compress(tiny_llama(), "svd", keep_targets=0.6, progress=False)
+    before = model.generation_config.to_dict()
+    compile_decoding(model, backend="eager")
+    tnlm.save(model, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert "cache_implementation" not in saved
+    assert tnlm.load(tmp_path / "saved").generation_config.to_dict() == before
+    assert model.generation_config.cache_implementation == "static"

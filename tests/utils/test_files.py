@@ -34,6 +34,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_a_replaced_file_keeps_its_permissions(mode, tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    file.chmod(mode)
+    link.symlink_to(file)
+    for path in (file, link):
+        save_text(path, "new")
+        assert file.stat().st_mode & 0o777 == mode
+
+
 def test_a_pipe_is_written_into_and_stays_one(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

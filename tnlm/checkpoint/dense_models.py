@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented
 
 from tnlm.checkpoint.hub import hub_options
 from tnlm.errors import CheckpointError, OptionError, TnlmError, did_you_mean
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 # SafetensorError is added where safetensors is imported.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FILE_SUFFIXES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".onnx", ".zip"}
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
@@ -42,7 +43,7 @@ def load_model(
     Example:
         >>> load_model("./no/such/model")
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: ./no/such/model: no such file or directory; ...
+        tnlm.errors.CheckpointError: ./no/such/model: no such file or directory, and no hub id; ...
     """
     from safetensors import SafetensorError
     from torch import OutOfMemoryError
@@ -71,7 +72,7 @@ def check_source(source: str | Path) -> None:
     Example:
         >>> check_source("./no/such/model")
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: ./no/such/model: no such file or directory; ...
+        tnlm.errors.CheckpointError: ./no/such/model: no such file or directory, and no hub id; ...
     """
     _locate(source)
 
@@ -98,7 +99,8 @@ def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
         )
     if looks_like_path(source):
         raise CheckpointError(
-            f"{source}: no such file or directory; give a model directory, a .gguf file or a hub id"
+            f"{source}: no such file or directory, and no hub id; give a model directory, a .gguf "
+            "file or a hub id"
         )
     try:
         return str(source), hub_options(str(source))
@@ -109,16 +111,19 @@ def _locate(source: str | Path) -> tuple[str, dict[str, Any]]:
 def looks_like_path(source: str | Path) -> bool:
     """Return whether a source that does not exist was meant as a path, not a hub id.
 
-    A hub id is ``name`` or ``owner/name``; if there is a directory ``owner``, a path is meant.
+    A hub id is ``name`` or ``owner/name``, as the hub allows them; if there is a directory
+    ``owner``, a path is meant.
 
     Example:
         >>> [looks_like_path(name) for name in ("gpt2", "owner/name-1.5", "./gpt2", "a.bin")]
         [False, False, True, True]
     """
     name = str(source)
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(name):
+    if isinstance(source, Path) or Path(name).suffix.lower() in _FILE_SUFFIXES:
         return True
-    if Path(name).suffix.lower() in _FILE_SUFFIXES:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
         return True
     return "/" in name and Path(name).parent.is_dir()
 

@@ -21,7 +21,6 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 
 from tnlm.errors import CheckpointError, TnlmError
 from tnlm.utils.files import check_names
+from tnlm.utils.folders import share, sync, sync_folder
 from tnlm.utils.lock import Lock
 from tnlm.utils.undo import attempt, signals_held
 
@@ -170,11 +170,11 @@ class _Exchange:
         part, inside = work / "part", work.parent == self._target
         part.mkdir()
         write(part)
-        _share(part, self._lock.path)
-        _sync(part)
+        share(part, self._lock.path)
+        sync(part)
         if not inside:
             part.replace(self._target)
-            _sync_folder(self._target.parent)
+            sync_folder(self._target.parent)
         else:
             if not overwrite and any(_entries(self._target)):
                 raise CheckpointError(
@@ -189,7 +189,7 @@ class _Exchange:
         _move(work / "old", _config_first(_entries(self._target)))
         (work / "new").replace(work / "next")
         self.outcome = "the new files are in place"
-        _sync_folder(work)
+        sync_folder(work)
         _settle(work, self._target)
 
     def end(self) -> None:
@@ -234,7 +234,7 @@ def _settle(work: Path, target: Path) -> bool:
     moved = False
     if (work / "next").is_dir():
         moved = _move(target, reversed(_config_first((work / "next").iterdir())))
-        _sync_folder(target)
+        sync_folder(target)
     elif (work / "old").is_dir():
         moved = _move(target, reversed(_config_first((work / "old").iterdir())))
     # "next" marks the new files as the right ones, so it is removed last.
@@ -270,34 +270,6 @@ def _move(place: Path, paths: Iterable[Path]) -> bool:
         path.replace(place / path.name)
         moved = True
     return moved
-
-
-def _share(folder: Path, ordinary: Path) -> None:
-    """Give files the permissions of an ordinary new file: safetensors hides its own from others."""
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(ordinary.stat().st_mode & 0o777)
-
-
-def _sync(folder: Path) -> None:
-    """Flush all files below a folder to disk, in case the machine fails."""
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # some systems cannot sync folders
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _from_the_disk(error: Exception) -> bool:

@@ -25,21 +25,25 @@ def hub_options(source: str, folder: str = "", **places: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: if the hub cannot be reached, and there is no local copy.
     """
-    host = urlsplit(constants.ENDPOINT).hostname or ""
-    if not is_offline_mode() and _is_known(host):
+    offline = is_offline_mode()
+    if not offline and _is_known(constants.ENDPOINT):
         return {}
     config = f"{folder}/config.json" if folder else "config.json"
     if not isinstance(try_to_load_from_cache(source, config, **places), str):
+        host = urlsplit(constants.ENDPOINT).hostname
+        why = "HF_HUB_OFFLINE is set" if offline else f"{host} cannot be reached"
         raise CheckpointError(
-            f"no directory has this name; as a hub id, it has no local copy, and {host} cannot be "
-            "reached"
+            f"no directory has this name; as a hub id, it has no local copy, and {why}"
         )
     return {"local_files_only": True}
 
 
-def _is_known(host: str) -> bool:
-    """Return whether the name of a host is found; behind a proxy, which finds it, this is so."""
-    if urllib.request.getproxies():
+def _is_known(address: str) -> bool:
+    """Return whether the host of an address is found; a proxy that leads there finds it."""
+    parts = urlsplit(address)
+    host = parts.hostname or ""
+    leading = {parts.scheme, "all"} & urllib.request.getproxies().keys()
+    if leading and not urllib.request.proxy_bypass(host):
         return True
     try:
         socket.getaddrinfo(host, None)

@@ -33,7 +33,7 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
     Example:
         >>> locate(Path("no-such-model"), {})
         Traceback (most recent call last):
-        tnlm.errors.CheckpointError: no such file or directory
+        tnlm.errors.CheckpointError: no such file or directory, and no hub id
     """
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
     subfolder = kwargs.pop("subfolder", None) or ""
@@ -47,7 +47,7 @@ def locate(source: str | Path, kwargs: dict[str, Any], *, code: bool = False) ->
             raise CheckpointError(f"{writer} is writing it; wait until it is done")
         return folder
     if place.exists() or looks_like_path(source):
-        raise CheckpointError("no such file or directory")
+        raise CheckpointError("no such file or directory, and no hub id")
     return _fetch(str(source), subfolder, hub, kwargs.get("variant"), code)
 
 

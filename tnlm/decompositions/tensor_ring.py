@@ -84,11 +84,8 @@ class TensorRing(Format[TensorRingSpec]):
         check_split("out_split", spec.out_split, shape[0])
         check_split("in_split", spec.in_split, shape[1])
         order = len(spec.out_split)
-        if (
-            not ORDER <= order <= len(OUT)
-            or len(spec.in_split) != order
-            or len(spec.ranks) != order
-        ):
+        same = len(spec.in_split) == len(spec.ranks) == order
+        if not same or not ORDER <= order <= len(OUT):
             raise RankError(
                 f"out_split={spec.out_split}, in_split={spec.in_split}, ranks={spec.ranks}; "
                 f"allowed: as many ranks as sizes in each split, {ORDER} to {len(OUT)}",
@@ -97,7 +94,9 @@ class TensorRing(Format[TensorRingSpec]):
         most = _capped(_pairs(spec.out_split, spec.in_split), spec.ranks)
         if most != spec.ranks:
             raise RankError(
-                f"ranks={spec.ranks}; these splits allow at most {most}", argument="ranks"
+                f"ranks={spec.ranks}; these splits allow at most {most}: TR-SVD makes no larger "
+                "ones, and its first two multiply to at most the size of the first mode",
+                argument="ranks",
             )
         ranks = dict(zip(BOND, spec.ranks, strict=False))
         closing = BOND[0] if spec.ranks[0] > 1 else ""

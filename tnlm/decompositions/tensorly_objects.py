@@ -18,6 +18,7 @@ from tnlm.decompositions.tensor_train import TensorTrainSpec
 from tnlm.decompositions.tucker import TuckerSpec
 from tnlm.errors import OptionError, RankError
 from tnlm.tensors.network import Factors, Network
+from tnlm.utils.checks import is_whole
 
 
 class Decomposed(NamedTuple):
@@ -30,20 +31,24 @@ class Decomposed(NamedTuple):
 
 
 def from_tensorly(
-    tensor: Any, outputs: int = 1, out_split: Sequence[int] | None = None
+    tensor: Any, outputs: int | None = None, out_split: Sequence[int] | None = None
 ) -> Decomposed:
     """Return a decomposition made with tensorly as factors of a format.
 
     Args:
         tensor: a `TuckerTensor`, `CPTensor` or `TRTensor` of the matrix reshaped to its modes,
             outputs first, or a `TTMatrix`; with torch tensors.
-        outputs: how many of the modes are of the outputs; a `TTMatrix` has both in every core.
+        outputs: how many of the modes are of the outputs, 1 by default; a `TTMatrix` has both in
+            every core and takes none.
         out_split: for a `TRTensor` whose modes join outputs and inputs, the outputs in each mode,
             in place of ``outputs``.
 
     Raises:
-        OptionError: if it is none of these, or if its factors are not torch tensors.
+        OptionError: if it is none of these, if its factors are not torch tensors, or if an argument
+            would have no effect.
         RankError: if the matrix cannot have its ranks in the format; the message says what it can.
+            A ring may have no more than TR-SVD makes: the first two ranks multiply to at most the
+            size of its first mode.
 
     Example:
         >>> from tensorly.tt_matrix import TTMatrix
@@ -57,16 +62,33 @@ def from_tensorly(
         raise OptionError(
             f"{name} is not a tensorly object that tnlm reads; allowed: {', '.join(READERS)}"
         )
-    if out_split is not None and name != "TRTensor":
-        raise OptionError(f"out_split={tuple(out_split)}; allowed only for a TRTensor")
+    _check_modes(tensor, outputs, out_split)
     parts = [tensor.core] if name == "TuckerTensor" else []
     if name == "CPTensor" and tensor.weights is not None:
         parts = [tensor.weights]
     _check_torch(*parts, *tensor.factors)
-    if name != "TTMatrix" and out_split is None and not 1 <= outputs < len(tensor.factors):
-        modes = len(tensor.factors)
-        raise RankError(f"outputs={outputs}; allowed: 1 to {modes - 1} of {modes} modes")
-    return READERS[name](tensor, outputs, out_split)
+    return READERS[name](tensor, 1 if outputs is None else outputs, out_split)
+
+
+def _check_modes(tensor: Any, outputs: int | None, out_split: Sequence[int] | None) -> None:
+    """Raise unless an object takes what says which of its modes are of the outputs."""
+    name, modes = type(tensor).__name__, len(tensor.factors)
+    if out_split is not None and name != "TRTensor":
+        raise OptionError(
+            f"out_split={tuple(out_split)}; allowed only for a TRTensor", argument="out_split"
+        )
+    if outputs is None:
+        return
+    if out_split is not None or name == "TTMatrix":
+        what = f"out_split={out_split!r}" if out_split is not None else "a TTMatrix"
+        raise OptionError(
+            f"outputs={outputs!r} with {what}, which gives the outputs of every core; leave it out",
+            argument="outputs",
+        )
+    if not is_whole(outputs) or not 1 <= outputs < modes:
+        raise RankError(
+            f"outputs={outputs!r}; allowed: 1 to {modes - 1} of {modes} modes", argument="outputs"
+        )
 
 
 def _check_torch(*factors: Any) -> None:

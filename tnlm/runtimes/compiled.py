@@ -5,14 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from typing import Any
 
 from torch import nn
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from tnlm.errors import ModelError, OptionError
 
 COMPILERS = {"darwin": "clang++", "win32": "cl"}
 """What compiles the C++ that torch's default backend writes for the CPU; elsewhere g++."""
+
+
+class CompiledGeneration(GenerationConfig):
+    """How a model generates by a compiled step; what is saved of it names no static cache."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save it as that of a model whose decoding is not compiled."""
+        cache, self.cache_implementation = self.cache_implementation, None
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.cache_implementation = cache
 
 
 def compile_decoding(model: PreTrainedModel, *, backend: str = "inductor") -> PreTrainedModel:
@@ -21,7 +34,7 @@ def compile_decoding(model: PreTrainedModel, *, backend: str = "inductor") -> Pr
     It sets the model's generation config: a static cache, whose shapes stay the same from step to
     step, and what transformers compiles the step with. The prompt is not compiled. The first step
     takes as long as compiling does, and so does the first of a longer cache than before, for which
-    ``max_cache_len=`` of ``generate`` sets a size at once.
+    ``max_cache_len=`` of ``generate`` sets a size at once. A saved model has none of this.
 
     Args:
         model: a dense or compressed causal language model; changed in place.
@@ -47,8 +60,10 @@ def compile_decoding(model: PreTrainedModel, *, backend: str = "inductor") -> Pr
     chosen = CompileConfig(backend=backend)
     # Without it transformers compiles on GPUs only.
     chosen._compile_all_devices = True  # type: ignore[assignment]
-    model.generation_config.cache_implementation = "static"
-    model.generation_config.compile_config = chosen
+    made = CompiledGeneration.from_dict(model.generation_config.to_dict())
+    made.cache_implementation = "static"
+    made.compile_config = chosen
+    model.generation_config = made
     return model
 
 

@@ -183,13 +183,10 @@ class Target(ABC):
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
     ) -> Ceiling:
-        """Return the largest cost that a replacement may have.
+        """Return the largest cost that a replacement, with ``extra`` parameters, may have.
 
-        Args:
-            keep: fraction of the dense cost in ``unit``.
-            max_macs: most multiply-adds, as a multiple of the dense ones.
-            unit: ``"params"``, ``"bytes"`` or ``"macs"``.
-            extra: parameters of a bias that is added.
+        It is the fraction ``keep`` of the dense cost in ``unit`` (``"params"``, ``"bytes"`` or
+        ``"macs"``), and ``max_macs`` times the dense multiply-adds.
         """
 
     def most_macs(self, max_macs: float) -> float:
@@ -218,10 +215,7 @@ class Target(ABC):
 
 @dataclass(frozen=True)
 class Member(Target):
-    """A target that is a single matrix of one module.
-
-    All targets of a module are installed together.
-    """
+    """A target that is one matrix of a module, whose targets are all installed together."""
 
     @property
     def rows(self) -> slice | Tensor:
@@ -276,13 +270,8 @@ class Member(Target):
     ) -> tuple[dict[str, Entry], dict[str, str]]:
         """Return the checkpoint entries of the module, and of others that share its weight.
 
-        Args:
-            model: the model, in which the module is still dense.
-            group: all targets of the module.
-            entries: the entry of each target, by name.
-
-        Returns:
-            Entries by module name, and tied parameters: each name with the name it shares.
+        They come from the entry of each target in ``group``, all those of the module, which is
+        still dense in the model. Tied parameters follow: each name with the name it shares.
         """
 
     def install(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tnlm.utils.undo import attempt
 def write_file(path: Path, text: str) -> None:
     """Write a text file in UTF-8 atomically: elsewhere first, then moved into place.
 
-    An existing file is replaced; a link to a file stays a link.
+    An existing file is replaced and keeps its permissions; a link to a file stays a link.
 
     Raises:
         OSError: if it cannot be written; an existing file is then unchanged.
@@ -32,6 +34,8 @@ def write_file(path: Path, text: str) -> None:
     def work() -> None:
         new = claim.folder / "new"
         with new.open("w", encoding="utf-8") as file:
+            with contextlib.suppress(OSError):  # there is no old file, or no permissions here
+                shutil.copymode(target, new)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
