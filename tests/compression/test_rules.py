@@ -248,6 +248,7 @@ def test_a_request_asks_every_rule(arguments, words):
         ("kron", {"allocation": "truncation"}, "truncation' with kronecker"),
         ("modegpt", {"tolerance": 0.1, "width": 4}, "tolerance and width given"),
         ("basis-sharing", {"cascade": "anchored"}, "share=2 with cascade='anchored'"),
+        ("albert", {"metric": "tokens", "allocation": "loss"}, "an embedding affects the loss"),
     ],
 )
 def test_the_choices_of_a_scheme_are_held_to_the_rules(scheme, arguments, words):

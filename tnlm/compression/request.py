@@ -30,6 +30,7 @@ from tnlm.compression.rules import (
     check_shared_formats,
     check_time,
 )
+from tnlm.compression.token_rules import check_tokens
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Format
 from tnlm.errors import BudgetError
@@ -239,6 +240,7 @@ def request_of(asked: Asked) -> Request:
     check_recover(structures, measure, after, recovery.tokens)
     unit = check_shared(shared, budget, named.unit)
     check_shared_formats(shared, structures, measure, sizes)
+    check_tokens(shared, measure)
     grids = check_precision(named, shared, budget, unit, recovery)
     return Request(
         scheme=named,
