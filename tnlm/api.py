@@ -207,5 +207,4 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     check_bare(model)
     with torch.inference_mode(False):
         dense: PreTrainedModel = model.dequantize()
-    vars(dense).pop("tnlm_report", None)
     return dense

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,6 +19,32 @@ def test_a_plan_gives_what_it_gives_in_memory(scheme, tiny_llama, both, same):
     model, data = tiny_llama(), {} if scheme == "svd" else DATA
     plan = tnlm.plan(model, scheme, keep_targets=0.6, progress=False, **data)
     same(*both(model, plan, **data))
+
+
+@pytest.mark.parametrize("formats", [("low-rank", "channels", "heads"), ("channels",)])
+def test_a_plan_with_channels_as_auto_once_made_it(formats, tiny_llama, both, same):
+    scheme = dataclasses.replace(tnlm.scheme("auto"), formats=formats)
+    plan = tnlm.plan(tiny_llama(), scheme, keep_targets=0.6, progress=False, **DATA)
+    assert "channels" in {layer.format for layer in plan.layers}
+    plan = tnlm.Plan.from_json(plan.to_json())
+    memory, files = both(tiny_llama(), plan, **DATA)
+    same(memory, files)
+    direct = tnlm.compress(tiny_llama(), scheme, keep_targets=0.6, progress=False, **DATA)
+    loaded = tnlm.load(memory)
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("runtime", ["llama.cpp", "transformers"])
+def test_a_plan_for_a_runtime_gives_the_same_model(runtime, tiny_llama, both, same):
+    asked = {"keep_targets": 0.6, "portable": runtime, "progress": False, **DATA}
+    wide = {"intermediate_size": 128}
+    plan = tnlm.plan(tiny_llama(**wide), "auto", **asked)
+    memory, files = both(tiny_llama(**wide), plan, **DATA)
+    same(memory, files)
+    direct = tnlm.compress(tiny_llama(**wide), "auto", **asked)
+    assert tnlm.report(memory).plan.request == plan.request
+    assert tnlm.load(memory).num_parameters() == direct.num_parameters()
 
 
 def test_a_plan_in_few_bits_is_what_it_is_in_memory(tiny_llama, both, same):

@@ -83,6 +83,8 @@ def saved_report(directory: str | Path) -> Report:
         raise CheckpointError(
             f"{directory} has no {REPORT_FILE}; tnlm.save only writes it for models just compressed"
         ) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{directory}: {REPORT_FILE} is not readable: {error}") from error
     return Report.from_json(text)
 
 

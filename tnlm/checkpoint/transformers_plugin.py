@@ -22,6 +22,7 @@ from tnlm.checkpoint.description import FORMAT_VERSION, READABLE, TnlmConfig
 from tnlm.checkpoint.entries import before_dense, build, check_entry, dense_module, link
 from tnlm.checkpoint.naming import has, names_in, owner_of, rename, rename_in, with_wildcards
 from tnlm.checkpoint.parts import PART, around, describe_parts, submodels
+from tnlm.checkpoint.reports import add_report
 from tnlm.checkpoint.tensors import Arrivals
 from tnlm.checkpoint.vocabulary import install, uninstall
 from tnlm.errors import CheckpointError, ModelError
@@ -87,6 +88,7 @@ class TnlmQuantizer(HfQuantizer):
         vars(model).pop("_weight_conversions", None)  # they belong to this file
         describe_parts(model, self.quantization_config)
         install(model)
+        add_report(model, model.name_or_path)
         # .half() and .float() stay allowed, and the model computes as it did before it was saved.
         model.is_quantized = False  # type: ignore[assignment]
         for _, part in (("", model), *submodels(model)):
@@ -125,7 +127,8 @@ class TnlmQuantizer(HfQuantizer):
         return model
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
-        """Remove the description of the compression, but keep conversions for dense files."""
+        """Remove the description and the report, but keep conversions for dense files."""
+        vars(model).pop("tnlm_report", None)
         conversions = vars(model).get("_weight_conversions")
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
         if conversions is not None:

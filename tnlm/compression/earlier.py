@@ -22,7 +22,7 @@ from tnlm.precision.grid import Precision, precision_of
 from tnlm.schemes import get_scheme
 from tnlm.targets.base import Selector
 
-RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens")
+RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens", "portable")
 """Keywords of later steps that a plan records."""
 
 
@@ -77,7 +77,12 @@ def names_of(decided: Plan) -> list[str]:
         >>> names_of(Plan("svd", "identity", {}, (), Cost(0, 0, 0)))
         []
     """
-    return [name for layer in decided.layers for name in layer.name.split("+")]
+    return list(kinds_of(decided))
+
+
+def kinds_of(decided: Plan) -> dict[str, str]:
+    """Return the kind of target that replaces each matrix in a plan, by the matrix's name."""
+    return {name: layer.kind for layer in decided.layers for name in layer.name.split("+")}
 
 
 def matched(model: PreTrainedModel, job: Job, decided: Plan, grid: Precision | None = None) -> Plan:

@@ -76,8 +76,12 @@ def prepare(
     data: Calibration,
     progress: bool,
     workers: Workers = ALONE,
+    planned: Mapping[str, str] | None = None,
 ) -> Job:
-    """Check the model, choose targets, and gather the statistics that the request needs."""
+    """Check the model, choose targets, and gather the statistics that the request needs.
+
+    The kind of target that replaces each matrix is chosen freely, or as ``planned`` by its name.
+    """
     check_model(model)
     data = data_for(request, data)
     check_data(request, data)
@@ -90,7 +94,7 @@ def prepare(
     _check_kinds(model, request, selection)
     check_weights(model, selection.targets)
     groups = joint_targets(model, selection.targets, _group_kinds(request))
-    usable = alike(model, usable_targets(model, groups, request.kinds))
+    usable = alike(model, usable_targets(model, groups, request.kinds, planned))
     evidence = Evidence(request.measure, request.damping)
     if request.looks_at_data:
         measured = [

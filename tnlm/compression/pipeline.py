@@ -21,7 +21,7 @@ from tnlm.compression.cascade import cascade
 from tnlm.compression.checked_plan import check_packed, check_worth
 from tnlm.compression.clocked import clock_of, recorded, timed_model
 from tnlm.compression.covered import with_coverage
-from tnlm.compression.earlier import asked_of, grid_of, matched, names_of
+from tnlm.compression.earlier import asked_of, grid_of, kinds_of, matched
 from tnlm.compression.fitting import Fitting, by_module
 from tnlm.compression.folding import fold, unfold_for
 from tnlm.compression.install import install, replace_norm
@@ -115,8 +115,8 @@ def resume(
     asked = asked_of(decided, data)
     request = request_of(asked)
     unfold_for(model, request)
-    names = names_of(decided)
-    job = prepare(model, request, names, None, asked.calibration, progress, workers)
+    kinds = kinds_of(decided)
+    job = prepare(model, request, list(kinds), None, asked.calibration, progress, workers, kinds)
     return matched(model, job, decided, grid_of(data)), job
 
 

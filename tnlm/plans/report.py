@@ -120,14 +120,16 @@ class Report:
             plan |= {"layers": data["layers"], "coverage": data.get("coverage")}
             plan["model"] = {name: data[f"{long}_before"] for name, long in COUNTED.items()}
             read = Plan.from_json(json.dumps({"format_version": FORMAT_VERSION, **plan}))
-            return cls(
+            found = cls(
                 read,
-                data["seconds_by_stage"],
+                dict(data["seconds_by_stage"]),
                 data["calibration_tokens"],
                 data=dict(data.get("data", {})),
                 fingerprint=data.get("fingerprint", ""),
                 versions=dict(data.get("versions", {})),
             )
+            found.to_json()  # adds up the costs and times, so that a broken one is an error here
+            return found
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, OptionError):
                 raise

@@ -26,7 +26,7 @@ from tnlm.checkpoint.sums import REPORT_FILE, record_sums
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.checkpoint.writing import save_description
 from tnlm.compression.choices import Asked, Calibration, gather_choices
-from tnlm.compression.earlier import asked_of, check_alone, grid_of, matched, names_of
+from tnlm.compression.earlier import asked_of, check_alone, grid_of, kinds_of, matched, names_of
 from tnlm.compression.fitting import Fitting
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import fit_all, report_of, settle
@@ -212,8 +212,8 @@ class _Run:
     ) -> Report:
         """Plan, fit and write, and return the report."""
         model, progress = self._model, self._progress
-        data, workers = self._data(), self._workers
-        job = prepare(model, self._request, targets, ignore, data, progress, workers)
+        data, workers, kinds = self._data(), self._workers, kinds_of(earlier) if earlier else None
+        job = prepare(model, self._request, targets, ignore, data, progress, workers, kinds)
         decided = self._decide(job) if earlier is None else matched(model, job, earlier, grid)
         start = time.perf_counter()
         fitting, pieces = self._fit(job, decided)

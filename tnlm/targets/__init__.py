@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 from torch import nn
 
@@ -20,18 +20,30 @@ def joint_targets(
     return [found for each in finders for found in each.find(model, targets)]
 
 
-def usable_targets(model: nn.Module, found: Sequence[Target], kinds: Set[str]) -> list[Target]:
+def usable_targets(
+    model: nn.Module,
+    found: Sequence[Target],
+    kinds: Set[str],
+    planned: Mapping[str, str] | None = None,
+) -> list[Target]:
     """Return the usable joint targets of some kinds, of which no two share a matrix.
 
-    If several could replace a matrix, the kind that is first by name does.
+    If several could replace a matrix, the kind that is first by name does, unless a plan names one.
+
+    Args:
+        model: holds the matrices.
+        found: the joint targets.
+        kinds: the kinds that may be used.
+        planned: the kind of the target that replaces each matrix, where a plan says so.
     """
     used: list[Target] = []
     taken: set[str] = set()
+    planned = planned or {}
     for name, finder in FINDERS.all().items():
         if name in kinds:
             for each in finder.usable(model, [each for each in found if each.kind == name]):
                 names = {member.name for member in each.members}
-                if not names & taken:
+                if not names & taken and all(planned.get(one, name) == name for one in names):
                     used.append(each)
                     taken |= names
     return used
