@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import tnlm
+from tnlm.compression.register import KINDS
 from tnlm.metrics.named import get_measure
 from tnlm.schemes import schemes
 from tnlm.schemes.base import Scheme
@@ -172,6 +173,13 @@ def tiny_bert() -> Callable[..., BertModel]:
         return BertModel(BertConfig(**(sizes | config))).eval()
 
     return make
+
+
+@pytest.fixture
+def registries(monkeypatch) -> None:
+    """Forget afterwards what a test registers."""
+    for _, registry in KINDS:
+        monkeypatch.setattr(registry, "_added", dict(registry._added))
 
 
 @pytest.fixture(scope="session")

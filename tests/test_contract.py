@@ -179,7 +179,7 @@ def test_every_format_is_covered():
     assert {kind for _, kind in with_kinds(FEW)} == {"linear", "embedding", "head"}
     for name, structure in formats().items():
         assert structure.name == name
-        several = {"channels", "heads", "experts", "stack", "expert-stack"}
+        several = {"channels", "channel-ranks", "heads", "experts", "stack", "expert-stack"}
         assert structure.kinds <= {*LAYERS, *several, "submatrix"}
 
 

@@ -13,9 +13,6 @@ import matplotlib.pyplot as plt
 import pytest
 from transformers.utils import logging
 
-from tnlm.decompositions import formats
-from tnlm.schemes import schemes
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "tiny")
 NUMBER = r"([\d.]+(?:e[-+]\d+)?)"
@@ -27,12 +24,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., str]]:
+def run(tmp_path, monkeypatch, capsys, registries) -> Iterator[Callable[..., str]]:
     """Run an example as a script in an empty folder, and return what it prints."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    registries = [(items, dict(items)) for items in (formats(), schemes())]
 
     def execute(name: str, *arguments: object) -> str:
         script = str(EXAMPLES / f"{name}.py")
@@ -43,9 +39,6 @@ def run(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., str]]:
     yield execute
     plt.close("all")
     logging.enable_progress_bar()
-    for items, before in registries:
-        items.clear()
-        items.update(before)
 
 
 def values(printed: str, word: str = "perplexity") -> dict[str, float]:

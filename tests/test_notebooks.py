@@ -13,8 +13,6 @@ from transformers.utils import logging
 
 import tnlm
 from tests.test_examples import CHECKS, EXAMPLES, NAMES
-from tnlm.decompositions import formats
-from tnlm.schemes import schemes
 
 DOCS = EXAMPLES.parent / "docs"
 QUICK = ("first_compression", "shapeshifter")
@@ -59,14 +57,13 @@ def notebook(gallery):
 
 
 @pytest.fixture
-def kernel(tmp_path, monkeypatch, capsys):
+def kernel(tmp_path, monkeypatch, capsys, registries):
     """Return a function that runs cells as a kernel does, and returns what they print."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
-    registries = [(items, dict(items)) for items in (formats(), schemes())]
     sys.modules.pop("tiny", None)
 
     def run(cells: list[str]) -> str:
@@ -85,9 +82,6 @@ def kernel(tmp_path, monkeypatch, capsys):
     plt.close("all")
     sys.modules.pop("tiny", None)
     logging.enable_progress_bar()
-    for items, before in registries:
-        items.clear()
-        items.update(before)
 
 
 @pytest.mark.parametrize(
