@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tnlm.checkpoint.entries import build, dense_module
 from tnlm.decompositions.base import Ceiling
-from tnlm.decompositions.submatrix import FORMAT, SubmatrixSpec
+from tnlm.decompositions.submatrix import FORMAT, SubmatrixSpec, sides_of
 from tnlm.errors import OptionError, RankError
 from tnlm.metrics.metric import InputMoment, Metric
 from tnlm.metrics.named.surgery import Operated
@@ -96,3 +96,8 @@ def test_what_was_chosen_for_all_matrices_together_is_kept(gaussian):
     assert torch.equal(table[rows][:, columns], core.double())
     with pytest.raises(OptionError, match="allowed: 2 and 3, which were chosen"):
         FORMAT.fit(weight, metric, SubmatrixSpec(2, 4))
+
+
+def test_a_metric_without_sides_is_made_where_the_weight_is():
+    weight = torch.empty(3, 5, device="meta")
+    assert [side.device.type for side in sides_of(Metric(), weight)] == ["meta", "meta"]

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnlm.decompositions.surgery import as_order, remaining, removal_losses
+from tnlm.errors import CalibrationError
 
 
 def patient(rows, columns, gaussian):
@@ -87,3 +88,12 @@ def test_dead_inputs_cost_nothing(gaussian):
 
 def test_an_order_is_a_permutation_that_starts_with_what_is_kept():
     assert as_order(torch.tensor([3, 1]), 5).tolist() == [1, 3, 0, 2, 4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_side_that_weighs_nothing_ends_in_an_error(value, side):
+    sides = [torch.eye(3).double(), torch.eye(3).double()]
+    sides[side] = torch.full((3,), value).double().diag()
+    with pytest.raises(CalibrationError, match="not finite or has negative eigenvalues"):
+        removal_losses(torch.ones(3, 3).double(), *sides)

@@ -44,6 +44,17 @@ def test_fewer_channels_are_faster_by_what_they_drop(compressed, monkeypatch):
     assert found.keys() == {1, 64}
 
 
+def test_rows_and_columns_that_were_removed_are_not_multiplied(make_model, monkeypatch):
+    own = tnlm.scheme("llm-surgeon", metric="identity", allocation="uniform")
+    model = tnlm.compress(make_model("llama"), own, keep_targets=0.5, progress=False)
+    priced(monkeypatch, BY_WORK)
+    plan = tnlm.report(model).plan
+    gain = plan.targets_before.macs / plan.targets_after.macs
+    assert predict_speed(model, [64])[64] == pytest.approx(gain, rel=0.05)
+    priced(monkeypatch, BY_CALLS)
+    assert 1 / 4 <= predict_speed(model, [1])[1] < 1  # beside the product, inputs and outputs
+
+
 def test_a_rebuilt_weight_is_never_slower_than_dense(compressed, monkeypatch):
     priced(monkeypatch, BY_WORK)
     model = compressed("llama", "kron", terms=6, max_macs=9.0)

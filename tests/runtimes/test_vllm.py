@@ -165,6 +165,11 @@ def test_transformers_refuses_what_only_vllm_runs(tiny_llama, tmp_path):
             r"embed_tokens is compressed \(low-rank\).*ignore=",
         ),
         ("btt", {"precision": "int8"}, r"q_proj is a block train in int8.*without precision="),
+        (
+            tnlm.scheme("llm-surgeon", metric="identity", allocation="uniform"),
+            {},
+            r"_proj is compressed \(submatrix\), which tnlm-vllm does not run",
+        ),
         ("svd", {"precision": "int4"}, "runs int8 with one scale a row: compress with precision="),
     ],
 )

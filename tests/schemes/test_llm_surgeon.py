@@ -237,6 +237,35 @@ def test_what_has_no_meaning_is_refused(option, text, make_model):
         tnlm.plan(make_model("llama"), "llm-surgeon", **option, **DATA)
 
 
+def test_it_is_refused_before_the_operation(make_model, monkeypatch):
+    from tnlm.compression.gatherers import surgery
+
+    monkeypatch.setattr(surgery, "operate", lambda *_: pytest.fail("operated"))
+    for wrong in ({"max_macs": 0.9}, {"allocation": "uniform"}):
+        with pytest.raises(OptionError):
+            tnlm.plan(make_model("llama"), "llm-surgeon", **wrong, **DATA)
+    with pytest.raises(OptionError, match=r"low-rank can be fitted only under .*two-sided"):
+        tnlm.plan(make_model("llama"), "svd", metric="surgery", **DATA)
+
+
+def test_shots_are_of_the_surgeon_alone(make_model):
+    own = tnlm.scheme("llm-surgeon", metric="two-sided", allocation="uniform")
+    with pytest.raises(OptionError, match="shots=3 has no effect with metric='two-sided'"):
+        tnlm.plan(make_model("llama"), own, shots=3, **DATA)
+
+
+def test_a_plan_with_other_data_names_the_layer_and_the_cause(make_model):
+    plan = tnlm.plan(make_model("llama"), "llm-surgeon", keep_targets=0.6, shots=1, **DATA)
+    other = {**DATA, "calibration": IDS[:96].flip(0)}
+    with pytest.raises(OptionError, match=r"^model\.layers\.\d.*with the data that it was made"):
+        tnlm.compress(make_model("llama"), plan, **other)
+
+
+def test_a_budget_that_is_too_small_names_both_of_its_keywords(make_model):
+    with pytest.raises(BudgetError, match="raise keep_targets= or keep="):
+        tnlm.plan(make_model("llama"), "llm-surgeon", keep_targets=1e-5, shots=1, **DATA)
+
+
 def test_without_the_surgeon_each_matrix_loses_its_own_least(make_model):
     own = tnlm.scheme("llm-surgeon", metric="two-sided", allocation="uniform")
     model = tnlm.compress(make_model("llama"), own, keep_targets=0.7, **DATA)

@@ -104,6 +104,33 @@ def test_the_learned_lora_stands_in_the_compressed_layers(kind, make_model, lear
     assert learned["options"]["steps"] == 6
 
 
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_a_part_of_a_fused_module_holds_its_own_lora_alone(part, make_model, learned):
+    dense, model = make_model("gpt2"), make_model("gpt2")
+    tnlm.compress(model, "lora-svd", **KEPT, **DATA)
+    module = "transformer.h.0.attn.c_attn"
+    layer = next(x for x in tnlm.report(model).plan.layers if x.name == f"{module}.{part}")
+    rows = slice(32 * "qkv".index(part), 32 * "qkv".index(part) + 32)
+    delta = learned["loras"][module].delta()[rows]
+    values = torch.linalg.svdvals(delta)
+    assert float(values[2]) < 1e-6 * float(values[1])
+    weight = dense.get_submodule(module).weight.detach().double().T[rows]
+    assert float(delta.norm()) > 1e-3 * float(weight.norm())
+    fitted = model.get_submodule(layer.name).to_dense().detach().double()
+    values, own = torch.linalg.svdvals(fitted - delta), layer.spec["rank"] - 2
+    assert float(values[own]) < 1e-4 * float(values[0]) < float(values[own - 1])
+
+
+def test_a_plan_is_carried_out_with_its_own_lora(make_model, learned):
+    plan = tnlm.plan(make_model("llama"), "lora-svd", **KEPT, lora_step=0.5, **DATA)
+    wanted = {name: learned["options"][name] for name in ("rank", "steps", "step")}
+    learned.clear()
+    model = tnlm.compress(make_model("llama"), tnlm.Plan.from_json(plan.to_json()), **DATA)
+    assert {name: learned["options"][name] for name in wanted} == wanted
+    for planned, made in zip(plan.layers, tnlm.report(model).plan.layers, strict=True):
+        assert made.error == pytest.approx(planned.error, abs=1e-5)
+
+
 def test_the_model_that_is_given_is_changed_only_by_the_swap(make_model, learned):
     model = make_model("llama")
     before = copy.deepcopy(model.state_dict())
@@ -129,6 +156,8 @@ def test_options_of_the_lora_reach_it_and_the_report(make_model, learned):
         ("lora-svd", {"lora_rank": 0}, "lora_rank=0; allowed: a whole number of at least 1"),
         ("lora-svd", {"lora_steps": -1}, "lora_steps=-1; allowed: a whole number of at least 0"),
         ("lora-svd", {"lora_step": float("nan")}, "lora_step=nan; allowed: a finite number"),
+        ("lora-svd", {"lora_step": 0.5}, "lora_step= has no effect on a LoRA that is not trained"),
+        ("lora-svd", {"lora_step": 0.5, "lora_steps": 0}, "give lora_steps= as well"),
         (
             "lora-svd",
             {"metric": "lora-kept", "lora_steps": 0},

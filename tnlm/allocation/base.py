@@ -126,6 +126,7 @@ class Allocation(ABC):
         formats: names of the formats that it supports; None for all.
         metric: the one metric that it needs; None for any.
         takes_sizes: whether options may set the size of every matrix.
+        limits_macs: whether it can keep multiply-adds below the dense ones.
         chooses_bits: whether it counts and chooses the bits of codes.
         repeats: keywords of the call that a plan is carried out with again, where fits need them.
     """
@@ -139,6 +140,7 @@ class Allocation(ABC):
     formats: ClassVar[frozenset[str] | None] = None
     metric: ClassVar[str | None] = None
     takes_sizes: ClassVar[bool] = True
+    limits_macs: ClassVar[bool] = True
     chooses_bits: ClassVar[bool] = False
     repeats: ClassVar[tuple[str, ...]] = ()
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from tnlm.allocation.base import Allocation, Problem
 from tnlm.allocation.uniform import reprice, stay_dense
 from tnlm.decompositions.base import from_dict
-from tnlm.errors import OptionError
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.named.surgery import Operated
 from tnlm.plans.plan import LayerPlan
@@ -25,17 +24,12 @@ class Surgery(Allocation):
     formats = frozenset({"submatrix"})
     metric = "surgery"
     takes_sizes = False
+    limits_macs = False
     repeats = ("allocation", "keep", "keep_targets", "shots")
 
     def allocate(self, problem: Problem) -> list[LayerPlan]:
         """Return the sizes that each matrix was left."""
-        limits, structure = problem.limits, problem.formats[0]
-        if limits.max_macs < 1:
-            raise OptionError(
-                f"max_macs={limits.max_macs:g} with allocation={self.name!r}, which has one "
-                "threshold for all matrices; leave it out",
-                argument=("max_macs", "allocation"),
-            )
+        structure = problem.formats[0]
 
         def layer(target: Target, weight: Tensor, metric: Metric) -> LayerPlan:
             dense = stay_dense(target, weight, "none of its rows and columns was removed")

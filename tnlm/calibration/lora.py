@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch, count_tokens
 from tnlm.calibration.labels import check_labels, count_predictions, examples, with_labels
+from tnlm.calibration.lora_parts import own_factors, start_apart
 from tnlm.calibration.lora_sums import (
     WHOLE,
     Importance,
@@ -126,7 +127,7 @@ def collect_lora(
         torch.enable_grad(),
     ):
         if sees == "inputs":
-            _mirror(adapters, fused, seed)
+            start_apart(adapters, fused, seed)
         trainer = _Trainer(adapters, learning_rate)
         rounds = tqdm(
             islice(cycle(batches), count),
@@ -146,18 +147,6 @@ def collect_lora(
                 trainer.step()
             trainer.clear()
         return sums.means(adapters), {name: found.lora() for name, found in adapters.items()}
-
-
-def _mirror(adapters: Mapping[str, Adapter], fused: Mapping[str, Parts], seed: int) -> None:
-    """Set A to zero and B orthonormal, with one block per matrix of a fused module."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, adapter in adapters.items():
-        B = torch.zeros(adapter.B.shape, dtype=torch.float64)
-        rank = B.shape[1] // len(fused[name])
-        for part, rows in enumerate(fused[name]):
-            drawn = torch.randn(len(B[rows]), rank, generator=generator, dtype=torch.float64)
-            B[rows, part * rank : (part + 1) * rank] = torch.linalg.qr(drawn)[0]
-        adapter.fill(Lora(torch.zeros_like(adapter.A), B, adapter.scaling))
 
 
 class _Trainer:
@@ -234,14 +223,13 @@ def lora_statistics(
         seed: seed of the LoRA.
         cache_dir: cache of the statistics.
         progress: show a progress bar.
-        keep: whether to keep the LoRA as well: ``lora_A`` ``(r, in)`` and ``lora_B`` ``(out, r)``,
-            whose product is added to the weight.
+        keep: whether to keep the LoRA as well, see :func:`tnlm.calibration.lora_parts.own_factors`.
     """
     sizes = {name: size_of(model.get_submodule(name)) for name in modules}
     heights = {name: heights_of(modules[name], rows) for name, (rows, _) in sizes.items()}
     rank = min(rank, *(min(*h, sizes[name][1] // len(h)) for name, h in heights.items()))
     tokens = count_tokens(batches)
-    trained = (step, steps, keep) if step or steps or keep else ()
+    trained = (step, steps, keep, "apart") if step or steps or keep else ()
     settings = ("lora", kind, rank, outputs, seed, *trained, *heights.values())
     store = open_store(cache_dir, tokens, model, list(modules), batches, settings)
     if store.complete:
@@ -268,8 +256,7 @@ def lora_statistics(
             lost = lost if sees == "inputs" else torch.tensor(float(sizes[name][1]))
             tensors[name][f"lora_{sees}"] = sums[sees] * (lost / rank)
             if keep:
-                A, B = loras[name].A.detach().float(), loras[name].B.detach().float()
-                tensors[name] |= {"lora_A": A.cpu(), "lora_B": B.cpu() * loras[name].scaling}
+                tensors[name] |= own_factors(loras[name], list(modules[name]))
     for name, held in tensors.items():
         if held:
             store.put(name, [name], held)

@@ -68,14 +68,24 @@ def drawn(calibration: Calibration, training: Any) -> dict[str, float]:
     cut = calibration.cut
     names = ("num_samples", "max_length", "gradient_samples", "seed")
     found: dict[str, float] = {name: getattr(cut, name) for name in names}
-    loras = {name: getattr(calibration, name) for name in LORA_OPTIONS}
-    found |= {name: value for name, value in loras.items() if value is not None}
+    found |= lora_of(calibration)
     sources = (calibration.data, training)
     if any(begins(source, calibration.tokenizer, cut.bos) for source in sources):
         found["bos"] = True
     if any(map(is_self, sources)):
         found["temperature"] = 1.0 if calibration.temperature is None else calibration.temperature
     return found
+
+
+def lora_of(calibration: Calibration) -> dict[str, float]:
+    """Return the options of the LoRA that were given.
+
+    Example:
+        >>> lora_of(Calibration(lora_rank=4))
+        {'lora_rank': 4}
+    """
+    given = {name: getattr(calibration, name) for name in LORA_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def data_for(request: Request, data: Calibration) -> Calibration:
@@ -141,8 +151,7 @@ def check_data(request: Request, data: Calibration) -> None:
 
 def _check_lora(request: Request, data: Calibration) -> None:
     """Raise `OptionError` unless options of a LoRA are in range, and the metric takes one."""
-    given = {name: getattr(data, name) for name in LORA_OPTIONS}
-    for name in (name for name, value in given.items() if value is not None):
+    for name in lora_of(data):
         if LORA not in request.needs:
             raise OptionError(
                 f"{name}= has no effect with metric={request.measure.name!r}; allowed with metrics "
@@ -154,9 +163,17 @@ def _check_lora(request: Request, data: Calibration) -> None:
     keeps = KEPT in request.measure.gathering.get(LORA, {})
     if data.lora_steps is not None:
         check_whole("lora_steps", data.lora_steps, int(keeps))
-    if data.lora_step is not None and not is_real(data.lora_step):
+    if data.lora_step is None:
+        return
+    if not is_real(data.lora_step):
         raise OptionError(
             f"lora_step={data.lora_step!r}; allowed: a finite number", argument="lora_step"
+        )
+    if not (keeps or data.lora_steps):
+        raise OptionError(
+            "lora_step= has no effect on a LoRA that is not trained, whose quadratic term is 0; "
+            "give lora_steps= as well, or leave it out",
+            argument=("lora_step", "lora_steps"),
         )
 
 

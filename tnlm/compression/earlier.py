@@ -15,6 +15,7 @@ from tnlm.compression.checked_plan import check_packed
 from tnlm.compression.choices import Asked, choices_of, gather_choices
 from tnlm.compression.clocked import clock_again, with_times
 from tnlm.compression.covered import with_coverage
+from tnlm.compression.data import LORA_OPTIONS
 from tnlm.compression.job import Job
 from tnlm.errors import OptionError, TargetError, did_you_mean
 from tnlm.plans.plan import Plan
@@ -22,8 +23,8 @@ from tnlm.precision.grid import Precision, precision_of
 from tnlm.schemes import get_scheme
 from tnlm.targets.base import Selector
 
-RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens", "portable")
-"""Keywords of later steps that a plan records."""
+RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens", "portable", *LORA_OPTIONS)
+"""Keywords that a plan records and that carrying it out needs again."""
 
 
 def check_alone(given: Mapping[str, Any], *chosen: Selector | None) -> None:

@@ -21,6 +21,7 @@ from tnlm.compression.cascade import cascade
 from tnlm.compression.checked_plan import check_packed, check_worth
 from tnlm.compression.clocked import clock_of, recorded, timed_model
 from tnlm.compression.covered import with_coverage
+from tnlm.compression.data import lora_of
 from tnlm.compression.earlier import asked_of, grid_of, kinds_of, matched
 from tnlm.compression.fitting import Fitting, by_module
 from tnlm.compression.folding import fold, unfold_for
@@ -87,7 +88,7 @@ def settle(
     decided = Plan(
         request.scheme.name,
         request.measure.name,
-        {**job.chosen, **request.record(), **recorded(clock)},
+        {**job.chosen, **request.record(), **lora_of(job.data), **recorded(clock)},
         tuple(all_on_grid(problem, chosen, request.grid)),
         cost,
         job.selection.skipped,

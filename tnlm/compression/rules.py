@@ -68,8 +68,16 @@ def check_options(scheme: str, structures: Sequence[Format[Any]], given: Mapping
 def check_fitting(
     structures: Sequence[Format[Any]], measure: Measure, given: Mapping[str, Any]
 ) -> None:
-    """Raise `OptionError` if options of elementwise metrics are given with another metric."""
+    """Raise `OptionError` if options that belong to some metrics are given with another one."""
     fields = [item for structure in structures for item in dataclasses.fields(structure.spec)]
+    for item in fields:
+        only = item.metadata.get("metric", measure.name)
+        if item.name in given and only != measure.name:
+            raise OptionError(
+                f"{item.name}={given[item.name]!r} has no effect with metric={measure.name!r}; "
+                f"allowed with metric={only!r}",
+                argument=(item.name, "metric"),
+            )
     for name in (item.name for item in fields if "fitting" in item.metadata):
         if name in given and not measure.elementwise:
             allowed = ", ".join(m.name for m in measures().values() if m.elementwise)
@@ -221,6 +229,12 @@ def check_shared(allocation: Allocation, budget: Budget, usual: str = "params") 
             f"tolerance with allocation={allocation.name!r}, which needs a budget to split; pass "
             "keep or keep_targets, or allocation='uniform'",
             argument=("tolerance", "keep", "keep_targets", "allocation"),
+        )
+    if budget.max_macs < 1 and not allocation.limits_macs:
+        raise BudgetError(
+            f"max_macs={budget.max_macs:g} with allocation={allocation.name!r}, which has one "
+            "threshold for all matrices; leave it out",
+            argument=("max_macs", "allocation"),
         )
     if blocks is None:
         return unit

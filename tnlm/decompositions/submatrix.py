@@ -30,7 +30,7 @@ class SubmatrixSpec:
 
     rows: int = field(metadata=FIXED)
     columns: int = field(metadata=FIXED)
-    shots: int = field(default=SHOTS, metadata=QUIET)
+    shots: int = field(default=SHOTS, metadata={**QUIET, "metric": "surgery"})
 
 
 class Submatrix(Format[SubmatrixSpec]):
@@ -75,11 +75,12 @@ class Submatrix(Format[SubmatrixSpec]):
             if core.shape != (spec.rows, spec.columns):
                 raise OptionError(
                     f"rows={spec.rows}, columns={spec.columns}; allowed: {len(rows)} and "
-                    f"{len(columns)}, which were chosen for all matrices together",
+                    f"{len(columns)}, which were chosen for all matrices together on this data; "
+                    "carry out a plan unchanged and with the data that it was made with",
                     argument=("rows", "columns"),
                 )
         else:
-            sides = sides_of(metric, matrix_shape(weight))
+            sides = sides_of(metric, weight)
             by_row, by_column = removal_losses(weight, *sides)
             rows = greatest(by_row, spec.rows).sort().values
             columns = greatest(by_column, spec.columns).sort().values
@@ -127,18 +128,15 @@ class Submatrix(Format[SubmatrixSpec]):
         return table
 
 
-def sides_of(metric: Metric, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Return both sides of a metric as full matrices."""
-    near = metric.start()
-    first, second = (
-        _full(side, size) for side, size in zip((near.outputs, near.inputs), shape, strict=True)
-    )
-    return first, second
+def sides_of(metric: Metric, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both sides of a metric as full matrices, for an ``(out, in)`` weight."""
+    near, (out, inp) = metric.start(), weight.shape
+    return _full(near.outputs, out, weight.device), _full(near.inputs, inp, weight.device)
 
 
-def _full(side: Side | None, size: int) -> Tensor:
+def _full(side: Side | None, size: int, device: torch.device) -> Tensor:
     if side is None:
-        return torch.eye(size, dtype=torch.float64)
+        return torch.eye(size, dtype=torch.float64, device=device)
     return side.values.diag() if side.is_diagonal else side.values
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from tnlm.errors import CalibrationError
 
 FLOOR = 1e-12
 """Fraction of the mean diagonal added to a matrix that is not definite."""
@@ -86,11 +90,21 @@ def _inverse_diagonal(side: Tensor) -> Tensor:
 
 
 def _root(side: Tensor) -> Tensor:
-    """Return the Cholesky factor, of a slightly damped matrix if it is singular."""
+    """Return the Cholesky factor, of a slightly damped matrix if it is singular.
+
+    Raises:
+        CalibrationError: if it is not finite, or not the weighting of anything.
+    """
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(side)
-    ridge = FLOOR * (float(side.diagonal().mean()) or 1.0)
-    while bool(failed):
+    mean = float(side.diagonal().mean()) or 1.0
+    ridge = FLOOR * mean
+    while bool(failed) or not math.isfinite(mean):
+        if not 0.0 < ridge <= mean < math.inf:
+            raise CalibrationError(
+                "a second moment is not finite or has negative eigenvalues; check the model's "
+                "weights and dtype on the calibration data"
+            )
         root, failed = torch.linalg.cholesky_ex(side + ridge * torch.eye(len(side)).to(side))
         ridge *= 10
     return root

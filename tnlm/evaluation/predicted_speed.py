@@ -12,6 +12,7 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.machine import Machine, machine
 from tnlm.layers.made import Made, made_layers
 from tnlm.layers.pricing import crossing, rebuilding, through
+from tnlm.layers.submatrix import SubmatrixLinear
 
 
 def predict_speed(model: nn.Module, tokens: Sequence[int] = (1, 16, 512)) -> dict[int, float]:
@@ -73,6 +74,8 @@ def _dense_shape(made: Made) -> tuple[int, int]:
 
 def _seconds(layer: Any, prices: Machine, size: int, tokens: int) -> float:
     """Return the time of a layer, along the path that it would choose."""
+    if isinstance(layer, SubmatrixLinear):
+        return _kept(layer, prices, size, tokens)
     if not isinstance(layer, FactorizedLinear):
         return prices.product(tokens, layer.out_features, layer.in_features, 1, size)
     network, plan, kept = layer.network, layer.chain, layer.rebuilt is not None
@@ -83,3 +86,13 @@ def _seconds(layer: Any, prices: Machine, size: int, tokens: int) -> float:
         return through(network, plan, prices, size, tokens)
     first = 0.0 if kept else rebuilding(network, prices, size)
     return first + prices.product(tokens, *network.shape, 1, size)
+
+
+def _kept(layer: SubmatrixLinear, prices: Machine, size: int, tokens: int) -> float:
+    """Return the time to gather the inputs that are kept, multiply, and put the outputs back."""
+    seconds = prices.product(tokens, layer.rows, layer.columns, 1, size)
+    if layer.columns < layer.in_features:
+        seconds += prices.reorder(tokens * layer.columns, size)
+    if layer.rows < layer.out_features:
+        seconds += prices.step + prices.reorder(tokens * layer.out_features, size)
+    return seconds

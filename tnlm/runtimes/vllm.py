@@ -89,11 +89,17 @@ def _check(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
             "quantization_config; export it unquantized"
         )
     for name, entry in entries.items():
-        if entry["kind"] not in KINDS or name.rpartition(".")[2] not in PROJECTIONS:
+        form = entry.get("format", entry["kind"])
+        if name.rpartition(".")[2] not in PROJECTIONS:
             raise ModelError(
-                f"{name} is compressed ({entry.get('format', entry['kind'])}), and tnlm-vllm runs "
-                f"only {', '.join(PROJECTIONS)}; leave it dense with ignore=",
+                f"{name} is compressed ({form}), and tnlm-vllm runs only "
+                f"{', '.join(PROJECTIONS)}; leave it dense with ignore=",
                 argument="ignore",
+            )
+        if entry["kind"] not in KINDS:
+            raise ModelError(
+                f"{name} is compressed ({form}), which tnlm-vllm does not run; compress with "
+                "another format, or make the model dense with tnlm.to_dense"
             )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from tnlm.checkpoint.entries import Entry, build, network_of
 from tnlm.decompositions import get_format
-from tnlm.decompositions.base import from_dict
+from tnlm.decompositions.base import Format, from_dict
+from tnlm.errors import CalibrationError, OptionError
 from tnlm.layers.arranged import filled
 from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
@@ -77,7 +80,17 @@ def fit_factors(
     """
     structure = get_format(str(layer.format))
     spec = from_dict(structure.spec, layer.spec)
-    stored = fix(network, factors or structure.fit(weight, metric, spec))
+    stored = fix(network, factors or _fitted(structure, weight, metric, spec, layer.name))
     kept = as_stored(network, stored, weight.dtype, layer.name)
     seen = kept if is_half(weight.dtype) else stored
     return kept, structure.reconstruct(layer.shape, spec, expand(network, widened(seen)))
+
+
+def _fitted(
+    structure: Format[Any], weight: Tensor, metric: Metric, spec: Any, name: str
+) -> Factors:
+    """Return the factors of a format's fit, whose errors then name the layer."""
+    try:
+        return structure.fit(weight, metric, spec)
+    except (OptionError, CalibrationError) as error:
+        raise type(error)(f"{name}: {error}", argument=error.arguments) from error

@@ -28,6 +28,8 @@ from tnlm.tensors.network import Cost, Factors, Network
 
 BY_OUTPUT = ("gradient", "fisher", "slope", "lora_outputs", "lora_B")
 """Statistics with one row per row of the weight."""
+BY_PART = ("lora_inputs", "lora_A")
+"""Statistics that a fused module has once for every part."""
 BY_TARGET = ("movement", "kept_rows", "kept_columns", "core")
 """Statistics that are kept by target, not by module."""
 
@@ -101,7 +103,7 @@ class MatrixTarget(Member):
             return tensor
         if name == "gradient" and tensor.dim() == 2:
             return tensor[self.rows][:, self.rows]
-        if name == "lora_inputs" and self.layout is not None:
+        if name in BY_PART and self.layout is not None:
             return tensor[self.part]
         return tensor[self.rows] if name in BY_OUTPUT else tensor
 

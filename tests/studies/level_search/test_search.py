@@ -122,9 +122,23 @@ def test_the_cost_is_told_before_the_start(make_model, caplog):
         ({"selection": replace(FEW, survivors=(5, 1))}, OptionError, "none larger than"),
         ({"selection": replace(FEW, tokens=(32,))}, OptionError, "one count for each"),
         ({"selection": replace(FEW, tokens=(32, 0))}, OptionError, "tokens=0"),
+        ({"selection": Selection(1, (), ())}, OptionError, "and 1 at the end"),
+        ({"selection": 4}, OptionError, "selection=4; give a Selection"),
+        ({"refine": 1}, OptionError, "refine= in a search over levels would change the model"),
+        ({"recover": "finetune", "training": IDS}, OptionError, "recover= in a search over levels"),
         ({"search": TEXT[:64]}, EvaluationError, "has 64 tokens, but a stage measures 128"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(change, error, text, make_model):
     with pytest.raises(error, match=text):
         tnlm.level_search(make_model("llama"), **{**ASKED, **change})
+
+
+@pytest.mark.parametrize("kind", ["bert", "masked-bert"])
+def test_a_model_that_is_not_causal_is_refused(kind, make_model):
+    with pytest.raises(EvaluationError, match="a search over levels needs a causal"):
+        tnlm.level_search(make_model(kind), **ASKED)
+
+
+def test_the_stages_may_be_lists():
+    Selection(3, [2, 1], [16, 32]).check()

@@ -101,7 +101,7 @@ def threshold(losses: Sequence[tuple[Tensor, Tensor]], most: float) -> float:
     if left(limits[-1]) > most:
         raise BudgetError(
             f"one row and one column of each matrix are more than {most:,.0f} parameters; raise "
-            "keep_targets="
+            "keep_targets= or keep="
         )
     low, high = 0, len(limits) - 1
     while low < high:

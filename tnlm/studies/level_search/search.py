@@ -23,14 +23,16 @@ from tnlm.compression.folding import unfold_for
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import carry_out, settle
 from tnlm.compression.request import Request, request_of
+from tnlm.compression.rules import NO_RECOVERY
 from tnlm.errors import EvaluationError, OptionError
+from tnlm.evaluation.mode import check_causal
 from tnlm.plans.plan import LayerPlan, Plan
 from tnlm.recovery.examples import training_set
 from tnlm.schemes.base import Scheme
 from tnlm.studies.journal import Journal, check_journal
 from tnlm.studies.level_search.divergence import Divergence
 from tnlm.studies.level_search.levels import State, mutated, step_of
-from tnlm.studies.level_search.selection import DEFAULT, Selection
+from tnlm.studies.level_search.selection import DEFAULT, Selection, check_selection
 from tnlm.studies.level_search.trials import Trials
 from tnlm.studies.mounted import mounting
 from tnlm.targets.base import Selector
@@ -115,8 +117,10 @@ def level_search(
         The plan, and the divergence before and after.
 
     Raises:
-        OptionError: if an option is invalid, or the scheme has another allocation.
-        EvaluationError: if the text is shorter than a stage needs, or a divergence is not finite.
+        OptionError: if an option is invalid, the scheme has another allocation, or anything is to
+            be trained after the search.
+        EvaluationError: if the model is not causal, the text is shorter than a stage needs, or a
+            divergence is not finite.
         CheckpointError: if ``output_dir`` cannot be written or belongs to another search.
 
     Source: EvoPress, Sieberling et al. 2024, arXiv 2410.14649; the start and unequal levels are
@@ -134,11 +138,12 @@ def level_search(
         >>> found.after <= found.before
         True
     """
-    selection.check()
+    check_selection(selection)
     check_whole("generations", generations)
     asked = gather_choices(scheme, choices)
     request = request_of(asked)
     _check(request)
+    check_causal(model, "a search over levels")
     file = None if output_dir is None else Path(output_dir) / FILE
     if file is not None:
         check_journal(file)
@@ -213,6 +218,13 @@ def _check(request: Request) -> None:
             f"cascade={request.cascade!r} in a search over levels, whose fits stand alone; "
             "allowed: cascade='none'",
             argument="cascade",
+        )
+    changes = {"refine": request.refine, "recover": request.recover != NO_RECOVERY}
+    for name in (name for name, given in changes.items() if given):
+        raise OptionError(
+            f"{name}= in a search over levels would change the model after it was measured; leave "
+            "it out, and train the result with tnlm.heal or tnlm.finetune",
+            argument=name,
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tnlm.errors import OptionError
 from tnlm.utils.checks import check_whole
@@ -23,15 +25,15 @@ class Selection:
     """
 
     offspring: int = 16
-    survivors: tuple[int, ...] = (4, 2, 1)
-    tokens: tuple[int, ...] = (512, 2048, 8192)
+    survivors: Sequence[int] = (4, 2, 1)
+    tokens: Sequence[int] = (512, 2048, 8192)
 
     def check(self) -> None:
         """Raise `OptionError` unless the stages fit together."""
         check_whole("offspring", self.offspring)
         counts = (self.offspring, *self.survivors)
         falls = all(a >= b >= 1 for a, b in zip(counts, self.survivors, strict=False))
-        if len(self.tokens) != len(self.survivors) or not falls or self.survivors[-1:] != (1,):
+        if len(self.tokens) != len(self.survivors) or not falls or list(self.survivors[-1:]) != [1]:
             raise OptionError(
                 f"survivors={self.survivors}, tokens={self.tokens}; allowed: one count for each "
                 "number of tokens, none larger than the one before it, and 1 at the end",
@@ -47,6 +49,16 @@ class Selection:
             count * tokens
             for count, tokens in zip((self.offspring, *self.survivors), self.tokens, strict=False)
         )
+
+
+def check_selection(selection: Any) -> None:
+    """Raise `OptionError` unless it is a `Selection` whose stages fit together."""
+    if not isinstance(selection, Selection):
+        raise OptionError(
+            f"selection={selection!r}; give a Selection of tnlm.studies.level_search",
+            argument="selection",
+        )
+    selection.check()
 
 
 DEFAULT = Selection()
