@@ -10,8 +10,9 @@ import torch
 
 import tnlm
 from tnlm.allocation import allocations
+from tnlm.compression.budget_rules import UNITS
 from tnlm.compression.choices import choices_of
-from tnlm.compression.rules import CASCADES, NO_RECOVERY, UNITS
+from tnlm.compression.rules import CASCADES, NO_RECOVERY
 from tnlm.errors import OptionError, TnlmError
 from tnlm.metrics.named import measures
 from tnlm.recovery.kinds import recoveries

@@ -5,12 +5,11 @@ import re
 
 import pytest
 
-from tnlm.allocation import allocations, get_allocation
+from tnlm.allocation import allocations
 from tnlm.compression import rules
-from tnlm.compression.choices import Budget
 from tnlm.compression.request import make_request
 from tnlm.decompositions import formats, get_format
-from tnlm.errors import BudgetError, OptionError
+from tnlm.errors import OptionError
 from tnlm.metrics.measure import INPUTS
 from tnlm.metrics.named import get_measure, measures
 
@@ -129,46 +128,6 @@ def test_sharing_excludes_cascades_and_biases():
         assert f"cascade={cascade!r} or metric={metric!r}" in text
 
 
-@pytest.mark.parametrize("allocation", allocations().values(), ids=lambda a: a.name)
-@pytest.mark.parametrize("unit", rules.UNITS)
-def test_an_allocation_counts_in_its_own_units(allocation, unit):
-    if unit in allocation.units:
-        rules.check_shared(allocation, Budget(unit=unit))
-    else:
-        text = refused(rules.check_shared, allocation, Budget(unit=unit), error=BudgetError)
-        assert f"unit={unit!r} with allocation={allocation.name!r}; allowed: " in text
-        assert text.endswith(", ".join(allocation.units))
-
-
-@pytest.mark.parametrize("unit", ["param", "flops", 3])
-def test_an_unknown_unit_names_the_known(unit):
-    text = refused(rules.check_shared, get_allocation("loss"), Budget(unit=unit), error=BudgetError)
-    assert f"unknown unit {unit!r}" in text
-    assert "params" in text
-
-
-@pytest.mark.parametrize("allocation", allocations().values(), ids=lambda a: a.name)
-def test_only_uniform_works_to_a_tolerance(allocation):
-    if allocation.name == "uniform":
-        rules.check_shared(allocation, Budget(tolerance=0.1))
-    else:
-        text = refused(rules.check_shared, allocation, Budget(tolerance=0.1), error=BudgetError)
-        assert f"tolerance with allocation={allocation.name!r}" in text
-        assert "allocation='uniform'" in text
-
-
-@pytest.mark.parametrize("allocation", allocations().values(), ids=lambda a: a.name)
-def test_blocks_are_counted_only_where_they_act(allocation):
-    if allocation.counts_blocks:
-        rules.check_shared(allocation, Budget(blocks=3))
-        for value in (0, -1, 1.0, True, "3"):
-            text = refused(rules.check_shared, allocation, Budget(blocks=value))
-            assert f"blocks={value!r}; allowed: a whole number >= 1" in text
-    else:
-        text = refused(rules.check_shared, allocation, Budget(blocks=3))
-        assert f"blocks=3 has no effect with allocation={allocation.name!r}" in text
-
-
 @pytest.mark.parametrize("structure", formats().values(), ids=lambda s: s.name)
 def test_some_allocations_share_out_ranks(structure):
     for allocation in allocations().values():
@@ -180,6 +139,13 @@ def test_some_allocations_share_out_ranks(structure):
             assert text.startswith(wanted + ", ".join(sorted(allocation.formats)))
         else:
             rules.check_shared_formats(allocation, [structure], measure)
+
+
+@pytest.mark.parametrize("value", ["auto", 1, None])
+def test_fused_projections_are_split_or_not(value):
+    text = refused(rules.check_split, value)
+    assert text == f"split={value!r}; allowed: True or False"
+    rules.check_split(False)
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, True, "8", None])

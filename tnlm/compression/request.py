@@ -12,10 +12,10 @@ from tnlm.allocation import get_allocation
 from tnlm.allocation.base import Allocation, Limits
 from tnlm.allocation.clock import Clock, Workload
 from tnlm.compression.bit_rules import check_precision
+from tnlm.compression.budget_rules import check_budgets, check_shared, check_time
 from tnlm.compression.choices import SIZES, Asked, gather_choices
 from tnlm.compression.portable import portable
 from tnlm.compression.rules import (
-    check_budgets,
     check_cascade,
     check_channels,
     check_damping,
@@ -26,9 +26,8 @@ from tnlm.compression.rules import (
     check_recover,
     check_refine,
     check_share,
-    check_shared,
     check_shared_formats,
-    check_time,
+    check_split,
 )
 from tnlm.compression.token_rules import check_tokens
 from tnlm.decompositions import get_format
@@ -235,6 +234,7 @@ def request_of(asked: Asked) -> Request:
     check_channels(structures, measure, named.cascade)
     check_joint(structures, measure, named.cascade)
     check_share(structures, measure, named.cascade, named.share)
+    check_split(named.split)
     check_refine(recovery.refine)
     after = named.recover if recovery.kind is None else recovery.kind
     check_recover(structures, measure, after, recovery.tokens)
