@@ -342,6 +342,7 @@ def test_the_matrices_of_a_plan_may_be_stored_in_few_bits(tiny_llama):
         layer.precision for layer in other.plan.layers
     ]
     assert report.plan.model_after == other.plan.model_after
+    assert report.plan.request == other.plan.request
     assert report.plan.model_after.bytes < tnlm.report(whole).plan.model_after.bytes
     ids = torch.arange(3, 11)[None]
     assert torch.equal(model(ids).logits, again(ids).logits)
@@ -353,9 +354,47 @@ def test_the_matrices_of_a_plan_may_be_stored_in_few_bits(tiny_llama):
         ({"precision": "auto"}, "precision='auto' with unit='params'"),
         ({"precision": "int9"}, "int9"),
         ({"group": 16}, "group=16 has no effect without precision="),
+        ({"rank": 4}, "or with data, precision and group"),
     ],
 )
 def test_bits_of_a_plan_that_are_refused(given, words, tiny_llama):
     plan = tnlm.plan(tiny_llama(), "svd", keep_targets=0.6, progress=False)
     with pytest.raises(OptionError, match=words):
         tnlm.compress(tiny_llama(), plan, progress=False, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"precision": "int4"},
+            r"has no effect: every matrix .* model\.layers\.0\.self_attn\.q_proj",
+        ),
+        ({"group": 16}, "group=16 has no effect without precision="),
+    ],
+)
+def test_bits_for_a_plan_that_has_them_are_refused(given, words, tiny_llama):
+    plan = tnlm.plan(tiny_llama(), "svd", precision="int8", keep_targets=0.6, progress=False)
+    with pytest.raises(OptionError, match=words):
+        tnlm.compress(tiny_llama(), plan, progress=False, **given)
+
+
+def test_bits_for_a_plan_that_has_some_are_for_the_others(tiny_llama, caplog):
+    plan = tnlm.plan(tiny_llama(), "svd", keep_targets=0.6, progress=False)
+    own = {"bits": 8, "group": None, "symmetric": True}
+    plan = replace(plan, layers=(replace(plan.layers[0], precision=own), *plan.layers[1:]))
+    model = tnlm.compress(tiny_llama(), plan, precision="int4", progress=False)
+    assert "1 of 14 matrices have bits in the plan and keep them" in caplog.text
+    bits = [layer.precision["bits"] for layer in tnlm.report(model).plan.layers]
+    assert bits == [8] + [4] * 13
+
+
+def test_bits_are_not_given_with_plans_in_time_or_for_a_runtime(tiny_llama):
+    asked = {"keep_targets": 0.9, **DATA}
+    plan = tnlm.plan(tiny_llama(), "svd", keep_targets=0.6, progress=False)
+    plan = replace(plan, request={**plan.request, "unit": "time"})
+    with pytest.raises(OptionError, match="with a plan for unit='time'"):
+        tnlm.compress(tiny_llama(), plan, precision="int8", progress=False)
+    plan = tnlm.plan(tiny_llama(), "auto", portable="vllm", **asked)
+    with pytest.raises(OptionError, match=r"portable='vllm', whose runtime has types of its own"):
+        tnlm.compress(tiny_llama(), plan, precision="int4", **DATA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ from tnlm.precision.grid import Precision, precision_of
 from tnlm.schemes import get_scheme
 from tnlm.targets.base import Selector
 
+logger = logging.getLogger("tnlm")
+
 RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens", "portable", *LORA_OPTIONS)
 """Keywords that a plan records and that carrying it out needs again."""
 
@@ -35,13 +38,18 @@ def check_alone(given: Mapping[str, Any], *chosen: Selector | None) -> None:
     if others or any(each is not None for each in chosen):
         hint = f": {others[0]}={did_you_mean(others[0], allowed)}" if others else ""
         raise OptionError(
-            "a plan already holds targets, budget and options; give it alone, with data and a "
-            f"precision{hint}"
+            "a plan already holds targets, budget and options; give it alone, or with data, "
+            f"precision and group{hint}"
         )
 
 
 def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
-    """Return the arguments of a call that carries out a plan with some data."""
+    """Return the arguments of a call that carries out a plan with some data.
+
+    Raises:
+        OptionError: if the data does not fit the plan, or its matrices cannot have these bits.
+    """
+    _check_bits(decided, data.get("precision"), data.get("group"))
     made_by = get_allocation(decided.request.get("allocation", "uniform"))
     choices = {
         "metric": decided.metric,
@@ -118,9 +126,41 @@ def matched(model: PreTrainedModel, job: Job, decided: Plan, grid: Precision | N
     priced = [stored(t, repriced(t, t.weight(read), layers[t.name]), grid) for t in chosen]
     timed = tuple(with_times(clock, *pair) for pair in zip(chosen, priced, strict=True))
     cost = replace(model_cost(model), time=decided.model.time)
-    again = replace(decided, layers=timed, model=cost)
+    bits = {} if grid is None else {"precision": grid.name, "group": grid.group}
+    given = {name: value for name, value in bits.items() if value is not None}
+    again = replace(decided, request={**decided.request, **given}, layers=timed, model=cost)
     check_packed(again, grid)
     return with_coverage(model, job.selection, again)
+
+
+def _check_bits(decided: Plan, precision: str | None, group: int | None) -> None:
+    """Raise `OptionError` unless bits given with a plan have an effect; warn of a part of it."""
+    if precision is None:
+        if group is not None:
+            raise OptionError(f"group={group!r} has no effect without precision=", argument="group")
+        return
+    if decided.request.get("unit") == "time":
+        raise OptionError(
+            f"precision={precision!r} with a plan for unit='time', whose time in few bits is not "
+            "predicted; leave out one",
+            argument="precision",
+        )
+    done = [layer for layer in decided.layers if layer.precision is not None]
+    if done and len(done) == len(decided.layers):
+        raise OptionError(
+            f"precision={precision!r} has no effect: every matrix of the plan has bits of its own, "
+            f"such as {done[0].name}; leave it out, or change precision in the plan's layers",
+            argument="precision",
+        )
+    if done:
+        logger.warning(
+            "%d of %d matrices have bits in the plan and keep them, %s first; precision=%r is for "
+            "the others",
+            len(done),
+            len(decided.layers),
+            done[0].name,
+            precision,
+        )
 
 
 def _in_bits(decided: Plan) -> bool:
