@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tnlm.allocation.unseen import NEAR, roomiest
 from tnlm.decompositions import get_format
 from tnlm.decompositions.base import Ceiling
+from tnlm.decompositions.channel_ranks import ChannelRanksSpec
 from tnlm.decompositions.kronecker import KroneckerSpec
 from tnlm.errors import OptionError
 from tnlm.tensors.costs import macs, max_rank
@@ -60,3 +61,9 @@ def test_a_tie_goes_to_the_first():
 def test_a_spec_that_the_matrix_cannot_have_is_an_error():
     with pytest.raises(OptionError, match="multiplies to 6"):
         roomiest((4, 4), get_format("kronecker"), [KroneckerSpec(1, (2, 3), (2, 2))])
+
+
+def test_a_network_counts_with_those_beside_it():
+    sizes = (8, 8, 8)
+    small, large = (ChannelRanksSpec(16, ranks, sizes) for ranks in ((2, 1, 1), (2, 6, 6)))
+    assert roomiest((24, 16), get_format("channel-ranks"), [small, large]) is large

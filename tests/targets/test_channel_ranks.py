@@ -11,10 +11,11 @@ from transformers import GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
 import tnlm
 from tnlm.errors import CheckpointError, OptionError
+from tnlm.layers.adapters import matrix
 from tnlm.layers.linear import FactorizedLinear
 from tnlm.runtimes.weights import plain_weights
-from tnlm.targets.channel_ranks import layers
-from tnlm.targets.channels import pairs
+from tnlm.targets.channel_ranks import RankedFeedForward, layers
+from tnlm.targets.channels import FeedForward, pairs
 from tnlm.targets.selection import select
 
 IDS = torch.arange(24).reshape(2, 12) % 61 + 3
@@ -126,12 +127,62 @@ def test_plain_weights_are_narrow(kind, cut):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_few_bits_on_top(precision, make_model, tmp_path):
-    wide = {"targets": MLP, "keep_targets": 0.3, "unit": "bytes", **DATA}
     asked = dataclasses.replace(SCHEME, precision=precision)
-    model = tnlm.compress(make_model("llama"), asked, **wide | {"keep_targets": 0.5})
+    model = tnlm.compress(make_model("llama"), asked, **ASKED | {"keep_targets": 0.5}, unit="bytes")
     loaded = tnlm.load(tnlm.save(model, tmp_path / "model"))
     assert torch.equal(logits(loaded), logits(model))
     assert tnlm.report(model).parameters_after == tnlm.report(loaded).parameters_after
+
+
+@pytest.mark.parametrize("formats", [("channel-ranks",), ("channels",)])
+def test_the_error_in_few_bits_is_that_of_the_stored_weights(formats, make_model, monkeypatch):
+    fitted = {}
+    for kind in (RankedFeedForward, FeedForward):
+        monkeypatch.setattr(kind, "fit", recording(kind.fit, fitted))
+    scheme = dataclasses.replace(SCHEME, formats=formats, precision="int3")
+    model = tnlm.compress(make_model("llama"), scheme, **ASKED, unit="bytes")
+    plan = tnlm.report(model).plan
+    for layer in plan.layers:
+        if layer.format is None:
+            continue
+        found = fitted[layer.name]
+        squared = found.error**2
+        for target, _, module in found.pieces:
+            if target.name in found.metrics:
+                stored = matrix(model.get_submodule(target.module))
+                noise = found.metrics[target.name].norm(stored - matrix(module))
+                squared += noise**2 / found.size
+        assert layer.error == pytest.approx(squared**0.5)
+        assert layer.error > 1.05 * found.error
+        assert len(found.metrics) == (3 if formats == ("channel-ranks",) else 1)
+
+
+def recording(fit, found):
+    def run(self, *args, **kwargs):
+        found[self.name] = fit(self, *args, **kwargs)
+        return found[self.name]
+
+    return run
+
+
+def test_every_layer_gets_the_same_share_without_data_on_the_loss(make_model):
+    scheme = dataclasses.replace(SCHEME, allocation="even")
+    model = tnlm.compress(make_model("llama"), scheme, **ASKED)
+    report = tnlm.report(model)
+    assert report.parameters_after == count(model)
+    assert len({layer.after.params for layer in report.plan.layers}) == 1
+    assert report.plan.targets_after.params <= 0.4 * report.plan.targets_before.params
+
+
+@pytest.mark.parametrize(
+    "formats", [("channels",), ("channel-ranks",), ("channel-ranks", "channels")]
+)
+def test_a_layer_that_keeps_its_channels_is_warned_of_once(formats, make_model, caplog):
+    model = make_model("llama")
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.RMSNorm(48))
+    scheme = dataclasses.replace(SCHEME, formats=formats)
+    tnlm.plan(model, scheme, **ASKED | {"keep_targets": 0.8})
+    assert caplog.text.count("1 of 2 feed-forward layers keep all their channels") == 1
 
 
 def test_half_precision_keeps_its_dtype(make_model):

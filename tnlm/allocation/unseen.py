@@ -31,6 +31,8 @@ def roomiest(shape: Shape, structure: Format[Any], specs: Sequence[Any]) -> Any:
         True
     """
     networks = [structure.network(shape, spec) for spec in specs]
-    most = max(network.params for network in networks)
-    large = [k for k, network in enumerate(networks) if network.params >= NEAR * most]
-    return specs[max(large, key=lambda k: (max_rank(networks[k]), -macs(networks[k])))]
+    parts = [(network, *network.beside) for network in networks]
+    params = [sum(one.params for one in each) for each in parts]
+    work = [sum(macs(one) for one in each) for each in parts]
+    large = [k for k, count in enumerate(params) if count >= NEAR * max(params)]
+    return specs[max(large, key=lambda k: (max_rank(networks[k]), -work[k]))]

@@ -90,19 +90,22 @@ class Evidence:
         if len(target.alike) > 1:
             parts = [partial(self.metric, one) for one in target.alike]
             return Several(parts, self._scales(target.alike))
-        return target.metric(partial(self._within, target, newer))
+        return target.metric(partial(self._within, self._effects(target), newer))
 
     def _within(
-        self, target: Target, newer: Mapping[str, Tensor] | None, measured: Target
+        self, effects: Mapping[str, float], newer: Mapping[str, Tensor] | None, measured: Target
     ) -> Metric:
         """Return the metric of a matrix in a target, by its effect on the loss if they add up."""
-        metric = self._measured(measured, newer)
+        effect = effects.get(measured.name, 1.0)
+        return scaled(self._measured(measured, newer), effect, measured.shape[0])
+
+    def _effects(self, target: Target) -> dict[str, float]:
+        """Return how much an error of each matrix affects the loss, at most 1, if errors add up."""
         if not target.adds_up or not self.weighs_loss:
-            return metric
+            return {}
         effects = {member.name: self.importance(member) for member in target.members}
         largest = max(effects.values()) or 1.0
-        scale = max(effects[measured.name] / largest, UNSEEN)
-        return scaled(metric, scale, measured.shape[0])
+        return {name: max(effect / largest, UNSEEN) for name, effect in effects.items()}
 
     def _scales(self, targets: Sequence[Target]) -> list[float]:
         """Return how much a squared error of each target counts: by the loss, or by its tokens."""

@@ -40,8 +40,10 @@ class Layer:
         """Return the layer in a tall matrix.
 
         Raises:
-            OptionError: if the metric is not that of each matrix.
+            OptionError: if the metric is neither that of each matrix nor without any side.
         """
+        if type(metric) is Metric and metric.outputs is metric.inputs is None:
+            metric = Stacked([metric] * len(sizes), sizes)
         if not isinstance(metric, Stacked) or metric.rows != tuple(sizes):
             raise OptionError("channel-ranks needs the metric of every matrix in the layer")
         reader, *producers = weight.detach().double().split(list(sizes))

@@ -110,8 +110,8 @@ class ChannelRanks(Format[ChannelRanksSpec]):
     def allows(self, shape: Shape, spec: ChannelRanksSpec, ceiling: Ceiling) -> bool:
         """Return whether all matrices together are within a ceiling."""
         network = self.network(shape, spec)
-        work = sum(macs(each) for each in (network, *network.beside))
-        params = self._params(shape, spec)
+        parts = (network, *network.beside)
+        params, work = sum(each.params for each in parts), sum(macs(each) for each in parts)
         return ceiling.least <= params <= ceiling.params and work <= ceiling.macs
 
     def _params(self, shape: Shape, spec: ChannelRanksSpec) -> int:

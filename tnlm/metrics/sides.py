@@ -73,6 +73,17 @@ class Side:
         found._definite = self._definite
         return found
 
+    def times(self, scale: float) -> Side:
+        """Return the side multiplied by a positive number.
+
+        Example:
+            >>> Side(torch.tensor([4.0, 1.0])).times(2.0).values.tolist()
+            [8.0, 2.0]
+        """
+        found = Side(self.values * scale)
+        found._definite = self._definite
+        return found
+
     def inner(self, core: Tensor) -> float:
         """Return the trace of ``S @ core``."""
         if self.is_diagonal:

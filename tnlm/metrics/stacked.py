@@ -136,9 +136,9 @@ def scaled(member: Metric, scale: float, rows: int) -> Metric:
     if scale == 1.0:
         return member
     if member.outputs is not None:
-        return Metric(Side(member.outputs.values * scale), member.inputs, member.mean)
+        return Metric(member.outputs.times(scale), member.inputs, member.mean)
     if member.inputs is not None:
-        return Metric(None, Side(member.inputs.values * scale), member.mean)
+        return Metric(None, member.inputs.times(scale), member.mean)
     return _even(scale, rows)
 
 

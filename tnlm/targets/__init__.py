@@ -29,6 +29,7 @@ def usable_targets(
     """Return the usable joint targets of some kinds, of which no two share a matrix.
 
     If several could replace a matrix, the kind that is first by name does, unless a plan names one.
+    What one kind finds unusable is not tried again under the same name by another.
 
     Args:
         model: holds the matrices.
@@ -38,10 +39,14 @@ def usable_targets(
     """
     used: list[Target] = []
     taken: set[str] = set()
+    refused: set[str] = set()
     planned = planned or {}
     for name, finder in FINDERS.all().items():
         if name in kinds:
-            for each in finder.usable(model, [each for each in found if each.kind == name]):
+            tried = [each for each in found if each.kind == name and each.name not in refused]
+            usable = finder.usable(model, tried)
+            refused |= {each.name for each in tried} - {each.name for each in usable}
+            for each in usable:
                 names = {member.name for member in each.members}
                 if not names & taken and all(planned.get(one, name) == name for one in names):
                     used.append(each)

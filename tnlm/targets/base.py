@@ -36,12 +36,16 @@ class Fitted:
         error: relative error of the target in its metric.
         ties: parameters to tie: each name with the name it shares.
         columns: the columns kept by matrices that lost inputs, by target name.
+        metrics: the metric of what is left of each narrowed matrix, by target name.
+        size: the squared norm of the target, for errors under these metrics.
     """
 
     pieces: Sequence[tuple[Target, Entry, nn.Module]]
     error: float
     ties: Mapping[str, str] = field(default_factory=dict)
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    size: float = 0.0
 
 
 @dataclass(frozen=True)

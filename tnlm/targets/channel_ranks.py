@@ -20,7 +20,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.metrics.stacked import Stacked
 from tnlm.plans.plan import LayerPlan
 from tnlm.targets.base import Finder, Fitted, Target
-from tnlm.targets.channels import FeedForward, pairs
+from tnlm.targets.channels import FeedForward, narrowable, pairs
 from tnlm.targets.fit import fit_matrix
 from tnlm.targets.matrix import MatrixTarget, share_of
 from tnlm.targets.narrowed import sliced_entry
@@ -119,13 +119,15 @@ class RankedFeedForward(FeedForward):
         with torch.no_grad():
             whole = Layer.of(self.weight(model), metric, self.sizes)
             factors, lost = fitted(whole, spec), whole.left(spec.width)
-            pieces = []
+            pieces, metrics = [], {}
             for index, (part, measured) in enumerate(whole.narrowed(factors["kept"])):
                 piece, error = self._piece(model, layer, spec, factors, index, part, measured)
                 pieces.append(piece)
+                metrics[piece[0].name] = measured
                 lost += error**2
-        columns = {self.consumer.name: factors["kept"]}
-        return Fitted([*pieces[1:], pieces[0]], whole.relative(lost), columns=columns)
+        columns, error = {self.consumer.name: factors["kept"]}, whole.relative(lost)
+        ordered = [*pieces[1:], pieces[0]]
+        return Fitted(ordered, error, columns=columns, metrics=metrics, size=whole.size)
 
     def _piece(
         self,
@@ -187,11 +189,6 @@ def layers(model: nn.Module, targets: Sequence[Target]) -> list[RankedFeedForwar
         if all(slabs == Slabs() for slabs in pair.slabs)
         and not pair.consumer.module.startswith(experts)
     ]
-
-
-def narrowable(model: nn.Module, found: Sequence[RankedFeedForward]) -> list[RankedFeedForward]:
-    """Return the layers whose channels can be removed; ``channels`` warns about the others."""
-    return [layer for layer in found if layer.reason is None]
 
 
 FINDER = Finder("channel-ranks", layers, narrowable)

@@ -158,8 +158,16 @@ class Narrowed(Target):
             rows = rounded(factors["rows"], whole.dtype, f"the weight of {self.consumer.name}")
             seen = factors | ({"rows": rows.double()} if is_half(whole.dtype) else {})
             error = metric.relative(whole, structure.reconstruct(self.shape, spec, seen))
-        columns = {self.consumer.name: Slabs(self.size).rows(factors["kept"], self.count)}
-        return Fitted(sliced(self, model, factors), error, columns=columns)
+        reader, kept = self.consumer.name, Slabs(self.size).rows(factors["kept"], self.count)
+        hidden = metric.outputs
+        left = Metric(metric.inputs, None if hidden is None else hidden.part(kept))
+        return Fitted(
+            sliced(self, model, factors),
+            error,
+            columns={reader: kept},
+            metrics={reader: left},
+            size=metric.norm(whole) ** 2,
+        )
 
 
 def sliced(

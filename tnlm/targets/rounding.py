@@ -16,7 +16,6 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.packing import packed
 from tnlm.layers.submatrix import SubmatrixLinear
 from tnlm.metrics.metric import Metric
-from tnlm.metrics.sides import Side
 from tnlm.precision.grid import Precision
 from tnlm.precision.rounding import Rounded, nearest, with_feedback
 from tnlm.targets.base import Fitted, Target
@@ -40,8 +39,8 @@ def rounded(
         grid: of the codes.
         metric: returns the metric of each matrix.
         wanted: the ``(out, in)`` matrix that a single piece approximates, and against which its
-            error is measured; None for the layers around narrowed channels, where the error of
-            rounding the layer that reads them is added to that of the fit.
+            error is measured; None for the layers around narrowed channels, where the errors of
+            rounding are added to that of the fit, under the metrics that it gives.
 
     Source: the rounding is GPTQ's, Frantar et al. 2022, arXiv 2210.17323.
     """
@@ -54,8 +53,9 @@ def rounded(
         pieces.append((target, {**entry, "precision": dict.fromkeys(codes, grid.to_dict())}, made))
         if wanted is not None:
             squared = measured.relative(wanted, matrix(made)) ** 2
-        elif kept is not None:
-            squared += _noise(measured, matrix(made) - before, before, moment)
+        elif fitted.size and target.name in fitted.metrics:
+            noise = fitted.metrics[target.name].norm(matrix(made) - before, keep=False)
+            squared += noise**2 / fitted.size
     return replace(fitted, pieces=pieces, error=math.sqrt(squared))
 
 
@@ -156,10 +156,3 @@ def _moment(metric: Metric, kept: Tensor | None) -> Tensor | None:
 def _among(moment: Tensor, kept: Tensor) -> Tensor:
     """Return the second moment of the kept inputs, full or diagonal."""
     return moment[kept] if moment.dim() == 1 else moment[kept][:, kept]
-
-
-def _noise(metric: Metric, change: Tensor, weight: Tensor, moment: Tensor | None) -> float:
-    """Return the squared error of a change of a matrix that lost inputs, relative to its norm."""
-    inputs = None if moment is None else Side(moment)
-    cut = Metric(metric.outputs, inputs)
-    return (cut.norm(change) / (cut.norm(weight) or 1.0)) ** 2
