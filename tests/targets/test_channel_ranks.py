@@ -157,6 +157,24 @@ def test_the_error_in_few_bits_is_that_of_the_stored_weights(formats, make_model
         assert len(found.metrics) == (3 if formats == ("channel-ranks",) else 1)
 
 
+def test_a_plan_gives_the_errors_that_were_weighed_by_the_loss(make_model):
+    asked = {**ASKED, "metric": "input"}
+    direct = tnlm.compress(make_model("llama"), SCHEME, **asked)
+    plan = tnlm.plan(make_model("llama"), SCHEME, **asked)
+    again = tnlm.compress(make_model("llama"), plan, **DATA)
+    assert torch.equal(logits(again), logits(direct))
+    for ours, theirs in zip(*(tnlm.report(m).plan.layers for m in (again, direct)), strict=True):
+        assert ours.error == pytest.approx(theirs.error, rel=1e-4)
+    packed = tnlm.report(tnlm.compress(make_model("llama"), plan, precision="int8", **DATA)).plan
+    assert {layer.error for layer in packed.layers if layer.format} == {None}
+
+
+def test_loras_are_not_merged_into_narrowed_layers(cut):
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    with pytest.raises(OptionError, match="has lost channels as well; use on='factors'"):
+        tnlm.heal(cut("llama"), [batch], rank=1, tokens=24, on="layers", merge="concatenate")
+
+
 def recording(fit, found):
     def run(self, *args, **kwargs):
         found[self.name] = fit(self, *args, **kwargs)

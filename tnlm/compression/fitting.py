@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from tnlm.allocation import get_allocation
 from tnlm.allocation.uniform import stay_dense
 from tnlm.checkpoint.entries import Entry
 from tnlm.compression.cascade import Output
@@ -39,6 +40,8 @@ class Fitting:
         """Start with nothing fitted."""
         self._model, self._job, self._shelf = model, job, shelf
         layers = {layer.name: layer for layer in decided.layers}
+        allocation = get_allocation(decided.request.get("allocation", "uniform"))
+        self._knew_effects = allocation.weighs_loss
         self._squares: dict[str, list[float]] = {}
         self.errors: dict[str, float] = {}
         self.entries: dict[str, Entry] = {}
@@ -65,6 +68,19 @@ class Fitting:
         self._replaced = frozenset(replaced)
         decided_on = {member.name for unit in self.units for member in unit.members}
         self._beside = [target for name, target in replaced.items() if name not in decided_on]
+
+    @property
+    def reported(self) -> dict[str, float | None]:
+        """The errors for the report, by name in the plan.
+
+        Where errors of several matrices add up by their effects on the loss, and only the plan knew
+        these, its own error stays; there is none if few bits come on top.
+        """
+        if self._job.evidence.weighs_loss or not self._knew_effects:
+            return {**self.errors}
+        planned = {unit.name: self._layers[unit.name] for unit in self.units if unit.adds_up}
+        kept = {name: None if la.precision else la.error for name, la in planned.items()}
+        return {**self.errors, **kept}
 
     def shrinks(self, target: Target) -> bool:
         """Return whether the plan gives a target a format."""

@@ -144,7 +144,7 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
             _recover(model, job, after, teacher, dense, progress)
         spent = time.perf_counter() - start
         job.seconds["fit"] = spent - sum(job.seconds.get(k, 0.0) for k in ("refine", "recover"))
-        report = report_of(job, with_errors(decided, fitting.errors))
+        report = report_of(job, with_errors(decided, fitting.reported))
         model.tnlm_report = report  # type: ignore[assignment]
         return model
 

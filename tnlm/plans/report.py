@@ -154,7 +154,7 @@ class Report:
         return fragment(f"Report {self.plan.kept()}", self.summary(), rows)
 
 
-def with_errors(plan: Plan, errors: Mapping[str, float]) -> Plan:
+def with_errors(plan: Plan, errors: Mapping[str, float | None]) -> Plan:
     """Return the plan with measured errors instead of predicted ones."""
 
     def measured(layer: LayerPlan) -> LayerPlan:

@@ -49,9 +49,9 @@ def check_merge(model: nn.Module, ranks: Mapping[str, int], merge: str) -> None:
                 "merge='adapter'"
             )
         if entry is None or entry.get("format") != "low-rank" or entry["kind"] != "linear":
-            raise OptionError(
-                f"merge={merge!r} needs low rank, but {name} is not; use on='factors'"
-            )
+            narrowed = entry is not None and entry["kind"] == "narrowed"
+            why = "has lost channels as well" if narrowed else "is not"
+            raise OptionError(f"merge={merge!r} needs low rank, but {name} {why}; use on='factors'")
         if entry.get("shared"):
             raise OptionError(f"{name} shares a factor with other blocks; use on='factors'")
         if merge == "concatenate":

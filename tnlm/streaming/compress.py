@@ -276,7 +276,7 @@ class _Run:
         config.scheme, config.options = decided.scheme, dict(decided.request)
         tie(self._model, fitting.ties)
         attach(self._model, config)
-        return report_of(job, with_errors(decided, fitting.errors))
+        return report_of(job, with_errors(decided, fitting.reported))
 
 
 def _assemble(model: PreTrainedModel, files: Mapping[Path, Mapping[str, int]], new: Path) -> None:
