@@ -468,3 +468,11 @@ def test_a_loaded_model_is_saved_with_its_report(compressed, tmp_path):
     first = tnlm.load(tnlm.save(model, tmp_path / "model"))
     again = tnlm.load(tnlm.save(first, tmp_path / "again"))
     assert tnlm.report(again).to_dict() == tnlm.report(model).to_dict()
+
+
+def test_batches_without_a_mask_have_no_padding(compressed):
+    data = with_labels(compressed("llama", "svd", **SMALL), BATCHES)
+    bare = [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in data]
+    models = [run(compressed("llama", "svd", **SMALL), rows) for rows in (data, bare)]
+    first, second = (dict(model.named_parameters()) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)

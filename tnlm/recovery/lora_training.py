@@ -29,9 +29,15 @@ SAMPLE = 8
 """Number of batches on which the loss is measured before and after."""
 
 
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    """Return the number of tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return next(iter(batch.values())).numel() if mask is None else int(mask.sum())
+
+
 def schedule_of(batches: Sequence[Mapping[str, Tensor]], tokens: int, seed: int) -> list[int]:
     """Return the batch index of each step, for a number of tokens."""
-    counts = [int(batch["attention_mask"].sum()) for batch in batches]
+    counts = [_tokens(batch) for batch in batches]
     if not all(counts):
         raise CalibrationError(f"batch {counts.index(0)} has only padding")
     generator = torch.Generator().manual_seed(seed)

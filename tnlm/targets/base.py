@@ -52,8 +52,7 @@ class Fitted:
 class Target(ABC):
     """A part of a model that is compressed as one ``(out, in)`` matrix.
 
-    Each kind of target is one file, which knows where its matrix is, its statistics, its cost and
-    its replacement. No other code depends on the kind of a target.
+    Each kind is one file that knows its matrix, statistics, cost and replacement; no other does.
 
     Attributes:
         name: unique name.
