@@ -19,8 +19,7 @@ from tnlm.metrics.metric import Metric
 from tnlm.plans.plan import LayerPlan
 from tnlm.tensors.network import Cost, Network
 
-Matrix = nn.Linear | Conv1D | nn.Embedding
-"""The modules whose weight is a matrix."""
+Matrix = nn.Linear | Conv1D | nn.Embedding  # the modules whose weight is a matrix
 Selector = str | type | Sequence["str | type"]
 """Words, names, a pattern or classes that select modules."""
 Read = Callable[["Member", str], Tensor]
@@ -36,8 +35,8 @@ class Fitted:
         error: relative error of the target in its metric.
         ties: parameters to tie: each name with the name it shares.
         columns: the columns kept by matrices that lost inputs, by target name.
-        metrics: the metric of what is left of each narrowed matrix, by target name.
-        size: the squared norm of the target, for errors under these metrics.
+        metrics: the metric of what is left of each narrowed matrix, by target name; errors in
+            them are relative to ``size``, the squared norm of the target.
     """
 
     pieces: Sequence[tuple[Target, Entry, nn.Module]]
@@ -208,9 +207,9 @@ class Target(ABC):
         """Fit the replacement of the target.
 
         Args:
-            model: the model with the weights.
+            model: holds the weights.
             layer: the plan's decision; its format is None for parts that stay dense.
-            metric: metric of the error.
+            metric: of the error.
             weight: the matrix to approximate, instead of the model's own.
             output: the mean output ``(out,)`` to match, for a metric with a mean.
         """
