@@ -772,5 +772,7 @@ def test_a_loaded_model_has_the_report_that_was_saved_beside_it(compressed, tmp_
     for loaded in (tnlm.load(folder), AutoModelForCausalLM.from_pretrained(folder)):
         assert tnlm.report(loaded).to_dict() == tnlm.report(folder).to_dict()
     (folder / "tnlm_report.json").unlink()
+    assert tnlm.report(loaded).plan.scheme == "svd"  # read with the model
+    loaded = tnlm.load(folder)
     with pytest.raises(ModelError, match="nor loaded from a directory with a report"):
         tnlm.report(loaded)

