@@ -121,7 +121,7 @@ def test_the_curve_is_at_least_as_good_as_channels_alone(share, weight, metric):
 
 def params(spec):
     network = FORMAT.network(SHAPE, spec)
-    return sum(each.params for each in (network, *network.beside))
+    return sum(each.params for each in network.together)
 
 
 @given(keep=st.floats(0.05, 1.0), gauge=st.booleans())
@@ -130,7 +130,7 @@ def test_candidates_are_within_the_ceiling(keep, gauge, weight):
     found = FORMAT.candidates(SHAPE, {**OPTIONS, "gauge": gauge}, ceiling)
     for spec in found:
         network = FORMAT.network(SHAPE, spec)
-        each = (network, *network.beside)
+        each = network.together
         assert params(spec) <= ceiling.params
         assert sum(macs(one) for one in each) <= ceiling.macs
         assert all(one.gauge is None for one in each) or gauge

@@ -150,7 +150,7 @@ def _without_gauge(
     found = [
         (replace(spec, gauge=False), error)
         for spec, network, error in sampled
-        if any(one.gauge is not None for one in (network, *network.beside))
+        if any(one.gauge is not None for one in network.together)
     ]
     return [(spec, used.network(target.shape, spec), error) for spec, error in found]
 

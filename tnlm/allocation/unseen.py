@@ -31,7 +31,7 @@ def roomiest(shape: Shape, structure: Format[Any], specs: Sequence[Any]) -> Any:
         True
     """
     networks = [structure.network(shape, spec) for spec in specs]
-    parts = [(network, *network.beside) for network in networks]
+    parts = [network.together for network in networks]
     params = [sum(one.params for one in each) for each in parts]
     work = [sum(macs(one) for one in each) for each in parts]
     large = [k for k, count in enumerate(params) if count >= NEAR * max(params)]

@@ -62,9 +62,9 @@ class ChannelRanks(Format[ChannelRanksSpec]):
     Example:
         >>> spec = ChannelRanksSpec(width=6, ranks=(2, 5), sizes=(4, 5))
         >>> network = FORMAT.network((9, 8), spec)
-        >>> [each.shape for each in (network, *network.beside)]
+        >>> [each.shape for each in network.together]
         [(4, 6), (6, 5)]
-        >>> [each.params for each in (network, *network.beside)]
+        >>> [each.params for each in network.together]
         [16, 30]
     """
 
@@ -94,7 +94,17 @@ class ChannelRanks(Format[ChannelRanksSpec]):
 
     def fit(self, weight: Tensor, metric: Metric, spec: ChannelRanksSpec) -> Factors:
         """Return ``kept``, and of each matrix ``whole0`` or ``left0`` and ``right0``, in order."""
-        return fitted(Layer.of(weight, metric, spec.sizes), spec)
+        layer = Layer.of(weight, metric, spec.sizes)
+        kept = layer.kept(spec.width)
+        factors: Factors = {"kept": kept}
+        for index, (part, measured) in enumerate(layer.narrowed(kept)):
+            rank = spec.ranks[index]
+            if rank == min(part.shape):
+                factors[f"whole{index}"] = part
+            else:
+                left, right = measured.low_rank(part, rank)
+                factors |= {f"left{index}": left, f"right{index}": right}
+        return factors
 
     def candidates(
         self, shape: Shape, options: Mapping[str, Any], ceiling: Ceiling
@@ -109,14 +119,12 @@ class ChannelRanks(Format[ChannelRanksSpec]):
 
     def allows(self, shape: Shape, spec: ChannelRanksSpec, ceiling: Ceiling) -> bool:
         """Return whether all matrices together are within a ceiling."""
-        network = self.network(shape, spec)
-        parts = (network, *network.beside)
+        parts = self.network(shape, spec).together
         params, work = sum(each.params for each in parts), sum(macs(each) for each in parts)
         return ceiling.least <= params <= ceiling.params and work <= ceiling.macs
 
     def _params(self, shape: Shape, spec: ChannelRanksSpec) -> int:
-        network = self.network(shape, spec)
-        return sum(each.params for each in (network, *network.beside))
+        return sum(each.params for each in self.network(shape, spec).together)
 
     def within(
         self, weight: Tensor, metric: Metric, options: Mapping[str, Any], tolerance: float
@@ -168,19 +176,6 @@ class ChannelRanks(Format[ChannelRanksSpec]):
             part = matrix_of(factors, index)
             block[:, factors["kept"]] = part if index == 0 else part.T
         return table
-
-
-def fitted(layer: Layer, spec: ChannelRanksSpec) -> Factors:
-    """Return the factors of a layer; see :meth:`ChannelRanks.fit`."""
-    kept = layer.kept(spec.width)
-    factors: Factors = {"kept": kept}
-    for index, (part, metric) in enumerate(layer.narrowed(kept)):
-        if spec.ranks[index] == min(part.shape):
-            factors[f"whole{index}"] = part
-            continue
-        left, right = metric.low_rank(part, spec.ranks[index])
-        factors |= {f"left{index}": left, f"right{index}": right}
-    return factors
 
 
 def matrix_of(factors: Factors, index: int) -> Tensor:

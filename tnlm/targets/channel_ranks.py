@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tnlm.checkpoint.entries import Entry, network_of
 from tnlm.decompositions.base import Ceiling, from_dict, matrix_shape
 from tnlm.decompositions.channel_layer import Layer
-from tnlm.decompositions.channel_ranks import ChannelRanksSpec, fitted
+from tnlm.decompositions.channel_ranks import ChannelRanksSpec
 from tnlm.decompositions.low_rank import FORMAT as LOW_RANK
 from tnlm.layers.arranged import filled
 from tnlm.layers.unfolded import unfolded
@@ -27,7 +27,7 @@ from tnlm.targets.narrowed import sliced_entry
 from tnlm.targets.trial import Slabs
 from tnlm.tensors.contraction import chain, stored_shapes
 from tnlm.tensors.costs import macs
-from tnlm.tensors.network import Cost, Factors, Network
+from tnlm.tensors.network import Cost, Network
 from tnlm.tensors.precision import is_half, rounded
 
 
@@ -81,7 +81,7 @@ class RankedFeedForward(FeedForward):
 
     def cost(self, network: Network, itemsize: int, extra: int = 0) -> Cost:
         """Return the cost of all matrices, less the biases of dropped channels."""
-        each = _networks(network)
+        each = network.together
         lost = self.biases * (self.count - network.shape[1])
         params = sum(one.params for one in each) - lost
         size = params * itemsize + sum(one.index_bytes for one in each)
@@ -91,14 +91,14 @@ class RankedFeedForward(FeedForward):
         """Return the shapes in which the matrices or their factors are stored."""
         if network is None:
             return [member.shape for member in self.members]
-        each = [stored_shapes(one, chain(one).steps).values() for one in _networks(network)]
+        each = [stored_shapes(one, chain(one).steps).values() for one in network.together]
         return [shape for shapes in each for shape in shapes]
 
     def products(self, network: Network | None) -> Sequence[tuple[int, int] | Network]:
         """Return what the matrices apply."""
         if network is None:
             return [member.shape for member in self.members]
-        return [one.shape if _is_whole(one) else one for one in _networks(network)]
+        return [one.shape if _is_whole(one) else one for one in network.together]
 
     def budget(
         self, keep: float, max_macs: float, *, unit: str = "params", extra: int = 0
@@ -118,14 +118,14 @@ class RankedFeedForward(FeedForward):
         spec: ChannelRanksSpec = from_dict(ChannelRanksSpec, layer.spec)
         with torch.no_grad():
             whole = Layer.of(self.weight(model), metric, self.sizes)
-            factors, lost = fitted(whole, spec), whole.left(spec.width)
+            kept, lost = whole.kept(spec.width), whole.left(spec.width)
             pieces, metrics = [], {}
-            for index, (part, measured) in enumerate(whole.narrowed(factors["kept"])):
-                piece, error = self._piece(model, layer, spec, factors, index, part, measured)
+            for index, (part, measured) in enumerate(whole.narrowed(kept)):
+                piece, error = self._piece(model, layer, spec, kept, index, part, measured)
                 pieces.append(piece)
                 metrics[piece[0].name] = measured
                 lost += error**2
-        columns, error = {self.consumer.name: factors["kept"]}, whole.relative(lost)
+        columns, error = {self.consumer.name: kept}, whole.relative(lost)
         ordered = [*pieces[1:], pieces[0]]
         return Fitted(ordered, error, columns=columns, metrics=metrics, size=whole.size)
 
@@ -134,7 +134,7 @@ class RankedFeedForward(FeedForward):
         model: nn.Module,
         layer: LayerPlan,
         spec: ChannelRanksSpec,
-        factors: Factors,
+        kept: Tensor,
         index: int,
         part: Tensor,
         metric: Metric,
@@ -143,7 +143,7 @@ class RankedFeedForward(FeedForward):
         member = (self.consumer, *self.producers)[index]
         bias, like = member.bias(model), member.weight(model)
         if bias is not None and index:
-            bias = bias[factors["kept"]]
+            bias = bias[kept]
         entry = sliced_entry(member, part, bias, "rows" if index else "columns")
         rank = spec.ranks[index]
         if rank == min(part.shape):
@@ -156,13 +156,9 @@ class RankedFeedForward(FeedForward):
         )
         entry |= {"kind": "narrowed", "format": own.format, "options": options}
         entry["order"] = list(chain(network_of(entry)).order)
-        held = {"left": factors[f"left{index}"], "right": factors[f"right{index}"]}
+        held = dict(zip(("left", "right"), metric.low_rank(part, rank), strict=True))
         module, error = fit_matrix(entry, part.to(like), bias, metric, own, factors=held)
         return (member, entry, module), error * metric.norm(part)
-
-
-def _networks(network: Network) -> tuple[Network, ...]:
-    return (network, *network.beside)
 
 
 def _is_whole(network: Network) -> bool:

@@ -62,6 +62,11 @@ class Network:
         """The einsum equation of the matrix, with one axis per open mode."""
         return ",".join(self.factors.values()) + "->" + self.out + self.inp
 
+    @property
+    def together(self) -> tuple[Network, ...]:
+        """This network and those beside it."""
+        return (self, *self.beside)
+
     @cached_property
     def shape(self) -> tuple[int, int]:
         """The shape (out, in) of the matrix."""

@@ -65,8 +65,9 @@ class LevelSearchResult:
     tokens: int
 
     def __str__(self) -> str:
-        told = f"divergence: {self.before:.6g} -> {self.after:.6g} nats a token"
-        return f"{self.plan}\n{told}, {len(self.generations)} generations, {self.tokens:,} tokens"
+        divergence = f"divergence: {self.before:.6g} -> {self.after:.6g} nats per token"
+        cost = f"{len(self.generations)} generations, {self.tokens:,} tokens"
+        return f"{self.plan}\n{divergence}, {cost}"
 
     def to_json(self) -> str:
         """Return the result as JSON text."""
