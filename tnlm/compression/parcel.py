@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -36,10 +36,10 @@ def fit_as_planned(
         ready: its fit, if it was made already.
     """
     fitted = ready or target.fit(model, layer, metric(target), weight, output)
-    if layer.grid is None or not layer.replaced:
-        return fitted
-    wanted = target.weight(model) if weight is None else weight
-    return rounded(fitted, layer.grid, metric, wanted if len(fitted.pieces) == 1 else None)
+    if layer.grid is not None and layer.replaced:
+        wanted = target.weight(model) if weight is None else weight
+        fitted = rounded(fitted, layer.grid, metric, wanted if len(fitted.pieces) == 1 else None)
+    return replace(fitted, metrics={})  # of the size of the statistics, and of no further use
 
 
 @dataclass(frozen=True)

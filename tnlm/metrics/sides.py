@@ -68,8 +68,7 @@ class Side:
             >>> Side(torch.tensor([4.0, 1.0, 3.0])).part(torch.tensor([0, 2])).values.tolist()
             [4.0, 3.0]
         """
-        cut = self.values[kept] if self.is_diagonal else self.values[kept][:, kept]
-        found = Side(cut)
+        found = Side(among(self.values, kept))
         found._definite = self._definite
         return found
 
@@ -166,6 +165,16 @@ class Side:
             part = part * (size / self.values.shape[0])
             found.append(Side(part if mode == 0 else part / self.mean))
         return found
+
+
+def among(values: Tensor, kept: Tensor) -> Tensor:
+    """Return the part of a full matrix, or of a diagonal, that belongs to some indices.
+
+    Example:
+        >>> among(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1]))
+        tensor([[4.]])
+    """
+    return values[kept] if values.dim() == 1 else values[kept][:, kept]
 
 
 def modes_of(side: Side | None, split: Sequence[int]) -> list[Side | None]:

@@ -16,6 +16,7 @@ from tnlm.layers.linear import FactorizedLinear
 from tnlm.layers.packing import packed
 from tnlm.layers.submatrix import SubmatrixLinear
 from tnlm.metrics.metric import Metric
+from tnlm.metrics.sides import among
 from tnlm.precision.grid import Precision
 from tnlm.precision.rounding import Rounded, nearest, with_feedback
 from tnlm.targets.base import Fitted, Target
@@ -75,7 +76,7 @@ def _round(
     """Return the codes of every layer in a module whose packing saves bytes, by its name there."""
     if isinstance(module, SubmatrixLinear):
         kept, core = module.columns_order[: module.columns], module.core.weight
-        own = None if moment is None else _among(moment, kept.to(moment.device))
+        own = None if moment is None else among(moment, kept.to(moment.device))
         return {"core": _on_grid(core, core, grid, own)} if _saves(grid, core) else {}
     if not isinstance(module, FactorizedLinear):
         if not _saves(grid, module.weight):
@@ -150,9 +151,4 @@ def _moment(metric: Metric, kept: Tensor | None) -> Tensor | None:
     side = metric.start().inputs
     if side is None or kept is None:
         return None if side is None else side.values
-    return _among(side.values, kept)
-
-
-def _among(moment: Tensor, kept: Tensor) -> Tensor:
-    """Return the second moment of the kept inputs, full or diagonal."""
-    return moment[kept] if moment.dim() == 1 else moment[kept][:, kept]
+    return among(side.values, kept)
