@@ -23,6 +23,16 @@ def test_errors_are_the_tails_of_the_rearranged_matrix(split, part, seed, gaussi
     assert Spectra(weight).error(terms, *split) == pytest.approx(expected, abs=1e-7)
 
 
+@given(split=st.sampled_from(SPLITS), terms=st.integers(1, 12), seed=st.integers(0, 20))
+def test_the_floor_of_an_error_needs_no_spectrum(split, terms, seed, gaussian):
+    spectra = Spectra(gaussian(12, 18, seed=seed) @ torch.diag(0.5 ** torch.arange(18.0)).double())
+    floor = spectra.floor(terms, *split)
+    assert not spectra._tails
+    least = min(terms, *rearrange(spectra.weight, *split).shape)
+    assert floor <= spectra.error(least, *split) ** 2 + 1e-12
+    assert is_thin(*split) or floor == 0.0
+
+
 def test_thin_splits_need_no_product_of_their_own(gaussian, monkeypatch):
     spectra = Spectra(gaussian(12, 18))
     monkeypatch.setattr("tnlm.decompositions.kronecker_screen.rearrange", None)

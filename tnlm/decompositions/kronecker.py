@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tnlm.decompositions.base import (
     matrix_shape,
 )
 from tnlm.decompositions.kronecker_fit import balanced, low_rank_factors, nearest
-from tnlm.decompositions.kronecker_screen import Spectra, estimate, is_low_rank, is_thin
+from tnlm.decompositions.kronecker_screen import Spectra, is_low_rank, is_thin
 from tnlm.decompositions.screening import KEEPS
 from tnlm.decompositions.whitening import (
     closed_form,
@@ -251,18 +252,24 @@ def _most_terms(numbers: int, params: float, gauge: bool) -> float:
 def _best(spectra: Spectra, specs: Sequence[KroneckerSpec], count: int) -> list[KroneckerSpec]:
     """Return the ``count`` specs of least error, and those that tie with them.
 
-    If there are more, errors are estimated on a sample, except those of thin splits.
+    If there are more, errors are estimated on a sample, except those of thin splits. A thin split
+    that cannot be among the best is not computed.
     """
     if len(specs) <= count:
         return list(specs)
-    guesses = [
-        _tail(spectra, spec) ** 2
-        if is_thin(*_pairs(spec))
-        else estimate(spectra.weight, spec.terms, *_pairs(spec))
-        for spec in specs
-    ]
-    bar = sorted(guesses)[count - 1] + SCREEN_ROUNDING
-    return [spec for spec, guess in zip(specs, guesses, strict=True) if guess <= bar]
+    floors = {s: spectra.floor(s.terms, *_pairs(s)) for s in specs if is_thin(*_pairs(s))}
+    guesses = {s: spectra.estimate(s.terms, *_pairs(s)) for s in specs if s not in floors}
+    for spec in sorted(floors, key=lambda spec: floors[spec]):
+        if floors[spec] <= _bar(guesses, count):
+            guesses[spec] = _tail(spectra, spec) ** 2
+    bar = _bar(guesses, count)
+    return [spec for spec in specs if guesses.get(spec, math.inf) <= bar]
+
+
+def _bar(guesses: Mapping[KroneckerSpec, float], count: int) -> float:
+    """Return the guess that ``count`` of them do not exceed."""
+    smallest = heapq.nsmallest(count, guesses.values())
+    return smallest[-1] + SCREEN_ROUNDING if len(smallest) == count else math.inf
 
 
 def _tail(spectra: Spectra, spec: KroneckerSpec) -> float:

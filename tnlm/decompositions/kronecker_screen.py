@@ -37,6 +37,7 @@ class Spectra:
     def __init__(self, weight: Tensor) -> None:
         """Store the matrix in float64."""
         self.weight = weight.detach().double()
+        self._screened = _in_range(self.weight).float()
         self._grams: dict[bool, Tensor] = {}
         self._tails: dict[tuple[Sequence[int], Sequence[int]], Tensor] = {}
 
@@ -49,8 +50,32 @@ class Spectra:
         error: float = (float(tail[terms]) / (float(tail[0]) or 1.0)) ** 0.5
         return error
 
+    def floor(self, terms: int, out_split: Sequence[int], in_split: Sequence[int]) -> float:
+        """Return what the squared relative error of a thin split is at least, without a spectrum.
+
+        t eigenvalues of a Gram matrix sum to no more than the root of t times its Frobenius norm.
+        Of splits without such a Gram matrix nothing is known: 0.
+        """
+        gram = self._thin_gram(out_split, in_split)
+        total = 0.0 if gram is None else float(gram.trace())
+        if gram is None or total <= 0.0:
+            return 0.0
+        kept: float = terms**0.5 * float(torch.linalg.norm(gram)) / total
+        return max(1.0 - kept, 0.0)
+
+    def estimate(self, terms: int, out_split: Split, in_split: Split) -> float:
+        """Estimate the squared relative error from evenly spaced blocks of the matrix."""
+        return _estimate(self._screened, terms, out_split, in_split)
+
     def _energy(self, out_split: Sequence[int], in_split: Sequence[int]) -> Tensor:
         """Return the squared singular values of R(W), largest first."""
+        gram = self._thin_gram(out_split, in_split)
+        if gram is not None:
+            return energies(gram)
+        return spectrum(rearrange(self.weight, out_split, in_split))
+
+    def _thin_gram(self, out_split: Sequence[int], in_split: Sequence[int]) -> Tensor | None:
+        """Return the Gram matrix of the shorter side of R(W), if it is a partial trace."""
         (a, b), (c, d) = out_split, in_split
         short = min(a * c, b * d)
         for split, beside, is_rows in ((out_split, in_split, True), (in_split, out_split, False)):
@@ -58,8 +83,8 @@ class Spectra:
                 # The kept mode alone stands on one side of R(W).
                 alone = beside[kept] == 1 and split[kept] == short
                 if alone and split[0] * split[1] <= SHARED:
-                    return energies(self._traced(split, kept, is_rows))
-        return spectrum(rearrange(self.weight, out_split, in_split))
+                    return self._traced(split, kept, is_rows)
+        return None
 
     def _traced(self, split: Sequence[int], kept: int, is_rows: bool) -> Tensor:
         """Return the Gram matrix over one mode of the rows or columns, summed over the other."""
@@ -90,12 +115,10 @@ def is_low_rank(out_split: Sequence[int], in_split: Sequence[int]) -> bool:
     return (b == 1 and c == 1) or (a == 1 and d == 1)
 
 
-def estimate(weight: Tensor, terms: int, out_split: Split, in_split: Split) -> float:
-    """Estimate the relative squared error from evenly spaced blocks of the matrix."""
+def _estimate(weight: Tensor, terms: int, out_split: Split, in_split: Split) -> float:
     (a, b), (c, d) = out_split, in_split
     short = min(a * c, b * d)
     rows = sample(weight, out_split, in_split, max(4 * terms, SCREEN_ENTRIES // short))
-    rows = _in_range(rows).float()
     if rows.shape[0] > rows.shape[1]:
         rows = rows.T
     total = float(rows.square().sum())
@@ -110,8 +133,8 @@ def estimate(weight: Tensor, terms: int, out_split: Split, in_split: Split) -> f
     return 1.0 - kept / total if total > 0 else 0.0
 
 
-def _in_range(rows: Tensor) -> Tensor:
-    """Scale rows whose squares would overflow or underflow float32; return others unchanged."""
-    largest = float(rows.abs().max()) if rows.numel() else 0.0
+def _in_range(weight: Tensor) -> Tensor:
+    """Scale a matrix whose squares would overflow or underflow float32; return others unchanged."""
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
     outside = largest > LARGE or 0.0 < largest < 1.0 / LARGE
-    return rows.double() / largest if outside else rows
+    return weight / largest if outside else weight
