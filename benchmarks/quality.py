@@ -8,7 +8,8 @@ OUT/results.jsonl as they come; runs that are there already are not repeated. OU
 table. Calibration statistics are kept in OUT/cache. A scheme may carry options after a colon:
 ``svd-llm:allocation=loss,damping=0.01``; runs that differ in ``seed=`` alone, which draws the
 calibration data, are one row of ``--table readme``, as a mean with its spread and range.
-``--seeds 0 1 2`` measures every scheme with each of these draws.
+``--seeds 0 1 2`` measures every scheme with each of these draws. ``auto:scale_tokens=2048`` and
+``auto:generations=10`` are level searches on the text ``--search``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+SEARCH = {"generations", "scale_tokens"}
+"""Options of a level search."""
 DESTROYED = 100.0
 """Ratio of perplexities from which a model is of no use."""
 
@@ -61,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scheme", nargs="+", required=True)
     parser.add_argument("--keep-targets", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     parser.add_argument("--calibration", required=True)
+    parser.add_argument("--search", type=Path, help="text of level searches")
     parser.add_argument("--seeds", type=int, nargs="+", help="draws of the calibration data")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=PATH")
     parser.add_argument("--window", type=int, default=512)
@@ -101,7 +105,14 @@ def _measure(asked: argparse.Namespace, named: str, keep: float) -> Row:
             keywords |= {"calibration": asked.calibration, "tokenizer": tokenizer}
             keywords |= {"cache_dir": asked.out / "cache", "num_samples": asked.num_samples}
             keywords |= {"gradient_samples": asked.gradient_samples}
-        tnlm.compress(model, name, **keywords)
+        if SEARCH & keywords.keys():
+            keywords |= {"search": asked.search, "output_dir": asked.out / f"{named} {keep:g}"}
+            keywords |= {"generations": keywords.get("generations", 0)}
+            found = tnlm.level_search(model, name, **keywords)
+            row["search"] = json.loads(found.to_json())
+            del row["search"]["plan"]
+        else:
+            tnlm.compress(model, name, **keywords)
         plan = tnlm.report(model).plan
         row["keep_targets"] = plan.targets_after.params / plan.targets_before.params
         row["keep_macs"] = plan.targets_after.macs / plan.targets_before.macs

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from dataclasses import replace
 
@@ -9,8 +10,10 @@ import torch
 
 import tnlm
 from tests import mixtures
+from tnlm.allocation.curves import curves
 from tnlm.errors import CheckpointError, EvaluationError, OptionError
-from tnlm.studies.level_search import Selection
+from tnlm.studies.level_search import Selection, evolution
+from tnlm.studies.level_search import search as search_module
 from tnlm.studies.level_search.divergence import Divergence
 
 IDS = torch.arange(512) * 7 % 61 + 3
@@ -142,3 +145,101 @@ def test_a_model_that_is_not_causal_is_refused(kind, make_model):
 
 def test_the_stages_may_be_lists():
     Selection(3, [2, 1], [16, 32]).check()
+
+
+SCALED = {**ASKED, "search": torch.cat([TEXT, IDS[:64]]), "scale_tokens": 64, "generations": 0}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_scaled_curves_start_the_search_where_they_are_better(kind, make_model):
+    model = make_model(kind)
+    found = tnlm.level_search(model, **SCALED)
+    assert found.after == min(found.before, found.scaled)
+    assert all(scale > 0 for scale in found.scales.values())
+    assert found.generations == ()
+    plan = tnlm.report(model).plan
+    assert plan.targets_after.params <= 0.6 * plan.targets_before.params
+    assert str(found).splitlines()[-1].startswith("allocation on scaled curves: ")
+    assert json.loads(found.to_json())["scales"] == found.scales
+
+
+def test_units_are_named_by_what_holds_their_matrices(make_model):
+    names = tnlm.level_search(make_model("llama"), **SCALED).scales.keys()
+    assert {name.rpartition(".")[2] for name in names} == {"mlp", "self_attn"}
+    assert len(names) == 2 * make_model("llama").config.num_hidden_layers
+
+
+def test_a_layer_whose_losses_are_predicted_too_high_gets_a_smaller_scale(make_model, monkeypatch):
+    def scale_of(found_by):
+        model = make_model("llama")
+        for parameter in model.parameters():
+            parameter.data.mul_(8.0)  # so that divergences stand far above rounding
+        monkeypatch.setattr(search_module, "curves", found_by)
+        return tnlm.level_search(model, **SCALED).scales["model.layers.0.mlp"]
+
+    def wrongly(problem):
+        return [
+            [replace(c, loss=10.0 * c.loss) for c in curve] if ".0.mlp" in str(curve) else curve
+            for curve in curves(problem)
+        ]
+
+    assert scale_of(wrongly) < 0.5 * scale_of(curves)
+
+
+def test_a_scaled_plan_that_is_worse_is_not_kept(make_model, monkeypatch, caplog):
+    monkeypatch.setattr(
+        evolution, "scales_of", lambda found, *_, **__: [1e3] + [1.0] * (len(found) - 1)
+    )
+    model, plain = make_model("llama"), make_model("llama")
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        found = tnlm.level_search(model, **SCALED)
+    assert found.scaled > found.before == found.after
+    assert "the unscaled one is kept" in caplog.text
+    assert "the unscaled one is kept" in str(found)
+    asked = {key: ASKED[key] for key in ("calibration", "max_length", "num_samples", "progress")}
+    tnlm.compress(plain, "auto", keep_targets=0.6, **asked)
+    assert torch.equal(model(IDS[None, :9]).logits, plain(IDS[None, :9]).logits)
+
+
+def test_scaling_goes_on_where_it_stopped(make_model, tmp_path, monkeypatch):
+    wanted = tnlm.level_search(make_model("llama"), **SCALED)
+    measure, calls = Divergence.__call__, []
+
+    def stops(self, model, tokens):
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(self, model, tokens)
+
+    monkeypatch.setattr(Divergence, "__call__", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tnlm.level_search(make_model("llama"), output_dir=tmp_path, **SCALED)
+    found = tnlm.level_search(make_model("llama"), output_dir=tmp_path, **SCALED)
+    assert found.scales == wanted.scales
+    assert found.after == wanted.after
+    assert found.tokens < wanted.tokens
+
+
+def test_units_are_measured_apart_from_the_stages(make_model, monkeypatch):
+    """Text before the windows apart changes no scale, and text in them changes no start."""
+    first = tnlm.level_search(make_model("llama"), **SCALED)
+    other = torch.randint(3, 61, (128,), generator=torch.Generator().manual_seed(2))
+    changed = {**SCALED, "search": torch.cat([other, IDS[:64]])}
+    assert tnlm.level_search(make_model("llama"), **changed).scales == first.scales
+    changed = {**SCALED, "search": torch.cat([TEXT, other[:64]])}
+    second = tnlm.level_search(make_model("llama"), **changed)
+    assert second.before == first.before
+    assert second.scales != first.scales
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"scale_tokens": -1}, OptionError, "scale_tokens=-1"),
+        ({"scale_tokens": 0}, OptionError, "generations=0; allowed: a whole number of at least 1"),
+        ({"scale_tokens": 65}, EvaluationError, "has 64 tokens after those that a stage measures"),
+    ],
+)
+def test_scales_that_cannot_be_measured_are_refused(change, error, text, make_model):
+    with pytest.raises(error, match=text):
+        tnlm.level_search(make_model("llama"), **{**SCALED, **change})

@@ -21,6 +21,7 @@ class Divergence:
     Args:
         model: the dense model.
         windows: token ids ``(length,)`` each.
+        place: distinguishes these windows from other parts of the text.
 
     Example:
         >>> import torch
@@ -32,9 +33,9 @@ class Divergence:
         0.0
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Sequence[Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Sequence[Tensor], place: str = "") -> None:
         """Run nothing yet; see the class for the arguments."""
-        self._dense, self._windows = model, windows
+        self._dense, self._windows, self.place = model, windows, place
         self._spill = Spill()
         self._kept: list[Slot] = []
         self.tokens = 0

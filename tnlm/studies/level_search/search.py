@@ -6,34 +6,31 @@ import copy
 import hashlib
 import json
 import logging
-import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.allocation.base import Problem
 from tnlm.allocation.curves import Curve, check_budget, curves
-from tnlm.allocation.loss import least_loss
 from tnlm.compression.choices import gather_choices
 from tnlm.compression.folding import unfold_for
 from tnlm.compression.job import Job, prepare
 from tnlm.compression.pipeline import carry_out, settle
 from tnlm.compression.request import Request, request_of
 from tnlm.compression.rules import NO_RECOVERY
-from tnlm.errors import EvaluationError, OptionError
+from tnlm.errors import OptionError
 from tnlm.evaluation.mode import check_causal
-from tnlm.plans.plan import LayerPlan, Plan
-from tnlm.recovery.examples import training_set
+from tnlm.plans.plan import LayerPlan
 from tnlm.schemes.base import Scheme
 from tnlm.studies.journal import Journal, check_journal
 from tnlm.studies.level_search.divergence import Divergence
-from tnlm.studies.level_search.levels import State, mutated, step_of
+from tnlm.studies.level_search.evolution import Evolution
+from tnlm.studies.level_search.result import LevelSearchResult
 from tnlm.studies.level_search.selection import DEFAULT, Selection, check_selection
 from tnlm.studies.level_search.trials import Trials
+from tnlm.studies.level_search.windows import Windows, windows_of
 from tnlm.studies.mounted import mounting
 from tnlm.targets.base import Selector
 from tnlm.utils.checks import check_whole
@@ -46,34 +43,6 @@ FILE = "levels.jsonl"
 """The journal of a search, in its output_dir."""
 
 
-@dataclass(frozen=True)
-class LevelSearchResult:
-    """The result of a search over levels.
-
-    Attributes:
-        plan: the decision for every matrix.
-        before: divergence of the loss-aware allocation, in nats per token.
-        after: divergence of the plan, on the same tokens.
-        generations: divergence of the parent after every generation.
-        tokens: tokens that were run through compressed models in this call.
-    """
-
-    plan: Plan
-    before: float
-    after: float
-    generations: tuple[float, ...]
-    tokens: int
-
-    def __str__(self) -> str:
-        divergence = f"divergence: {self.before:.6g} -> {self.after:.6g} nats per token"
-        cost = f"{len(self.generations)} generations, {self.tokens:,} tokens"
-        return f"{self.plan}\n{divergence}, {cost}"
-
-    def to_json(self) -> str:
-        """Return the result as JSON text."""
-        return json.dumps(asdict(self), indent=1)
-
-
 @leaves_model
 def level_search(
     model: PreTrainedModel,
@@ -81,6 +50,7 @@ def level_search(
     *,
     search: Any,
     generations: int = 10,
+    scale_tokens: int = 0,
     selection: Selection = DEFAULT,
     targets: Selector | None = None,
     ignore: Selector | None = None,
@@ -96,6 +66,11 @@ def level_search(
     parent if it is better, so that the result never is worse than the start on that text. Units
     are fitted anew for every size, each by itself.
 
+    With ``scale_tokens``, the divergence of every unit that is compressed by itself is measured
+    first, on windows that no generation uses. The predicted losses of a unit are scaled by measured
+    over predicted, the budget is allocated again, and the search starts from there if that
+    diverges less than the choice of least predicted loss.
+
     A generation runs ``selection.cost`` tokens through compressed models (32,768 by default), and
     the dense model runs once over the text; both are logged before the search starts.
 
@@ -104,7 +79,8 @@ def level_search(
         scheme: a scheme whose allocation is ``"loss"``, such as ``"auto"``.
         search: text on which states are measured, in any form that training takes; apart from the
             calibration data, or the search fits itself to it.
-        generations: how many.
+        generations: how many; 0 only with ``scale_tokens``.
+        scale_tokens: tokens on which every unit is measured by itself; 0 for not at all.
         selection: how offspring are selected; ``PUBLISHED`` costs 12 times as much.
         targets: the matrices; see :func:`tnlm.targets.selection.select`. The scheme has a default.
         ignore: matrices left alone, in the same form.
@@ -115,7 +91,7 @@ def level_search(
             cut ``search`` and draw the mutations.
 
     Returns:
-        The plan, and the divergence before and after.
+        The plan, the divergence before and after, and the scales of all units if asked for.
 
     Raises:
         OptionError: if an option is invalid, the scheme has another allocation, or anything is to
@@ -124,8 +100,8 @@ def level_search(
             divergence is not finite.
         CheckpointError: if ``output_dir`` cannot be written or belongs to another search.
 
-    Source: EvoPress, Sieberling et al. 2024, arXiv 2410.14649; the start and unequal levels are
-        ours.
+    Source: EvoPress, Sieberling et al. 2024, arXiv 2410.14649; the start unequal levels and
+        scales are ours.
 
     Example:
         >>> import torch
@@ -140,7 +116,8 @@ def level_search(
         True
     """
     check_selection(selection)
-    check_whole("generations", generations)
+    check_whole("scale_tokens", scale_tokens, least=0)
+    check_whole("generations", generations, least=0 if scale_tokens else 1)
     asked = gather_choices(scheme, choices)
     request = request_of(asked)
     _check(request)
@@ -149,61 +126,35 @@ def level_search(
     if file is not None:
         check_journal(file)
     cut = asked.calibration.cut
-    windows = _windows(search, asked.calibration.tokenizer, cut.max_length, max(selection.tokens))
+    text = windows_of(search, asked.calibration.tokenizer, cut.max_length, selection, scale_tokens)
     unfold_for(model, request)
     job = prepare(model, request, targets, ignore, asked.calibration, progress)
-    divergence, path = Divergence(model, windows), []
     dense = copy.deepcopy(model)
+    place = f" behind {len(text.search)} windows"
+    divergence, apart = Divergence(model, text.search), Divergence(model, text.apart, place)
+    made: dict[str, Any] = {}
 
     def choose(problem: Problem) -> list[LayerPlan]:
         found = curves(problem)
         budget = check_budget(problem, found)
-        journal = Journal(file, _about(model, job, found, windows, cut.seed))
+        journal = Journal(file, _about(model, job, found, text, cut.seed))
+        _say(selection, generations, text, scale_tokens * len(found))
         with mounting(dense, job.selection.targets) as mounted:
             trials = Trials(model, dense, mounted, job, found, divergence, journal)
-            start = _start(found, budget)
-            draws, rounds = random.Random(cut.seed), range(generations)
-            _say(selection, generations, windows)
-            state, value = start, trials.measure(start, selection.tokens[-1])
-            path.append(value)
-            for _ in tqdm(rounds, desc="searching", unit="generation", disable=not progress):
-                state, value = _generation(trials, found, state, value, budget, selection, draws)
-                trials.keep(state)
-                path.append(value)
-        return trials.layers(state)
+            evolution = Evolution(trials, found, budget, selection)
+            parent = evolution.start()
+            made["before"] = parent[1]
+            if scale_tokens:
+                scales = evolution.scales(parent[0], apart, scale_tokens, progress)
+                made["scales"] = dict(zip(trials.names, scales, strict=True))
+                parent, made["scaled"] = evolution.rescaled(parent, scales)
+            parent, path = evolution.evolve(parent, generations, cut.seed, progress)
+        made["after"], made["generations"] = parent[1], path
+        return trials.layers(parent[0])
 
     decided = settle(model, job, predict=False, progress=progress, choose=choose)
     carry_out(model, job, decided, progress)
-    return LevelSearchResult(decided, path[0], path[-1], tuple(path[1:]), divergence.tokens)
-
-
-def _generation(
-    trials: Trials,
-    found: Sequence[Curve],
-    parent: State,
-    value: float,
-    budget: float,
-    selection: Selection,
-    draws: random.Random,
-) -> tuple[State, float]:
-    """Return the best of the parent and its offspring, with its divergence."""
-    step = step_of(found)
-    pool = [mutated(found, parent, budget, step, draws) for _ in range(selection.offspring)]
-    pool = [state for state in dict.fromkeys(pool) if state != parent]
-    values: list[float] = []
-    for count, tokens in zip(selection.survivors, selection.tokens, strict=True):
-        values = [trials.measure(state, tokens) for state in pool]
-        order = sorted(range(len(pool)), key=values.__getitem__)[:count]
-        pool, values = [pool[index] for index in order], [values[index] for index in order]
-    if not pool or values[0] >= value:
-        return parent, value
-    return pool[0], values[0]
-
-
-def _start(found: Sequence[Curve], budget: float) -> State:
-    """Return the state of least predicted loss."""
-    chosen = least_loss(found, budget)
-    return tuple(curve.index(candidate) for curve, candidate in zip(found, chosen, strict=True))
+    return LevelSearchResult(decided, tokens=divergence.tokens + apart.tokens, **made)
 
 
 def _check(request: Request) -> None:
@@ -229,21 +180,12 @@ def _check(request: Request) -> None:
         )
 
 
-def _windows(search: Any, tokenizer: Any, length: int, tokens: int) -> list[Any]:
-    """Return the windows of the text, as token ids."""
-    made = training_set(search, tokenizer, max_length=length, label=None)
-    windows = [item["input_ids"] for item in made.items]
-    if sum(map(len, windows)) < tokens:
-        raise EvaluationError(
-            f"search= has {sum(map(len, windows)):,} tokens, but a stage measures {tokens:,}; give "
-            "more text, or a smaller selection=",
-            argument=("search", "selection"),
+def _say(selection: Selection, generations: int, text: Windows, scaling: int) -> None:
+    first = min(selection.tokens[-1], sum(map(len, text.search)))
+    if scaling:
+        logger.info(
+            "units by themselves are measured on %s tokens first, all together", f"{scaling:,}"
         )
-    return windows
-
-
-def _say(selection: Selection, generations: int, windows: Sequence[Any]) -> None:
-    first = min(selection.tokens[-1], sum(map(len, windows)))
     logger.info(
         "the search runs up to %s tokens through compressed models and %s through the dense one",
         f"{generations * selection.cost + first:,}",
@@ -252,17 +194,17 @@ def _say(selection: Selection, generations: int, windows: Sequence[Any]) -> None
 
 
 def _about(
-    model: PreTrainedModel, job: Job, found: Sequence[Curve], windows: Sequence[Any], seed: int
+    model: PreTrainedModel, job: Job, found: Sequence[Curve], text: Windows, seed: int
 ) -> dict[str, Any]:
     """Return what the trials depend on; other generations or offspring go on with them."""
     specs = [
         [[each.format, dict(each.spec)] for each in c.layers] for curve in found for c in curve
     ]
-    text = [window.tolist() for window in windows]
+    ids = [window.tolist() for window in (*text.search, *text.apart)]
     return {
         "model": model_hash(model),
         "calibration": job.evidence.fingerprint or None,
-        "search": hashlib.sha256(json.dumps(text).encode()).hexdigest(),
+        "search": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "scheme": job.request.scheme.name,
         "request": job.request.record(),
         "levels": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -52,13 +53,14 @@ class Trials:
         self._names: dict[int, list[str]] = {}
         self._fits: dict[tuple[int, int], dict[str, nn.Module]] = {}
 
-    def measure(self, state: State, tokens: int) -> float:
-        """Return the divergence of a state on some tokens."""
-        key = f"{hashlib.sha256(str(state).encode()).hexdigest()[:16]} {tokens}"
+    def measure(self, state: State, tokens: int, divergence: Divergence | None = None) -> float:
+        """Return the divergence of a state on some tokens, by default of the search's windows."""
+        measured = divergence or self._divergence
+        key = f"{hashlib.sha256(str(state).encode()).hexdigest()[:16]} {tokens}{measured.place}"
         known = self._journal.rows.get(key)
         if known is None:
             self._mount(state)
-            known = {VALUE: self._divergence(self._copy, tokens)}
+            known = {VALUE: measured(self._copy, tokens)}
             self._journal.add(key, known)
         return float(known[VALUE])
 
@@ -66,6 +68,11 @@ class Trials:
         """Return the decisions of a state."""
         chosen = zip(self._curves, state, strict=True)
         return [layer for curve, index in chosen for layer in curve[index].layers]
+
+    @property
+    def names(self) -> list[str]:
+        """Return a name of every unit: its matrix, or the module that holds all of them."""
+        return [_shared([layer.name for layer in curve[-1].layers]) for curve in self._curves]
 
     def keep(self, state: State) -> None:
         """Forget the fits that a state does not need."""
@@ -96,3 +103,13 @@ class Trials:
                 target.name: module for fit in fitted for target, _, module in fit.pieces
             }
         return self._fits[unit, index]
+
+
+def _shared(names: Sequence[str]) -> str:
+    """Return the longest dotted name that all names begin with.
+
+    >>> _shared(["h.0.mlp.up", "h.0.mlp.down"])
+    'h.0.mlp'
+    """
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(each[0] for each in itertools.takewhile(lambda p: len(set(p)) == 1, parts))
