@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mixture_model import STEPS, WINDOW, trained_mixture
+from mixture_model import trained_mixture
+from python_models import STEPS, WINDOW
 from timing import table, write
 from torch import Tensor
 

@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mixture_model import STEPS, WINDOW, trained_mixture
+from mixture_model import trained_mixture
+from python_models import STEPS, WINDOW
 from timing import table, write
 from transformers import AutoModelForCausalLM
 

@@ -8,8 +8,9 @@ OUT/results.jsonl as they come; runs that are there already are not repeated. OU
 table. Calibration statistics are kept in OUT/cache. A scheme may carry options after a colon:
 ``svd-llm:allocation=loss,damping=0.01``; runs that differ in ``seed=`` alone, which draws the
 calibration data, are one row of ``--table readme``, as a mean with its spread and range.
-``--seeds 0 1 2`` measures every scheme with each of these draws. ``auto:scale_tokens=2048`` and
-``auto:generations=10`` are level searches on the text ``--search``.
+``--seeds 0 1 2`` measures every scheme that looks at data with each of these draws. ``--together``
+saves the time to start processes, for small models, and leaves out the peak memory.
+``auto:scale_tokens=2048`` and ``auto:generations=10`` are level searches on the text ``--search``.
 """
 
 from __future__ import annotations
@@ -31,22 +32,27 @@ DESTROYED = 100.0
 """Ratio of perplexities from which a model is of no use."""
 
 
-def main() -> None:
-    """Run what is missing, then write the table."""
-    asked = _arguments()
+def main(words: list[str] | None = None) -> None:
+    """Run what is missing, then write the table.
+
+    Args:
+        words: of the command line; those that the script was started with if None.
+    """
+    words = sys.argv[1:] if words is None else words
+    asked = _arguments(words)
     if asked.single:
         print(json.dumps(_measure(asked, asked.scheme[0], asked.keep_targets[0])))
         return
     asked.out.mkdir(parents=True, exist_ok=True)
     results = asked.out / "results.jsonl"
     done = _read(results)
-    schemes = [_seeded(scheme, seed) for scheme in asked.scheme for seed in asked.seeds or [None]]
+    schemes = [drawn for scheme in asked.scheme for drawn in _draws(scheme, asked.seeds or [])]
     jobs = [("dense", 1.0)] + [(s, k) for k in asked.keep_targets for s in schemes]
     for scheme, keep in jobs:
         if any((row["scheme"], row["asked"]) == (scheme, keep) for row in done):
             continue
         print(f"{scheme} at {keep:g} ...", file=sys.stderr, flush=True)
-        row = _run(scheme, keep)
+        row = _measure(asked, scheme, keep) if asked.together else _run(words, scheme, keep)
         done.append(row)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -55,7 +61,7 @@ def main() -> None:
     print(_readme(done, asked.model) if asked.table == "readme" else _table(done))
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,18 +78,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--gradient-samples", type=int, default=16)
     parser.add_argument("--table", choices=["whole", "readme"], default="whole")
+    parser.add_argument("--together", action="store_true", help="all in this process")
     parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def _read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _run(scheme: str, keep: float) -> Row:
+def _run(words: list[str], scheme: str, keep: float) -> Row:
     """Run one measurement in a process of its own; a failure becomes a row that says so."""
-    own = [sys.executable, *sys.argv, "--single", "--scheme", scheme, "--keep-targets", str(keep)]
-    done = subprocess.run(own, capture_output=True, text=True, check=False)
+    one = ["--single", "--scheme", scheme, "--keep-targets", str(keep)]
+    done = subprocess.run(
+        [sys.executable, __file__, *words, *one], capture_output=True, text=True, check=False
+    )
     if done.returncode == 0:
         row: Row = json.loads(done.stdout.splitlines()[-1])
         return row
@@ -98,13 +107,12 @@ def _measure(asked: argparse.Namespace, named: str, keep: float) -> Row:
     row: Row = {"scheme": named, "asked": keep}
     start = time.perf_counter()
     if named != "dense":
-        name, _, options = named.partition(":")
-        keywords: dict[str, Any] = {"keep_targets": keep, "progress": False}
-        keywords |= dict(_option(part) for part in options.split(",") if part)
+        name, options = _parted(named)
+        keywords: dict[str, Any] = {"keep_targets": keep, "progress": False, **options}
         if _looks_at_data(name, keywords):
             keywords |= {"calibration": asked.calibration, "tokenizer": tokenizer}
             keywords |= {"cache_dir": asked.out / "cache", "num_samples": asked.num_samples}
-            keywords |= {"gradient_samples": asked.gradient_samples}
+            keywords |= {"gradient_samples": asked.gradient_samples, "max_length": asked.window}
         if SEARCH & keywords.keys():
             keywords |= {"search": asked.search, "output_dir": asked.out / f"{named} {keep:g}"}
             keywords |= {"generations": keywords.get("generations", 0)}
@@ -119,8 +127,9 @@ def _measure(asked: argparse.Namespace, named: str, keep: float) -> Row:
         row["seconds"] = dict(tnlm.report(model).seconds)
     row["total_seconds"] = time.perf_counter() - start
     row["parameters"] = sum(p.numel() for p in model.parameters())
-    # Kibibytes on Linux; the statistics' cache decides whether calibration passes are in it.
-    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if not asked.together:
+        # Kibibytes on Linux; the statistics' cache decides whether calibration passes are in it.
+        row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     for text in asked.text:
         label, _, path = text.partition("=")
         measured = tnlm.perplexity(
@@ -128,6 +137,16 @@ def _measure(asked: argparse.Namespace, named: str, keep: float) -> Row:
         )
         row[label] = measured.perplexity
     return row
+
+
+def _parted(named: str) -> tuple[str, dict[str, Any]]:
+    """Return a scheme's name and its options.
+
+    >>> _parted("svd-llm:allocation=loss,damping=0.01")
+    ('svd-llm', {'allocation': 'loss', 'damping': 0.01})
+    """
+    name, _, options = named.partition(":")
+    return name, dict(_option(part) for part in options.split(",") if part)
 
 
 def _option(part: str) -> tuple[str, Any]:
@@ -163,7 +182,7 @@ def _table(rows: list[Row]) -> str:
         cells += [f"{row['parameters']:,}", f"{row['parameters'] / dense['parameters']:.3f}"]
         seconds = row.get("seconds", {})
         fit = seconds.get("plan", 0.0) + seconds.get("fit", 0.0)
-        cells += [f"{fit:.0f}", str(row["peak_mib"])]
+        cells += [f"{fit:.0f}", str(row.get("peak_mib", ""))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -175,12 +194,17 @@ def _texts(dense: Row) -> list[str]:
 
 
 def _readme(rows: list[Row], model: str) -> str:
-    """Return a short Markdown table: ratios to dense alone, over all draws of the data."""
+    """Return a short Markdown table, below the model's name and its perplexities."""
+    dense = next(row for row in rows if row["scheme"] == "dense")
+    of = ", ".join(f"{dense[text]:.1f} on {text}" for text in _texts(dense))
+    return f"{Path(model).name}; perplexity of the dense model: {of}.\n\n{ratios(rows)}"
+
+
+def ratios(rows: list[Row]) -> str:
+    """Return a Markdown table of ratios to dense alone, over all draws of the data."""
     dense = next(row for row in rows if row["scheme"] == "dense")
     texts = _texts(dense)
-    of = ", ".join(f"{dense[text]:.1f} on {text}" for text in texts)
-    lines = [f"{Path(model).name}; perplexity of the dense model: {of}.", ""]
-    lines += [
+    lines = [
         "| | linear weights kept | " + " | ".join(texts) + " |",
         "|" + "---|" * (2 + len(texts)),
     ]
@@ -194,15 +218,17 @@ def _readme(rows: list[Row], model: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _seeded(scheme: str, seed: int | None) -> str:
-    """Return a scheme with the option of a seed.
+def _draws(scheme: str, seeds: list[int]) -> list[str]:
+    """Return a scheme with each seed as its option; as it is without seeds, or if none matters.
 
-    >>> _seeded("auto", 1), _seeded("svd-llm:damping=0.1", 2), _seeded("auto", None)
-    ('auto:seed=1', 'svd-llm:damping=0.1,seed=2', 'auto')
+    >>> _draws("auto", [1, 2]), _draws("svd-llm:damping=0.1", [2])
+    (['auto:seed=1', 'auto:seed=2'], ['svd-llm:damping=0.1,seed=2'])
+    >>> _draws("auto", []), _draws("svd", [1, 2])
+    (['auto'], ['svd'])
     """
-    if seed is None:
-        return scheme
-    return f"{scheme}{',' if ':' in scheme else ':'}seed={seed}"
+    if not seeds or not _looks_at_data(*_parted(scheme)):
+        return [scheme]
+    return [f"{scheme}{',' if ':' in scheme else ':'}seed={seed}" for seed in seeds]
 
 
 def _drawn(scheme: str) -> str:

@@ -5,9 +5,10 @@
 
 Each of the ten schedules of layers that Moar et al. 2024 (arXiv 2405.06626) measured on Llama-2-7B
 is moved to the model's depth; all matrices of those layers are decomposed, nothing is retrained,
-and accuracies are set beside the dense model's. DIR holds the tasks' JSONL files. Every accuracy
-goes to OUT/<task>-<limit>.jsonl as soon as it is there; the same command goes on after a stop, and
-measures only what is missing. OUT/tucker_study.md is the table.
+and accuracies are set beside the dense model's. DIR holds the tasks' JSONL files. A fine-tuned
+classifier, such as that of `classifier.py`, takes ``--tasks sst2`` (DIR/sst2_dev.jsonl). Every
+accuracy goes to OUT/<task>-<limit>.jsonl as soon as it is there; the same command goes on after a
+stop, and measures only what is missing. OUT/tucker_study.md is the table.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import classification
 from timing import table, write
 from transformers import PreTrainedModel
 
@@ -25,11 +27,14 @@ import tnlm
 from tnlm import Configuration, DesignSpace
 from tnlm.checkpoint.dense_models import load_model
 from tnlm.errors import EvaluationError
+from tnlm.evaluation.mode import evaluating
 from tnlm.studies.design import PUBLISHED_PERCENT, Sweep
 from tnlm.studies.design.series import published
 from tnlm.studies.scores import ModelScore
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc1", "winogrande")
+SST2 = "sst2"
+"""The task of a classifier: rows of ``sentence`` and ``label``."""
 
 Row = dict[str, Any]
 
@@ -60,10 +65,19 @@ def _arguments() -> argparse.Namespace:
 
 def accuracy(model: PreTrainedModel, *, task: str, tokenizer: Any, data: Path, limit: int) -> float:
     """Return a model's accuracy on the first items of one task."""
+    if task == SST2:
+        rows = tnlm.labelled(data / "sst2_dev.jsonl", tokenizer, text="sentence")[:limit]
+        _check_items(task, data, len(rows), limit)
+        with evaluating(model):
+            return classification.accuracy(model, rows, tokenizer.pad_token_id)
     found = tnlm.evaluate(model, [task], tokenizer=tokenizer, data=data, limit=limit)[task]
-    if found.n < limit:
-        raise EvaluationError(f"{task} has {found.n} items in {data}; --limit asks for {limit}")
+    _check_items(task, data, found.n, limit)
     return float(found["acc"].value)
+
+
+def _check_items(task: str, data: Path, found: int, limit: int) -> None:
+    if found < limit:
+        raise EvaluationError(f"{task} has {found} items in {data}; --limit asks for {limit}")
 
 
 def study(

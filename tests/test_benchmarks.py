@@ -180,6 +180,7 @@ def test_model_adds_its_rows_to_those_of_other_machines(run, tmp_path, tiny_llam
         "mixture",
         "encoder_channels",
         "mixture_methods",
+        "quality",
         "bits",
         "off_grid",
         "decaying",
@@ -273,6 +274,10 @@ def test_classification_measures_before_and_after_and_resumes(start, tmp_path, c
     assert "seed" not in capsys.readouterr().err  # nothing was measured again
 
 
+def first(model: Any) -> torch.Tensor:
+    return model.bert.encoder.layer[0].output.dense.weight
+
+
 def test_a_classifier_is_made_of_an_encoder(start, classifier, tmp_path, capsys):
     rows = [{"sentence": f"word{i} word{i % 7}", "label": i % 2} for i in range(70)]
     file = tmp_path / "rows.jsonl"
@@ -283,6 +288,11 @@ def test_a_classifier_is_made_of_an_encoder(start, classifier, tmp_path, capsys)
     assert 0 <= float(re.search(r"accuracy ([\d.]+) %", printed).group(1)) <= 100
     made = BertForSequenceClassification.from_pretrained(tmp_path / "made")
     assert not torch.equal(made.classifier.weight, classifier.classifier.weight)
+    assert not torch.equal(first(made), first(classifier))
+    start("classifier", *words, "--freeze", "embeddings", "encoder", "--rate", 1e-3, "--epochs", 1)
+    made = BertForSequenceClassification.from_pretrained(tmp_path / "made")
+    assert not torch.equal(made.classifier.weight, classifier.classifier.weight)
+    assert torch.equal(first(made), first(classifier))
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -370,8 +380,8 @@ def test_intrinsic_keeps_the_scores_where_no_size_is_enough(start, tmp_path, mon
 
 @pytest.fixture
 def python_pieces(monkeypatch):
-    """Let the mixture learn from a few lines, in small windows."""
-    model, text = importlib.import_module("mixture_model"), importlib.import_module("python_text")
+    """Let models learn from a few lines, in small windows."""
+    model, text = importlib.import_module("python_models"), importlib.import_module("python_text")
     lines = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
     monkeypatch.setattr(model, "python_text", lambda: text.PythonText(lines, lines[:9]))
     monkeypatch.setattr(model, "WINDOW", 16)
@@ -395,8 +405,9 @@ def test_the_mixture_is_trained_once_and_measured(start, python_pieces, monkeypa
     assert json.loads((tmp_path / "out" / "mixture.json").read_text()) == found
 
 
-def test_training_the_mixture_goes_on_where_it_stopped(python_pieces, monkeypatch, tmp_path):
-    losses = {}
+@pytest.mark.usefixtures("python_pieces")
+def test_training_the_mixture_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    losses, mixture = {}, importlib.import_module("mixture_model")
     for name, stops in (("whole", ()), ("stopped", (4,))):
         monkeypatch.setenv("TNLM_HOME", str(tmp_path / name))
         real, calls = torch.nn.utils.clip_grad_norm_, []
@@ -409,12 +420,35 @@ def test_training_the_mixture_goes_on_where_it_stopped(python_pieces, monkeypatc
 
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
         with pytest.raises(KeyboardInterrupt) if stops else contextlib.nullcontext():
-            python_pieces.trained_mixture(5)
+            mixture.trained_mixture(5)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", real)
-        _, _, folder = python_pieces.trained_mixture(5)
+        _, _, folder = mixture.trained_mixture(5)
         losses[name] = json.loads((folder / "training_loss.json").read_text())
         assert not (folder / "partial.pt").exists()
     assert losses["stopped"] == losses["whole"]
+
+
+def test_a_second_model_is_trained_and_measured_by_draws(
+    start, python_pieces, monkeypatch, tmp_path
+):
+    options = ["second_model", "--steps", 2, "--windows", 2, "--num-samples", 4]
+    options += ["--scheme", "svd-llm", "svd", "--keep-targets", 0.6, "--seeds", 0, 1]
+    options += ["--gradient-samples", 2, "--out", tmp_path / "out"]
+    start(*options)
+    found = json.loads((tmp_path / "out" / "second_model.json").read_text())
+    assert [row["scheme"] for row in found["rows"]] == [
+        "dense",
+        *("svd-llm:seed=0", "svd-llm:seed=1", "svd"),
+    ]
+    assert found["unigram"] > 1
+    assert found["trained_tokens"] == 2 * 2 * 16
+    assert all(row["held-out text"] > 1 for row in found["rows"])
+    text = (tmp_path / "out" / "second_model.md").read_text()
+    assert re.search(r"\| `svd-llm` \| 0.6 \| [\d.]+ ± [\d.]+ \(", text)
+    monkeypatch.setattr(python_pieces, "train", None)  # it is not called again
+    monkeypatch.setattr("tnlm.compress", None)  # neither is this
+    start(*options)
+    assert json.loads((tmp_path / "out" / "second_model.json").read_text()) == found
 
 
 def test_experts_are_decoded_beside_the_dense_ones(tmp_path):

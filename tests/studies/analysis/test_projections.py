@@ -69,6 +69,16 @@ def test_columns_of_a_whole_fastfood_have_length_one(power, dims, seed):
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
+@given(size=SIZES, dims=SIZES, seed=st.integers(0, 99))
+def test_fastfood_is_the_textbook_product(size, dims, seed):
+    projection = Fastfood(size, dims, seed)
+    signs, order, normal, scale = projection._parts(torch.device("cpu"))
+    whole = hadamard(torch.eye(len(order), dtype=torch.float64))
+    right = whole[order.long(), :dims] * signs
+    expected = scale * (whole * normal.double())[:size] @ right
+    torch.testing.assert_close(matrix_of(projection), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_that_goes_in_counts_where_the_tensor_is_small(kind):
     # Padding to the tensor's size alone would silently cut off all but the first few.

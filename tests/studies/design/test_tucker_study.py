@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertForSequenceClassification
 
 import tnlm
 from tnlm.errors import EvaluationError
@@ -74,3 +77,21 @@ def test_accuracies_come_from_evaluate(benchmark, deep, word_tokenizer, tmp_path
     assert found == known["arc_easy"]["acc"].value
     with pytest.raises(EvaluationError, match=r"arc_easy has 6 items in .*; --limit asks for 100"):
         benchmark.accuracy(deep, limit=100, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*IProgress not found")
+def test_a_classifier_is_studied_on_its_own_task(benchmark, tiny_bert, word_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_bert(num_hidden_layers=6, num_labels=2).config)
+    rows = [{"sentence": f"word{i} word{i % 7}", "label": i % 2} for i in range(12)]
+    (tmp_path / "sst2_dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"tokenizer": word_tokenizer, "data": tmp_path, "task": "sst2"}
+    scores = {"sst2": partial(benchmark.accuracy, limit=8, **options)}
+    found = benchmark.study(model, scores, tmp_path, rank=1, limit=8)
+    assert len(found) == 11
+    assert found[1]["layers"] == [0, 5]  # published: 2 and 29 of 32
+    assert found[-1]["layers"] == list(range(6))
+    assert all(8 * row["accuracy"]["sst2"] % 1 == 0 for row in found)
+    assert "| sst2 |" in benchmark.as_text(found, 8)
+    with pytest.raises(EvaluationError, match=r"sst2 has 12 items in .*; --limit asks for 13"):
+        benchmark.accuracy(model, limit=13, **options)

@@ -56,7 +56,8 @@ class Fastfood(Projection):
     B contains random signs, Π is a permutation, G contains normal entries and H is the Hadamard
     transform. All have size L, the smallest power of 2 that is at least ``size`` and ``dims``, so
     that no input is cut off where a tensor is small. The inner product of two columns is of the
-    order of √(3 / size).
+    order of √(3 / size). Of the H on the right only the first columns meet an input; as H is a
+    Kronecker product of smaller ones, they repeat a transform of about ``dims``.
 
     Source: Le et al. 2013, arXiv 1408.3060; used for this by Li et al. 2018, arXiv 1804.08838.
 
@@ -74,30 +75,36 @@ class Fastfood(Projection):
     def apply(self, x: Tensor) -> Tensor:
         """Return P x ``(size,)`` of x ``(dims,)``."""
         signs, order, normal, scale = self._parts(x.device)
-        mixed = hadamard(F.pad(x, (0, len(signs) - self.dims)) * signs)
+        few = hadamard(F.pad(x * signs, (0, self._few - self.dims)))
+        mixed = few.repeat(len(order) // self._few)
         return hadamard(mixed[order] * normal.to(x))[: self.size] * scale
 
     def transpose(self, y: Tensor) -> Tensor:
         """Return Pᵀ y ``(dims,)`` of y ``(size,)``."""
         signs, order, normal, scale = self._parts(y.device)
-        mixed = hadamard(F.pad(y, (0, len(signs) - self.size))) * normal.to(y)
+        mixed = hadamard(F.pad(y, (0, len(order) - self.size))) * normal.to(y)
         back = torch.empty_like(mixed)
         back[order] = mixed
-        return (hadamard(back) * signs)[: self.dims] * scale
+        return hadamard(back.reshape(-1, self._few).sum(0))[: self.dims] * signs * scale
+
+    @property
+    def _few(self) -> int:
+        """The smallest power of 2 that is at least ``dims``."""
+        return 1 << (self.dims - 1).bit_length()
 
     def _parts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
         """Return B, Π, G, and the scale of the columns.
 
         They are drawn once and kept, because drawing takes several times as long as the transforms:
-        9 bytes for each of L entries, so at most 18 bytes per row where ``dims`` is smaller.
+        8 bytes for each of L entries, so at most 16 bytes per row where ``dims`` is smaller.
         """
         if self._drawn is None or self._drawn[0].device != device:
             generator = self.generator()
             length = 1 << (max(self.size, self.dims) - 1).bit_length()
-            signs = (torch.randint(0, 2, (length,), generator=generator) * 2 - 1).to(torch.int8)
+            signs = torch.randint(0, 2, (length,), generator=generator)[: self.dims] * 2 - 1
             order = torch.randperm(length, generator=generator)
             order = order.to(torch.int32) if length < 2**31 else order
             normal = torch.randn(length, generator=generator)
             scale = 1 / math.sqrt(self.size * float(normal.double().square().sum()))
-            self._drawn = signs.to(device), order.to(device), normal.to(device), scale
+            self._drawn = signs.to(device, torch.int8), order.to(device), normal.to(device), scale
         return self._drawn
