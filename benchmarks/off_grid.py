@@ -15,8 +15,10 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import tnlm
 
 logger = logging.getLogger("off_grid")
 
@@ -41,26 +43,15 @@ def off_grid(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """
     generator = torch.Generator().manual_seed(seed)
     whole: Any = model
-    body, config = whole.model, whole.config
-    if config.tie_word_embeddings:
-        whole.lm_head.weight = nn.Parameter(body.embed_tokens.weight.detach().clone())
-        config.tie_word_embeddings = False
-        whole.all_tied_weights_keys = {}
-    stream = rotation(config.hidden_size, generator)
-    _write(body.embed_tokens, body.embed_tokens.weight.double() @ stream)
-    for block in body.layers:
+    config = whole.config
+    tnlm.rotate(model, rotation(config.hidden_size, generator), untie=True)
+    for block in whole.model.layers:
         attention, mlp = block.self_attn, block.mlp
-        readers = (attention.q_proj, attention.k_proj, attention.v_proj)
-        _read_rotated(readers, block.input_layernorm, stream)
-        _read_rotated((mlp.gate_proj, mlp.up_proj), block.post_attention_layernorm, stream)
-        for writer in (attention.o_proj, mlp.down_proj):
-            _write(writer, stream.T @ writer.weight.double())
         _rotate_heads(attention, config, generator)
         order = torch.randperm(config.intermediate_size, generator=generator)
         for producer in (mlp.gate_proj, mlp.up_proj):
             _write(producer, producer.weight[order])
         _write(mlp.down_proj, mlp.down_proj.weight[:, order])
-    _read_rotated((whole.lm_head,), body.norm, stream)
     return model
 
 
@@ -70,13 +61,6 @@ def rotation(size: int, generator: torch.Generator) -> Tensor:
     basis, upper = torch.linalg.qr(drawn)
     rotated: Tensor = basis * upper.diagonal().sign()
     return rotated
-
-
-def _read_rotated(readers: tuple[Any, ...], norm: Any, stream: Tensor) -> None:
-    scale = norm.weight.double()
-    for reader in readers:
-        _write(reader, (reader.weight.double() * scale) @ stream)
-    norm.weight.fill_(1.0)
 
 
 def _rotate_heads(attention: Any, config: Any, generator: torch.Generator) -> None:

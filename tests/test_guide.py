@@ -136,6 +136,7 @@ def test_every_block_on_pictures_runs(tmp_path, monkeypatch):
         ("guide/large_models.md", 2),
         ("guide/experts.md", 4),
         ("guide/bits.md", 2),
+        ("guide/rotation.md", 1),
         ("guide/reproduce.md", 2),
         ("guide/speed.md", 4),
     ],

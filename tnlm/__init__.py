@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from tnlm.compression.choices import Calibration as Calibration
     from tnlm.compression.choices import Recovery as Recovery
     from tnlm.compression.choices import scheme as scheme
+    from tnlm.compression.procrustes import procrustes_rotation as procrustes_rotation
     from tnlm.compression.register import register as register
     from tnlm.compression.register import unregister as unregister
+    from tnlm.compression.rotate import rotate as rotate
     from tnlm.compression.scratch import from_config as from_config
     from tnlm.errors import TnlmError as TnlmError
     from tnlm.evaluation import Efficiency as Efficiency
@@ -110,6 +112,8 @@ _HOMES = {
     "scheme": "tnlm.compression.choices",
     "register": "tnlm.compression.register",
     "unregister": "tnlm.compression.register",
+    "rotate": "tnlm.compression.rotate",
+    "procrustes_rotation": "tnlm.compression.procrustes",
     "from_config": "tnlm.compression.scratch",
     "level_search": "tnlm.studies.level_search.search",
     "rank_search": "tnlm.studies.rank_search.search",

@@ -72,6 +72,18 @@ class Side:
         found._definite = self._definite
         return found
 
+    def turned(self, rotation: Tensor) -> Side:
+        """Return the side in a basis rotated by Q, ``Q.T S Q``.
+
+        Example:
+            >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+            >>> Side(torch.tensor([4.0, 1.0])).turned(swap.double()).values.diagonal().tolist()
+            [1.0, 4.0]
+        """
+        found = Side(turned(self.values, rotation))
+        found._definite = self._definite
+        return found
+
     def times(self, scale: float) -> Side:
         """Return the side multiplied by a positive number.
 
@@ -175,6 +187,20 @@ def among(values: Tensor, kept: Tensor) -> Tensor:
         tensor([[4.]])
     """
     return values[kept] if values.dim() == 1 else values[kept][:, kept]
+
+
+def turned(values: Tensor, rotation: Tensor) -> Tensor:
+    """Return a symmetric matrix, or a diagonal, in a basis rotated by Q, ``Q.T S Q``.
+
+    Example:
+        >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> turned(torch.tensor([4.0, 1.0]), swap)
+        tensor([[1., 0.],
+                [0., 4.]])
+    """
+    half = rotation.T * values if values.dim() == 1 else rotation.T @ values
+    whole = half @ rotation
+    return (whole + whole.T) / 2.0
 
 
 def modes_of(side: Side | None, split: Sequence[int]) -> list[Side | None]:
