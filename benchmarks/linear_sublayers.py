@@ -132,7 +132,7 @@ class WithMaps(Allocation):
         layer = replace(curve[-1].layers[0], name=own, note=TAKEN)
         maps = [
             Candidate((layer,), rank * (2 * size - rank) + size, float(harms[rank]))
-            for rank in range(0, size, size // RANKS)
+            for rank in range(0, size, max(1, size // RANKS))
         ]
         return sorted([*curve, *maps], key=lambda c: (c.price, c.loss))
 
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--keep-targets", type=float, nargs="+", default=[0.9, 0.8, 0.6, 0.4])
     parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--map-samples", type=int, default=16, help="windows for the maps")
     parser.add_argument("--gradient-samples", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--cache", help="folder of calibration statistics")
@@ -169,9 +170,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(asked.model)
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     cut = {"num_samples": asked.num_samples, "max_length": asked.window}
-    study = WithMaps(
-        moments_of(model, token_batches(asked.calibration, tokenizer, **cut)), asked.keep_targets
+    drawn = token_batches(
+        asked.calibration, tokenizer, **(cut | {"num_samples": asked.map_samples})
     )
+    study = WithMaps(moments_of(model, drawn), asked.keep_targets)
     tnlm.register(study)
     with contextlib.suppress(BudgetError):  # a plan in which nothing shrinks is refused
         tnlm.plan(

@@ -22,6 +22,7 @@ from transformers import BertForSequenceClassification
 import tnlm
 from tnlm.decompositions import get_format
 from tnlm.metrics.metric import InputMoment
+from tnlm.metrics.sides import Side
 from tnlm.tensors.gauge import fix
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -645,3 +646,41 @@ def test_rounds_of_a_hybrid_never_raise_its_harm(gaussian, monkeypatch):
 def weighted_inputs(gaussian):
     root = gaussian(8, 8, seed=1)
     return InputMoment(root.T @ root)
+
+
+def test_linear_maps_of_sublayers_are_weighed_against_autos_choices(
+    start, tiny_llama, word_tokenizer, word_text, tmp_path
+):
+    model = tiny_llama(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(word_text(512))
+    options = "--num-samples 8 --window 32 --gradient-samples 2 --keep-targets 0.8 0.5"
+    out = tmp_path / "rows.json"
+    start(
+        "linear_sublayers",
+        *(str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt")),
+        *(*options.split(), "--out", str(out)),
+    )
+    rows = json.loads(out.read_text())
+    assert [row["keep_targets"] for row in rows] == [0.8, 0.5]
+    assert all(0 < row["loss_with_maps"] <= row["loss"] * 1.001 for row in rows)
+
+
+def test_the_moments_of_a_linear_sublayer_give_a_map_without_harm():
+    module = importlib.import_module("linear_sublayers")
+    gaussian = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 6, generator=gaussian) + 1.0
+    first, last = nn.Linear(6, 6), nn.Linear(6, 4)
+    moments = module.Moments()
+    handles = moments.watch(first, last)
+    first(inputs)
+    last(torch.cat([inputs, inputs], 1)[:, 3:9])  # a linear map of the inputs
+    harms = moments.harms(Side(torch.eye(4)))
+    outputs = last(torch.cat([inputs, inputs], 1)[:, 3:9])
+    for handle in handles:
+        handle.remove()
+    spread = outputs.double().var(0, correction=0).sum()
+    assert float(harms[0]) == pytest.approx(float(spread), rel=1e-3)
+    assert float(harms[4]) < 1e-3 * float(spread)
+    assert list(harms) == sorted(harms, reverse=True)
