@@ -39,5 +39,15 @@ def _cascade(scheme: Scheme) -> str:
         f" The cascade then runs every block, {'as it was and ' if anchored else ''}as it is so "
         "far, for every group of fitted matrices that share an input, and sums the moment of the "
         f"compressed inputs{', and their product with the dense ones' if anchored else ''}. "
-        "Statistics of one block are held at a time."
+        f"Statistics of one block are held at a time.{_refinement(scheme)}"
+    )
+
+
+def _refinement(scheme: Scheme) -> str:
+    passes = scheme.refine_passes
+    if not passes:
+        return ""
+    return (
+        f" Each block is then trained for {passes} passes over the data, the work of about "
+        f"{3 * passes} forward passes, in float32 with two moments for each trained parameter."
     )

@@ -160,6 +160,7 @@ def _choices(scheme: Scheme) -> list[str]:
         "metric": f"`{scheme.metric}`",
         "allocation": f"`{scheme.allocation}`",
         "cascade": f"`{scheme.cascade}`",
+        "refinement": f"{scheme.refine_passes} passes" if scheme.refine_passes else "`none`",
         "recovery": f"`{scheme.recover}`",
         "targets": " and ".join(f"`{target}`" for target in targets),
         "kept by default": f"{scheme.keep_targets:g} of the targets' parameters",

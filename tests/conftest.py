@@ -48,11 +48,16 @@ settings.load_profile("tnlm")
 
 WORDS = [f"word{i}" for i in range(61)]
 VOCAB_SIZE = len(WORDS) + 3
-TRAINED = {"recover_tokens": 256}
-"""Few tokens, for schemes that train."""
 PACKED = [name for name, scheme in schemes().items() if scheme.precision is not None]
 """Schemes that store weights as codes, which are buffers and no parameters."""
 NEED_DATA = [name for name, scheme in schemes().items() if scheme.needs_calibration]
+
+
+def short_training(scheme: str) -> dict[str, int]:
+    """Return the arguments that make the training of a scheme short."""
+    named = schemes()[scheme]
+    few = {"recover_tokens": 256} if named.recover != "none" else {}
+    return few | ({"refine_passes": 1} if named.refine_passes else {})
 
 
 def sort_of(scheme: Scheme) -> str:
@@ -208,8 +213,7 @@ def compressed(make_model) -> Callable[..., PreTrainedModel]:
     def fit(kind: str, scheme: str, **arguments: Any) -> PreTrainedModel:
         if scheme in NEED_DATA:
             arguments |= {"calibration": torch.arange(256) % 61 + 3, "max_length": 32}
-        if schemes()[scheme].recover != "none":
-            arguments = TRAINED | arguments
+        arguments = short_training(scheme) | arguments
         return tnlm.compress(make_model(kind), scheme, **arguments)
 
     return lambda *args, **arguments: copy.deepcopy(fit(*args, **arguments))

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import tnlm
-from tests.conftest import PACKED, TRAINED, cover, one_each
+from tests.conftest import PACKED, cover, one_each, short_training
 from tnlm.allocation import get_allocation
 from tnlm.checkpoint import transformers_plugin
 from tnlm.compression import pipeline
@@ -55,8 +55,7 @@ every_causal_pair = pytest.mark.parametrize(
 
 
 def data_for(scheme):
-    few = TRAINED if schemes()[scheme].recover != "none" else {}
-    return DATA | few if schemes()[scheme].needs_calibration else {}
+    return DATA | short_training(scheme) if schemes()[scheme].needs_calibration else {}
 
 
 def logits(model, ids=IDS):

@@ -214,6 +214,30 @@ def test_anchored_solves_the_least_squares(rows, columns, noise, seed, gaussian)
     torch.testing.assert_close(found, best, rtol=1e-7, atol=1e-7)
 
 
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 8),
+    anchor=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
+def test_a_fraction_is_anchored_to_outputs_between_the_streams(
+    rows, columns, anchor, seed, gaussian
+):
+    x = gaussian(60, columns, seed=seed)
+    y = x + gaussian(60, columns, seed=seed + 100)
+    weight = gaussian(rows, columns, seed=seed + 200)
+    moments = y.T @ y / 60, x.T @ y / 60
+    found = anchored(weight, *moments, damping=1e-12, fraction=anchor)
+    between = y + anchor * (x - y)
+    best = torch.linalg.lstsq(y, between @ weight.T).solution.T
+    torch.testing.assert_close(found, best, rtol=1e-7, atol=1e-7)
+    whole = anchored(weight, *moments, fraction=1.0)
+    part = anchored(weight, *moments, fraction=anchor)
+    torch.testing.assert_close(part, (1 - anchor) * weight + anchor * whole)
+    assert torch.equal(anchored(weight, *moments), whole)
+    assert torch.equal(anchored(weight, *moments, fraction=0.0), weight)
+
+
 @pytest.mark.parametrize("damping", [1e-9, 1e-2, 0.5, None])
 def test_streams_that_agree_leave_the_weight(damping, gaussian):
     x, weight = gaussian(60, 5), gaussian(3, 5, seed=1)
@@ -360,9 +384,9 @@ def test_only_anchoring_runs_the_dense_stream(make_model, batches, monkeypatch):
     streams = []
     advance = _Pair.advance
 
-    def note(self, compressed, dense):
+    def note(self, compressed, dense, tune):
         streams.append(dense)
-        advance(self, compressed, dense)
+        advance(self, compressed, dense, tune)
 
     monkeypatch.setattr(_Pair, "advance", note)
     model = make_model("llama")
@@ -371,6 +395,53 @@ def test_only_anchoring_runs_the_dense_stream(make_model, batches, monkeypatch):
     half = len(streams) // 2
     assert all(stream is None for stream in streams[:half])
     assert all(len(stream) == len(batches) for stream in streams[half:])
+
+
+@every_kind
+@pytest.mark.parametrize("scheme", ["svd-llm", "afm"])
+def test_a_fraction_of_the_anchoring_lies_between_its_ends(kind, scheme, make_model):
+    def weights(**options):
+        model = tnlm.compress(make_model(kind), scheme, rank=4, **options, **DATA, progress=False)
+        asked = tnlm.report(model).plan.request
+        return list(model.state_dict().values()), asked
+
+    whole, asked = weights(cascade="anchored")
+    assert "anchor" not in asked
+    none, _ = weights(cascade="sequential")
+    part, asked = weights(cascade="anchored", anchor=0.25)
+    assert asked["anchor"] == 0.25
+    for other, anchor in ((none, 0), (whole, 1)):
+        assert all(map(torch.equal, other, weights(cascade="anchored", anchor=anchor)[0]))
+        assert not all(map(torch.equal, other, part))
+
+
+def test_a_plan_with_a_fraction_is_carried_out_with_it(make_model):
+    asked = {"cascade": "anchored", "anchor": 0.25, "rank": 4, **DATA}
+    one = tnlm.compress(make_model("llama"), "svd-llm", **asked)
+    plan = tnlm.plan(make_model("llama"), "svd-llm", **asked)
+    other = tnlm.compress(make_model("llama"), plan, **DATA)
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_the_next_block_gets_what_a_tuned_one_gives(make_model, batches):
+    model, seen, tuned = make_model("llama"), {}, []
+    targets = select(model).targets
+
+    def tune(name, block, call, inputs, wanted):
+        assert block is model.get_submodule(name)
+        tuned.append(name)
+        for index, state in enumerate(wanted):
+            inputs[index] = state  # as if the outputs were the dense ones
+        return True
+
+    cascade(model, targets, batches, "anchored", crude(model, seen), tune=tune, progress=False)
+    assert tuned == ["model.layers.0", "model.layers.1"]
+    name = "model.layers.1.self_attn.q_proj"
+    x = inputs_of(model, [name])[name]
+    moment = x.T @ x / len(x)
+    torch.testing.assert_close(seen[name].statistics["moment"], moment, rtol=1e-4, atol=1e-5)
+    weight = model.get_submodule(name).weight.double()
+    torch.testing.assert_close(seen[name].weight, weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cascade_repeats(make_model):

@@ -48,6 +48,8 @@ VALUES = {
     "recover_tokens": 100,
     "training": "text.txt",
     "refine": 8,
+    "refine_passes": 3,
+    "anchor": 0.25,
 }
 
 

@@ -13,7 +13,7 @@ DATA = {"calibration": torch.arange(64) % 61 + 3, "max_length": 16, "gradient_sa
 pytestmark = pytest.mark.filterwarnings("ignore:at..frobenius_norm:UserWarning")
 CASES = [
     ("svd-llm", DATA),
-    ("aa-svd", DATA),
+    ("aa-svd", {**DATA, "refine_passes": 1}),
     ("auto", DATA),
     *(
         pytest.param(*case, marks=pytest.mark.slow)

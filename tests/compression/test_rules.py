@@ -7,6 +7,7 @@ import pytest
 
 from tnlm.allocation import allocations
 from tnlm.compression import rules
+from tnlm.compression.choices import Recovery
 from tnlm.compression.request import make_request
 from tnlm.decompositions import formats, get_format
 from tnlm.errors import OptionError
@@ -148,18 +149,56 @@ def test_fused_projections_are_split_or_not(value):
     rules.check_split(False)
 
 
-@pytest.mark.parametrize("value", [-1, 1.0, True, "8", None])
-def test_refining_takes_a_number_of_tokens(value):
-    text = refused(rules.check_refine, value)
+@pytest.mark.parametrize("value", [-1, 1.0, True, "8"])
+def test_refining_takes_a_number_of_tokens_or_of_passes(value):
+    text = refused(rules.check_refine, Recovery(refine=value), 0)
     assert f"refine={value!r}; allowed: a number of tokens, 0 for none" in text
-    rules.check_refine(0)
+    text = refused(rules.check_refine, Recovery(refine_passes=value), 0)
+    assert f"refine_passes={value!r}; allowed: a number of passes" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "default", "expected"),
+    [
+        ({}, 0, (0, 0)),
+        ({}, 25, (0, 25)),
+        ({"refine": 0}, 25, (0, 0)),
+        ({"refine": 8}, 25, (8, 0)),
+        ({"refine_passes": 0}, 25, (0, 0)),
+        ({"refine_passes": 3}, 25, (0, 3)),
+        ({"refine_passes": 0, "refine": 8}, 25, (8, 0)),
+    ],
+)
+def test_tokens_or_passes_replace_the_passes_of_a_scheme(given, default, expected):
+    assert rules.check_refine(Recovery(**given), default) == expected
+
+
+def test_tokens_and_passes_are_not_given_together():
+    text = refused(rules.check_refine, Recovery(refine=8, refine_passes=3), 0)
+    assert text == "refine=8 tokens and refine_passes=3 are both given; give one"
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, True, "0.5", None])
+def test_an_anchor_is_a_fraction(value):
+    text = refused(rules.check_anchor, "anchored", value)
+    assert text == f"anchor={value!r}; allowed: a fraction in [0, 1]"
+    for right in (0, 0.25, 1, 1.0):
+        rules.check_anchor("anchored", right)
+
+
+@pytest.mark.parametrize("cascade", ["none", "sequential"])
+def test_an_anchor_needs_an_anchored_cascade(cascade):
+    assert "allowed with cascade='anchored'" in refused(rules.check_anchor, cascade, 0.5)
+    rules.check_anchor(cascade, 1.0)
 
 
 RULES = {
     "metric": {"metric": "covariance", "cascade": "sequential"},
     "damping": {"metric": "input", "damping": 0.25},
     "cascade": {"metric": "input", "cascade": "anchored"},
+    "anchor": {"metric": "input", "cascade": "anchored", "anchor": 0.25},
     "refine": {"refine": 64},
+    "refine_passes": {"refine_passes": 3},
     "share": {"metric": "input", "share": 2},
     "keep": {"keep": 0.9},
     "keep_targets": {"keep_targets": 0.4},
@@ -190,6 +229,8 @@ def test_what_is_accepted_is_recorded(name):
         ({"cascade": "anchored"}, "cascade='anchored' with metric='identity'"),
         ({"share": 0}, "share=0"),
         ({"refine": -1}, "refine=-1"),
+        ({"refine_passes": -1}, "refine_passes=-1"),
+        ({"anchor": 0.5}, "anchor=0.5 has no effect with cascade='none'"),
         ({"unit": "bytes"}, "unit='bytes' with allocation='uniform'"),
         ({"blocks": 2}, "blocks=2 has no effect with allocation='uniform'"),
         ({"allocation": "last", "blocks": 0}, "blocks=0"),

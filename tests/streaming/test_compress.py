@@ -147,7 +147,7 @@ def test_a_full_disk_is_noticed_before_any_work(source, tmp_path, monkeypatch):
     ("choices", "message"),
     [
         ({"recover": "finetune", "training": [3, 4]}, "trains the whole model"),
-        ({"refine": 16, "calibration": [3, 4]}, "not done block by block"),
+        ({"refine": 16, "calibration": [3, 4]}, "compress in memory, refine in a cascade"),
         ({"metric": "lora-fisher", "calibration": [3, 4]}, "needs lora"),
         ({"metric": "input", "calibration": "self"}, "reads the whole model for every token"),
     ],

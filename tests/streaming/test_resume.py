@@ -104,7 +104,7 @@ def test_a_walk_backwards_goes_on_from_any_state(count, source, tmp_path, same, 
 
 
 def test_a_cascade_goes_on(source, tmp_path, same, monkeypatch):
-    call = {"scheme": "aa-svd", "progress": False, **DATA}
+    call = {"scheme": "aa-svd", "refine_passes": 1, "progress": False, **DATA}
     tnlm.compress_files(source, tmp_path / "whole", **call)
     with monkeypatch.context() as patched:
         killing(patched, Pieces, "_write", 3)

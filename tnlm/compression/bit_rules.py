@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tnlm.allocation.base import Allocation
 from tnlm.compression.choices import AUTO, Budget, Recovery
+from tnlm.compression.rules import check_refine
 from tnlm.errors import BudgetError, OptionError
 from tnlm.precision.grid import Precision, precision_of
 from tnlm.schemes.base import Scheme
@@ -68,11 +69,18 @@ def _check_together(scheme: Scheme, budget: Budget, recovery: Recovery) -> None:
             "where it is less than half a step; call tnlm.heal(model, ..., merge='adapter')",
             argument=("recover", "precision"),
         )
-    if recovery.refine or scheme.share > 1:
-        name = "refine" if recovery.refine else "share"
+    if scheme.share > 1:
         raise OptionError(
-            f"{name}= with precision={scheme.precision!r}; leave one of them out",
-            argument=(name, "precision"),
+            f"share= with precision={scheme.precision!r}; leave one of them out",
+            argument=("share", "precision"),
+        )
+    tokens, passes = check_refine(recovery, scheme.refine_passes)
+    if tokens or passes:
+        asked = f"refine={tokens}" if tokens else f"refine_passes={passes}"
+        raise OptionError(
+            f"{asked} with precision={scheme.precision!r}, but codes cannot be tuned; give "
+            "refine=0, or leave precision= out",
+            argument=("refine", "refine_passes", "precision"),
         )
 
 

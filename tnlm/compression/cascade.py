@@ -7,7 +7,8 @@ compressed.
 
 With x the dense input and x~ the compressed one, *sequential* fits W to x~, and *anchored* fits the
 output of the dense model: ``min ||W x - W' x~||``. For any format, its optimum is the fit of
-``W* = W K C~^-1`` under the metric C~, where C~ = E[x~ x~.T] and K = E[x x~.T].
+``W* = W K C~^-1`` under the metric C~, where C~ = E[x~ x~.T] and K = E[x x~.T]. A fraction of the
+anchoring fits the outputs that lie so far between those of sequential and anchored.
 
 Source: anchored, AA-SVD (arXiv 2604.02119) and, the same, QEP; sequential, LLM-ROM (2312.07046).
 """
@@ -55,6 +56,10 @@ Fit = Callable[[Member, Moved | None], Output | None]
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
+Tune = Callable[[str, nn.Module, Call, States, States], bool]
+"""Tunes a block, given its name, the dense block, its other arguments, the compressed inputs and
+the dense outputs. Returns whether it has run the inputs through the tuned block."""
+
 
 def cascade(
     model: PreTrainedModel,
@@ -63,6 +68,8 @@ def cascade(
     mode: str,
     fit: Fit,
     *,
+    anchor: float = 1.0,
+    tune: Tune | None = None,
     centered: bool = False,
     wanted: Callable[[Member], bool] = lambda _: True,
     done: Callable[[], None] = lambda: None,
@@ -76,9 +83,11 @@ def cascade(
         batches: calibration data of one length, without padding.
         mode: ``"sequential"`` or ``"anchored"``.
         fit: called once per target, in execution order.
+        anchor: fraction of the anchoring; 0 is the same as ``"sequential"``.
+        tune: called when all targets of a block are fitted, before the next block.
         centered: anchor centered inputs, because a bias corrects the means.
         wanted: returns whether a target is fitted; the others stay dense.
-        done: called when all targets of a block are fitted.
+        done: called when a block is finished.
         progress: show a progress bar.
 
     Raises:
@@ -89,36 +98,43 @@ def cascade(
     with eval_mode(model), torch.no_grad():
         blocks, calls = open_walk(model, modules, batches)
         compressed = first_states(model, blocks, batches)
-        dense = States(model, compressed) if mode == "anchored" else None
+        anchors = mode == "anchored" and anchor > 0
+        dense = States(model, compressed) if anchors or tune is not None else None
         bar = tqdm(blocks, desc="cascade", unit="block", disable=not progress)
         for (name, block), call in zip(bar, calls, strict=True):
             inside = [t for t in filter(wanted, targets) if t.module.startswith(name + ".")]
             with resident(model, name):
                 pair = _Pair(name, block, copy.deepcopy(block), call)
-                _fit_block(pair, inside, compressed, dense, fit, tokens, centered)
-                pair.advance(compressed, dense)
+                streams = _Streams(compressed, dense if anchors else None, anchor, centered)
+                _fit_block(pair, inside, streams, fit, tokens)
+                pair.advance(compressed, dense, tune)
                 del pair  # frees the clone before the next one is made
             done()
 
 
+@dataclass(frozen=True)
+class _Streams:
+    """The inputs of a block, and how matrices are fitted to them; no dense ones if sequential."""
+
+    compressed: States
+    dense: States | None
+    anchor: float
+    centered: bool
+
+
 def _fit_block(
-    pair: _Pair,
-    targets: Sequence[Member],
-    compressed: States,
-    dense: States | None,
-    fit: Fit,
-    tokens: int,
-    centered: bool,
+    pair: _Pair, targets: Sequence[Member], streams: _Streams, fit: Fit, tokens: int
 ) -> None:
     """Fit the targets of one block, in execution order, and put each fit into its clone."""
-    groups = list(pair.groups(targets, compressed[0]))
+    groups = list(pair.groups(targets, streams.compressed[0]))
     for target in targets:
         if not any(target in group for group in groups):
             pair.put(target, fit(target, None))
     for group in groups:
-        moments = pair.moments(group[0].module, compressed, dense, tokens)
+        moments = pair.moments(group[0].module, streams.compressed, streams.dense, tokens)
         for target in group:
-            pair.put(target, fit(target, moments.move(pair.weight(target), centered)))
+            moved = moments.move(pair.weight(target), streams.centered, streams.anchor)
+            pair.put(target, fit(target, moved))
 
 
 def open_walk(
@@ -203,12 +219,20 @@ class _Pair:
             sums.add(*inputs)
         return sums.means(tokens)
 
-    def advance(self, compressed: States, dense: States | None) -> None:
-        """Run the streams through the block."""
-        for states, module in ((dense, self._block), (compressed, self._clone)):
-            if states is not None:
-                for index, state in enumerate(states):
-                    states[index] = call_block(module, state, self._call)
+    def advance(self, compressed: States, dense: States | None, tune: Tune | None = None) -> None:
+        """Run the streams through the block, which is tuned to the dense one's outputs first."""
+        if dense is not None:
+            advance(dense, self._block, self._call)
+            about = self._name, self._block, self._call
+            if tune is not None and tune(*about, compressed, dense):
+                return
+        advance(compressed, self._clone, self._call)
+
+
+def advance(states: States, block: nn.Module, call: Call) -> None:
+    """Replace hidden states by those after a block."""
+    for index, state in enumerate(states):
+        states[index] = call_block(block, state, call)
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error

@@ -118,7 +118,13 @@ class Recovery:
     training: Any = choice(
         None, "Training data: a text or JSONL file; the calibration data by default."
     )
-    refine: int = choice(0, "Tokens to tune each block on after fitting; 0 for no tuning.")
+    refine: int | None = choice(
+        None, "Tokens to tune each block on after fitting; 0 for no tuning."
+    )
+    refine_passes: int | None = choice(
+        None,
+        "The same, in passes over the calibration data; by default, as many as the scheme has.",
+    )
 
 
 GROUPS: Mapping[str, type] = {

@@ -26,7 +26,17 @@ from tnlm.targets.base import Selector
 
 logger = logging.getLogger("tnlm")
 
-RESUMED = ("split", "cascade", "damping", "refine", "recover_tokens", "portable", *LORA_OPTIONS)
+RESUMED = (
+    "split",
+    "cascade",
+    "anchor",
+    "damping",
+    "refine",
+    "refine_passes",
+    "recover_tokens",
+    "portable",
+    *LORA_OPTIONS,
+)
 """Keywords that a plan records and that carrying it out needs again."""
 
 

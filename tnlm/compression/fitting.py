@@ -147,8 +147,9 @@ class Fitting:
             del self.errors[layer.name]
 
     def is_due(self, unit: Target) -> bool:
-        """Return whether a target is still to be fitted."""
-        return any(member.name not in self.entries for member in unit.members)
+        """Return whether a target, or a part of it that is fitted, is still to be fitted."""
+        parts = (member for part in self._fitted(unit) for member in part.members)
+        return any(member.name not in self.entries for member in parts)
 
     def awaits(self, within: str) -> bool:
         """Return whether a target is still to be fitted whose module's name begins so."""
@@ -173,7 +174,8 @@ class Fitting:
         self.ties.update(ties)
 
     def take(self, block: str) -> dict[str, nn.Module]:
-        """Take the fitted modules of a block off the shelf, by module name."""
+        """Fit what is left of a block, and take its modules off the shelf, by module name."""
+        self._finish(block + ".")
         self._taken = {}
         found, tied = {}, {*self.ties, *self.ties.values()}
         for group in by_module(self._job.selection.targets):
@@ -187,6 +189,14 @@ class Fitting:
                 self._taken.update(parts)
                 found[module] = group[0].assemble(group, parts)
         return found
+
+    def _finish(self, within: str) -> None:
+        """Fit what is left in modules whose names begin so, such as parts that stay dense."""
+        for unit in self.units:
+            inside = all(member.module.startswith(within) for member in unit.members)
+            if inside and self.is_due(unit):
+                self.fit(unit)
+        self.fit_beside(within)
 
     def keep(self, block: str, tuned: Mapping[str, nn.Module]) -> None:
         """Put tuned modules back on the shelf, and hold tuned norms in memory."""

@@ -48,7 +48,7 @@ def gather(
     known = Evidence(
         request.measure,
         request.damping,
-        batches=batches if request.cascade != "none" or request.refine else [],
+        batches=batches if request.cascade != "none" or request.refines else [],
         lessons=practice,
         drawn=drawn(data, request.training),
         fingerprint=fingerprint([*batches, *practice]),

@@ -14,6 +14,7 @@ from tnlm.compression.data import check_data, data_for
 from tnlm.compression.evidence import Evidence
 from tnlm.compression.gather import gather
 from tnlm.compression.request import Request
+from tnlm.compression.tuning import Gain
 from tnlm.errors import TargetError
 from tnlm.metrics.measure import FISHER, GRADIENTS
 from tnlm.parallel.workers import ALONE, Workers
@@ -39,6 +40,7 @@ class Job:
         data: the calibration data.
         chosen: ``targets`` and ``ignore``, if given as strings.
         seconds: wall time by stage.
+        gains: the errors of refined blocks before and after, by block.
         ready: fits done already, by target name.
         workers: share out the work.
     """
@@ -52,6 +54,7 @@ class Job:
     data: Calibration = field(default_factory=Calibration)
     chosen: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    gains: dict[str, Gain] = field(default_factory=dict)
     ready: Mapping[str, Fitted] = field(default_factory=dict)
     workers: Workers = ALONE
 

@@ -39,8 +39,14 @@ class Moments:
     cross: Tensor | None = None
     dense_mean: Tensor | None = None
 
-    def move(self, weight: Tensor, centered: bool) -> Moved:
-        """Return the goal of the fit of a matrix with this input."""
+    def move(self, weight: Tensor, centered: bool, anchor: float = 1.0) -> Moved:
+        """Return the goal of the fit of a matrix with this input.
+
+        Args:
+            weight: the dense matrix, ``(out, in)``.
+            centered: anchor centered inputs, because a bias corrects the means.
+            anchor: fraction of the anchoring.
+        """
         full = weight.detach().double()
         statistics = {"moment": self.moment, "mean": self.mean, "magnitude": self.magnitude}
         if self.cross is None or self.dense_mean is None:
@@ -49,17 +55,28 @@ class Moments:
         if centered:
             moment = moment - torch.outer(self.mean, self.mean)
             cross = cross - torch.outer(self.dense_mean, self.mean)
-        return Moved(anchored(full, moment, cross), statistics, full @ self.dense_mean)
+        best = anchored(full, moment, cross, fraction=anchor)
+        return Moved(best, statistics, full @ torch.lerp(self.mean, self.dense_mean, anchor))
 
 
-def anchored(weight: Tensor, moment: Tensor, cross: Tensor, damping: float | None = None) -> Tensor:
+def anchored(
+    weight: Tensor,
+    moment: Tensor,
+    cross: Tensor,
+    damping: float | None = None,
+    fraction: float = 1.0,
+) -> Tensor:
     """Return W* = W K C~^-1, the matrix whose output on x~ is nearest to that of W on x.
+
+    With a fraction a, it is nearest to that of W on x~ + a (x - x~):
+    ``W* = W + a W E[(x - x~) x~.T] C~^-1``.
 
     Args:
         weight: W, ``(out, in)``, float64.
         moment: C~ = E[x~ x~.T], ``(in, in)``.
         cross: K = E[x x~.T], ``(in, in)``.
         damping: fraction of the mean diagonal of C~ added to both.
+        fraction: a; 1 for all of the correction, 0 for W itself.
 
     Example:
         >>> weight, moment = torch.ones(1, 2).double(), torch.eye(2).double()
@@ -72,7 +89,7 @@ def anchored(weight: Tensor, moment: Tensor, cross: Tensor, damping: float | Non
         return weight
     damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     change: Tensor = torch.linalg.solve(damped, (cross - moment).T).T
-    return weight + weight @ change
+    return weight + fraction * (weight @ change)
 
 
 class Sums:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tnlm.allocation.base import Problem
 from tnlm.allocation.bits import all_on_grid
 from tnlm.allocation.pricing import model_cost
+from tnlm.calibration.data import count_tokens
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.compression.blind import warn_if_blind
@@ -27,7 +28,7 @@ from tnlm.compression.fitting import Fitting, by_module
 from tnlm.compression.folding import fold, unfold_for
 from tnlm.compression.install import install, replace_norm
 from tnlm.compression.job import Job, prepare
-from tnlm.compression.refine import refine
+from tnlm.compression.refine import Refinement, refine
 from tnlm.compression.request import request_of
 from tnlm.compression.rules import NO_RECOVERY
 from tnlm.layers.swap import Shelf, Swap
@@ -132,8 +133,6 @@ def carry_out(model: PreTrainedModel, job: Job, decided: Plan, progress: bool) -
     shelf = Shelf()
     fitting = Fitting(read, job, decided, shelf)
     fit_all(read, job, fitting, progress)
-    if job.request.refine:
-        _refine_all(read, job, fitting, progress)
     job.evidence.forget()
     dense = _dense_weights(read, job, fitting) if after is not None and after.needs_dense else {}
     swap = Swap(model)
@@ -178,7 +177,12 @@ def report_of(job: Job, done: Plan) -> Report:
     """Return the report of a plan that was carried out."""
     known = job.evidence
     return Report(
-        done, dict(job.seconds), known.tokens, data=known.drawn, fingerprint=known.fingerprint
+        done,
+        dict(job.seconds),
+        known.tokens,
+        data=known.drawn,
+        fingerprint=known.fingerprint,
+        refined={name: (gain.before, gain.after) for name, gain in job.gains.items()},
     )
 
 
@@ -226,7 +230,7 @@ def fit_all(
     progress: bool,
     fitted: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fit every target of a plan.
+    """Fit every target of a plan, and refine the blocks if that is asked for.
 
     Args:
         model: holds the weights.
@@ -235,13 +239,16 @@ def fit_all(
         progress: show progress bars.
         fitted: called after every fit; those of a cascade come block by block.
     """
-    if job.request.cascade != "none":
+    request, refinement = job.request, _refinement(job, fitting)
+    if request.cascade != "none":
         cascade(
             model,
             job.selection.targets,
             job.evidence.batches,
-            job.request.cascade,
+            request.cascade,
             fitting.fit,
+            anchor=request.anchor,
+            tune=None if refinement is None else refinement.advance,
             centered=job.request.measure.adds_bias,
             wanted=fitting.shrinks,
             done=fitted,
@@ -252,20 +259,24 @@ def fit_all(
         release()
         fitted()
     fitting.fit_beside()
+    if refinement is None:
+        return
+    if request.cascade == "none":
+        done = [each.module for each in job.selection.targets if each.name in fitting.entries]
+        refine(model, sorted(set(done)), job.evidence.batches, refinement, progress=progress)
+    job.gains.update(refinement.gains)
+    job.seconds["refine"] = refinement.seconds
+    refinement.warn()
 
 
-def _refine_all(model: PreTrainedModel, job: Job, fitting: Fitting, progress: bool) -> None:
-    start = time.perf_counter()
-    modules = {target.module for target in job.selection.targets if target.name in fitting.entries}
-    refine(
-        model,
-        sorted(modules),
-        job.evidence.batches,
-        job.request.refine,
+def _refinement(job: Job, fitting: Fitting) -> Refinement | None:
+    """Return what tunes blocks after they are fitted, or None if that is not asked for."""
+    if not job.request.refines:
+        return None
+    return Refinement(
+        job.request.refine or job.request.refine_passes * count_tokens(job.evidence.batches),
         fitting.take,
         fitting.keep,
         weigh=job.effect_root,
         seed=job.data.cut.seed,
-        progress=progress,
     )
-    job.seconds["refine"] = time.perf_counter() - start

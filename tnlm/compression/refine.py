@@ -1,18 +1,19 @@
-"""Block refinement: tune a block's factors to reproduce the output of the dense block.
+"""Block refinement: train a block's factors to reproduce the output of the dense block.
 
-After fitting, the compressed stream runs through a block's fitted layers, the dense stream through
-the dense block, and a few steps of Adam on the factors, biases and norms bring the outputs
-together. This works for any format: it trains whatever parameters the fitted layers have.
+The compressed stream runs through a block's fitted layers, the dense stream through the dense
+block, and AdamW brings the outputs together by training the factors, biases and norms. This works
+for any format: it trains whatever parameters the fitted layers have. In a cascade, a block is
+refined before the next one is fitted to its outputs; otherwise, blocks are refined after all fits.
 
-Source: AA-SVD's block-wise refinement.
+Source: AA-SVD's block-level refinement (arXiv 2604.02119), with its optimizer and schedule.
 """
 
 from __future__ import annotations
 
 import copy
-import math
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,154 +22,153 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tnlm.calibration.data import Batch
+from tnlm.calibration.states import States
 from tnlm.calibration.walk import Call, call_block, eval_mode, first_states
-from tnlm.compression.cascade import open_walk
-from tnlm.errors import CalibrationError
+from tnlm.compression.cascade import advance, open_walk
+from tnlm.compression.tuning import LEARNING_RATE, Gain, Lesson, tune
 
-LEARNING_RATE = 1e-4
-WARM_UP = 0.1
-"""Fraction of the steps in which the learning rate rises; it then falls along a cosine to 0."""
+logger = logging.getLogger("tnlm")
 
 Take = Callable[[str], Mapping[str, nn.Module]]
 """Returns the fitted modules of a block, by dotted name; they are trained in place, except
 parameters that require no gradient."""
+Keep = Callable[[str, Mapping[str, nn.Module]], None]
+"""Receives the tuned modules of a block, by dotted name: the fitted ones, and norms."""
+
+
+class Refinement:
+    """Tunes one block after another, without changing the model.
+
+    Args:
+        tokens: how many tokens to tune each block on; data that is too short is repeated.
+        take: returns the fitted modules of a block.
+        keep: receives the tuned modules of a block.
+        weigh: returns the square root of the metric for a block's output error, or None to weight
+            all directions equally.
+        learning_rate: the peak.
+        seed: draws the order of the data.
+
+    Attributes:
+        gains: the error of every tuned block on held-out windows, by name.
+        seconds: the time spent.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        take: Take,
+        keep: Keep,
+        *,
+        weigh: Callable[[str], Tensor | None] = lambda _: None,
+        learning_rate: float = LEARNING_RATE,
+        seed: int = 0,
+    ) -> None:
+        """Start with no block tuned."""
+        self._tokens, self._take, self._keep, self._weigh = tokens, take, keep, weigh
+        self._learning_rate, self._seed = learning_rate, seed
+        self.gains: dict[str, Gain] = {}
+        self.seconds = 0.0
+
+    def advance(
+        self, name: str, block: nn.Module, given: Call, inputs: States, wanted: States
+    ) -> bool:
+        """Tune the fitted modules of a block, and run the inputs through it.
+
+        Args:
+            name: the block's dotted name.
+            block: the dense block.
+            given: its other arguments.
+            inputs: hidden states of the compressed model, replaced by those after the block.
+            wanted: the dense model's, after the block.
+
+        Returns:
+            False if nothing of the block is fitted, and the inputs are as they were.
+
+        Raises:
+            CalibrationError: if the block's output is not finite before it is tuned.
+        """
+        start = time.perf_counter()
+        fitted = self._take(name)
+        if not fitted:
+            return False
+        student, call = copy.deepcopy(block).float(), _in_float(given)
+        local = {full.removeprefix(f"{name}."): module for full, module in fitted.items()}
+        for where, module in local.items():
+            student.set_submodule(where, module.float())
+        tuned = {**local, **{where: student.get_submodule(where) for where in _norms(block)}}
+        stored = {where: _dtype(block, where) for where in tuned}
+        parameters = {
+            parameter: stored[where]
+            for where, module in tuned.items()
+            for parameter in module.parameters()
+            if where not in local or parameter.requires_grad
+        }
+        lesson = Lesson(name, student, call, inputs, wanted, self._weigh(name))
+        rate, seed = self._learning_rate, self._seed
+        self.gains[name] = tune(lesson, parameters, self._tokens, learning_rate=rate, seed=seed)
+        for index, state in enumerate(inputs):
+            inputs[index] = call_block(student, state.float(), call).to(state.dtype)
+        done = {where: module.to(stored[where]) for where, module in tuned.items()}
+        self._keep(name, {f"{name}.{where}": module for where, module in done.items()})
+        self.seconds += time.perf_counter() - start
+        return True
+
+    def warn(self) -> None:
+        """Log which blocks stay as they were fitted, because training did not help them."""
+        left = [name for name, gain in self.gains.items() if not gain.kept]
+        if left:
+            logger.warning(
+                "refinement did not lower the held-out error of %d of %d blocks, which stay as "
+                "fitted: %s",
+                len(left),
+                len(self.gains),
+                ", ".join(left[:3]) + (", ..." if len(left) > 3 else ""),
+            )
 
 
 def refine(
     model: PreTrainedModel,
     modules: Sequence[str],
     batches: Sequence[Batch],
-    tokens: int,
-    take: Take,
-    keep: Callable[[str, Mapping[str, nn.Module]], None],
+    refinement: Refinement,
     *,
-    weigh: Callable[[str], Tensor | None] = lambda _: None,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
     progress: bool = True,
 ) -> None:
-    """Tune fitted modules block by block, without changing the model.
+    """Refine fitted modules block by block, without changing the model.
 
     Args:
         model: the dense model; its blocks must form one stack that can be walked.
         modules: dotted names of the fitted modules.
         batches: calibration data of one length, without padding.
-        tokens: how many tokens to tune each block on; data that is too short is repeated.
-        take: returns the fitted modules of a block.
-        keep: receives the tuned modules of a block, by dotted name: the fitted ones, and norms.
-        weigh: returns the square root of the metric for a block's output error, or None to weight
-            all directions equally.
-        learning_rate: peak learning rate of Adam.
-        seed: draws the order of the data.
+        refinement: tunes each block.
         progress: show a progress bar.
 
     Raises:
-        CalibrationError: if the blocks cannot be walked, or tuning diverges.
+        CalibrationError: if the blocks cannot be walked, or a block's output is not finite.
     """
     with eval_mode(model), torch.no_grad():
         blocks, calls = open_walk(model, modules, batches)
-        dense = list(first_states(model, blocks, batches))
-        compressed = list(dense)
+        compressed = first_states(model, blocks, batches)
+        dense = States(model, compressed)
         bar = tqdm(blocks, desc="refining", unit="block", disable=not progress)
-        for (name, block), given in zip(bar, calls, strict=True):
-            call = _in_float(given)
-            wanted = [call_block(block, state, given) for state in dense]
-            student = copy.deepcopy(block).float()
-            fitted = take(name)
-            for full, module in fitted.items():
-                student.set_submodule(full.removeprefix(name + "."), module.float())
-            if fitted:
-                norms = _norms(student)
-                free = [p for m in fitted.values() for p in m.parameters() if p.requires_grad]
-                chosen = [*free, *(p for norm in norms.values() for p in norm.parameters())]
-                lesson = _Lesson(student, call, compressed, wanted, weigh(name))
-                _tune(lesson, chosen, tokens, learning_rate, seed, name)
-            compressed = [call_block(student, state.float(), call) for state in compressed]
-            dense = wanted
-            if fitted:
-                tuned = {**fitted, **{f"{name}.{local}": m for local, m in norms.items()}}
-                keep(name, {full: module.to(_dtype(model, full)) for full, module in tuned.items()})
+        for (name, block), call in zip(bar, calls, strict=True):
+            advance(dense, block, call)
+            if not refinement.advance(name, block, call, compressed, dense):
+                advance(compressed, block, call)
 
 
-def _dtype(model: nn.Module, name: str) -> torch.dtype:
-    return next(model.get_submodule(name).parameters()).dtype
+def _dtype(block: nn.Module, name: str) -> torch.dtype:
+    return next(block.get_submodule(name).parameters()).dtype
 
 
-def _norms(block: nn.Module) -> dict[str, nn.Module]:
-    """Return the norms by local name: leaf modules whose parameters are all vectors."""
-    found = {}
+def _norms(block: nn.Module) -> list[str]:
+    """Return the local names of the norms: leaf modules whose parameters are all vectors."""
+    found = []
     for name, module in block.named_modules():
         own = list(module.parameters())
         if own and not list(module.children()) and all(p.dim() == 1 for p in own):
-            found[name] = module
+            found.append(name)
     return found
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """A block, its inputs, and the outputs it should produce."""
-
-    student: nn.Module
-    call: Call
-    inputs: Sequence[Tensor]
-    wanted: Sequence[Tensor]
-    root: Tensor | None
-
-    def loss(self, index: int) -> Tensor:
-        """Return the squared error of one batch, relative to the wanted output."""
-        wanted = self.wanted[index].float()
-        error = call_block(self.student, self.inputs[index].float(), self.call) - wanted
-        if self.root is not None:
-            error, wanted = error @ self.root.to(error), wanted @ self.root.to(error)
-        return error.square().mean() / wanted.square().mean().clamp_min(1e-30)
-
-    def sample(self) -> float:
-        """Return the mean loss of a few batches, to check whether tuning helped."""
-        with torch.no_grad():
-            some = range(0, len(self.inputs), max(1, len(self.inputs) // 8))
-            return sum(float(self.loss(index)) for index in some) / len(some)
-
-
-def _tune(
-    lesson: _Lesson,
-    parameters: Sequence[nn.Parameter],
-    tokens: int,
-    learning_rate: float,
-    seed: int,
-    name: str,
-) -> None:
-    """Minimise the squared output error with Adam; restore the start if that does not help."""
-    lesson.student.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    steps = max(1, round(tokens / lesson.inputs[0].shape[:-1].numel()))
-    before = copy.deepcopy([p.detach() for p in parameters])
-    first = lesson.sample()
-    if not math.isfinite(first):
-        raise CalibrationError(f"the output of {name} is not finite on the calibration data")
-    adam = torch.optim.Adam(parameters, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
-    order = torch.Generator().manual_seed(seed)
-    rows: list[int] = []
-    with torch.enable_grad():
-        for _ in range(steps):
-            rows = rows or torch.randperm(len(lesson.inputs), generator=order).tolist()
-            adam.zero_grad()
-            lesson.loss(rows.pop()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            adam.step()
-            schedule.step()
-    adam.zero_grad()
-    if not lesson.sample() < first:
-        for parameter, old in zip(parameters, before, strict=True):
-            parameter.copy_(old)
-
-
-def _rate(step: int, steps: int) -> float:
-    rising = max(1, round(WARM_UP * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 def _in_float(value: Any) -> Any:

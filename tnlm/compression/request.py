@@ -16,6 +16,7 @@ from tnlm.compression.budget_rules import check_budgets, check_shared, check_tim
 from tnlm.compression.choices import SIZES, Asked, gather_choices
 from tnlm.compression.portable import portable
 from tnlm.compression.rules import (
+    check_anchor,
     check_cascade,
     check_channels,
     check_damping,
@@ -52,7 +53,10 @@ class Request:
         allocation: how the budget is split across matrices.
         cascade: how fits account for earlier ones.
         damping: fraction of a second moment replaced by its mean diagonal.
-        refine: tokens to tune each block on after fitting; 0 for no tuning.
+        anchor: fraction of the anchoring in a cascade.
+        refine: tokens to tune each block on after fitting; 0 for none, or for passes.
+        refine_passes: passes over the calibration data that tune each block; 0 for none, or for
+            tokens.
         share: consecutive blocks whose matrices share their input factor; 1 for none.
         recover: how the whole model is trained after fitting; ``"none"`` for no training.
         recover_tokens: tokens for this training, and for metrics that prune.
@@ -76,7 +80,9 @@ class Request:
     allocation: Allocation
     cascade: str
     damping: float
+    anchor: float
     refine: int
+    refine_passes: int
     share: int
     recover: str
     recover_tokens: int
@@ -131,7 +137,12 @@ class Request:
     @property
     def measures(self) -> bool:
         """Whether calibration data is needed for more than training."""
-        return bool(self.needs - {MOVEMENT}) or self.cascade != "none" or self.refine > 0
+        return bool(self.needs - {MOVEMENT}) or self.cascade != "none" or self.refines
+
+    @property
+    def refines(self) -> bool:
+        """Whether blocks are tuned after they are fitted."""
+        return bool(self.refine or self.refine_passes)
 
     def limits(self, model: Cost, targets: Cost, clock: Clock | None = None) -> Limits:
         """Return the limits on the cost of the matrices.
@@ -174,6 +185,7 @@ class Request:
 
     def record(self) -> dict[str, Any]:
         """Return the request as plain values."""
+        off = 0 if self.scheme.refine_passes else None  # said only where it is not the default
         values = {
             "keep": self.keep,
             "keep_targets": self.keep_targets,
@@ -181,8 +193,10 @@ class Request:
             "max_macs": self.max_macs if math.isfinite(self.max_macs) else None,
             "allocation": self.allocation.name,
             "cascade": self.cascade,
+            "anchor": self.anchor if self.anchor != 1.0 else None,
             "damping": self.damping if self.measure.needs else None,
             "refine": self.refine or None,
+            "refine_passes": None if self.refine else self.refine_passes or off,
             "share": self.share if self.share > 1 else None,
             "split": self.scheme.split and None,
             "recover": self.recover if self.recover != "none" else None,
@@ -235,7 +249,8 @@ def request_of(asked: Asked) -> Request:
     check_joint(structures, measure, named.cascade)
     check_share(structures, measure, named.cascade, named.share)
     check_split(named.split)
-    check_refine(recovery.refine)
+    check_anchor(named.cascade, named.anchor)
+    tokens, passes = check_refine(recovery, named.refine_passes)
     after = named.recover if recovery.kind is None else recovery.kind
     check_recover(structures, measure, after, recovery.tokens)
     unit = check_shared(shared, budget, named.unit)
@@ -249,7 +264,9 @@ def request_of(asked: Asked) -> Request:
         allocation=shared,
         cascade=named.cascade,
         damping=measure.damping if named.damping is None else named.damping,
-        refine=recovery.refine,
+        anchor=float(named.anchor),
+        refine=tokens,
+        refine_passes=passes,
         share=named.share,
         recover=after,
         recover_tokens=tokens_of(after) if recovery.tokens is None else recovery.tokens,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnlm.allocation.base import Allocation
-from tnlm.compression.choices import choices_of
+from tnlm.compression.choices import Recovery, choices_of
 from tnlm.decompositions.base import Format, from_dict
 from tnlm.errors import OptionError, did_you_mean
 from tnlm.metrics.measure import INPUTS, MOVEMENT, SURGERY, Measure
@@ -123,6 +123,18 @@ def check_cascade(measure: Measure, cascade: str) -> None:
         )
 
 
+def check_anchor(cascade: str, anchor: float) -> None:
+    """Raise `OptionError` unless ``anchor`` is a fraction, and the cascade is anchored."""
+    if not is_number(anchor) or not 0 <= anchor <= 1:
+        raise OptionError(f"anchor={anchor!r}; allowed: a fraction in [0, 1]", argument="anchor")
+    if anchor != 1 and cascade != "anchored":
+        raise OptionError(
+            f"anchor={anchor!r} has no effect with cascade={cascade!r}; allowed with "
+            "cascade='anchored'",
+            argument=("anchor", "cascade"),
+        )
+
+
 def check_channels(structures: Sequence[Format[Any]], measure: Measure, cascade: str) -> None:
     """Raise `OptionError` unless the metric and the cascade can select channels or heads."""
     narrowed = {"channels", "channel-ranks", "heads"}
@@ -217,12 +229,32 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_refine(refine: int) -> None:
-    """Raise `OptionError` unless ``refine`` is a whole number of tokens, or 0."""
-    if not is_whole(refine) or refine < 0:
+def check_refine(recovery: Recovery, default: int) -> tuple[int, int]:
+    """Return the tokens and the passes to tune each block on, of which at most one is not 0.
+
+    Args:
+        recovery: holds ``refine`` and ``refine_passes``.
+        default: the passes if neither is given.
+
+    Raises:
+        OptionError: unless both are whole numbers, and at most one is given.
+    """
+    given = {"refine": recovery.refine, "refine_passes": recovery.refine_passes}
+    for name, value in given.items():
+        if value is not None and (not is_whole(value) or value < 0):
+            what = "tokens" if name == "refine" else "passes over the calibration data"
+            raise OptionError(
+                f"{name}={value!r}; allowed: a number of {what}, 0 for none", argument=name
+            )
+    if recovery.refine and recovery.refine_passes:
         raise OptionError(
-            f"refine={refine!r}; allowed: a number of tokens, 0 for none", argument="refine"
+            f"refine={recovery.refine} tokens and refine_passes={recovery.refine_passes} are both "
+            "given; give one",
+            argument=("refine", "refine_passes"),
         )
+    if recovery.refine_passes is not None:
+        return recovery.refine or 0, recovery.refine_passes
+    return (0, default) if recovery.refine is None else (recovery.refine, 0)
 
 
 def check_recover(

@@ -1,12 +1,13 @@
-"""AA-SVD: low rank fitted to the dense model's outputs on the compressed model's inputs."""
+"""AA-SVD: low rank fitted to dense outputs on compressed inputs, and blocks refined to match."""
 
 from tnlm.schemes.base import Scheme
 
 SCHEME = Scheme(
     name="aa-svd",
-    title="low rank, anchored to dense outputs on compressed inputs",
+    title="low rank, anchored to dense outputs on compressed inputs, then refined by block",
     formats=("low-rank",),
     metric="input",
     cascade="anchored",
-    source="AA-SVD, Sinha and Fleuret 2026, arXiv 2604.02119 (its refinement is refine=)",
+    refine_passes=25,
+    source="AA-SVD, Sinha and Fleuret 2026, arXiv 2604.02119",
 )

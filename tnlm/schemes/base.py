@@ -39,6 +39,7 @@ class Scheme:
         allocation: how the budget is split across matrices; a name in `tnlm.allocation`.
         cascade: how fits account for earlier ones; see `tnlm.compression.cascade`.
         targets: the default choice of matrices.
+        anchor: fraction of the anchoring in a cascade.
         damping: fraction of a second moment replaced by its mean diagonal; the metric's default
             if None.
         split: whether fused projections are several matrices, or one each.
@@ -47,6 +48,8 @@ class Scheme:
         group: columns that share a scale.
         symmetric: whether zero is the middle code.
         recover: how the whole model is trained after fitting; see `tnlm.recovery`.
+        refine_passes: passes over the calibration data that tune each block after it is fitted, if
+            the call gives neither ``refine`` nor ``refine_passes``.
         distillation: what ``recover="distill"`` compares; a preset of `tnlm.recovery.lessons`.
         keep_targets: fraction of the targets' parameters to keep if the call sets no size.
         unit: unit of the budget if the call names none.
@@ -68,6 +71,10 @@ class Scheme:
     cascade: str = choice(
         "none", "How fits account for earlier ones: none, sequential or anchored."
     )
+    anchor: float = choice(
+        1.0,
+        "Fraction of the anchoring, with cascade anchored: 1 for all, 0 for none (sequential).",
+    )
     damping: float | None = choice(None, "Fraction of a moment replaced by its mean diagonal.")
     targets: Selector = "all-linear"
     split: bool = choice(
@@ -84,6 +91,7 @@ class Scheme:
         True, "Put zero in the middle of the codes; otherwise each group has its own zero."
     )
     recover: str = "none"
+    refine_passes: int = 0
     distillation: str = "logits"
     keep_targets: float = 0.8
     unit: str = "params"
@@ -101,7 +109,7 @@ class Scheme:
         weighs_loss = get_allocation(self.allocation).weighs_loss
         if needed & {GRADIENTS, FISHER, LORA, MOVEMENT, SLOPES} or weighs_loss:
             return "data and gradients"
-        tunes = self.cascade != "none" or self.recover != "none"
+        tunes = self.cascade != "none" or self.recover != "none" or self.refine_passes > 0
         return "data" if needed or tunes else "nothing"
 
     @property

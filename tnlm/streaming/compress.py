@@ -220,7 +220,7 @@ class _Run:
         if workers.rank > 0:
             workers.gather(None)  # until the first process has written
             return saved_report(out)
-        job.seconds["fit"] = time.perf_counter() - start
+        job.seconds["fit"] = time.perf_counter() - start - job.seconds.get("refine", 0.0)
         report = self._finish(job, decided, fitting, pieces)
 
         def fill(new: Path) -> None:

@@ -18,7 +18,7 @@ from tnlm.checkpoint.json_file import read_object
 from tnlm.checkpoint.raw import write
 from tnlm.checkpoint.skeleton import placeholder
 from tnlm.compression.fitting import Fitting, by_module
-from tnlm.compression.install import install
+from tnlm.compression.install import install, replace_norm
 from tnlm.compression.job import Job
 from tnlm.errors import CheckpointError, ModelError
 from tnlm.layers.swap import Shelf, Swap
@@ -159,6 +159,9 @@ class Pieces:
             if wanted and group[0].name in entries:
                 made = install(self._model, self._swap, group, entries, self._shelf)
                 self._described[module] = made
+        norms = self._fitting.norms
+        for name in [name for name in norms if name.startswith(within)]:
+            replace_norm(self._model, self._swap, name, norms.pop(name))
 
     def _write(self, block: str | None) -> None:
         """Write the tensors of a block, or of all outside the blocks."""

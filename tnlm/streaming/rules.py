@@ -26,11 +26,11 @@ def check_request(request: Request, asked: Asked) -> None:
             "whole model in memory; compress in memory, or take another metric",
             argument="metric",
         )
-    if request.refine:
+    if request.refines and request.cascade == "none":
         raise OptionError(
-            f"refine={request.refine} is not done block by block yet; leave it out, or compress "
-            "in memory",
-            argument="refine",
+            "blocks are not refined after all fits from files to files; compress in memory, refine "
+            "in a cascade, block by block (cascade='sequential' or 'anchored'), or give refine=0",
+            argument=("refine", "refine_passes", "cascade"),
         )
     if is_self(asked.calibration.data):
         raise OptionError(

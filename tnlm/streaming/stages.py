@@ -55,6 +55,8 @@ def stages(shapes: Shapes, request: Request) -> dict[str, int]:
         found["gather"] = _gather(shapes, request)
     if request.cascade != "none":
         found["fit"] += 2 * shapes.largest + _activations(shapes)
+        if request.refines:  # in float32: a block, its gradients, two moments, a copy; and a graph
+            found["fit"] += 5 * 4 * shapes.largest // shapes.itemsize + 2 * _activations(shapes)
     return found
 
 

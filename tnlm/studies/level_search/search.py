@@ -171,7 +171,7 @@ def _check(request: Request) -> None:
             "allowed: cascade='none'",
             argument="cascade",
         )
-    changes = {"refine": request.refine, "recover": request.recover != NO_RECOVERY}
+    changes = {"refine": request.refines, "recover": request.recover != NO_RECOVERY}
     for name in (name for name, given in changes.items() if given):
         raise OptionError(
             f"{name}= in a search over levels would change the model after it was measured; leave "
