@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -106,6 +106,13 @@ write_all(HERE / "_generated" / "diagrams")
 write_pages(HERE / "_generated")
 
 
+def plain_types(_app: Any, documented: Any, _bound: bool) -> None:
+    """Show a command's arguments by type alone, without typer's objects in the annotations."""
+    if getattr(documented, "__module__", "").startswith("tnlm.cli"):
+        documented.__annotations__ = get_type_hints(documented)
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-before-process-signature", plain_types)
     app.connect("doctree-read", link_papers)
     app.connect("html-page-context", repair)
