@@ -65,6 +65,23 @@ def test_time_of_the_whole_model_is_kept_too(tiny_llama):
         tnlm.plan(tiny_llama(), "auto", workload="prefill:32", **{**asked, "keep": 0.1})
 
 
+@pytest.mark.parametrize(("seconds", "turns"), [(0.05, 12), (2.0, 3)])
+def test_other_work_in_the_first_turns_does_not_move_the_dense_time(
+    tiny_llama, monkeypatch, seconds, turns
+):
+    taken = []
+
+    def timed(_model, _prompt, _steps):
+        taken.append(4 * seconds * (2 if len(taken) < 2 else 1))
+        return 0.0, taken[-1]
+
+    monkeypatch.setattr(speed, "timed_decoding", timed)
+    monkeypatch.setattr(clocked.time, "perf_counter", lambda: sum(taken))
+    plan = tnlm.plan(tiny_llama(), "auto", **ASKED)
+    assert plan.model.time == pytest.approx(1e9 * seconds)
+    assert len(taken) == turns
+
+
 def test_a_plan_that_is_carried_out_keeps_its_prices(tiny_llama, file, caplog):
     decided = tnlm.plan(tiny_llama(), "auto", prices=file, **ASKED)
     assert decided.model.time == decided.model_after.time == 0  # unknown there
