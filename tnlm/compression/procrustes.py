@@ -106,7 +106,7 @@ def procrustes_rotation(
             decided, job = resume(copied, scheme, choices, progress)
         else:
             job = prepare(copied, request, targets, ignore, asked.calibration, progress)
-        start = _principal(copied, job, stream)
+        start = principal(copied, job, stream)
         pieces = _turned_pieces(copied, job, decided, stream, start, progress)
         found, errors = alternate(pieces, rounds)
     logger.info("squared error by rounds: %s", ", ".join(f"{error:.6g}" for error in errors))
@@ -126,7 +126,7 @@ def _turned_pieces(
     job = replace(job, evidence=rotated(job.evidence, stream, start))
     if decided is None:
         decided = settle(model, job, predict=False, progress=progress)
-    pieces = list(_pieces(model, job, decided, stream))
+    pieces = list(pieces_of(model, job, decided, stream))
     if not pieces:
         raise OptionError(
             "no matrix takes a structure that a rotation changes: low rank does not depend on the "
@@ -166,7 +166,7 @@ def _check(request: Request, rounds: int) -> None:
         )
 
 
-def _principal(model: PreTrainedModel, job: Job, stream: ResidualStream) -> Tensor:
+def principal(model: PreTrainedModel, job: Job, stream: ResidualStream) -> Tensor:
     """Return the principal directions of the energy of all matrices that touch the stream."""
     total = torch.zeros(stream.width, stream.width, dtype=torch.float64)
     for target in _touching(job, stream):
@@ -177,7 +177,7 @@ def _principal(model: PreTrainedModel, job: Job, stream: ResidualStream) -> Tens
     return ascending.flip(1)
 
 
-def _pieces(
+def pieces_of(
     model: PreTrainedModel, job: Job, decided: Plan, stream: ResidualStream
 ) -> Iterator[Piece]:
     """Yield the fits of all matrices whose structure splits the side at the stream."""
