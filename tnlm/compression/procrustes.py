@@ -52,8 +52,10 @@ def procrustes_rotation(
 ) -> Tensor:
     """Find the rotation of a model's residual stream under which a scheme's structure fits best.
 
-    The model is left unchanged; :func:`rotate` rotates it, and :func:`compress` follows with the
-    same arguments. The search starts at the principal directions of the energy of all matrices
+    The model is left unchanged; :func:`rotate` rotates it (a model with a tied head by
+    ``untie=True``), and :func:`compress` follows with the same arguments. Only linear layers that
+    read or write the stream and whose factors split its side are searched: neither embeddings nor
+    rounding are. The search starts at the principal directions of the energy of all matrices
     under the metric, in order. There it plans the scheme, and alternates between the rotation given
     all factors (a weighted Procrustes problem) and least squares of the factors given the rotation.
     Neither raises the total error. All matrices of the stream and their metrics are held in memory,
@@ -68,14 +70,15 @@ def procrustes_rotation(
         ignore: as for :func:`compress`.
         progress: show progress bars.
         **choices: further arguments of :func:`compress`, such as ``keep_targets``, ``terms``,
-            ``calibration`` and ``tokenizer``.
+            ``calibration`` and ``tokenizer``. ``precision``, ``cascade``, ``refine`` and
+            ``recover`` belong to the later :func:`compress`, and do not influence the search.
 
     Returns:
         Q, ``(width, width)``, orthogonal, float64.
 
     Raises:
-        OptionError: if the metric cannot be rotated, or no matrix takes a structure that depends on
-            the basis: low rank does not, nor does any structure that keeps the stream's side whole.
+        OptionError: if the metric cannot be rotated, or no linear layer is searched: low rank does
+            not depend on the basis, nor does any structure that keeps the stream's side whole.
         TnlmError: as :func:`compress`; ModelError as :func:`rotate`.
 
     Source: ProcrustesGPT (arXiv 2506.02818), with one rotation for all sub-layers.
@@ -129,9 +132,9 @@ def _turned_pieces(
     pieces = list(pieces_of(model, job, decided, stream))
     if not pieces:
         raise OptionError(
-            "no matrix takes a structure that a rotation changes: low rank does not depend on the "
-            "basis, nor does any structure that keeps the side of the residual stream whole; give "
-            "in_split= or out_split=, or another size",
+            "no linear layer that reads or writes the residual stream takes factors that split the "
+            "stream's side, which are all that is searched (embeddings and rounding are not); low "
+            "rank keeps that side whole; give in_split= or out_split=, or another size",
             argument=("in_split", "out_split"),
         )
     return pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError, OptionError
 from tnlm.targets.checks import check_model
-from tnlm.targets.residual import ResidualStream, residual_stream, trial
+from tnlm.targets.residual import ResidualStream, residual_stream
+from tnlm.targets.stream_trace import trial
 from tnlm.utils.undo import leaves_model
 
+EXACT = (torch.float32, torch.float64)
+"""Types whose rounding is far below the change of a wrong rotation."""
 ORTHOGONAL = 1e-5
 """Largest entry of ``Q.T Q - 1`` of a rotation."""
 LEAST_ROUNDING = 1e-4
@@ -26,21 +30,25 @@ def rotate(model: PreTrainedModel, rotation: Tensor, *, untie: bool = False) -> 
     The stream h becomes ``h @ Q``: embeddings and all layers that add to the stream write in the
     new basis, all layers that read it turn it back, and the gains of norms go into the layers that
     read them. The model computes the same logits, up to rounding. It is of the same class, and is
-    saved, loaded and compressed like any other. The identity only folds the gains. If anything
-    fails, the model is left unchanged.
+    loaded and compressed like any other; if it is only rotated, ``save_pretrained`` saves it. The
+    identity only folds the gains. If anything fails, the model is left unchanged.
 
     Args:
-        model: whose norms are RMSNorms, each read by linear layers, such as Llama, Mistral, Qwen or
-            Gemma. Its logits on a few tokens are compared before and after.
+        model: whose norms are RMSNorms with a weight, by which the readers of the stream are found,
+            each read by linear layers, such as Llama, Mistral, Qwen or Gemma. Its logits on a few
+            tokens are compared before and after; in half precision, those of a copy in float32,
+            where rounding hides no error. All its modules must be run by tokens alone.
         rotation: Q, ``(width, width)``, orthogonal.
         untie: whether a head that shares the weight of the embeddings gets a weight of its own, of
             ``vocabulary x width`` parameters: the gain of the last norm goes into the head
             alone.
 
     Raises:
-        OptionError: if the rotation is not orthogonal, or not as wide as the stream.
+        OptionError: if the rotation is not a dense orthogonal matrix as wide as the stream, or
+            ``untie`` is no bool.
         ModelError: if a norm cannot be folded, such as a LayerNorm; if the head is tied and
-            ``untie`` is false; or if the logits change.
+            ``untie`` is false; if other weights are shared, quantized or on the meta device; if
+            a module is not run by tokens, such as those for images; or if the logits change.
 
     Source: computational invariance, SliceGPT (arXiv 2401.15024), with one Q for all blocks.
 
@@ -55,14 +63,27 @@ def rotate(model: PreTrainedModel, rotation: Tensor, *, untie: bool = False) -> 
         True
     """
     check_model(model)
+    if not isinstance(untie, bool):
+        raise OptionError(f"untie={untie!r}; allowed: True or False", argument="untie")
     with torch.inference_mode(False), torch.no_grad():
         stream = residual_stream(model)
         turn = _checked(rotation, stream.width)
-        before = trial(model)
-        _untie(model, stream, allowed=untie)
-        _turn(model, stream, turn)
-        _check_same(model, before, trial(model))
+        if all(parameter.dtype in EXACT for parameter in model.parameters()):
+            _rotate(model, stream, turn, untie)
+        else:  # rounding would hide a module that was not rotated
+            _rotate(nn.Module.float(copy.deepcopy(model)), stream, turn, untie)
+            _untie(model, stream, allowed=untie)
+            _turn(model, stream, turn)
+            trial(model)
     return model
+
+
+def _rotate(model: Any, stream: ResidualStream, turn: Tensor, untie: bool) -> None:
+    """Rotate a model of float32 or float64, whose logits must stay the same."""
+    before = trial(model)
+    _untie(model, stream, allowed=untie)
+    _turn(model, stream, turn)
+    _check_same(model, before, trial(model))
 
 
 def _checked(rotation: Tensor, width: int) -> Tensor:
@@ -70,8 +91,11 @@ def _checked(rotation: Tensor, width: int) -> Tensor:
     allowed = f"allowed: an orthogonal matrix of {width} x {width}"
     if not isinstance(rotation, Tensor) or not rotation.is_floating_point():
         raise OptionError(f"rotation={type(rotation).__name__}; {allowed}", argument="rotation")
+    if rotation.is_meta or rotation.layout != torch.strided:
+        kind = "on the meta device" if rotation.is_meta else "sparse"
+        raise OptionError(f"rotation= is {kind}; {allowed}, dense", argument="rotation")
     if rotation.shape != (width, width):
-        shape = " x ".join(map(str, rotation.shape))
+        shape = " x ".join(map(str, rotation.shape)) or "a scalar"
         raise OptionError(f"rotation= is {shape}; {allowed}", argument="rotation")
     turn = rotation.detach().double()
     apart = (turn.T @ turn - torch.eye(width).to(turn)).abs().max()

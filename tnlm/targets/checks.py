@@ -21,23 +21,24 @@ def check_weights(model: PreTrainedModel, targets: Sequence[Target]) -> None:
     """Raise `ModelError` if a target is empty, on the meta device, quantized, or not finite."""
     for target in targets:
         for held in target.held(model):
-            _check_plain(target, held)
+            check_plain(target.name, held)
         with resident(model, *(member.module for member in target.members)):
             for values in target.values(model):
                 _check_finite(target, values.detach())
 
 
-def _check_plain(target: Target, held: Tensor) -> None:
+def check_plain(name: str, held: Tensor) -> None:
+    """Raise `ModelError` if a weight is no ordinary tensor, on the meta device, or quantized."""
     if type(held) not in (nn.Parameter, Tensor):  # of torchao, or of a distributed model
         raise ModelError(
-            f"{target.name} is a {type(held).__name__} and no plain tensor; load the model "
+            f"{name} is a {type(held).__name__} and no plain tensor; load the model "
             "unquantized and on one device"
         )
     weight = held.detach()
     if weight.is_meta:
-        raise ModelError(f"{target.name} has no data (meta device); load the weights first")
+        raise ModelError(f"{name} has no data (meta device); load the weights first")
     if not weight.is_floating_point() or weight.element_size() == 1:  # of 8 bits
-        raise ModelError(f"{target.name} is {weight.dtype}; load the model unquantized")
+        raise ModelError(f"{name} is {weight.dtype}; load the model unquantized")
 
 
 def _check_finite(target: Target, weight: Tensor) -> None:

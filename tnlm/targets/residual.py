@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tnlm.errors import ModelError
+from tnlm.targets.checks import check_plain
 from tnlm.targets.ends import input_table
-from tnlm.utils.training_flags import modes_kept
+from tnlm.targets.stream_trace import TOKENS, Trace, trial
 
-TOKENS = 8
-"""Number of tokens of a trial."""
+CLOSE = 1e-3
+"""Error of a norm's output, relative to its input's normalized entries, that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,10 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
         model: run on a few tokens; left unchanged.
 
     Raises:
-        ModelError: if there are no token embeddings, the model does not run on tokens alone, or a
-            norm is not an RMSNorm that linear layers read.
+        ModelError: if there are no token embeddings, weights are quantized or on the meta device,
+            the model does not run on tokens alone, leaves a module with parameters out of the
+            run, a norm is not an RMSNorm that linear layers read, or weights of the stream are
+            shared other than by the embeddings and the head.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,112 +84,115 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
     table = input_table(model)
     if not isinstance(table, nn.Embedding):
         raise ModelError(f"{type(model).__name__} has no table of token embeddings")
+    for held, parameter in model.named_parameters():
+        check_plain(held, parameter)
     [name] = [name for name, module in model.named_modules() if module is table]
-    width = table.embedding_dim
-    trace = _Trace(model, width)
+    trace = Trace(model, table.embedding_dim)
     trial(model, trace.hooks)
+    stream = _around(model, name, trace)
+    _check_read(model, trace.read)
+    _check_unshared(model, stream)
+    return stream
+
+
+def _around(model: nn.Module, table: str, trace: Trace) -> ResidualStream:
+    """Return the norms, readers and writers of a run."""
     norms = {
-        norm: Norm(
-            offset=_offset(norm, model.get_submodule(norm)), readers=_readers(trace, norm, made)
-        )
-        for norm, made in trace.normed.items()
+        norm: Norm(offset=_offset(norm, model.get_submodule(norm)), readers=_readers(norm, reading))
+        for norm, reading in trace.norms().items()
     }
-    readers = {reader for norm in norms.values() for reader in norm.readers}
+    if not norms:
+        raise ModelError(
+            f"{type(model).__name__} has no norm with a weight as wide as its embeddings; the "
+            "readers of the residual stream are found by such norms"
+        )
+    readers = [reader for norm in norms.values() for reader in norm.readers]
+    for reader in readers:
+        if readers.count(reader) > 1:
+            both = [name for name, norm in norms.items() if reader in norm.readers]
+            raise ModelError(
+                f"{reader} reads {' and '.join(both)}, whose gains cannot both be folded into it; "
+                "give every block a layer of its own"
+            )
     writers = tuple(
         linear
         for linear in trace.linears
-        if linear not in readers and _linear(model, linear).out_features == width
+        if linear not in readers and _linear(model, linear).out_features == trace.width
     )
-    return ResidualStream(name, width, norms, writers)
+    return ResidualStream(table, trace.width, norms, writers)
 
 
-@torch.no_grad()
-def trial(model: PreTrainedModel, hooks: Any = ExitStack) -> Tensor:
-    """Return a model's logits for a few tokens.
-
-    Args:
-        model: runs in evaluation mode.
-        hooks: returns a context of the run.
-
-    Raises:
-        ModelError: if the model fails, or computes no finite logits.
-    """
-    table: Any = input_table(model)
-    ids = (torch.arange(TOKENS) % table.num_embeddings).unsqueeze(0).to(table.weight.device)
-    with modes_kept(model), hooks():
-        model.eval()
-        try:
-            found = model(input_ids=ids).get("logits")
-        except Exception as error:  # the model's code may raise anything
-            raise ModelError(
-                f"{type(model).__name__} cannot be run on tokens alone ({error})"
-            ) from error
-    if found is None or not bool(found.isfinite().all()):
-        what = "no logits" if found is None else "logits that are not finite"
-        raise ModelError(f"{type(model).__name__} computes {what}; give a model with its head")
-    logits: Tensor = found
-    return logits
-
-
-class _Trace:
-    """What the norms and linear layers of a run were given, and what the norms made of it."""
-
-    def __init__(self, model: nn.Module, width: int) -> None:
-        self._model, self._width = model, width
-        self.normed: dict[str, Tensor] = {}
-        self.linears: dict[str, Tensor] = {}
-
-    def hooks(self) -> ExitStack:
-        """Note the calls as long as the context lasts."""
-        stack = ExitStack()
-        for name, module in self._model.named_modules():
-            if isinstance(module, nn.Linear) or self._is_norm(module):
-                handle = module.register_forward_hook(partial(self._note, name))
-                stack.callback(handle.remove)
-        return stack
-
-    def _is_norm(self, module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        is_leaf = not any(True for _ in module.children())
-        return is_leaf and isinstance(weight, Tensor) and weight.shape == (self._width,)
-
-    def _note(self, name: str, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            self.linears[name] = given[0]
-        else:
-            self.normed[name] = made
-
-
-def _readers(trace: _Trace, norm: str, made: Tensor) -> tuple[str, ...]:
-    """Return the linear layers that were given a norm's output, or a part of it."""
-    memory = made.untyped_storage().data_ptr()
-    found = trace.linears.items()
-    readers = tuple(name for name, x in found if x.untyped_storage().data_ptr() == memory)
-    if not readers:
+def _readers(norm: str, found: tuple[str, ...]) -> tuple[str, ...]:
+    if not found:
         raise ModelError(
             f"no linear layer reads what {norm} normalizes, so its gain cannot be folded into the "
             "layers that follow, and the residual stream cannot be rotated"
         )
-    return readers
+    return found
 
 
-def _offset(name: str, norm: Any) -> float:
+def _check_read(model: nn.Module, read: set[int]) -> None:
+    """Raise `ModelError` if a run did not read a parameter."""
+    modules = {
+        name: [id(parameter) in read for parameter in module.parameters()]
+        for name, module in model.named_modules()
+    }
+    idle = {name for name, each in modules.items() if each and not any(each)}
+    idle = {name for name in idle if name.rpartition(".")[0] not in idle}
+    partly = {
+        name
+        for name, module in model.named_modules()
+        if any(modules[name])
+        and any(id(parameter) not in read for parameter in module.parameters(recurse=False))
+    }
+    names = [name for name in modules if name in idle | partly]
+    if names:
+        raise ModelError(
+            f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} not run by a trial on "
+            "tokens, so it cannot be known whether the residual stream is read or written there, "
+            "as it is by the projector of a vision-language model"
+        )
+
+
+def _check_unshared(model: nn.Module, stream: ResidualStream) -> None:
+    """Raise `ModelError` if a weight is shared, other than by the embeddings and their reader."""
+    touched = {stream.table, *stream.norms, *stream.readers, *stream.writers}
+    tied = {stream.table, *stream.readers}
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    for names in holders.values():
+        is_head = stream.table in names and tied.issuperset(names)
+        if len(names) > 1 and not is_head and touched.intersection(names):
+            raise ModelError(
+                f"{' and '.join(names)} share a weight; a rotation changes the weight of each by "
+                "itself, so give each a copy first: "
+                "module.weight = nn.Parameter(module.weight.detach().clone())"
+            )
+
+
+@torch.no_grad()
+def _offset(name: str, norm: nn.Module) -> float:
     """Return what must be added to an RMSNorm's weight for its gain.
 
     Raises:
         ModelError: if the module is none.
     """
-    weight: Tensor = norm.weight.detach()
+    exact: Any = copy.deepcopy(norm).double()
+    weight: Tensor = exact.weight
     drawn = torch.randn(TOKENS, len(weight), generator=torch.Generator().manual_seed(0))
     rows = drawn.to(weight)
     plain = rows / rows.square().mean(-1, keepdim=True).sqrt()
-    close = max(1e-3, 4 * torch.finfo(weight.dtype).eps)
-    with torch.no_grad():
-        made: Tensor = norm(rows)
-    for offset in (0.0, 1.0):
-        wanted = plain * (weight + offset)
-        if float((made - wanted).abs().max()) <= close * float(wanted.abs().max()):
-            return offset
+    made: Tensor = exact(rows)
+    errors = {}
+    for offset in (0.0, 1.0):  # by column, where one large gain hides no other
+        gain = weight + offset
+        scale = plain.abs().amax(0) * gain.abs().clamp(min=1.0)
+        errors[offset] = float(((made - plain * gain).abs().amax(0) / scale).max())
+    best = min(errors, key=errors.__getitem__)
+    if errors[best] <= CLOSE:
+        return best
     raise ModelError(
         f"{name} is a {type(norm).__name__}; only an RMSNorm computes the same in every basis. One "
         "that subtracts a mean or adds a bias, as a LayerNorm does, cannot be folded, so the "
