@@ -48,6 +48,6 @@ def _refinement(scheme: Scheme) -> str:
     if not passes:
         return ""
     return (
-        f" Each block is then trained for {passes} passes over the data, the work of about "
-        f"{3 * passes} forward passes, in float32 with two moments for each trained parameter."
+        f" Each block is then trained for {passes} passes over seven of eight windows, each pass a "
+        f"forward and a backward run, in float32 with two moments for each trained parameter."
     )

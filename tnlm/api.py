@@ -80,12 +80,12 @@ def compress(
         progress: show progress bars.
         **choices: any field of :class:`Calibration`, :class:`Budget`, :class:`Recovery` or
             :class:`~tnlm.schemes.base.Scheme` on its own, such as ``metric``, ``allocation``,
-            ``cascade``, ``refine``, ``recover``, ``tolerance``, ``max_macs``, ``unit``,
-            ``num_samples``, ``max_length`` or ``cache_dir`` (``tnlm compress --help`` lists all);
-            and the options of the scheme's formats: ``rank``, ``terms``, ``ranks``, ``out_split``,
-            ``in_split``, ``gauge``, integers or lists of integers; with ``"fisher-elements"``
-            also ``sweeps``, the maximum number of least-squares passes, and ``ridge``, which
-            shrinks the factors.
+            ``cascade``, ``anchor``, ``refine``, ``refine_passes``, ``recover``, ``tolerance``,
+            ``max_macs``, ``unit``, ``num_samples``, ``max_length`` or ``cache_dir``
+            (``tnlm compress --help`` lists all); and the options of the scheme's formats:
+            ``rank``, ``terms``, ``ranks``, ``out_split``, ``in_split``, ``gauge``, integers or
+            lists of integers; with ``"fisher-elements"`` also ``sweeps``, the maximum number of
+            least-squares passes, and ``ridge``, which shrinks the factors.
 
     Returns:
         The same model, with the chosen modules factorized.

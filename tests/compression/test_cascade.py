@@ -558,10 +558,10 @@ def test_data_of_uneven_lengths_is_an_error_that_says_what_to_do(given_batches, 
     assert contents(model) == before
 
 
-def test_a_model_without_one_stack_of_blocks_is_an_error(make_model, batches):
+def test_targets_outside_of_all_blocks_are_an_error(make_model, batches):
     model = make_model("llama")
     head = select(model, ["lm_head"]).targets
-    with pytest.raises(CalibrationError, match="one stack of blocks"):
+    with pytest.raises(CalibrationError, match=r"no target lies in a block .* is lm_head\)"):
         cascade(model, head, batches, "anchored", crude(model), progress=False)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import tnlm
 from tnlm.calibration.data import token_batches
-from tnlm.compression.refine import Refinement, refine
+from tnlm.compression.refine import Refinement, _in_dtype, refine
 from tnlm.compression.tuning import Lesson
 from tnlm.errors import CalibrationError, OptionError
 
@@ -277,9 +278,9 @@ def test_a_plan_is_carried_out_with_its_refinement(given, make_model):
     assert tnlm.report(one).refined == tnlm.report(other).refined
 
 
-def test_passes_are_tokens_of_the_calibration_data(make_model):
+def test_passes_are_over_the_windows_trained_on(make_model):
     one = tnlm.compress(make_model("llama"), "svd-llm", rank=6, refine_passes=2, **DATA)
-    other = tnlm.compress(make_model("llama"), "svd-llm", rank=6, refine=2 * 512, **DATA)
+    other = tnlm.compress(make_model("llama"), "svd-llm", rank=6, refine=2 * 448, **DATA)
     assert equal(one, other)
 
 
@@ -289,13 +290,63 @@ def test_a_fused_module_with_dense_parts_is_refined_in_a_cascade(make_model):
 
 
 def test_codes_are_not_refined(make_model):
-    with pytest.raises(OptionError, match=r"refine_passes=25 with precision='int8'.*refine=0"):
+    by_default = (
+        r"refine_passes=25, the default of scheme 'aa-svd', with precision='int8'.*refine=0"
+    )
+    with pytest.raises(OptionError, match=by_default):
         tnlm.compress(make_model("llama"), "aa-svd", precision="int8", **PUBLISHED)
     model = tnlm.compress(make_model("llama"), "aa-svd", precision="int8", refine=0, **PUBLISHED)
     assert tnlm.report(model).refined == {}
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"), [({}, "refine_passes=25"), ({"refine": 64}, "refine=64")]
+)
+def test_a_plan_with_refinement_is_not_stored_in_codes(given, asked, make_model):
+    plan = tnlm.plan(make_model("llama"), "aa-svd", **given, **PUBLISHED)
+    with pytest.raises(OptionError, match=rf"plan with {asked} and .*make the plan with refine=0"):
+        tnlm.compress(make_model("llama"), plan, precision="int8", progress=False, **DATA)
+    plan = tnlm.plan(make_model("llama"), "aa-svd", refine=0, **PUBLISHED)
+    model = tnlm.compress(make_model("llama"), plan, precision="int8", progress=False, **DATA)
+    assert tnlm.report(model).refined == {}
+
+
 # What it changes, and what not
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_block_that_is_not_kept_has_its_values_bit_for_bit(dtype, make_model, monkeypatch):
+    set_rate(monkeypatch, 100.0)
+    plain = tnlm.compress(make_model("gpt2").to(dtype), "aa-svd", refine=0, **PUBLISHED)
+    tuned = tnlm.compress(make_model("gpt2").to(dtype), "aa-svd", **FEWER)
+    assert all(before == after for before, after in tnlm.report(tuned).refined.values())
+    one, other = plain.state_dict(), tuned.state_dict()
+    names = [name for name in one if ".h.0." in name]
+    assert names
+    for name in names:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name], other[name])
+
+
+@pytest.mark.usefixtures("faster")
+def test_float64_is_trained_in_float64(make_model):
+    tuned = tnlm.compress(make_model("llama").double(), "aa-svd", **FEWER)
+    assert all(after < before for before, after in tnlm.report(tuned).refined.values())
+    for name, value in tuned.state_dict().items():
+        if "norm" in name and ".layers." in name:
+            assert not torch.equal(value, value.float().double())
+
+
+def test_arguments_of_a_block_keep_their_types():
+    class Masks(NamedTuple):
+        local: torch.Tensor
+        full: torch.Tensor | None
+
+    given = ((torch.ones(1, dtype=torch.half), 3), {"masks": Masks(torch.ones(1).half(), None)})
+    args, kwargs = _in_dtype(given, torch.float32)
+    assert args[0].dtype == torch.float32
+    assert isinstance(kwargs["masks"], Masks)
+    assert kwargs["masks"].local.dtype == torch.float32
 
 
 @pytest.mark.usefixtures("faster")

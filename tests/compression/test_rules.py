@@ -166,7 +166,7 @@ def test_refining_takes_a_number_of_tokens_or_of_passes(value):
         ({"refine": 8}, 25, (8, 0)),
         ({"refine_passes": 0}, 25, (0, 0)),
         ({"refine_passes": 3}, 25, (0, 3)),
-        ({"refine_passes": 0, "refine": 8}, 25, (8, 0)),
+        ({"refine_passes": 0, "refine": 0}, 25, (0, 0)),
     ],
 )
 def test_tokens_or_passes_replace_the_passes_of_a_scheme(given, default, expected):
@@ -174,8 +174,10 @@ def test_tokens_or_passes_replace_the_passes_of_a_scheme(given, default, expecte
 
 
 def test_tokens_and_passes_are_not_given_together():
-    text = refused(rules.check_refine, Recovery(refine=8, refine_passes=3), 0)
-    assert text == "refine=8 tokens and refine_passes=3 are both given; give one"
+    for tokens, passes in ((8, 3), (0, 3), (8, 0)):
+        given = Recovery(refine=tokens, refine_passes=passes)
+        text = refused(rules.check_refine, given, 0)
+        assert text == f"refine={tokens} tokens and refine_passes={passes} are both given; give one"
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, True, "0.5", None])

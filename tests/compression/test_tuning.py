@@ -40,8 +40,9 @@ def test_every_eighth_window_is_held_out(windows, held):
 @pytest.mark.parametrize(
     ("windows", "learned", "expected"),
     [
-        (25 * 256, 224, (200, 32)),  # the published training: 25 passes over 256 windows
-        (25 * 64, 56, (200, 8)),
+        (25 * 256, 256, (200, 32)),  # the published training, without windows held out
+        (25 * 224, 224, (200, 28)),
+        (25 * 56, 56, (200, 7)),
         (32, 56, (32, 1)),
         (0.1, 7, (1, 1)),
         (4000, 7, (571, 7)),  # no window twice in a step

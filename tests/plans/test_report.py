@@ -87,6 +87,16 @@ def test_reports_of_earlier_versions_are_read(compressed):
         tnlm.Report.from_json(json.dumps({**told, "data": 3}))
 
 
+@pytest.mark.parametrize(
+    "refined", [[1], None, {"a": ["x", "y"]}, {"a": [None, 1]}, {"a": [1]}, {"a": 1}]
+)
+def test_broken_errors_of_blocks_are_an_option_error(refined, compressed):
+    model, _ = compressed
+    told = json.loads(tnlm.report(model).to_json())
+    with pytest.raises(OptionError, match="not a tnlm report"):
+        tnlm.Report.from_json(json.dumps({**told, "refined": refined}))
+
+
 def recipe(model, folder):
     """Return the call that the page about a model shows."""
     page = tnlm.write_page(tnlm.save(model, folder)).read_text()

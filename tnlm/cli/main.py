@@ -65,6 +65,8 @@ def schemes(as_json: Json = False) -> None:
             "metric",
             "allocation",
             "cascade",
+            "anchor",
+            "refine_passes",
             "targets",
             "needs",
             "source",

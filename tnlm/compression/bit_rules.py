@@ -77,6 +77,8 @@ def _check_together(scheme: Scheme, budget: Budget, recovery: Recovery) -> None:
     tokens, passes = check_refine(recovery, scheme.refine_passes)
     if tokens or passes:
         asked = f"refine={tokens}" if tokens else f"refine_passes={passes}"
+        if recovery.refine is None and recovery.refine_passes is None:
+            asked = f"refine_passes={passes}, the default of scheme {scheme.name!r},"
         raise OptionError(
             f"{asked} with precision={scheme.precision!r}, but codes cannot be tuned; give "
             "refine=0, or leave precision= out",

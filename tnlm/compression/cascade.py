@@ -145,13 +145,22 @@ def open_walk(
     Raises:
         CalibrationError: if the blocks cannot be walked.
     """
+    stacks = [name for name, each in model.named_modules() if isinstance(each, nn.ModuleList)]
+    if not any(module.startswith(f"{stack}.") for stack in stacks for module in modules):
+        raise CalibrationError(
+            f"no target lies in a block of {type(model).__name__} (the first is {modules[0]}), but "
+            "a cascade and refinement go from block to block; add targets in blocks, or use "
+            "cascade='none' and refine=0",
+            argument=("targets", "cascade", "refine"),
+        )
     blocks = find_blocks(model, modules)
     calls = check_walk(model, blocks, batches) if blocks else None
     if calls is None:
         raise CalibrationError(
-            f"{type(model).__name__} cannot be walked block by block on this data; a cascade needs "
-            "one stack of blocks, and sequences of one length without padding; use cascade='none'",
-            argument="cascade",
+            f"{type(model).__name__} cannot be walked block by block on this data; a cascade and "
+            "refinement need one stack of blocks, and sequences of one length without padding; use "
+            "cascade='none' and refine=0",
+            argument=("cascade", "refine"),
         )
     return blocks, calls
 

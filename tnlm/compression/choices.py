@@ -123,7 +123,7 @@ class Recovery:
     )
     refine_passes: int | None = choice(
         None,
-        "The same, in passes over the calibration data; by default, as many as the scheme has.",
+        "The same, in passes over the windows trained on; by default, as many as the scheme has.",
     )
 
 

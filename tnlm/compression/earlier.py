@@ -13,11 +13,12 @@ from tnlm.allocation import get_allocation
 from tnlm.allocation.bits import repriced, stored
 from tnlm.allocation.pricing import model_cost
 from tnlm.compression.checked_plan import check_packed
-from tnlm.compression.choices import Asked, choices_of, gather_choices
+from tnlm.compression.choices import Asked, Recovery, choices_of, gather_choices
 from tnlm.compression.clocked import clock_again, with_times
 from tnlm.compression.covered import with_coverage
 from tnlm.compression.data import LORA_OPTIONS
 from tnlm.compression.job import Job
+from tnlm.compression.rules import check_refine
 from tnlm.errors import OptionError, TargetError, did_you_mean
 from tnlm.plans.plan import Plan
 from tnlm.precision.grid import Precision, precision_of
@@ -60,6 +61,7 @@ def asked_of(decided: Plan, data: Mapping[str, Any]) -> Asked:
         OptionError: if the data does not fit the plan, or its matrices cannot have these bits.
     """
     _check_bits(decided, data.get("precision"), data.get("group"))
+    _check_refined(decided, data.get("precision"))
     made_by = get_allocation(decided.request.get("allocation", "uniform"))
     choices = {
         "metric": decided.metric,
@@ -170,6 +172,20 @@ def _check_bits(decided: Plan, precision: str | None, group: int | None) -> None
             len(decided.layers),
             done[0].name,
             precision,
+        )
+
+
+def _check_refined(decided: Plan, precision: str | None) -> None:
+    """Raise `OptionError` if blocks are to be refined, but weights are stored as codes."""
+    given = Recovery(**{name: decided.request.get(name) for name in ("refine", "refine_passes")})
+    tokens, passes = check_refine(given, get_scheme(decided.scheme).refine_passes)
+    if (tokens or passes) and (precision is not None or _in_bits(decided)):
+        asked = f"refine={tokens}" if tokens else f"refine_passes={passes}"
+        stored = "bits in its layers" if precision is None else f"precision={precision!r}"
+        raise OptionError(
+            f"a plan with {asked} and {stored}, but codes cannot be tuned; make the plan with "
+            "refine=0, or leave the bits out",
+            argument="precision",
         )
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from tnlm.allocation.base import Problem
 from tnlm.allocation.bits import all_on_grid
 from tnlm.allocation.pricing import model_cost
-from tnlm.calibration.data import count_tokens
 from tnlm.checkpoint.description import TnlmConfig
 from tnlm.checkpoint.transformers_plugin import attach
 from tnlm.compression.blind import warn_if_blind
@@ -274,9 +273,10 @@ def _refinement(job: Job, fitting: Fitting) -> Refinement | None:
     if not job.request.refines:
         return None
     return Refinement(
-        job.request.refine or job.request.refine_passes * count_tokens(job.evidence.batches),
+        job.request.refine,
         fitting.take,
         fitting.keep,
+        passes=job.request.refine_passes,
         weigh=job.effect_root,
         seed=job.data.cut.seed,
     )

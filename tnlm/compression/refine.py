@@ -11,6 +11,7 @@ Source: AA-SVD's block-level refinement (arXiv 2604.02119), with its optimizer a
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from tnlm.calibration.data import Batch
 from tnlm.calibration.states import States
 from tnlm.calibration.walk import Call, call_block, eval_mode, first_states
 from tnlm.compression.cascade import advance, open_walk
-from tnlm.compression.tuning import LEARNING_RATE, Gain, Lesson, tune
+from tnlm.compression.tuning import LEARNING_RATE, Gain, Lesson, parted, tune
 
 logger = logging.getLogger("tnlm")
 
@@ -43,6 +44,7 @@ class Refinement:
         tokens: how many tokens to tune each block on; data that is too short is repeated.
         take: returns the fitted modules of a block.
         keep: receives the tuned modules of a block.
+        passes: how often to train on each window that is not held out, if ``tokens`` is 0.
         weigh: returns the square root of the metric for a block's output error, or None to weight
             all directions equally.
         learning_rate: the peak.
@@ -59,13 +61,14 @@ class Refinement:
         take: Take,
         keep: Keep,
         *,
+        passes: int = 0,
         weigh: Callable[[str], Tensor | None] = lambda _: None,
         learning_rate: float = LEARNING_RATE,
         seed: int = 0,
     ) -> None:
         """Start with no block tuned."""
         self._tokens, self._take, self._keep, self._weigh = tokens, take, keep, weigh
-        self._learning_rate, self._seed = learning_rate, seed
+        self._passes, self._learning_rate, self._seed = passes, learning_rate, seed
         self.gains: dict[str, Gain] = {}
         self.seconds = 0.0
 
@@ -91,25 +94,31 @@ class Refinement:
         fitted = self._take(name)
         if not fitted:
             return False
-        student, call = copy.deepcopy(block).float(), _in_float(given)
+        student = copy.deepcopy(block)
         local = {full.removeprefix(f"{name}."): module for full, module in fitted.items()}
         for where, module in local.items():
-            student.set_submodule(where, module.float())
-        tuned = {**local, **{where: student.get_submodule(where) for where in _norms(block)}}
-        stored = {where: _dtype(block, where) for where in tuned}
+            student.set_submodule(where, module)
+        norms = {where: student.get_submodule(where) for where in _norms(block)}
+        tuned = {**local, **norms}
+        stored = {where: _dtypes(module) for where, module in tuned.items()}
+        dtype = _wide(student)
+        student.to(dtype)
         parameters = {
-            parameter: stored[where]
+            parameter: stored[where][key]
             for where, module in tuned.items()
-            for parameter in module.parameters()
+            for key, parameter in module.named_parameters()
             if where not in local or parameter.requires_grad
         }
-        lesson = Lesson(name, student, call, inputs, wanted, self._weigh(name))
+        call, root = _in_dtype(given, dtype), self._weigh(name)
+        lesson = Lesson(name, student, call, inputs, wanted, root, dtype)
         rate, seed = self._learning_rate, self._seed
-        self.gains[name] = tune(lesson, parameters, self._tokens, learning_rate=rate, seed=seed)
+        tokens = self._tokens or self._passes * lesson.tokens * len(parted(len(inputs))[0])
+        self.gains[name] = tune(lesson, parameters, tokens, learning_rate=rate, seed=seed)
         for index, state in enumerate(inputs):
-            inputs[index] = call_block(student, state.float(), call).to(state.dtype)
-        done = {where: module.to(stored[where]) for where, module in tuned.items()}
-        self._keep(name, {f"{name}.{where}": module for where, module in done.items()})
+            inputs[index] = call_block(student, state.to(dtype), call).to(state.dtype)
+        for where, module in tuned.items():
+            _restore(module, stored[where])
+        self._keep(name, {f"{name}.{where}": module for where, module in tuned.items()})
         self.seconds += time.perf_counter() - start
         return True
 
@@ -157,8 +166,24 @@ def refine(
                 advance(compressed, block, call)
 
 
-def _dtype(block: nn.Module, name: str) -> torch.dtype:
-    return next(block.get_submodule(name).parameters()).dtype
+def _wide(block: nn.Module) -> torch.dtype:
+    """Return the dtype to train in: float32, or wider if the block is."""
+    return functools.reduce(torch.promote_types, _dtypes(block).values(), torch.float32)
+
+
+def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtype of every floating-point parameter and buffer, by name."""
+    return {name: each.dtype for name, each in _tensors(module).items()}
+
+
+def _restore(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    for name, each in _tensors(module).items():
+        each.data = each.data.to(dtypes[name])
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: each for name, each in found.items() if each.is_floating_point()}
 
 
 def _norms(block: nn.Module) -> list[str]:
@@ -171,10 +196,13 @@ def _norms(block: nn.Module) -> list[str]:
     return found
 
 
-def _in_float(value: Any) -> Any:
-    """Return a block's other arguments with floating-point tensors in float32."""
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Return a block's other arguments with floating-point tensors in one dtype."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple | list):
-        return type(value)(map(_in_float, value))
-    return {k: _in_float(v) for k, v in value.items()} if isinstance(value, dict) else value
+        made = [_in_dtype(each, dtype) for each in value]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    if isinstance(value, dict):
+        return {key: _in_dtype(each, dtype) for key, each in value.items()}
+    return value

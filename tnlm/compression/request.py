@@ -55,8 +55,8 @@ class Request:
         damping: fraction of a second moment replaced by its mean diagonal.
         anchor: fraction of the anchoring in a cascade.
         refine: tokens to tune each block on after fitting; 0 for none, or for passes.
-        refine_passes: passes over the calibration data that tune each block; 0 for none, or for
-            tokens.
+        refine_passes: passes over the windows trained on, which tune each block; 0 for none, or
+            for tokens.
         share: consecutive blocks whose matrices share their input factor; 1 for none.
         recover: how the whole model is trained after fitting; ``"none"`` for no training.
         recover_tokens: tokens for this training, and for metrics that prune.

@@ -237,23 +237,24 @@ def check_refine(recovery: Recovery, default: int) -> tuple[int, int]:
         default: the passes if neither is given.
 
     Raises:
-        OptionError: unless both are whole numbers, and at most one is given.
+        OptionError: unless both are whole numbers, and at most one is given, or both are 0.
     """
     given = {"refine": recovery.refine, "refine_passes": recovery.refine_passes}
     for name, value in given.items():
         if value is not None and (not is_whole(value) or value < 0):
-            what = "tokens" if name == "refine" else "passes over the calibration data"
+            what = "tokens" if name == "refine" else "passes over the windows trained on"
             raise OptionError(
                 f"{name}={value!r}; allowed: a number of {what}, 0 for none", argument=name
             )
-    if recovery.refine and recovery.refine_passes:
+    both = recovery.refine is not None and recovery.refine_passes is not None
+    if both and (recovery.refine or recovery.refine_passes):
         raise OptionError(
             f"refine={recovery.refine} tokens and refine_passes={recovery.refine_passes} are both "
             "given; give one",
             argument=("refine", "refine_passes"),
         )
     if recovery.refine_passes is not None:
-        return recovery.refine or 0, recovery.refine_passes
+        return 0, recovery.refine_passes
     return (0, default) if recovery.refine is None else (recovery.refine, 0)
 
 

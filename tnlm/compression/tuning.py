@@ -48,11 +48,12 @@ class Lesson:
 
     Attributes:
         name: the block's, for messages.
-        student: the block, in float32.
+        student: the block, in ``dtype``.
         call: its other arguments.
         inputs: a hidden state for each window.
         wanted: the output for each.
         root: square root of the metric for output errors; None to weight all directions equally.
+        dtype: that of the computation.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Lesson:
     inputs: States
     wanted: States
     root: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def tokens(self) -> int:
@@ -69,8 +71,8 @@ class Lesson:
 
     def loss(self, index: int) -> Tensor:
         """Return the squared error on one window, relative to the wanted output."""
-        wanted = self.wanted[index].float()
-        error = call_block(self.student, self.inputs[index].float(), self.call) - wanted
+        wanted = self.wanted[index].to(self.dtype)
+        error = call_block(self.student, self.inputs[index].to(self.dtype), self.call) - wanted
         if self.root is not None:
             error, wanted = error @ self.root.to(error), wanted @ self.root.to(error)
         return error.square().mean() / wanted.square().mean().clamp_min(1e-30)

@@ -131,7 +131,7 @@ class Report:
                 data["calibration_tokens"],
                 data=dict(data.get("data", {})),
                 fingerprint=data.get("fingerprint", ""),
-                refined={name: (old, new) for name, (old, new) in data.get("refined", {}).items()},
+                refined=_refined(data.get("refined", {})),
                 versions=dict(data.get("versions", {})),
             )
             found.to_json()  # adds up the costs and times, so that a broken one is an error here
@@ -168,6 +168,17 @@ class Report:
         """Return the totals and the table, for a notebook."""
         rows = [HEADINGS, *map(row, self.plan.layers)]
         return fragment(f"Report {self.plan.kept()}", self.summary(), rows)
+
+
+def _refined(told: Any) -> dict[str, tuple[float, float]]:
+    """Return the errors of refined blocks as read from JSON."""
+    if not isinstance(told, dict):
+        raise TypeError(f"refined is {told!r}; it holds two errors for each block")
+    for name, errors in told.items():
+        old, new = errors
+        if not all(type(each) in (int, float) for each in (old, new)):
+            raise TypeError(f"refined has {errors!r} for {name}; it holds two errors")
+    return {name: (old, new) for name, (old, new) in told.items()}
 
 
 def with_errors(plan: Plan, errors: Mapping[str, float | None]) -> Plan:

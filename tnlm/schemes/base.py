@@ -48,8 +48,8 @@ class Scheme:
         group: columns that share a scale.
         symmetric: whether zero is the middle code.
         recover: how the whole model is trained after fitting; see `tnlm.recovery`.
-        refine_passes: passes over the calibration data that tune each block after it is fitted, if
-            the call gives neither ``refine`` nor ``refine_passes``.
+        refine_passes: passes over the windows trained on, which tune each block after it is
+            fitted, if the call gives neither ``refine`` nor ``refine_passes``.
         distillation: what ``recover="distill"`` compares; a preset of `tnlm.recovery.lessons`.
         keep_targets: fraction of the targets' parameters to keep if the call sets no size.
         unit: unit of the budget if the call names none.
