@@ -58,7 +58,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--rate", type=float, default=RATE)
-    parser.add_argument("--freeze", nargs="*", default=[], help="parts of names of parameters")
+    parser.add_argument(
+        "--freeze", nargs="*", default=[], help="substrings of the names of parameters to freeze"
+    )
     return parser.parse_args()
 
 

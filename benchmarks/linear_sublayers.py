@@ -3,7 +3,8 @@ r"""Whether attention or an MLP could become one low-rank linear map, against au
 The map of least harm from the inputs of a sub-layer to its outputs, ``M x + b``, follows from their
 moments; harm is the squared error in auto's metric at the outputs, which predicts the loss. It is
 added to the curves of `auto` at all ranks, rank 0 being the mean alone, and the budget is shared
-out with and without it. Only predicted losses are compared: nothing is fitted.
+out with and without it. Only predicted losses are compared: nothing is fitted. Sub-layers and
+their matrices must have Llama's names.
 
     python benchmarks/linear_sublayers.py MODEL --calibration wiki.valid.raw --keep-targets 0.8 0.6
 """
@@ -11,7 +12,6 @@ out with and without it. Only predicted losses are compared: nothing is fitted.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ from tnlm.allocation.curves import Curve, check_budget, curves
 from tnlm.allocation.loss import least_loss
 from tnlm.allocation.uniform import stay_dense
 from tnlm.calibration.data import token_batches
-from tnlm.errors import BudgetError
+from tnlm.errors import BudgetError, TargetError
 from tnlm.metrics.metric import Metric
 from tnlm.metrics.sides import Side
 from tnlm.targets.base import Target
@@ -60,7 +60,7 @@ class Moments:
 
     def _see_outputs(self, outputs: Tensor) -> None:
         flat = outputs.reshape(-1, outputs.shape[-1])
-        rows = torch.cat([torch.ones_like(flat[:, :1]), self._inputs, flat], 1).double()
+        rows = torch.cat([torch.ones_like(flat[:, :1]), self._inputs, flat], 1).detach().double()
         self.total = self.total + rows.T @ rows
 
     def harms(self, outputs: Side) -> Tensor:
@@ -77,16 +77,36 @@ class Moments:
 
 
 def moments_of(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
-    """Return the moments of every sub-layer, by name, from a pass over the batches."""
-    found, handles = {}, []
-    for name, module in model.named_modules():
-        if (part := name.rpartition(".")[2]) in PARTS:
-            found[name] = Moments()
-            handles += found[name].watch(*(module.get_submodule(one) for one in PARTS[part]))
+    """Return the moments of every sub-layer, by name, from a pass over the batches.
+
+    Raises:
+        TargetError: if sub-layers or their matrices have other names than Llama's.
+    """
+    ends = _ends(model)
+    found = {name: Moments() for name in ends}
+    handles = [handle for name in ends for handle in found[name].watch(*ends[name])]
     for batch in batches:
         model(input_ids=batch["input_ids"], use_cache=False)
     for handle in handles:
         handle.remove()
+    return found
+
+
+def _ends(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Return the matrices with the inputs and the outputs of every sub-layer, by its name."""
+    found: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for name, module in model.named_modules():
+        names = PARTS.get(name.rpartition(".")[2], ())
+        missing = [one for one in names if not hasattr(module, one)]
+        if missing:
+            raise TargetError(
+                f"{name} has no {missing[0]}; the sub-layers must have Llama's names: {PARTS}"
+            )
+        if names:
+            first, last = (module.get_submodule(one) for one in names)
+            found[name] = first, last
+    if not found:
+        raise TargetError(f"no {' or '.join(PARTS)} in the model; sub-layers must have these names")
     return found
 
 
@@ -175,7 +195,7 @@ def main() -> None:
     )
     study = WithMaps(moments_of(model, drawn), asked.keep_targets)
     tnlm.register(study)
-    with contextlib.suppress(BudgetError):  # a plan in which nothing shrinks is refused
+    try:
         tnlm.plan(
             model,
             "auto",
@@ -187,11 +207,16 @@ def main() -> None:
             cache_dir=asked.cache,
             **cut,
         )
+    except BudgetError:  # a plan in which nothing shrinks is refused, after all rows are made
+        if len(study.rows) < len(asked.keep_targets):
+            raise
+    finally:
+        tnlm.unregister(study)
     if asked.out:
         asked.out.write_text(json.dumps(study.rows, indent=1) + "\n")
     print(as_text(study.rows))
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    with torch.no_grad():
+        main()

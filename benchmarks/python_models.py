@@ -2,11 +2,13 @@
 
 The vocabulary is a byte-level BPE of 2,048 tokens. AdamW at 3e-3 with a warm-up and a linear decay,
 batches of 8 windows of 256 tokens. A model's folder is an ordinary transformers checkpoint, with
-`training.jsonl` and `held_out.jsonl` beside it.
+`training.jsonl` and `held_out.jsonl` beside it. Its name has a digest of the model's configuration
+and of how it is trained.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -40,19 +42,29 @@ def trained(
         steps: of training.
         asked: further arguments of every forward pass in training.
     """
-    text = python_text()
+    text, fresh = python_text(), make()
     home = Path(os.environ.get("TNLM_HOME", "~/.cache/tnlm")).expanduser()
-    folder = home / "benchmarks" / f"{name}-{steps}-{text.digest}"
+    made = _digest(fresh, asked)
+    folder = home / "benchmarks" / f"{name}-{steps}-{text.digest}-{made}"
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = make_tokenizer(text.training)
-        model = train(make(), token_windows(tokenizer, text.training), steps, folder, **asked)
+        model = train(fresh, token_windows(tokenizer, text.training), steps, folder, **asked)
         write_text(text, folder)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)  # last: its config says that all is there
         (folder / PARTIAL).unlink(missing_ok=True)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return model, AutoTokenizer.from_pretrained(folder), folder
+
+
+def _digest(model: PreTrainedModel, asked: dict[str, Any]) -> str:
+    """Return a digest of an untrained model's configuration, and of how it is trained."""
+    config = json.loads(model.config.to_json_string())
+    config.pop("transformers_version", None)
+    training = [BATCH, WINDOW, RATE, DECAY, WARMUP, CLIP, VOCABULARY, asked]
+    known = json.dumps([config, training], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 def make_tokenizer(pieces: list[str]) -> FastTokenizer:

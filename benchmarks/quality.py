@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ DESTROYED = 100.0
 """Ratio of perplexities from which a model is of no use."""
 
 
-def main(words: list[str] | None = None) -> None:
-    """Run what is missing, then write the table.
+def main(words: list[str] | None = None) -> list[Row]:
+    """Run what is missing, write the table of all results, and return the rows asked for.
 
     Args:
         words: of the command line; those that the script was started with if None.
@@ -42,7 +43,7 @@ def main(words: list[str] | None = None) -> None:
     asked = _arguments(words)
     if asked.single:
         print(json.dumps(_measure(asked, asked.scheme[0], asked.keep_targets[0])))
-        return
+        return []
     asked.out.mkdir(parents=True, exist_ok=True)
     results = asked.out / "results.jsonl"
     done = _read(results)
@@ -52,13 +53,15 @@ def main(words: list[str] | None = None) -> None:
         if any((row["scheme"], row["asked"]) == (scheme, keep) for row in done):
             continue
         print(f"{scheme} at {keep:g} ...", file=sys.stderr, flush=True)
-        row = _measure(asked, scheme, keep) if asked.together else _run(words, scheme, keep)
+        row = _attempt(asked, scheme, keep) if asked.together else _run(words, scheme, keep)
         done.append(row)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
     (asked.out / "quality.md").write_text(_table(done))
     (asked.out / "quality.json").write_text(json.dumps(done, indent=1) + "\n")
     print(_readme(done, asked.model) if asked.table == "readme" else _table(done))
+    found = {(row["scheme"], row["asked"]): row for row in done}
+    return [found[job] for job in jobs]
 
 
 def _arguments(words: list[str]) -> argparse.Namespace:
@@ -97,6 +100,17 @@ def _run(words: list[str], scheme: str, keep: float) -> Row:
         row: Row = json.loads(done.stdout.splitlines()[-1])
         return row
     return {"scheme": scheme, "asked": keep, "error": done.stderr.strip().splitlines()[-1]}
+
+
+def _attempt(asked: argparse.Namespace, scheme: str, keep: float) -> Row:
+    """Run one measurement in this process; a failure becomes the row that `_run` makes of it."""
+    from tnlm.errors import TnlmError
+
+    try:
+        return _measure(asked, scheme, keep)
+    except TnlmError as error:
+        last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        return {"scheme": scheme, "asked": keep, "error": last}
 
 
 def _measure(asked: argparse.Namespace, named: str, keep: float) -> Row:

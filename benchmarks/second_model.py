@@ -54,7 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=128, help="of 256 tokens, to measure on")
     parser.add_argument("--num-samples", type=int, default=128, help="windows of calibration")
     parser.add_argument(
-        "--gradient-samples", type=int, default=64, help="those that gradients are of"
+        "--gradient-samples", type=int, default=64, help="windows used for gradients"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     parser.add_argument("--out", type=Path, help="folder for the JSON and Markdown files")
@@ -82,7 +82,7 @@ def make_model(seed: int = 0) -> GPT2LMHeadModel:
 
 
 def measure(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Let `quality.py` measure what is missing; its files are kept beside the model."""
+    """Let `quality.py` measure what is missing, beside the model; return the rows asked for."""
     sizes = ("windows", "num_samples", "gradient_samples")
     out = folder / "-".join(["quality", *(str(getattr(asked, name)) for name in sizes)])
     words = [str(folder), str(out), "--together", "--table", "readme", "--window", str(WINDOW)]
@@ -92,9 +92,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
         given = getattr(asked, name)
         words.append("--" + name.replace("_", "-"))
         words += map(str, given if isinstance(given, list) else [given])
-    quality.main(words)
-    found: list[dict[str, Any]] = json.loads((out / "quality.json").read_text())
-    return found
+    return quality.main(words)
 
 
 def unigram(tokenizer: Any, folder: Path) -> float:

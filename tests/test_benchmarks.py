@@ -21,6 +21,7 @@ from transformers import BertForSequenceClassification
 
 import tnlm
 from tnlm.decompositions import get_format
+from tnlm.errors import BudgetError, TargetError
 from tnlm.metrics.metric import InputMoment
 from tnlm.metrics.sides import Side
 from tnlm.tensors.gauge import fix
@@ -450,6 +451,31 @@ def test_a_second_model_is_trained_and_measured_by_draws(
     monkeypatch.setattr("tnlm.compress", None)  # neither is this
     start(*options)
     assert json.loads((tmp_path / "out" / "second_model.json").read_text()) == found
+    options[options.index("svd-llm") : options.index("--keep-targets")] = ["svd"]
+    start(*options)  # of what is measured already, the part that is asked for
+    fewer = json.loads((tmp_path / "out" / "second_model.json").read_text())
+    assert fewer["rows"] == [found["rows"][0], found["rows"][-1]]
+
+
+def test_models_of_other_configurations_or_training_have_other_folders(python_pieces, monkeypatch):
+    second, folders = importlib.import_module("second_model"), []
+    monkeypatch.setattr(second, "WINDOW", 16)
+
+    def trained(**changes):
+        def make():
+            model = second.make_model()
+            model.config.update(changes)
+            return model
+
+        folders.append(python_pieces.trained("gpt2", make, 1)[2])
+
+    trained()
+    trained()
+    trained(layer_norm_epsilon=1e-6)
+    monkeypatch.setattr(python_pieces, "RATE", 1e-3)
+    trained()
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 3
 
 
 def test_experts_are_decoded_beside_the_dense_ones(tmp_path):
@@ -636,6 +662,31 @@ def test_the_short_table_of_quality_joins_draws_and_names_the_model():
     ]
 
 
+def test_a_scheme_that_fails_is_a_row_and_the_others_go_on(
+    tiny_llama, word_tokenizer, word_text, monkeypatch, tmp_path
+):
+    quality = importlib.import_module("quality")
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    word_tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "text.txt").write_text(word_text(128))
+    real = tnlm.compress
+
+    def compress(model, scheme, **given):
+        if scheme == "kron":
+            raise BudgetError("nothing fits", argument="keep_targets")
+        return real(model, scheme, **given)
+
+    monkeypatch.setattr(tnlm, "compress", compress)
+    words = [tmp_path / "m", tmp_path / "out", "--together", "--scheme", "kron", "svd"]
+    words += ["--keep-targets", 0.6, "--window", 16, "--windows", 2]
+    words += ["--calibration", tmp_path / "text.txt", "--text", f"t={tmp_path}/text.txt"]
+    rows = quality.main([str(word) for word in words])
+    assert [row["scheme"] for row in rows] == ["dense", "kron", "svd"]
+    error = "tnlm.errors.BudgetError: nothing fits"
+    assert rows[1] == {"scheme": "kron", "asked": 0.6, "error": error}
+    assert rows[2]["t"] > 1
+
+
 def test_the_hull_of_a_block_takes_a_structure_where_it_harms_less():
     module = importlib.import_module("tensor_hull_table")
     assert module.hull([(4, 0.0), (1, 9.0), (2, 5.0), (3, 4.0)]) == [(1, 9.0), (2, 5.0), (4, 0.0)]
@@ -685,6 +736,46 @@ def test_linear_maps_of_sublayers_are_weighed_against_autos_choices(
     assert all(0 < row["loss_with_maps"] <= row["loss"] * 1.001 for row in rows)
 
 
+def linear_sublayers(tiny_llama, word_tokenizer, word_text, folder, *options, gate=None, **config):
+    """Return the words of its command line for a tiny Llama, whose gates may be constants."""
+    model = tiny_llama(num_hidden_layers=1, **config)
+    if gate is not None:
+        torch.nn.init.zeros_(model.model.layers[0].mlp.gate_proj.weight)
+        torch.nn.init.constant_(model.model.layers[0].mlp.gate_proj.bias, gate)
+    model.save_pretrained(folder / "model")
+    word_tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(word_text(512))
+    words = ["linear_sublayers", folder / "model", "--calibration", folder / "text.txt"]
+    words += ["--num-samples", 8, "--window", 32, "--gradient-samples", 2]
+    return [*words, "--out", folder / "rows.json", "--keep-targets", *options]
+
+
+def test_a_linear_sublayer_is_taken_as_a_map(
+    start, tiny_llama, word_tokenizer, word_text, tmp_path
+):
+    made = (tiny_llama, word_tokenizer, word_text, tmp_path)
+    start(*linear_sublayers(*made, 0.6, gate=2.0, mlp_bias=True))
+    [row] = json.loads((tmp_path / "rows.json").read_text())
+    assert "model.layers.0.mlp" in row["maps"]
+    assert row["loss_with_maps"] < 0.9 * row["loss"]
+
+
+def test_budgets_below_what_can_be_kept_are_refused_not_left_out(
+    start, tiny_llama, word_tokenizer, word_text, tmp_path
+):
+    made = (tiny_llama, word_tokenizer, word_text, tmp_path)
+    with pytest.raises(BudgetError):
+        start(*linear_sublayers(*made, 0.8, 1e-9))
+
+
+def test_linear_sublayers_refuses_models_whose_matrices_have_other_names(tiny_gpt2):
+    module = importlib.import_module("linear_sublayers")
+    with pytest.raises(TargetError, match=r"transformer\.h\.0\.mlp has no gate_proj"):
+        module.moments_of(tiny_gpt2(), [])
+    with pytest.raises(TargetError, match="no self_attn or mlp"):
+        module.moments_of(nn.Linear(2, 2), [])
+
+
 def test_the_moments_of_a_linear_sublayer_give_a_map_without_harm():
     module = importlib.import_module("linear_sublayers")
     gaussian = torch.Generator().manual_seed(0)
@@ -698,7 +789,7 @@ def test_the_moments_of_a_linear_sublayer_give_a_map_without_harm():
     outputs = last(torch.cat([inputs, inputs], 1)[:, 3:9])
     for handle in handles:
         handle.remove()
-    spread = outputs.double().var(0, correction=0).sum()
+    spread = outputs.detach().double().var(0, correction=0).sum()
     assert float(harms[0]) == pytest.approx(float(spread), rel=1e-3)
     assert float(harms[4]) < 1e-3 * float(spread)
     assert list(harms) == sorted(harms, reverse=True)

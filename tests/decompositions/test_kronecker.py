@@ -73,6 +73,25 @@ def test_screening_misses_nothing_on_small_matrices(rows, columns, keep, seed, g
     assert all(one == other for one, other in pairs if one < math.inf)
 
 
+@given(
+    shape=st.sampled_from([(12, 18), (24, 24), (40, 12)]),
+    keep=st.sampled_from([0.3, 0.6, 0.9]),
+    decay=st.sampled_from([0.0, 2.0, 6.0]),
+    count=st.integers(1, 6),
+    seed=seeds,
+)
+def test_thin_splits_are_left_out_only_where_they_cannot_be_chosen(
+    shape, keep, decay, count, seed, gaussian
+):
+    scales = torch.logspace(0, -decay, shape[1], dtype=torch.float64)
+    weight = gaussian(*shape, seed=seed) * scales
+    specs = FORMAT.candidates(shape, {}, Ceiling(keep * weight.numel()))
+    chosen = kronecker._best(kronecker_screen.Spectra(weight), specs, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kronecker_screen.Spectra, "floor", lambda *_: 0.0)
+        assert kronecker._best(kronecker_screen.Spectra(weight), specs, count) == chosen
+
+
 @given(m=st.integers(2, 10), n=st.integers(2, 10), part=st.floats(0, 1), seed=seeds)
 def test_outer_rows_and_inner_columns_make_it_the_truncated_svd(m, n, part, seed, gaussian):
     weight, terms = gaussian(m, n, seed=seed), max(1, round(part * min(m, n)))

@@ -169,6 +169,14 @@ def test_units_are_named_by_what_holds_their_matrices(make_model):
     assert len(names) == 2 * make_model("llama").config.num_hidden_layers
 
 
+def test_units_over_the_same_modules_are_named_by_their_matrices(make_model):
+    """Stacks of one matrix each, over all blocks, have a common beginning of their names."""
+    asked = {**SCALED, "scheme": "stack-tucker", "allocation": "loss"}
+    names = tnlm.level_search(make_model("llama"), **asked).scales.keys()
+    assert len(names) == 7
+    assert "model.layers.0.mlp.up_proj+model.layers.1.mlp.up_proj" in names
+
+
 def test_a_layer_whose_losses_are_predicted_too_high_gets_a_smaller_scale(make_model, monkeypatch):
     def scale_of(found_by):
         model = make_model("llama")
@@ -194,11 +202,34 @@ def test_a_scaled_plan_that_is_worse_is_not_kept(make_model, monkeypatch, caplog
     with caplog.at_level(logging.WARNING, "tnlm"):
         found = tnlm.level_search(model, **SCALED)
     assert found.scaled > found.before == found.after
-    assert "the unscaled one is kept" in caplog.text
-    assert "the unscaled one is kept" in str(found)
+    assert not found.unchanged
+    assert "not better: the unscaled one is kept" in caplog.text
+    assert "not better: the unscaled one is kept" in str(found)
     asked = {key: ASKED[key] for key in ("calibration", "max_length", "num_samples", "progress")}
     tnlm.compress(plain, "auto", keep_targets=0.6, **asked)
     assert torch.equal(model(IDS[None, :9]).logits, plain(IDS[None, :9]).logits)
+
+
+def test_scales_that_change_nothing_are_said_to(make_model, monkeypatch, caplog):
+    monkeypatch.setattr(evolution, "scales_of", lambda found, *_, **__: [1.0] * len(found))
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        found = tnlm.level_search(make_model("llama"), **SCALED)
+    assert found.unchanged
+    assert found.scaled == found.before
+    assert str(found).endswith("the same allocation")
+    assert "scaled curves" not in caplog.text
+
+
+def test_another_plan_that_is_equally_good_is_not_kept(make_model, monkeypatch, caplog):
+    monkeypatch.setattr(
+        evolution, "scales_of", lambda found, *_, **__: [1e3] + [1.0] * (len(found) - 1)
+    )
+    monkeypatch.setattr(Divergence, "__call__", lambda *_, **__: 1.0)
+    with caplog.at_level(logging.WARNING, "tnlm"):
+        found = tnlm.level_search(make_model("llama"), **SCALED)
+    assert found.scaled == found.before
+    for text in (caplog.text, str(found)):
+        assert "not better: the unscaled one is kept" in text
 
 
 def test_scaling_goes_on_where_it_stopped(make_model, tmp_path, monkeypatch):
@@ -236,7 +267,7 @@ def test_units_are_measured_apart_from_the_stages(make_model, monkeypatch):
     ("change", "error", "text"),
     [
         ({"scale_tokens": -1}, OptionError, "scale_tokens=-1"),
-        ({"scale_tokens": 0}, OptionError, "generations=0; allowed: a whole number of at least 1"),
+        ({"scale_tokens": 0}, OptionError, "at least 1, or 0 with scale_tokens="),
         ({"scale_tokens": 65}, EvaluationError, "has 64 tokens after those that a stage measures"),
     ],
 )

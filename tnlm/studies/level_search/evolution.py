@@ -61,19 +61,19 @@ class Evolution:
 
         return scales_of(self.curves, start, self.trials.names, measure, progress=progress)
 
-    def rescaled(self, parent: Parent, scales: Sequence[float]) -> tuple[Parent, float]:
-        """Return the better of a parent and the start on scaled curves, and the latter's value."""
+    def rescaled(self, parent: Parent, scales: Sequence[float]) -> tuple[Parent, Parent]:
+        """Return the better of a parent and the start on scaled curves, and the latter."""
         other = self.start(scaled(self.curves, scales))
         better = min(parent, other, key=lambda each: each[1])  # the parent, if they are equal
-        if other[1] > parent[1]:
+        if better[0] != other[0]:
             logger.warning(
                 "the allocation on scaled curves diverges by %.6g nats per token, the unscaled one "
-                "by %.6g: the unscaled one is kept",
+                "by %.6g, not better: the unscaled one is kept",
                 other[1],
                 parent[1],
             )
         self.trials.keep(better[0])
-        return better, other[1]
+        return better, other
 
     def evolve(
         self, parent: Parent, generations: int, seed: int, progress: bool

@@ -21,6 +21,7 @@ class LevelSearchResult:
         tokens: tokens that were run through compressed models in this call.
         scales: what the predicted losses of every unit were multiplied by, if asked for.
         scaled: divergence of the allocation on the scaled curves, on the same tokens.
+        unchanged: whether that is the same allocation.
     """
 
     plan: Plan
@@ -30,6 +31,7 @@ class LevelSearchResult:
     tokens: int
     scales: Mapping[str, float] = field(default_factory=dict)
     scaled: float | None = None
+    unchanged: bool = False
 
     def __str__(self) -> str:
         divergence = f"divergence: {self.before:.6g} -> {self.after:.6g} nats per token"
@@ -37,6 +39,7 @@ class LevelSearchResult:
         lines = [str(self.plan), f"{divergence}, {cost}"]
         if self.scaled is not None:
             used = "kept" if self.scaled < self.before else "not better: the unscaled one is kept"
+            used = "the same allocation" if self.unchanged else used
             lines.append(f"allocation on scaled curves: {self.scaled:.6g} nats per token, {used}")
         return "\n".join(lines)
 

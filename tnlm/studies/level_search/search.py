@@ -100,8 +100,8 @@ def level_search(
             divergence is not finite.
         CheckpointError: if ``output_dir`` cannot be written or belongs to another search.
 
-    Source: EvoPress, Sieberling et al. 2024, arXiv 2410.14649; the start unequal levels and
-        scales are ours.
+    Source: EvoPress, Sieberling et al. 2024, arXiv 2410.14649; unequal levels at the start,
+        and the scales, are ours.
 
     Example:
         >>> import torch
@@ -117,7 +117,7 @@ def level_search(
     """
     check_selection(selection)
     check_whole("scale_tokens", scale_tokens, least=0)
-    check_whole("generations", generations, least=0 if scale_tokens else 1)
+    _check_generations(generations, scale_tokens)
     asked = gather_choices(scheme, choices)
     request = request_of(asked)
     _check(request)
@@ -147,7 +147,9 @@ def level_search(
             if scale_tokens:
                 scales = evolution.scales(parent[0], apart, scale_tokens, progress)
                 made["scales"] = dict(zip(trials.names, scales, strict=True))
-                parent, made["scaled"] = evolution.rescaled(parent, scales)
+                first = parent
+                parent, other = evolution.rescaled(first, scales)
+                made["scaled"], made["unchanged"] = other[1], other[0] == first[0]
             parent, path = evolution.evolve(parent, generations, cut.seed, progress)
         made["after"], made["generations"] = parent[1], path
         return trials.layers(parent[0])
@@ -155,6 +157,15 @@ def level_search(
     decided = settle(model, job, predict=False, progress=progress, choose=choose)
     carry_out(model, job, decided, progress)
     return LevelSearchResult(decided, tokens=divergence.tokens + apart.tokens, **made)
+
+
+def _check_generations(generations: int, scale_tokens: int) -> None:
+    check_whole("generations", generations, least=0)
+    if not generations and not scale_tokens:
+        raise OptionError(
+            "generations=0; allowed: a whole number of at least 1, or 0 with scale_tokens=",
+            argument="generations",
+        )
 
 
 def _check(request: Request) -> None:

@@ -71,8 +71,13 @@ class Trials:
 
     @property
     def names(self) -> list[str]:
-        """Return a name of every unit: its matrix, or the module that holds all of them."""
-        return [_shared([layer.name for layer in curve[-1].layers]) for curve in self._curves]
+        """Return a name of every unit: the module that holds its matrices alone, or all of them."""
+        matrices = [[layer.name for layer in curve[-1].layers] for curve in self._curves]
+        holders = [_shared(names) for names in matrices]
+        return [
+            holder if holder and holders.count(holder) == 1 else "+".join(names)
+            for holder, names in zip(holders, matrices, strict=True)
+        ]
 
     def keep(self, state: State) -> None:
         """Forget the fits that a state does not need."""
