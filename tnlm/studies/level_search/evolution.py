@@ -13,7 +13,7 @@ from tnlm.allocation.curves import Curve
 from tnlm.allocation.loss import least_loss
 from tnlm.studies.level_search.divergence import Divergence
 from tnlm.studies.level_search.levels import State, mutated, step_of
-from tnlm.studies.level_search.scaling import scaled, scales_of
+from tnlm.studies.level_search.scaling import TRUST, scaled, scales_of
 from tnlm.studies.level_search.selection import Selection
 from tnlm.studies.level_search.trials import Trials
 
@@ -63,7 +63,7 @@ class Evolution:
 
     def rescaled(self, parent: Parent, scales: Sequence[float]) -> tuple[Parent, Parent]:
         """Return the better of a parent and the start on scaled curves, and the latter."""
-        other = self.start(scaled(self.curves, scales))
+        other = self.start(scaled(self.curves, [scale**TRUST for scale in scales]))
         better = min(parent, other, key=lambda each: each[1])  # the parent, if they are equal
         if better[0] != other[0]:
             logger.warning(

@@ -19,6 +19,10 @@ logger = logging.getLogger("tnlm")
 Measure = Callable[[State], float]
 """Returns the divergence of a state; raises `EvaluationError` if it is not finite."""
 
+TRUST = 0.5
+"""Power of the scales that curves are multiplied by. Measured on few tokens, and on units alone,
+scales overstate how units differ: 0.5 gave a better model than 1 (docs/benchmarks/quality.md)."""
+
 
 def scaled(curves: Sequence[Curve], scales: Sequence[float]) -> list[Curve]:
     """Return curves with the predicted losses of each multiplied by its scale.

@@ -67,9 +67,9 @@ def level_search(
     are fitted anew for every size, each by itself.
 
     With ``scale_tokens``, the divergence of every unit that is compressed by itself is measured
-    first, on windows that no generation uses. The predicted losses of a unit are scaled by measured
-    over predicted, the budget is allocated again, and the search starts from there if that
-    diverges less than the choice of least predicted loss.
+    first, on windows that no generation uses. The predicted losses of a unit are scaled by the root
+    of measured over predicted, the budget is allocated again, and the search starts from there if
+    that diverges less than the choice of least predicted loss.
 
     A generation runs ``selection.cost`` tokens through compressed models (32,768 by default), and
     the dense model runs once over the text; both are logged before the search starts.
