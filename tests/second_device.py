@@ -125,7 +125,7 @@ class _Values(TorchFunctionMode):
 def second_device() -> Iterator[torch.device]:
     """Make the device usable."""
     with pytest.MonkeyPatch.context() as patch, _Operations(), _Values():
-        for module, check in ((checks, "_check_plain"), (unfolded, "_held")):
+        for module, check in ((checks, "check_plain"), (unfolded, "_held")):
             patch.setattr(module, check, lambda *_: None)  # these are no plain tensors
         # In inference mode torch makes no views of tensors that have no memory.
         patch.setattr(torch, "inference_mode", lambda on=True: torch.set_grad_enabled(not on))
