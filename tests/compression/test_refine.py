@@ -10,7 +10,7 @@ from torch import nn
 import tnlm
 from tnlm.calibration.data import token_batches
 from tnlm.compression.refine import Refinement, _in_dtype, refine
-from tnlm.compression.tuning import Lesson
+from tnlm.compression.tuning import BlockTask
 from tnlm.errors import CalibrationError, OptionError
 
 IDS = torch.randint(3, 11, (512,), generator=torch.Generator().manual_seed(0))
@@ -463,14 +463,14 @@ def test_no_tokens_is_off(make_model):
 @pytest.mark.usefixtures("faster")
 def test_the_order_of_data_is_drawn_and_all_of_it_is_used(make_model, batches, monkeypatch):
     model, used = make_model("llama"), []
-    real = Lesson.loss
+    real = BlockTask.loss
 
     def loss(self, index):
         if torch.is_grad_enabled():
             used.append(index)
         return real(self, index)
 
-    monkeypatch.setattr(Lesson, "loss", loss)
+    monkeypatch.setattr(BlockTask, "loss", loss)
     name = "model.layers.0.mlp.up_proj"
 
     def take(block):

@@ -21,30 +21,17 @@ from transformers import (
 )
 
 import tnlm
+from tests import rotations
+from tests.rotations import IDS, turn_of
 from tnlm.errors import ModelError, OptionError
 from tnlm.targets.residual import residual_stream
 
-IDS = torch.arange(24).reshape(2, 12) + 3
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "tie_word_embeddings": False,
-}
+SIZES = {**rotations.SIZES, "head_dim": 8}
 FAMILIES = [
     (GemmaForCausalLM, GemmaConfig),
     (Qwen2ForCausalLM, Qwen2Config),
     (Qwen3ForCausalLM, Qwen3Config),
 ]
-
-
-def turn_of(size=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
 
 
 def with_gains(model):

@@ -5,20 +5,20 @@ import torch
 from torch import nn
 
 from tnlm.calibration.states import States
-from tnlm.compression.tuning import Lesson, _sizes, parted, rate, tune
+from tnlm.compression.tuning import BlockTask, _sizes, rate, split_windows, tune
 from tnlm.errors import CalibrationError
 
 CALL = ((), {})
 
 
-def lesson(windows=16, seed=0, name="block"):
+def block_task(windows=16, seed=0, name="block"):
     """A matrix that should become another one, on windows of 4 tokens."""
     torch.manual_seed(seed)
     student, teacher = nn.Linear(6, 6), nn.Linear(6, 6)
     inputs = [torch.randn(1, 4, 6) for _ in range(windows)]
     with torch.no_grad():
         wanted = [teacher(x) for x in inputs]
-    return Lesson(name, student, CALL, States(student, inputs), States(student, wanted))
+    return BlockTask(name, student, CALL, States(student, inputs), States(student, wanted))
 
 
 def parameters(each, dtype=torch.float32):
@@ -29,7 +29,7 @@ def parameters(each, dtype=torch.float32):
     ("windows", "held"), [(1, [0]), (2, [1]), (7, [6]), (8, [7]), (16, [7, 15]), (20, [7, 15])]
 )
 def test_every_eighth_window_is_held_out(windows, held):
-    learned, found = parted(windows)
+    learned, found = split_windows(windows)
     assert found == held
     if windows > 1:
         assert sorted(learned + found) == list(range(windows))
@@ -62,7 +62,7 @@ def test_the_rate_rises_and_falls_to_a_tenth():
 
 
 def test_the_error_on_windows_not_trained_on_falls():
-    each = lesson()
+    each = block_task()
     before = each.error([7, 15])
     gain = tune(each, parameters(each), 4 * 800, learning_rate=1e-2)
     assert gain.before == before
@@ -72,7 +72,7 @@ def test_the_error_on_windows_not_trained_on_falls():
 
 @pytest.mark.parametrize("learning_rate", [1e2, float("inf")])
 def test_what_does_not_help_is_undone(learning_rate):
-    each = lesson()
+    each = block_task()
     start = [p.detach().clone() for p in each.student.parameters()]
     gain = tune(each, parameters(each), 4 * 20, learning_rate=learning_rate)
     assert not gain.kept
@@ -82,7 +82,7 @@ def test_what_does_not_help_is_undone(learning_rate):
 
 
 def test_the_error_is_that_of_the_values_as_stored():
-    each = lesson()
+    each = block_task()
     with torch.no_grad():
         for parameter in each.student.parameters():
             parameter.copy_(parameter.bfloat16())
@@ -96,7 +96,7 @@ def test_the_error_is_that_of_the_values_as_stored():
 def test_the_seed_alone_decides():
     found = []
     for seed in (0, 0, 1):
-        each = lesson()
+        each = block_task()
         tune(each, parameters(each), 4 * 100, learning_rate=1e-2, seed=seed)
         found.append(each.student.weight)
     assert torch.equal(found[0], found[1])
@@ -104,7 +104,7 @@ def test_the_seed_alone_decides():
 
 
 def test_an_output_that_is_not_finite_is_named():
-    each = lesson(name="model.layers.3")
+    each = block_task(name="model.layers.3")
     each.wanted[7] = each.wanted[7] * torch.inf
     with pytest.raises(CalibrationError, match=r"output of model\.layers\.3 is not finite"):
         tune(each, parameters(each), 4)

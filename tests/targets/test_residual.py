@@ -22,19 +22,10 @@ from transformers import (
 )
 
 import tnlm
+from tests.rotations import IDS, SIZES, turn_of
 from tnlm.errors import ModelError, OptionError
 from tnlm.targets.residual import residual_stream
 
-IDS = torch.arange(24).reshape(2, 12) + 3
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
 MIXTURES = [
     (
         Qwen2MoeForCausalLM,
@@ -47,11 +38,6 @@ MIXTURES = [
         {"num_local_experts": 4, "shared_intermediate_size": 24},
     ),
 ]
-
-
-def turn_of(size=32):
-    generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
 
 
 def refused(model, match):

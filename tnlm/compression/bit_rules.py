@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tnlm.allocation.base import Allocation
 from tnlm.compression.choices import AUTO, Budget, Recovery
-from tnlm.compression.rules import check_refine
+from tnlm.compression.rules import check_refine, refinement_asked
 from tnlm.errors import BudgetError, OptionError
 from tnlm.precision.grid import Precision, precision_of
 from tnlm.schemes.base import Scheme
@@ -74,11 +74,10 @@ def _check_together(scheme: Scheme, budget: Budget, recovery: Recovery) -> None:
             f"share= with precision={scheme.precision!r}; leave one of them out",
             argument=("share", "precision"),
         )
-    tokens, passes = check_refine(recovery, scheme.refine_passes)
-    if tokens or passes:
-        asked = f"refine={tokens}" if tokens else f"refine_passes={passes}"
+    asked = refinement_asked(*check_refine(recovery, scheme.refine_passes))
+    if asked:
         if recovery.refine is None and recovery.refine_passes is None:
-            asked = f"refine_passes={passes}, the default of scheme {scheme.name!r},"
+            asked += f", the default of scheme {scheme.name!r},"
         raise OptionError(
             f"{asked} with precision={scheme.precision!r}, but codes cannot be tuned; give "
             "refine=0, or leave precision= out",

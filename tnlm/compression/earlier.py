@@ -18,7 +18,7 @@ from tnlm.compression.clocked import clock_again, with_times
 from tnlm.compression.covered import with_coverage
 from tnlm.compression.data import LORA_OPTIONS
 from tnlm.compression.job import Job
-from tnlm.compression.rules import check_refine
+from tnlm.compression.rules import check_refine, refinement_asked
 from tnlm.errors import OptionError, TargetError, did_you_mean
 from tnlm.plans.plan import Plan
 from tnlm.precision.grid import Precision, precision_of
@@ -178,9 +178,8 @@ def _check_bits(decided: Plan, precision: str | None, group: int | None) -> None
 def _check_refined(decided: Plan, precision: str | None) -> None:
     """Raise `OptionError` if blocks are to be refined, but weights are stored as codes."""
     given = Recovery(**{name: decided.request.get(name) for name in ("refine", "refine_passes")})
-    tokens, passes = check_refine(given, get_scheme(decided.scheme).refine_passes)
-    if (tokens or passes) and (precision is not None or _in_bits(decided)):
-        asked = f"refine={tokens}" if tokens else f"refine_passes={passes}"
+    asked = refinement_asked(*check_refine(given, get_scheme(decided.scheme).refine_passes))
+    if asked and (precision is not None or _in_bits(decided)):
         stored = "bits in its layers" if precision is None else f"precision={precision!r}"
         raise OptionError(
             f"a plan with {asked} and {stored}, but codes cannot be tuned; make the plan with "

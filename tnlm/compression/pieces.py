@@ -61,10 +61,11 @@ class Piece:
 
     def terms(self) -> tuple[Tensor, Tensor]:
         """Return B and L of the piece; see `tnlm.tensors.procrustes.Procrustes`."""
-        rows = self.fit.T if self.reads else self.fit
+        fit = self.fit
+        rows = fit.T if self.reads else fit
         side = self.metric.outputs if self.reads else self.metric.inputs
         inner = (rows if side is None else side.apply(rows)) @ rows.T
-        pull = pull_of(self.weight, self.fit, self.metric, reads=self.reads)
+        pull = pull_of(self.weight, fit, self.metric, reads=self.reads)
         return self.importance * inner, self.importance * pull
 
     def turned(self, rotation: Tensor) -> Piece:

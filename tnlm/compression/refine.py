@@ -26,7 +26,7 @@ from tnlm.calibration.data import Batch
 from tnlm.calibration.states import States
 from tnlm.calibration.walk import Call, call_block, eval_mode, first_states
 from tnlm.compression.cascade import advance, open_walk
-from tnlm.compression.tuning import LEARNING_RATE, Gain, Lesson, parted, tune
+from tnlm.compression.tuning import LEARNING_RATE, BlockTask, Gain, split_windows, tune
 
 logger = logging.getLogger("tnlm")
 
@@ -110,10 +110,10 @@ class Refinement:
             if where not in local or parameter.requires_grad
         }
         call, root = _in_dtype(given, dtype), self._weigh(name)
-        lesson = Lesson(name, student, call, inputs, wanted, root, dtype)
+        task = BlockTask(name, student, call, inputs, wanted, root, dtype)
         rate, seed = self._learning_rate, self._seed
-        tokens = self._tokens or self._passes * lesson.tokens * len(parted(len(inputs))[0])
-        self.gains[name] = tune(lesson, parameters, tokens, learning_rate=rate, seed=seed)
+        tokens = self._tokens or self._passes * task.tokens * len(split_windows(len(inputs))[0])
+        self.gains[name] = tune(task, parameters, tokens, learning_rate=rate, seed=seed)
         for index, state in enumerate(inputs):
             inputs[index] = call_block(student, state.to(dtype), call).to(state.dtype)
         for where, module in tuned.items():

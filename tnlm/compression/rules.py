@@ -258,6 +258,18 @@ def check_refine(recovery: Recovery, default: int) -> tuple[int, int]:
     return (0, default) if recovery.refine is None else (recovery.refine, 0)
 
 
+def refinement_asked(tokens: int, passes: int) -> str:
+    """Return the keyword of a refinement with its value, or nothing if there is none.
+
+    Example:
+        >>> refinement_asked(512, 0), refinement_asked(0, 25), refinement_asked(0, 0)
+        ('refine=512', 'refine_passes=25', '')
+    """
+    if tokens:
+        return f"refine={tokens}"
+    return f"refine_passes={passes}" if passes else ""
+
+
 def check_recover(
     structures: Sequence[Format[Any]], measure: Measure, recover: str, tokens: int | None
 ) -> None:

@@ -43,7 +43,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class BlockTask:
     """A block, its inputs, and the outputs it should produce.
 
     Attributes:
@@ -83,11 +83,11 @@ class Lesson:
             return math.sqrt(sum(float(self.loss(index)) for index in windows) / len(windows))
 
 
-def parted(windows: int) -> tuple[list[int], list[int]]:
+def split_windows(windows: int) -> tuple[list[int], list[int]]:
     """Return which windows are trained on, and which are held out; a single one is both.
 
     Example:
-        >>> parted(4)
+        >>> split_windows(4)
         ([0, 1, 2], [3])
     """
     held = list(range(min(HELD_OUT, windows) - 1, windows, HELD_OUT))
@@ -95,7 +95,7 @@ def parted(windows: int) -> tuple[list[int], list[int]]:
 
 
 def tune(
-    lesson: Lesson,
+    task: BlockTask,
     parameters: Mapping[nn.Parameter, torch.dtype],
     tokens: int,
     *,
@@ -105,7 +105,7 @@ def tune(
     """Minimise the squared output error with AdamW; restore the start if that does not help.
 
     Args:
-        lesson: the block and its data.
+        task: the block and its data.
         parameters: those to train, each with the dtype in which it will be stored, to which it is
             rounded before its error is measured.
         tokens: how many tokens to train on; data that is too short is repeated.
@@ -115,20 +115,20 @@ def tune(
     Raises:
         CalibrationError: if the block's output is not finite before training.
     """
-    lesson.student.requires_grad_(False)
+    task.student.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    learned, held = parted(len(lesson.inputs))
-    before = lesson.error(held)
+    learned, held = split_windows(len(task.inputs))
+    before = task.error(held)
     if not math.isfinite(before):
-        raise CalibrationError(f"the output of {lesson.name} is not finite on the calibration data")
+        raise CalibrationError(f"the output of {task.name} is not finite on the calibration data")
     start = copy.deepcopy([parameter.detach() for parameter in parameters])
     order = _order(learned, torch.Generator().manual_seed(seed))
-    _train(lesson, list(parameters), order, *_sizes(tokens / lesson.tokens, learned), learning_rate)
+    _train(task, list(parameters), order, *_sizes(tokens / task.tokens, learned), learning_rate)
     with torch.no_grad():
         for parameter, stored in parameters.items():
             parameter.copy_(parameter.to(stored))
-        after = lesson.error(held)
+        after = task.error(held)
         if after < before:
             return Gain(before, after)
         for parameter, old in zip(parameters, start, strict=True):
@@ -150,7 +150,7 @@ def _order(windows: Sequence[int], generator: torch.Generator) -> Iterator[int]:
 
 
 def _train(
-    lesson: Lesson,
+    task: BlockTask,
     parameters: Sequence[nn.Parameter],
     order: Iterator[int],
     steps: int,
@@ -163,7 +163,7 @@ def _train(
         for _ in range(steps):
             adam.zero_grad()
             for _ in range(batch):
-                (lesson.loss(next(order)) / batch).backward()
+                (task.loss(next(order)) / batch).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             schedule.step()

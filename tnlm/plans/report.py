@@ -170,15 +170,13 @@ class Report:
         return fragment(f"Report {self.plan.kept()}", self.summary(), rows)
 
 
-def _refined(told: Any) -> dict[str, tuple[float, float]]:
+def _refined(values: Any) -> dict[str, tuple[float, float]]:
     """Return the errors of refined blocks as read from JSON."""
-    if not isinstance(told, dict):
-        raise TypeError(f"refined is {told!r}; it holds two errors for each block")
-    for name, errors in told.items():
-        old, new = errors
-        if not all(type(each) in (int, float) for each in (old, new)):
-            raise TypeError(f"refined has {errors!r} for {name}; it holds two errors")
-    return {name: (old, new) for name, (old, new) in told.items()}
+    found = {name: (before, after) for name, (before, after) in dict(values).items()}
+    for name, errors in found.items():
+        if not all(type(error) in (int, float) for error in errors):
+            raise TypeError(f"refined has {errors!r} for {name}, not two errors")
+    return found
 
 
 def with_errors(plan: Plan, errors: Mapping[str, float | None]) -> Plan:
