@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -44,12 +45,14 @@ RATES = {"lora": 1e-3, "correct": 1e-3, "distill": 2e-4, "finetune": 2e-4}
 def main() -> None:
     """Run what is missing, then write the table."""
     asked = _arguments()
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("tnlm").setLevel(logging.INFO)  # how far a correction goes
     settings = {name: getattr(asked, name) for name in SETTINGS}
     journal = Journal(asked.out / "results.jsonl", settings)
     jobs = [(1.0, "dense")] + [(k, how) for k in asked.keep_targets for how in ("none", *asked.how)]
     for keep, how in jobs:
         tokens = asked.tokens if how in RATES else 0
-        key = f"{keep:g} {how} {tokens}"
+        key = f"{keep:g} {how} {tokens}" + (f" {asked.rate:g}" if asked.rate and tokens else "")
         if key not in journal.rows:
             print(f"{how} at {keep:g} ...", file=sys.stderr, flush=True)
             found = measure(asked, keep, how)
@@ -78,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--gradient-samples", type=int, default=16)
     parser.add_argument("--cache", type=Path, help="statistics of an earlier calibration")
+    parser.add_argument("--rate", type=float, help="peak learning rate; each way has its own")
     parser.add_argument("--bfloat16", action="store_true", help="heal in bfloat16 arithmetic")
     return parser.parse_args()
 
@@ -101,7 +105,7 @@ def measure(asked: argparse.Namespace, keep: float, how: str) -> Row:
         options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "tokens": asked.tokens,
-            "learning_rate": RATES[how],
+            "learning_rate": asked.rate or RATES[how],
             "batch_size": asked.batch_size,
             "max_length": asked.max_length,
         }

@@ -270,13 +270,30 @@ def test_it_repeats(compressed):
 
 
 def test_training_that_does_not_help_is_undone(compressed, caplog, monkeypatch):
-    model, losses = compressed("llama", "svd"), iter([1.0, 2.0])
+    model, losses = compressed("llama", "svd"), iter([1.0, 2.0, 3.0])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     monkeypatch.setattr(lora_training, "_mean_loss", lambda *_: next(losses))
     with caplog.at_level(logging.WARNING, "tnlm"):
         run(model, with_labels(model, BATCHES))
     assert "did not lower the loss (1 -> 2): undone" in caplog.text
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_training_that_goes_too_far_is_taken_back_in_part(compressed, caplog, monkeypatch):
+    losses = {"all": [2.0, 1.0, 3.0], "half": [2.0, 3.0, 1.0, 1.5]}
+    found = {}
+    for kept, measured in losses.items():
+        model, each = compressed("llama", "svd"), iter(measured)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        monkeypatch.setattr(lora_training, "_mean_loss", lambda *_, each=each: next(each))
+        with caplog.at_level(logging.INFO, "tnlm"):
+            run(model, with_labels(model, BATCHES))
+        found[kept] = {k: (v - start[k]).double().norm() for k, v in model.state_dict().items()}
+        assert not list(each)
+    assert "kept 0.5 of the change; all of it gives 3" in caplog.text
+    for name, change in found["all"].items():  # B starts at 0, and A, trained less, is halved less
+        if change > 0:
+            assert 0.4 < found["half"][name] / change < 0.6
 
 
 def test_training_that_diverges_stops_and_leaves_the_model(compressed, lose_the_loss):

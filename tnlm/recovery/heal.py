@@ -83,10 +83,11 @@ def heal(
     - ``"adapter"``: leave the LoRAs in the model as PEFT layers, with frozen factors. Save them
       with ``peft.get_peft_model_state_dict``; `tnlm.save` needs the model without them.
 
-    With a ``teacher``, training matches its predictions, and no label is learnt. If training does
-    not lower the loss, with a teacher on batches that were held out, the LoRAs are merged as they
-    were at the start. The model runs in eval mode. If anything fails, it is left unchanged.
-    ``tnlm.report(model)`` includes the added parameters, and drops the errors of changed matrices.
+    With a ``teacher``, training matches its predictions, and no label is learnt. LoRAs that went
+    too far are taken back by a half, three quarters and so on, as long as that lowers the loss
+    (with a teacher, on batches that were held out); to the start if no part helps. The model runs
+    in eval mode. If anything fails, it is left unchanged. ``tnlm.report(model)`` includes the added
+    parameters, and drops the errors of changed matrices.
 
     Args:
         model: a compressed model.

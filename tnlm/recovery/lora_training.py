@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from tnlm.calibration.data import fingerprint
 from tnlm.calibration.labels import count_predictions
 from tnlm.errors import CalibrationError, TrainingError
-from tnlm.layers.adapters import Adapter
+from tnlm.layers.adapters import Adapter, Lora
 from tnlm.parallel.workers import Workers
 from tnlm.recovery.goals import Goal, own_loss
 from tnlm.recovery.sharing import average, in_steps, team
@@ -27,6 +27,9 @@ WARM_UP = 0.1
 
 SAMPLE = 8
 """Number of batches on which the loss is measured before and after."""
+
+SHORTEST = 1 / 8
+"""Fraction of the way to the trained adapters below which none is tried."""
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:
@@ -61,9 +64,10 @@ def train(
     goal: Goal = own_loss,
     measured: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Train the adapters; restore the start if that does not help.
+    """Train the adapters, and go back from there as far as that lowers the loss.
 
-    Several processes take one batch each in every step.
+    Half the way from their start is tried, then a quarter and so on; the start is restored if all
+    of them have a higher loss. Several processes take one batch each in every step.
 
     Args:
         model: the model, with the adapters in it.
@@ -82,12 +86,34 @@ def train(
         first = _mean_loss(model, goal, shown, workers)
         steps = in_steps(order, workers)
         _train(_Step(model, goal, batches, workers), adapters, steps, learning_rate, progress)
-        last = _mean_loss(model, goal, shown, workers)
-    logger.info("healed in %d steps: loss %.4f -> %.4f", len(steps), first, last)
-    if not last < first:
-        logger.warning("healing did not lower the loss (%.5g -> %.5g): undone", first, last)
-        for name, adapter in adapters.items():
-            adapter.fill(before[name])
+        trained = {name: adapter.lora() for name, adapter in adapters.items()}
+        losses = {1.0: _mean_loss(model, goal, shown, workers)}
+        best, part = 1.0, 0.5
+        while best == 2 * part and part >= SHORTEST:
+            _go(adapters, before, trained, part)
+            losses[part] = _mean_loss(model, goal, shown, workers)
+            best, part = min(losses, key=losses.__getitem__), part / 2
+    least = losses[best]
+    logger.info("healed in %d steps: loss %.4f -> %.4f", len(steps), first, least)
+    if best < 1:
+        logger.info("kept %g of the change; all of it gives %.5g", best, losses[1.0])
+    if not least < first:
+        logger.warning("healing did not lower the loss (%.5g -> %.5g): undone", first, least)
+        best = 0.0
+    _go(adapters, before, trained, best)
+
+
+def _go(
+    adapters: Mapping[str, Adapter],
+    start: Mapping[str, Lora],
+    end: Mapping[str, Lora],
+    part: float,
+) -> None:
+    """Set the adapters to a part of the way from their start to their end, 0 to 1."""
+    for name, adapter in adapters.items():
+        first, last = start[name], end[name]
+        A, B = first.A.lerp(last.A, part), first.B.lerp(last.B, part)
+        adapter.fill(replace(first, A=A, B=B))
 
 
 @dataclass(frozen=True)
