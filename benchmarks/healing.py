@@ -3,9 +3,9 @@
     python benchmarks/healing.py MODEL OUT --calibration train.txt --training mixed.jsonl \
         --text wiki=test.txt --text c4=c4.jsonl --keep-targets 0.8 0.6 --how lora distill
 
-MODEL is compressed by `auto` once for each size and kept in OUT. ``lora`` is `tnlm.heal`,
-``correct`` the same towards the dense model's predictions; ``distill`` and ``finetune`` train the
-factors with the dense model or the data as the teacher.
+MODEL is compressed by `auto` once for each size. ``lora`` is `tnlm.heal`, ``correct`` the same
+towards the dense model's predictions; ``distill`` and ``finetune`` train the factors with the dense
+model or the data as the teacher. Models are kept in OUT, as `auto-0.8` and `lora-0.8`.
 Results are appended to OUT/results.jsonl as they come; OUT/healing.md is the table.
 """
 
@@ -118,6 +118,8 @@ def measure(asked: argparse.Namespace, keep: float, how: str) -> Row:
         else:
             tnlm.finetune(model, asked.training, train="factors", **options)
     spent = {"minutes": (time.perf_counter() - start) / 60}
+    if how != "none":
+        tnlm.save(model, asked.out / f"{how}-{keep:g}", tokenizer=tokenizer, overwrite=True)
     return {**spent, **_perplexities(asked, model, tokenizer)}
 
 
