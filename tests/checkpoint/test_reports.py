@@ -11,7 +11,7 @@ import tnlm
 from tests.hostile.draft import ODD
 from tnlm.checkpoint.reports import add_report, known_report
 from tnlm.checkpoint.sums import REPORT_FILE
-from tnlm.errors import CheckpointError, ModelError, OptionError
+from tnlm.errors import CheckpointError, ModelError
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_damaged_report_is_left_out_with_a_warning(text, saved, tmp_path, capl
     model = tnlm.load(saved)
     assert f"{REPORT_FILE} is left out" in caplog.text
     tnlm.save(healed(model), tmp_path / "again")
-    with pytest.raises((CheckpointError, OptionError)):
+    with pytest.raises(CheckpointError, match=REPORT_FILE):
         tnlm.report(saved)
 
 
@@ -63,6 +63,20 @@ def test_a_model_keeps_its_report_when_its_directory_is_written_again(saved, com
     for number, loaded in enumerate((model, automatic)):
         again = tnlm.save(loaded, tmp_path / str(number))
         assert tnlm.report(again).parameters_after == model.num_parameters()
+
+
+def test_a_directory_with_only_sums_says_that_it_has_no_report(saved, tmp_path):
+    (saved / REPORT_FILE).unlink()
+    again = tnlm.save(tnlm.load(saved), tmp_path / "again")
+    for read in (tnlm.report, tnlm.write_page):
+        with pytest.raises(CheckpointError, match="again has no report.* only sums.*compress it again"):
+            read(again)
+
+
+def test_a_damaged_report_is_named(saved):
+    (saved / REPORT_FILE).write_text('{"scheme": "svd"}')
+    with pytest.raises(CheckpointError, match=f"model: {REPORT_FILE} is damaged: .*metric"):
+        tnlm.report(saved)
 
 
 def test_a_dense_model_has_no_report(saved):

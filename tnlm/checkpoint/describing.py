@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -11,8 +12,8 @@ from typing import Any
 from tnlm.checkpoint.configuration import quantization_of
 from tnlm.checkpoint.folder import file_of, read_headers
 from tnlm.checkpoint.json_file import read_object, shortened
-from tnlm.checkpoint.sums import REPORT_FILE
-from tnlm.errors import CheckpointError
+from tnlm.checkpoint.sums import FIELD, REPORT_FILE
+from tnlm.errors import CheckpointError, OptionError
 from tnlm.plans.report import Report
 
 REPORTED = {
@@ -67,25 +68,31 @@ def saved_report(directory: str | Path) -> Report:
     """Return the report that ``tnlm.save`` wrote beside a model.
 
     Raises:
-        CheckpointError: if there is no such directory, or no report in it.
-        OptionError: if the file is not such a report.
+        CheckpointError: if there is no such directory, or no report in it, or a damaged one.
 
     Example:
         >>> saved_report("no-such-model")
         Traceback (most recent call last):
         tnlm.errors.CheckpointError: no-such-model: no such directory
     """
-    if not Path(directory).is_dir():
+    folder = Path(directory)
+    if not folder.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
-    try:
-        text = (Path(directory) / REPORT_FILE).read_text(encoding="utf-8")
-    except OSError as error:
+    if not (folder / REPORT_FILE).exists():
         raise CheckpointError(
             f"{directory} has no {REPORT_FILE}; tnlm.save only writes it for models just compressed"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{directory}: {REPORT_FILE} is not readable: {error}") from error
-    return Report.from_json(text)
+        )
+    stored = read_object(file_of(folder, REPORT_FILE))
+    if stored.keys() == {FIELD}:
+        raise CheckpointError(
+            f"{directory} has no report: its {REPORT_FILE} holds only sums of the files, as it was "
+            "saved from a model that was loaded without a report; copy the report of that model's "
+            "compression, or compress it again"
+        )
+    try:
+        return Report.from_json(json.dumps(stored))
+    except OptionError as error:
+        raise CheckpointError(f"{directory}: {REPORT_FILE} is damaged: {error}") from error
 
 
 def _field(owner: dict[str, Any], name: str, kind: Any, where: str = "config.json") -> Any:
