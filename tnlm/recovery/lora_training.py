@@ -95,11 +95,11 @@ def train(
             best, part = min(losses, key=losses.__getitem__), part / 2
     least = losses[best]
     logger.info("healed in %d steps: loss %.4f -> %.4f", len(steps), first, least)
-    if best < 1:
-        logger.info("kept %g of the change; all of it gives %.5g", best, losses[1.0])
     if not least < first:
         logger.warning("healing did not lower the loss (%.5g -> %.5g): undone", first, least)
         best = 0.0
+    elif best < 1:
+        logger.info("kept %g of the change; all of it gives %.5g", best, losses[1.0])
     _go(adapters, before, trained, best)
 
 
