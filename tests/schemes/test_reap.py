@@ -139,6 +139,15 @@ def test_as_many_experts_stay_as_a_token_meets(caplog):
         tnlm.compress(mixture("mixtral"), "reap", keep_targets=0.2, **DATA)
 
 
+def test_with_a_precision_and_nothing_else_to_store_nothing_shrinks():
+    model = mixture("mixtral")
+    before = copy.deepcopy(model.state_dict())
+    asked = {"keep_targets": 0.75, "targets": ["experts"], "precision": "int2", **DATA}
+    with pytest.raises(tnlm.errors.BudgetError, match=r"every target is left alone: .*experts"):
+        tnlm.compress(model, "reap", **asked)
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+
+
 def test_blocks_that_keep_different_numbers_cannot_be_made_dense():
     model = mixture("mixtral")
     decided = tnlm.plan(model, "reap", keep_targets=0.5, **DATA)

@@ -35,6 +35,9 @@ def check_packed(decided: Plan, grid: Precision | None) -> None:
 
 def check_worth(decided: Plan, limits: Limits) -> None:
     """Raise `BudgetError` if nothing would shrink; warn if the budget is missed or not used."""
+    if not decided.layers:
+        name, reason = next(iter(decided.skipped.items()), ("none", "no target was chosen"))
+        raise BudgetError(f"no matrix would shrink; every target is left alone: {name}: {reason}")
     dense = [layer for layer in decided.layers if not layer.replaced]
     if len(dense) == len(decided.layers):
         raise BudgetError(f"no matrix would shrink; {dense[0].name}: {dense[0].note}")
