@@ -5,7 +5,8 @@
 
 MODEL is compressed by `auto` once for each size. ``lora`` is `tnlm.heal`, ``correct`` the same
 towards the dense model's predictions; ``distill`` and ``finetune`` train the factors with the dense
-model or the data as the teacher. Models are kept in OUT, as `auto-0.8` and `lora-0.8`.
+model or the data as the teacher. Models are kept in OUT, as `auto-0.8` and `lora-0.8`,
+the last of each.
 Results are appended to OUT/results.jsonl as they come; OUT/healing.md is the table.
 """
 

@@ -15,16 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from tnlm.calibration.rows import read_rows
+
 PIECE = 2000
 """Characters of a piece of WikiText-2."""
 
 
-def main(words: list[str] | None = None) -> None:
-    """Write both files.
-
-    Args:
-        words: of the command line; those that the script was started with if None.
-    """
+def main() -> None:
+    """Write both files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,8 +30,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--wiki", type=Path, required=True)
     parser.add_argument("--c4", type=Path, required=True)
     parser.add_argument("--skip", type=int, default=100, help="documents at the start of --c4")
-    asked = parser.parse_args(words)
-    documents = [json.loads(line)["text"] for line in asked.c4.read_text().splitlines()]
+    asked = parser.parse_args()
+    documents = [row["text"] for row in read_rows(asked.c4)]
     mixed = mixture(asked.wiki.read_text(), documents[asked.skip :])
     asked.out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}) + "\n" for text in mixed]
@@ -41,24 +39,22 @@ def main(words: list[str] | None = None) -> None:
     (asked.out / "prose.txt").write_text("\n\n".join(topics[name] for name in sorted(topics)))
 
 
-def mixture(prose: str, documents: list[str]) -> Iterator[str]:
-    r"""Yield documents, and after each the pieces of prose that bring it up to their length.
+def mixture(wiki: str, documents: list[str]) -> Iterator[str]:
+    """Yield documents, and after each the pieces of WikiText-2 that bring it up to their length.
 
     Ends with the shorter of the two.
 
-    >>> list(mixture("a" * 5000, ["b" * 1500, "c" * 1500, "d" * 9000]))[1][:3]
-    'aaa'
     >>> [len(text) for text in mixture("a" * 5000, ["b" * 1500, "c" * 1500, "d" * 9000])]
     [1500, 2000, 1500, 2000, 9000, 1000]
     """
     given, taken = 0, 0
     for document in documents:
-        if taken >= len(prose):
+        if taken >= len(wiki):
             return
         yield document
         given += len(document)
-        while taken < min(given, len(prose)):
-            piece = prose[taken : taken + PIECE]
+        while taken < min(given, len(wiki)):
+            piece = wiki[taken : taken + PIECE]
             yield piece
             taken += len(piece)
 

@@ -29,7 +29,7 @@ SAMPLE = 8
 """Number of batches on which the loss is measured before and after."""
 
 SHORTEST = 1 / 8
-"""Fraction of the way to the trained adapters below which none is tried."""
+"""Least fraction of the way to the trained adapters that is tried."""
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:
@@ -66,8 +66,9 @@ def train(
 ) -> None:
     """Train the adapters, and go back from there as far as that lowers the loss.
 
-    Half the way from their start is tried, then a quarter and so on; the start is restored if all
-    of them have a higher loss. Several processes take one batch each in every step.
+    Half the way from their start is tried, then a quarter and so on while the loss falls; the
+    start is restored if what is left is no better. Several processes take one batch each in every
+    step.
 
     Args:
         model: the model, with the adapters in it.
@@ -87,20 +88,21 @@ def train(
         steps = in_steps(order, workers)
         _train(_Step(model, goal, batches, workers), adapters, steps, learning_rate, progress)
         trained = {name: adapter.lora() for name, adapter in adapters.items()}
-        losses = {1.0: _mean_loss(model, goal, shown, workers)}
-        best, part = 1.0, 0.5
-        while best == 2 * part and part >= SHORTEST:
-            _go(adapters, before, trained, part)
-            losses[part] = _mean_loss(model, goal, shown, workers)
-            best, part = min(losses, key=losses.__getitem__), part / 2
-    least = losses[best]
+        whole = least = _mean_loss(model, goal, shown, workers)
+        part = 1.0
+        while part > SHORTEST:
+            _go(adapters, before, trained, part / 2)
+            loss = _mean_loss(model, goal, shown, workers)
+            if loss >= least:
+                break
+            part, least = part / 2, loss
     logger.info("healed in %d steps: loss %.4f -> %.4f", len(steps), first, least)
     if not least < first:
         logger.warning("healing did not lower the loss (%.5g -> %.5g): undone", first, least)
-        best = 0.0
-    elif best < 1:
-        logger.info("kept %g of the change; all of it gives %.5g", best, losses[1.0])
-    _go(adapters, before, trained, best)
+        part = 0.0
+    elif part < 1:
+        logger.info("kept %g of the change; all of it gives %.5g", part, whole)
+    _go(adapters, before, trained, part)
 
 
 def _go(
