@@ -86,7 +86,8 @@ def scheme_page(scheme: Scheme) -> str:
     if figures:
         parts += ["## Measured", *figures]
     parts += ["## What it takes", *cost(scheme)]
-    parts += ["## Structure", *(_structure(name) for name in scheme.formats)]
+    if scheme.formats:  # else the matrices keep their shapes
+        parts += ["## Structure", *(_structure(name) for name in scheme.formats)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -156,22 +157,31 @@ def _call(scheme: Scheme) -> str:
 def _choices(scheme: Scheme) -> list[str]:
     targets = scheme.targets if isinstance(scheme.targets, list | tuple) else [scheme.targets]
     values = {
-        "format": " or ".join(f"`{name}`" for name in scheme.formats),
+        "format": " or ".join(f"`{name}`" for name in scheme.formats) or "as they are",
         "metric": f"`{scheme.metric}`",
         "allocation": f"`{scheme.allocation}`",
         "cascade": f"`{scheme.cascade}`",
         "refinement": f"{scheme.refine_passes} passes" if scheme.refine_passes else "`none`",
         "recovery": f"`{scheme.recover}`",
         "targets": " and ".join(f"`{target}`" for target in targets),
-        "kept by default": f"{scheme.keep_targets:g} of the targets' parameters",
+        "kept by default": _kept(scheme),
         "needs": scheme.needs,
         "source": scheme.source,
     }
+    if scheme.precision:
+        values["bits"] = f"`{scheme.precision}`"
     if scheme.share > 1:
         values["blocks that share an input factor"] = str(scheme.share)
     if scheme.defaults:
         values["options"] = ", ".join(f"`{k}={v}`" for k, v in scheme.defaults.items())
     return [f"| {choice} | {value} |" for choice, value in values.items()]
+
+
+def _kept(scheme: Scheme) -> str:
+    if not scheme.formats:
+        return "all parameters, in fewer bits"
+    unit = "bytes" if scheme.unit == "bytes" else "parameters"
+    return f"{scheme.keep_targets:g} of the targets' {unit}"
 
 
 def _structure(name: str) -> str:

@@ -79,6 +79,8 @@ def test_every_scheme_has_a_page_with_its_choices(name, site):
     assert f"schemes/{name}.md)" in pages.scheme_table(schemes())
     [call] = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     compile(call, name, "exec")
+    assert (DOCS / "schemes" / f"{name}.md").is_file(), "its formula, and when to use it"
+    assert not re.search(r"^## .*\s*(^## |\Z)", text, re.M), "a section is empty"
 
 
 def test_a_scheme_page_has_what_was_measured(site):
