@@ -139,13 +139,23 @@ def test_as_many_experts_stay_as_a_token_meets(caplog):
         tnlm.compress(mixture("mixtral"), "reap", keep_targets=0.2, **DATA)
 
 
-def test_with_a_precision_and_nothing_else_to_store_nothing_shrinks():
+@pytest.mark.parametrize("targets", ["experts", ["experts"], ["experts", "q_proj"]])
+@pytest.mark.parametrize("precision", ["int2", "auto"])
+def test_with_a_precision_it_is_refused_before_work(targets, precision):
     model = mixture("mixtral")
     before = copy.deepcopy(model.state_dict())
-    asked = {"keep_targets": 0.75, "targets": ["experts"], "precision": "int2", **DATA}
-    with pytest.raises(tnlm.errors.BudgetError, match=r"every target is left alone: .*experts"):
-        tnlm.compress(model, "reap", **asked)
+    with pytest.raises(OptionError, match=r"drops whole experts .* a second call") as refused:
+        tnlm.compress(model, "reap", targets=targets, precision=precision, **DATA)
+    assert f"precision={precision!r}" in str(refused.value)
     assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+
+
+def test_a_second_call_rounds_what_is_left():
+    model = tnlm.compress(mixture("mixtral"), "reap", keep_targets=0.75, **DATA)
+    tnlm.compress(model, "rtn", precision="int4", group=8, progress=False)
+    layers = {layer.name: layer for layer in tnlm.report(model).plan.layers}
+    assert layers["model.layers.0.self_attn.q_proj"].precision["bits"] == 4
+    assert model.model.layers[0].mlp.experts.num_experts == 6
 
 
 def test_blocks_that_keep_different_numbers_cannot_be_made_dense():

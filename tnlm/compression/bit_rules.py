@@ -5,6 +5,7 @@ from __future__ import annotations
 from tnlm.allocation.base import Allocation
 from tnlm.compression.choices import AUTO, Budget, Recovery
 from tnlm.compression.rules import check_refine, refinement_asked
+from tnlm.decompositions import get_format
 from tnlm.errors import BudgetError, OptionError
 from tnlm.precision.grid import Precision, precision_of
 from tnlm.schemes.base import Scheme
@@ -57,6 +58,13 @@ def _check_unused(scheme: Scheme) -> None:
 
 def _check_together(scheme: Scheme, budget: Budget, recovery: Recovery) -> None:
     """Raise `OptionError` for choices that cannot be combined with codes."""
+    if any("experts" in get_format(name).kinds for name in scheme.formats):
+        raise OptionError(
+            f"precision={scheme.precision!r} with scheme {scheme.name!r}, which drops whole "
+            "experts and rounds nothing; drop them first, and give precision= in a second call, "
+            "such as with scheme 'rtn'",
+            argument="precision",
+        )
     if budget.portable is not None:
         raise OptionError(
             f"precision={scheme.precision!r} with portable={budget.portable!r}, whose runtime has "
