@@ -56,8 +56,9 @@ def main() -> None:
         key = f"{keep:g} {how} {tokens}" + (f" {asked.rate:g}" if asked.rate and tokens else "")
         if key not in journal.rows:
             print(f"{how} at {keep:g} ...", file=sys.stderr, flush=True)
-            found = measure(asked, keep, how)
-            journal.add(key, {"keep_targets": keep, "how": how, "tokens": tokens, **found})
+            row = {"keep_targets": keep, "how": how, "tokens": tokens}
+            row |= {"rate": asked.rate or RATES[how]} if tokens else {}
+            journal.add(key, {**row, **measure(asked, keep, how)})
     done = sorted(journal.rows.values(), key=lambda row: -row["keep_targets"])
     (asked.out / "healing.md").write_text(table(done))
     (asked.out / "healing.json").write_text(json.dumps(done, indent=1) + "\n")
@@ -134,14 +135,21 @@ def _perplexities(asked: argparse.Namespace, model: Any, tokenizer: Any) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """Return a Markdown table; perplexities with the change from no training."""
+    """Return a Markdown table; perplexities with the change from no training.
+
+    Learning rates have a column if any row was given one; older rows do not say theirs.
+    """
     texts = [k for k in rows[0] if k not in ("keep_targets", "how", "tokens", "minutes")]
-    head = ["of the targets", "training", "tokens", "minutes", *texts]
+    given = any("rate" in row and row["rate"] != RATES[row["how"]] for row in rows)
+    rate = ["rate"] if given else []
+    head = ["of the targets", "training", *rate, "tokens", "minutes", *texts]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     plain = {row["keep_targets"]: row for row in rows if row["how"] == "none"}
     for row in rows:
         minutes = f"{row['minutes']:.0f}" if "minutes" in row else ""
-        cells = [f"{row['keep_targets']:g}", row["how"], f"{row['tokens']:,}", minutes]
+        cells = [f"{row['keep_targets']:g}", row["how"]]
+        cells += [f"{row[name]:g}" if name in row else "" for name in rate]
+        cells += [f"{row['tokens']:,}", minutes]
         before = plain.get(row["keep_targets"])
         for text in texts:
             change = row[text] / before[text] - 1 if before and before is not row else None
