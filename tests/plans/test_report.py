@@ -76,6 +76,15 @@ def test_without_data_there_is_nothing_to_say_of_it(tiny_llama):
     assert (report.data, report.fingerprint) == ({}, "")
 
 
+def test_plain_values_are_read_and_left_as_they_are(compressed):
+    report = tnlm.report(compressed[0])
+    told = json.loads(report.to_json())
+    assert tnlm.Report.from_dict(told) == tnlm.Report.from_json(report.to_json())
+    assert told == json.loads(report.to_json())
+    with pytest.raises(OptionError, match="not a tnlm report"):
+        tnlm.Report.from_dict({**told, "layers": 3})
+
+
 def test_reports_of_earlier_versions_are_read(compressed):
     model, _ = compressed
     told = json.loads(tnlm.report(model).to_json())

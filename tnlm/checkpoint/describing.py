@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -90,7 +89,7 @@ def saved_report(directory: str | Path) -> Report:
             "compression, or compress it again"
         )
     try:
-        return Report.from_json(json.dumps(stored))
+        return Report.from_dict(stored)
     except OptionError as error:
         raise CheckpointError(f"{directory}: {REPORT_FILE} is damaged: {error}") from error
 

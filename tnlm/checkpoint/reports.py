@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -39,6 +38,6 @@ def add_report(model: nn.Module, directory: str | Path | None) -> None:
             return
         stored = read_object(path)
         if "scheme" in stored:
-            model.tnlm_report = Report.from_json(json.dumps(stored))  # type: ignore[assignment]
+            model.tnlm_report = Report.from_dict(stored)  # type: ignore[assignment]
     except (TnlmError, OSError) as error:
         logger.warning("%s is left out, and not saved with the model again: %s", path, error)

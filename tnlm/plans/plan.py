@@ -121,6 +121,19 @@ class Plan:
         """
         try:
             data = json.loads(text)
+        except (ValueError, TypeError) as error:
+            raise OptionError(f"not a tnlm plan: {error}") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Read a plan from the values that :meth:`to_json` writes.
+
+        Raises:
+            OptionError: if the values are not those of a plan.
+        """
+        try:
+            data = dict(values)
             if data.pop("format_version") != FORMAT_VERSION:
                 raise OptionError(
                     f"this plan does not have format_version {FORMAT_VERSION}; make it again with "

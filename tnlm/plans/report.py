@@ -120,11 +120,24 @@ class Report:
             OptionError: if the text is not such a report.
         """
         try:
-            data = {"nanoseconds_before": 0, **json.loads(text)}  # which older reports lack
+            data = json.loads(text)
+        except (ValueError, TypeError) as error:
+            raise OptionError(f"not a tnlm report: {error!r}") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """Read a report from the values of :meth:`to_dict`, as they are after JSON.
+
+        Raises:
+            OptionError: if the values are not those of a report.
+        """
+        try:
+            data = {"nanoseconds_before": 0, **values}  # which older reports lack
             plan = {name: data[name] for name in ("scheme", "metric", "request", "skipped")}
             plan |= {"layers": data["layers"], "coverage": data.get("coverage")}
             plan["model"] = {name: data[f"{long}_before"] for name, long in COUNTED.items()}
-            read = Plan.from_json(json.dumps({"format_version": FORMAT_VERSION, **plan}))
+            read = Plan.from_dict({"format_version": FORMAT_VERSION, **plan})
             found = cls(
                 read,
                 dict(data["seconds_by_stage"]),
