@@ -82,7 +82,7 @@ def test_plain_values_are_read_and_left_as_they_are(compressed):
     assert tnlm.Report.from_dict(told) == tnlm.Report.from_json(report.to_json())
     assert told == json.loads(report.to_json())
     with pytest.raises(OptionError, match="not a tnlm report"):
-        tnlm.Report.from_dict({**told, "layers": 3})
+        tnlm.Report.from_dict({**told, "data": 3})
 
 
 def test_reports_of_earlier_versions_are_read(compressed):
