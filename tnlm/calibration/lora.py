@@ -251,10 +251,8 @@ def lora_statistics(
             progress=progress,
         )
         for name, sums in found.items():
-            tall = torch.tensor(heights[name], dtype=torch.float64)
-            lost = tall.unsqueeze(1) if sees == "inputs" and len(tall) > 1 else tall
-            lost = lost if sees == "inputs" else torch.tensor(float(sizes[name][1]))
-            tensors[name][f"lora_{sees}"] = sums[sees] * (lost / rank)
+            whole = _dimensions(sees, heights[name], sizes[name][1])
+            tensors[name][f"lora_{sees}"] = sums[sees] * (whole / rank)
             if keep:
                 tensors[name] |= own_factors(loras[name], list(modules[name]))
     for name, held in tensors.items():
@@ -262,6 +260,14 @@ def lora_statistics(
             store.put(name, [name], held)
     store.save_index()
     return store
+
+
+def _dimensions(sees: str, heights: Sequence[int], columns: int) -> Tensor:
+    """Return how many directions there are, of which the LoRA's rank keeps some, by matrix."""
+    if sees != "inputs":
+        return torch.tensor(float(columns))
+    tall = torch.tensor(heights, dtype=torch.float64)
+    return tall.unsqueeze(1) if len(tall) > 1 else tall
 
 
 def _check_numbers(steps: int, learning_rate: float, decay: float | None) -> None:

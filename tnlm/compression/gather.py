@@ -79,14 +79,7 @@ def gather(
         )
         if found.model is not None:
             known.seconds["prune" if gatherer.first else "train"] = time.perf_counter() - start
-    _warn(known, len(targets))
-    if known.borrowed:
-        logger.warning(
-            "%d matrices of experts are reached by fewer tokens than they have columns, and borrow "
-            "what they lack from the other experts of their layer (%s); use more text",
-            len(known.borrowed),
-            ", ".join(list(known.borrowed)[:3]) + (", ..." if len(known.borrowed) > 3 else ""),
-        )
+    _warn_of_few(known, len(targets))
     release()
     known.seconds["calibrate"] = time.perf_counter() - start - sum(known.seconds.values())
     return known
@@ -105,7 +98,8 @@ def _reached(task: Task, found: Found, known: Evidence) -> Sequence[Member]:
     return [target for target in task.targets if target.module in leaders]
 
 
-def _warn(known: Evidence, before: int) -> None:
+def _warn_of_few(known: Evidence, before: int) -> None:
+    """Warn of matrices that no token reaches, or so few that they borrow from other experts."""
     gone = list(known.skipped)
     if gone:
         logger.warning(
@@ -114,4 +108,11 @@ def _warn(known: Evidence, before: int) -> None:
             before,
             UNREACHED,
             ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else ""),
+        )
+    if known.borrowed:
+        logger.warning(
+            "%d matrices of experts are reached by fewer tokens than they have columns, and borrow "
+            "what they lack from the other experts of their layer (%s); use more text",
+            len(known.borrowed),
+            ", ".join(list(known.borrowed)[:3]) + (", ..." if len(known.borrowed) > 3 else ""),
         )

@@ -208,10 +208,17 @@ def rank_search(
     plan = _plan(model, job, tried, keep)
     ready = {name: fitted.fit for name, fitted in tried.chosen.items()}
     carry_out(model, replace(job, ready=ready), plan, progress)
+    return _result(plan, tried, before, after)
+
+
+def _result(
+    plan: Plan, tried: RankSearch, before: Sequence[Measured], after: Sequence[Measured]
+) -> RankSearchResult:
+    """Return the result, from what was measured on both splits before and after."""
     scored = before[1].items, after[1].items
     return RankSearchResult(
         plan,
-        scorer.name,
+        tried.scorer.name,
         tuple(tried.trials),
         (before[0].value, after[0].value),
         (before[1].value, after[1].value),
