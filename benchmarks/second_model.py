@@ -1,11 +1,12 @@
-"""Quality of schemes on a second language model, which is trained here; resumable.
+"""Quality of schemes on a second or third language model, which is trained here; resumable.
 
-    python benchmarks/second_model.py --out docs/benchmarks
+    python benchmarks/second_model.py [--model mixture] --out docs/benchmarks
 
-A GPT-2 of 4 blocks and 1.1 M parameters, with what a Llama lacks: Conv1D layers, q, k and v in one
-matrix, learned positions, LayerNorm, biases, a feed-forward without a gate. It learns from the text
-that Python ships, as `python_models.py` says. `quality.py` measures it on pieces of documents that
-it was not trained on, with three draws of the calibration data, as a ratio to dense.
+The second is a GPT-2 of 4 blocks and 1.1 M parameters, with what a Llama lacks: Conv1D layers, q, k
+and v in one matrix, learned positions, LayerNorm, biases, a feed-forward without a gate. The third
+is the Mixtral of `mixture_model.py`. Both learn from the text that Python ships, as
+`python_models.py` says. `quality.py` measures them on pieces of documents that they were not
+trained on, with three draws of the calibration data, as a ratio to dense.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import python_models
 import quality
 import torch
+from mixture_model import trained_mixture
 from python_models import BATCH, LOSS, VOCABULARY, WINDOW, trained
 from timing import write
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -30,7 +34,8 @@ TEXT = "held-out text"
 def main() -> None:
     """Train if need be, measure what is missing, and write the table."""
     asked = _arguments()
-    model, tokenizer, folder = trained("gpt2", make_model, asked.steps)
+    made = MODELS[asked.model]
+    model, tokenizer, folder = made.trained(asked.steps or made.steps)
     losses = json.loads((folder / LOSS).read_text())
     figures = {
         "parameters": model.num_parameters(),
@@ -41,13 +46,14 @@ def main() -> None:
         "unigram": unigram(tokenizer, folder),
     }
     rows = measure(folder, asked)
-    write(asked.out, "second_model", {**figures, "rows": rows}, as_text(figures, rows))
+    write(asked.out, made.name, {**figures, "rows": rows}, as_text(figures, rows))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=MODELS, default="gpt2")
     parser.add_argument("--scheme", nargs="+", default=SCHEMES)
     parser.add_argument("--keep-targets", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -56,7 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--gradient-samples", type=int, default=64, help="windows used for gradients"
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training")
+    parser.add_argument("--steps", type=int, help="of training; the model's own if not given")
     parser.add_argument("--out", type=Path, help="folder for the JSON and Markdown files")
     return parser.parse_args()
 
@@ -79,6 +85,27 @@ def make_model(seed: int = 0) -> GPT2LMHeadModel:
         pad_token_id=0,
     )
     return GPT2LMHeadModel(config)
+
+
+def trained_gpt2(steps: int) -> tuple[Any, Any, Path]:
+    """Return the model, its tokenizer, and their folder, in the user's cache of tnlm."""
+    return trained("gpt2", make_model, steps)
+
+
+class Trained(NamedTuple):
+    """A model that is trained here."""
+
+    name: str
+    """Of the files that are written."""
+    trained: Callable[[int], tuple[Any, Any, Path]]
+    """Trains for so many steps."""
+    steps: int
+
+
+MODELS = {
+    "gpt2": Trained("second_model", trained_gpt2, STEPS),
+    "mixture": Trained("third_model", trained_mixture, python_models.STEPS),
+}
 
 
 def measure(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:

@@ -34,6 +34,15 @@ def test_a_second_model_is_trained_and_measured_by_draws(
     assert fewer["rows"] == [found["rows"][0], found["rows"][-1]]
 
 
+def test_a_third_model_is_a_mixture_whose_experts_are_targets(start, python_pieces, tmp_path):
+    options = ["second_model", "--model", "mixture", "--steps", 2, "--windows", 2]
+    start(*options, "--scheme", "svd", "--keep-targets", 0.6, "--out", tmp_path)
+    found = json.loads((tmp_path / "third_model.json").read_text())
+    dense, svd = found["rows"]
+    assert svd["parameters"] < 0.7 * dense["parameters"]  # attention alone would leave 0.95
+    assert re.search(r"\| `svd` \| 0.6 \| ", (tmp_path / "third_model.md").read_text())
+
+
 def test_models_of_other_configurations_or_training_have_other_folders(python_pieces, monkeypatch):
     second, folders = importlib.import_module("second_model"), []
     monkeypatch.setattr(second, "WINDOW", 16)
