@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -22,6 +23,15 @@ def as_a_script(monkeypatch, tmp_path):
     """Find sibling modules as a script does, and keep this machine's measurements apart."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("TNLM_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(autouse=True)
+def levels_stay():
+    """Undo what a script sets for its own process: later tests would log more, or warn less."""
+    logger = logging.getLogger("tnlm")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
