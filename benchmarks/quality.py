@@ -215,7 +215,10 @@ def _readme(rows: list[Row], model: str) -> str:
 
 
 def ratios(rows: list[Row]) -> str:
-    """Return a Markdown table of ratios to dense alone, over all draws of the data."""
+    """Return a Markdown table of ratios to dense alone, over all draws of the data.
+
+    A size at which a scheme failed, in any draw, stands as failed.
+    """
     dense = next(row for row in rows if row["scheme"] == "dense")
     texts = _texts(dense)
     lines = [
@@ -224,10 +227,13 @@ def ratios(rows: list[Row]) -> str:
     ]
     draws: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
-        if row["scheme"] != "dense" and "error" not in row:
+        if row["scheme"] != "dense":
             draws.setdefault((_drawn(row["scheme"]), row["asked"]), []).append(row)
     for (scheme, keep), alike in draws.items():
-        cells = [_spread([row[text] / dense[text] for row in alike]) for text in texts]
+        failed = any("error" in row for row in alike)
+        cells = ["failed"] * len(texts)
+        if not failed:
+            cells = [_spread([row[text] / dense[text] for row in alike]) for text in texts]
         lines.append(f"| `{scheme}` | {keep:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

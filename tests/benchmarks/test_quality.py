@@ -25,6 +25,7 @@ def test_the_short_table_of_quality_joins_draws_and_names_the_model():
         "| `auto` | 0.8 | 1.200 ± 0.141 (1.100 to 1.300) |",
         "| `svd-llm:damping=0.1` | 0.8 | 1.500 |",
         "| `svd` | 0.8 | destroyed |",
+        "| `tt` | 0.8 | failed |",
     ]
 
 
