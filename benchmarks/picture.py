@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", default="wiki", help="the text whose perplexity is drawn")
-    parser.add_argument("--most", type=float, default=1000.0, help="perplexity left out above")
+    parser.add_argument("--most", type=float, default=200.0, help="perplexity left out above")
     asked = parser.parse_args()
     found = [row for row in json.loads(asked.rows.read_text()) if "error" not in row]
     rows = [row for row in found if row[asked.text] <= asked.most and ":" not in row["scheme"]]
@@ -57,7 +57,7 @@ def draw(rows: list[Row], text: str) -> Any:
     for names, size, value in labels([row for row in rows if row["scheme"] in points], text):
         axes.annotate(names, (size, value), (9, 2), textcoords="offset points", fontsize=9)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.FixedLocator([40, 60, 100, 200, 400, 800]))
+    axes.yaxis.set_major_locator(ticker.FixedLocator([40, 60, 80, 100, 140, 200]))
     axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
     axes.yaxis.set_minor_locator(ticker.NullLocator())
     return axes.figure
